@@ -1,0 +1,1 @@
+"""What people do on top of the chapters."""

@@ -1,0 +1,1 @@
+"""What lies beneath the chapters: checkpoints, data, metrics."""
