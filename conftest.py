@@ -1,0 +1,45 @@
+"""Where the data lies, for every test, doctest and notebook of the repository."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent
+SHARED = Path(os.environ.get("MINIDIFF_SHARED", ROOT.parent / "shared"))
+
+if "MINIDIFF_DATA" not in os.environ and (SHARED / "fashion_mnist").is_dir():
+    os.environ["MINIDIFF_DATA"] = str(SHARED / "fashion_mnist")
+
+
+def missing(reason: str) -> None:
+    """Skip a test for want of data; fail it where ``MINIDIFF_REQUIRE_SHARED`` is set."""
+    if os.environ.get("MINIDIFF_REQUIRE_SHARED"):
+        pytest.fail(f"{reason} (and MINIDIFF_REQUIRE_SHARED is set)", pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of published configurations, key lists and tokenizers."""
+    if not SHARED.is_dir():
+        missing(f"no shared data at {SHARED}: set MINIDIFF_SHARED")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def fashion() -> Path:
+    """The folder of Fashion-MNIST's parquet files."""
+    folder = Path(os.environ.get("MINIDIFF_DATA", ""))
+    if "MINIDIFF_DATA" not in os.environ or not folder.is_dir():
+        missing("no Fashion-MNIST: set MINIDIFF_DATA to the folder that holds it")
+    return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Chapter 7 trains on Fashion-MNIST: its notebook is run where the data is."""
+    if "MINIDIFF_DATA" not in os.environ:
+        reason = "chapter 7 trains on Fashion-MNIST: set MINIDIFF_DATA"
+        for item in items:
+            if item.path.name == "07_training.ipynb":
+                item.add_marker(pytest.mark.skip(reason=reason))

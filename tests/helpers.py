@@ -1,0 +1,34 @@
+"""What several tests need."""
+
+import torch
+from torch import Tensor, nn
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """‖a − b‖ / ‖b‖, in float64; infinite where a value is not finite."""
+    assert a.shape == b.shape, f"shapes differ: {tuple(a.shape)}, {tuple(b.shape)}"
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    error = (a - b).norm() / b.norm()
+    return error.item() if error.isfinite() else float("inf")
+
+
+@torch.no_grad()
+def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter random, non-zero values: norm weights around 1.
+
+    Matrices and kernels get a standard deviation of 1/√fan-in, so that signals keep
+    their size; vectors (biases, gates) 0.1. Returns the module, in eval mode.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for owner in module.modules():
+        is_norm = "norm" in type(owner).__name__.lower()
+        for name, parameter in owner.named_parameters(recurse=False):
+            values = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                values = values / parameter[0].numel() ** 0.5
+            elif is_norm and name == "weight":
+                values = 1 + 0.1 * values
+            else:
+                values = 0.1 * values
+            parameter.copy_(values)
+    return module.eval()
