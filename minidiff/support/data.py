@@ -1,0 +1,456 @@
+"""The training data: captioned colour scenes composed from Fashion-MNIST.
+
+One garment, or two side by side or one above the other, each in one of eight colours
+on a plain background of another colour. A scene is a pure function of (seed, index):
+nothing is stored, and any batch can be made anywhere, in any order.
+"""
+
+import functools
+import io
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from minidiff.support.rng import uniform
+
+REPOSITORY = "zalando-datasets/fashion_mnist"
+SAMPLES = Path(__file__).parent.parent / "pretrained" / "scenes"
+IMAGE_SIZE = 64
+
+CLASSES = ("t-shirt", "trousers", "pullover", "dress", "coat")
+CLASSES += ("sandal", "shirt", "sneaker", "bag", "ankle boot")
+COLORS = {
+    "red": (215, 35, 40),
+    "green": (40, 160, 60),
+    "blue": (45, 85, 220),
+    "yellow": (245, 215, 50),
+    "purple": (130, 50, 170),
+    "white": (245, 245, 245),
+    "orange": (245, 130, 30),
+    "pink": (250, 150, 190),
+}
+# The first six colours serve as backgrounds too, under the same numbers.
+BACKGROUNDS = dict(list(COLORS.items())[:6])
+BACKGROUNDS |= {"gray": (128, 128, 128), "black": (18, 18, 18)}
+# Pairs that training never shows, to measure composition.
+HELD_OUT = (
+    ("blue", "t-shirt"),
+    ("red", "trousers"),
+    ("pink", "pullover"),
+    ("green", "dress"),
+    ("purple", "sandal"),
+    ("yellow", "sneaker"),
+    ("orange", "bag"),
+    ("white", "ankle boot"),
+)
+LAYOUTS = ("single", "beside", "stacked")
+TEMPLATES = {
+    "single": (
+        "{A} on {background}",
+        "a photo of {A} on {background}",
+        "{a} with {background}",
+        "a picture of {A} against {background}",
+    ),
+    "beside": (
+        "{A} left of {B} on {background}",
+        "{B} right of {A} on {background}",
+        "a photo of {A} left of {B} on {background}",
+        "{a} left and {b} right on {background}",
+    ),
+    "stacked": (
+        "{A} above {B} on {background}",
+        "{B} below {A} on {background}",
+        "a photo of {A} above {B} on {background}",
+        "{a} above and {b} below on {background}",
+    ),
+}
+SINGLES = 4 * len(COLORS) * len(CLASSES) * len(BACKGROUNDS)
+NUM_CAPTIONS = SINGLES + 4 * 2 * (len(COLORS) * len(CLASSES)) ** 2 * len(BACKGROUNDS)
+
+
+class Attributes(NamedTuple):
+    """What scenes show, as int64 tensors; the first garment is left or above.
+
+    Of a single garment, the second column of ``garments`` and ``colors`` is −1.
+    """
+
+    layout: Tensor  # (B,): number in LAYOUTS
+    garments: Tensor  # (B, 2): numbers in CLASSES
+    colors: Tensor  # (B, 2): numbers in COLORS
+    background: Tensor  # (B,): number in BACKGROUNDS
+
+    @property
+    def count(self) -> Tensor:
+        """How many garments (B,)."""
+        return 1 + (self.layout > 0)
+
+    def to(self, device) -> "Attributes":
+        """The same on another device."""
+        return Attributes(*(x.to(device) for x in self))
+
+    def select(self, rows) -> "Attributes":
+        """The scenes that ``rows`` (a mask, a slice or indices) chooses."""
+        return Attributes(*(x[rows] for x in self))
+
+
+# Captions
+
+
+def caption_ids(attributes: Attributes, templates: Tensor) -> Tensor:
+    """One number in [0, NUM_CAPTIONS) for every distinct caption, (B,)."""
+    layout, garments, colors, background = attributes
+    pair = (colors * len(CLASSES) + garments).clamp(min=0)  # (B, 2)
+    pairs, grounds = len(COLORS) * len(CLASSES), len(BACKGROUNDS)
+    single = (templates * pairs + pair[:, 0]) * grounds + background
+    double = (templates * 2 + layout - 1) * pairs + pair[:, 0]
+    double = (double * pairs + pair[:, 1]) * grounds + background
+    return torch.where(layout == 0, single, SINGLES + double)
+
+
+def caption_attributes(ids: Tensor) -> tuple[Attributes, Tensor]:
+    """The inverse of ``caption_ids``: attributes and templates."""
+    pairs, grounds = len(COLORS) * len(CLASSES), len(BACKGROUNDS)
+    single = ids < SINGLES
+    rest = torch.where(single, ids, ids - SINGLES)
+    background, rest = rest % grounds, rest // grounds
+    second = torch.where(single, 0, rest % pairs)
+    rest = torch.where(single, rest, rest // pairs)
+    first, rest = rest % pairs, rest // pairs
+    layout = torch.where(single, 0, 1 + rest % 2)
+    pair = torch.stack([first, second], 1)  # 2 × (B) → (B, 2)
+    absent = torch.stack([torch.zeros_like(single), single], 1)
+    garments = (pair % len(CLASSES)).masked_fill(absent, -1)
+    colors = (pair // len(CLASSES)).masked_fill(absent, -1)
+    attributes = Attributes(layout, garments, colors, background)
+    return attributes, torch.where(single, rest, rest // 2)
+
+
+def _article(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+@functools.cache
+def _caption(layout: int, names: tuple[str, ...], ground: str, template: int) -> str:
+    a, b = names[0], names[-1]
+    pattern = TEMPLATES[LAYOUTS[layout]][template]
+    return pattern.format(a=a, b=b, A=_article(a), B=_article(b), background=ground)
+
+
+def captions(attributes: Attributes, templates: Tensor) -> list[str]:
+    """The scenes in words, each by the template (B,) in 0…3 that is asked for."""
+    rows = zip(*(x.tolist() for x in (*attributes, templates)), strict=True)
+    return [_words(*row) for row in rows]
+
+
+def _words(layout: int, garments, colors, background: int, template: int) -> str:
+    count = 1 if layout == 0 else 2
+    pairs = list(zip(colors, garments, strict=True))[:count]
+    names = tuple(f"{list(COLORS)[c]} {CLASSES[g]}" for c, g in pairs)
+    ground = f"a {list(BACKGROUNDS)[background]} background"
+    return _caption(layout, names, ground, template)
+
+
+def all_captions() -> list[str]:
+    """Every caption of the grammar: entry i is the caption with id i (1 second)."""
+    return captions(*caption_attributes(torch.arange(NUM_CAPTIONS)))
+
+
+def token_table(tokenizer) -> Tensor:
+    """Token ids of every caption, int32 (NUM_CAPTIONS, tokenizer.model_max_length).
+
+    Both kinds of tokenizer split at spaces first, so each word is encoded once;
+    the result is compared with ``tokenizer`` itself on a sample of captions.
+    """
+    texts, length = all_captions(), tokenizer.model_max_length
+    ends = tokenizer.encode("")  # the special tokens alone
+    start, end = ends[:-1], ends[-1:]
+    vocabulary = {word for text in texts for word in text.split()}
+    ids = {w: tokenizer.encode(w)[len(start) : -1] for w in sorted(vocabulary)}
+    table = torch.full((len(texts), length), tokenizer.pad_token_id, dtype=torch.int32)
+    rows = [start + [i for w in t.split() for i in ids[w]] + end for t in texts]
+    lengths = torch.tensor([len(row) for row in rows])
+    if lengths.max() > length:
+        raise ValueError(f"a caption has {lengths.max()} tokens, more than {length}")
+    values = torch.tensor([i for row in rows for i in row], dtype=torch.int32)
+    table[torch.arange(length) < lengths[:, None]] = values
+    sample = torch.arange(0, len(texts), 997)
+    if not torch.equal(table[sample].long(), tokenizer([texts[i] for i in sample])):
+        raise ValueError("the tokenizer does not encode captions word by word")
+    return table
+
+
+# Scenes
+
+
+def _choose(u: Tensor, n: Tensor | int) -> Tensor:
+    """A whole number in [0, n) from ``u`` in [0, 1)."""
+    return (u * n).long()
+
+
+def held_out_colors(device=None) -> Tensor:
+    """The colour that is never trained of each class (10,); len(COLORS) if none."""
+    names = {garment: list(COLORS).index(color) for color, garment in HELD_OUT}
+    return torch.tensor([names.get(c, len(COLORS)) for c in CLASSES], device=device)
+
+
+def draw_attributes(
+    u: Tensor, two_garments: float, held_out: bool
+) -> tuple[Attributes, Tensor]:
+    """Attributes and caption templates from uniform numbers (B, 16).
+
+    ``held_out`` asks for exactly one garment with a pair never trained.
+    """
+    held = held_out_colors(u.device)
+    two = u[:, 0] < two_garments
+    layout = two * (1 + _choose(u[:, 1], 2))
+    garments = _choose(u[:, 2:4], len(CLASSES))  # (B, 2)
+    chosen = (held < len(COLORS)).nonzero().flatten()  # classes with such a pair
+    slot = two & (u[:, 6] < 0.5)
+    odd = torch.stack([~slot, slot], 1) & held_out  # (B, 2): garments never trained
+    garments = torch.where(odd, chosen[_choose(u[:, 2:4], len(chosen))], garments)
+    banned = held[garments]
+    colors = _choose(u[:, 4:6], len(COLORS) - (banned < len(COLORS)).long())
+    colors = torch.where(odd, banned, colors + (colors >= banned))
+    absent = torch.stack([torch.zeros_like(two), ~two], 1)
+    garments, colors = garments.masked_fill(absent, -1), colors.masked_fill(absent, -1)
+    # A garment's colour is no background: (B, 2, 1) = (6) → (B, 6) → (B, 8)
+    taken = (colors[:, :, None] == torch.arange(6, device=u.device)).any(1)
+    background = u[:, 8:16].masked_fill(F.pad(taken, (0, 2)), -1).argmax(1)
+    return Attributes(layout, garments, colors, background), _choose(u[:, 7], 4)
+
+
+def _cubic(x: Tensor) -> Tensor:
+    """Keys' cubic kernel with a = −1/2 (1981, equation 15)."""
+    x = x.abs()
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0))
+
+
+def _resampling(centre: Tensor, size: Tensor, n: int) -> Tensor:
+    """Matrices (…, 64, n) that place n samples over ``size`` pixels at ``centre``."""
+    pixels = torch.arange(IMAGE_SIZE, device=size.device) + 0.5
+    position = (pixels - centre[..., None]) * (n / size[..., None]) + n / 2 - 0.5
+    return _cubic(position[..., None] - torch.arange(n, device=size.device))
+
+
+def place(u: Tensor, layout: Tensor) -> tuple[Tensor, Tensor]:
+    """Size and centre (x, y) of both garments in pixels: (B, 2) and (B, 2, 2).
+
+    One garment measures 48 to 56 pixels, two measure 30 to 32 each in its half.
+    ``u`` (B, 6): uniform numbers, two for the sizes, four for the positions.
+    """
+    single = (layout == 0)[:, None]
+    size = torch.where(single, 48 + 8 * u[:, :2], 30 + 2 * u[:, :2])
+    sign = torch.tensor([-16.0, 16.0], device=u.device)
+    middle = torch.stack([sign * (layout == i)[:, None] for i in (1, 2)], -1)
+    room = torch.where(middle != 0, 32, 64) - size[..., None]  # (B, 2, 2)
+    jitter = (u[:, 2:].unflatten(1, (2, 2)) - 0.5) * room.clamp(max=10)
+    return size, 32 + middle + jitter
+
+
+def render(
+    gray: Tensor, attributes: Attributes, size: Tensor, centre: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Draw garments ``gray`` (B, 2, 28, 28) in [0, 1] in their colours and places.
+
+    The grey values become both shading and opacity. Returns pictures (B, 3, 64, 64)
+    in [−1, 1] and each garment's opacity (B, 2, 64, 64) in [0, 1].
+    """
+    rows = _resampling(centre[..., 1], size, 28)  # (B, 2, 64, 28)
+    columns = _resampling(centre[..., 0], size, 28)
+    # (B, 2, 64, 28) · (B, 2, 28, 28) · (B, 2, 28, 64) → (B, 2, 64, 64)
+    gray = (rows @ gray @ columns.mT).clamp(0, 1)[:, :, None]
+    t = ((gray - 0.03) / 0.2).clamp(0, 1)
+    present = (attributes.garments >= 0)[:, :, None, None, None]
+    alpha = t * t * (3 - 2 * t) * present
+    tints = torch.tensor(list(COLORS.values()), device=gray.device) / 255
+    grounds = torch.tensor(list(BACKGROUNDS.values()), device=gray.device) / 255
+    cloth = tints[attributes.colors][..., None, None] * (0.35 + 0.65 * gray)
+    image = grounds[attributes.background][..., None, None]  # (B, 3) → (B, 3, 1, 1)
+    for i in range(2):
+        image = image + alpha[:, i] * (cloth[:, i] - image)
+    return image * 2 - 1, alpha.squeeze(2)
+
+
+@dataclass(frozen=True)
+class SceneBatch:
+    """Pictures (B, 3, 64, 64) in [−1, 1] with what they show and how it is said."""
+
+    images: Tensor
+    attributes: Attributes
+    templates: Tensor
+    masks: Tensor  # (B, 2, 64, 64): opacity of each garment, in [0, 1]
+
+    @functools.cached_property
+    def captions(self) -> list[str]:
+        """The captions as strings (waits for the device)."""
+        return captions(self.attributes, self.templates)
+
+    @property
+    def caption_ids(self) -> Tensor:
+        """The captions as numbers (B,), rows of a ``token_table``."""
+        return caption_ids(self.attributes, self.templates)
+
+
+class Scenes:
+    """Scenes of one split, each a pure function of (seed, index).
+
+    Args:
+        split: "train" or "test", the garments to draw with.
+        folder: where the data set is (see ``fashion_mnist``).
+        two_garments: the share of scenes with two garments.
+        held_out: one garment of every scene has a pair never trained; else none has.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        folder: str | Path | None = None,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+        two_garments: float = 0.5,
+        held_out: bool = False,
+    ) -> None:
+        images, labels = fashion_mnist(split, folder)
+        order = labels.argsort(stable=True)
+        gray = images[order].float()
+        # (N, 28, 28) → (N, 1, 1): each garment's brightest value becomes one
+        self.gray = (gray / gray.amax((1, 2), keepdim=True)).to(device)
+        self.sizes = labels.bincount(minlength=len(CLASSES)).to(device)
+        self.starts = self.sizes.cumsum(0) - self.sizes
+        self.seed, self.two_garments, self.held_out = seed, two_garments, held_out
+
+    @torch.no_grad()
+    def batch(self, indices: Tensor) -> SceneBatch:
+        """The scenes with the numbers ``indices`` (B,), any non-negative integers."""
+        u = uniform(self.seed, indices, 24, self.gray.device)
+        attributes, templates = draw_attributes(u, self.two_garments, self.held_out)
+        garments = attributes.garments.clamp(min=0)
+        pick = self.starts[garments] + _choose(u[:, 16:18], self.sizes[garments])
+        size, centre = place(u[:, 18:], attributes.layout)
+        images, masks = render(self.gray[pick], attributes, size, centre)
+        return SceneBatch(images, attributes, templates, masks)
+
+
+def prompts(
+    n: int, kind: str = "one", held_out: bool = False, seed: int = 1
+) -> tuple[list[str], Attributes]:
+    """``n`` captions with "one" or "two" garments, and what their pictures must show.
+
+    ``held_out`` asks for one garment whose pair was never trained. These are the
+    attributes of ``Scenes(…, two_garments=0 or 1, held_out, seed)`` at 0 … n − 1.
+    """
+    if kind not in ("one", "two"):
+        raise ValueError(f"kind is {kind!r}, expected 'one' or 'two'")
+    u = uniform(seed, torch.arange(n), 16)
+    attributes, templates = draw_attributes(u, float(kind == "two"), held_out)
+    return captions(attributes, templates), attributes
+
+
+# Files
+
+
+def _parquet_file(split: str, folder: str | Path | None) -> Path:
+    """The split's parquet file: from a folder, or from the hub's cache or network."""
+    if split not in ("train", "test"):
+        raise ValueError(f"split is {split!r}, expected 'train' or 'test'")
+    name = f"{split}-00000-of-00001.parquet"
+    folder = folder or os.environ.get("MINIDIFF_DATA")
+    if folder:
+        found = sorted(Path(folder).rglob(name))
+        if not found:
+            raise FileNotFoundError(f"no {name} in {folder} or below it")
+        return found[0]
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = hf_hub_download(REPOSITORY, f"fashion_mnist/{name}", repo_type="dataset")
+    except OSError as error:
+        raise FileNotFoundError(
+            f"Fashion-MNIST is not here and could not be downloaded from the hub's "
+            f"data set {REPOSITORY} ({type(error).__name__}): connect to the network, "
+            f"or let MINIDIFF_DATA name a folder that holds {name}"
+        ) from error
+    return Path(path)
+
+
+@functools.lru_cache(maxsize=4)
+def _read(path: Path) -> tuple[Tensor, Tensor]:
+    import numpy as np
+    import pyarrow.parquet as parquet
+
+    table = parquet.read_table(path)
+    files = table.column("image").combine_chunks().field("bytes").to_pylist()
+    pictures = np.stack([np.asarray(Image.open(io.BytesIO(f))) for f in files])
+    labels = table.column("label").to_numpy()
+    return torch.from_numpy(pictures), torch.tensor(labels)
+
+
+def fashion_mnist(
+    split: str, folder: str | Path | None = None
+) -> tuple[Tensor, Tensor]:
+    """Fashion-MNIST (Xiao, Rasul and Vollgraf 2017): grey pictures and class numbers.
+
+    Args:
+        split: "train" (60,000) or "test" (10,000).
+        folder: the hub's data set as a folder; else the one that the environment
+            variable MINIDIFF_DATA names; else downloaded once from the hub.
+
+    Returns:
+        uint8 pictures (N, 28, 28) and int64 labels (N,), numbers in CLASSES.
+
+    Raises:
+        FileNotFoundError: the folder lacks the file, or there is no network.
+    """
+    return _read(_parquet_file(split, folder))
+
+
+def sample_scenes() -> tuple[Tensor, list[str]]:
+    """Sixteen scenes of the test split that ship with the package.
+
+    Returns pictures (16, 3, 64, 64) in [−1, 1] and their captions; the first shows
+    "a red dress on a blue background". No data set is needed.
+    """
+    sheet = to_tensor(Image.open(SAMPLES / "scenes.png"))
+    texts = json.loads((SAMPLES / "scenes.json").read_text())["captions"]
+    # (3, 2·64, 8·64) → (3, 2, 64, 8, 64) → (2, 8, 3, 64, 64) → (16, 3, 64, 64)
+    tiles = sheet.unflatten(2, (-1, 64)).unflatten(1, (-1, 64))
+    return tiles.permute(1, 3, 0, 2, 4).flatten(0, 1).contiguous(), texts
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """A picture as a tensor (3, H, W) in [−1, 1]."""
+    import numpy as np
+
+    pixels = torch.from_numpy(np.array(picture.convert("RGB")))
+    return pixels.permute(2, 0, 1) / 127.5 - 1  # (H, W, 3) → (3, H, W)
+
+
+def write_samples(folder: str | Path | None, output: Path = SAMPLES) -> None:
+    """Make the files that ``sample_scenes`` reads."""
+    first = prompts(20_000, seed=0)[0].index("a red dress on a blue background")
+    one = Scenes("test", folder, two_garments=0)
+    one = one.batch(torch.tensor([first, *range(7)]))
+    two = Scenes("test", folder, two_garments=1).batch(torch.arange(8, 16))
+    images, texts = torch.cat([one.images, two.images]), one.captions + two.captions
+    # (16, 3, 64, 64) → (2, 8, 3, 64, 64) → (2, 64, 8, 64, 3) → (128, 512, 3)
+    sheet = images.unflatten(0, (2, 8)).permute(0, 3, 1, 4, 2).reshape(128, 512, 3)
+    pixels = ((sheet + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    output.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.numpy()).save(output / "scenes.png", optimize=True)
+    text = json.dumps({"captions": texts}, indent=1)
+    (output / "scenes.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    import sys
+
+    write_samples(*sys.argv[1:2] or [None])

@@ -1,0 +1,183 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from minidiff.support import data
+from minidiff.support.data import CLASSES, COLORS, HELD_OUT, Scenes, prompts
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    """The data set: MINIDIFF_DATA, or shared/fashion_mnist beside the repository."""
+    beside = Path(__file__).parents[2] / "shared"
+    shared = Path(os.environ.get("MINIDIFF_SHARED", beside))
+    path = Path(os.environ.get("MINIDIFF_DATA", shared / "fashion_mnist"))
+    if not path.exists():
+        pytest.skip("no data set: MINIDIFF_DATA names no folder")
+    return path
+
+
+def pairs(attributes: data.Attributes) -> list[list[tuple[str, str]]]:
+    """Each scene's (colour, class) names."""
+    rows = zip(attributes.colors.tolist(), attributes.garments.tolist(), strict=True)
+    names = list(COLORS)
+    return [
+        [(names[c], CLASSES[g]) for c, g in zip(*row, strict=True) if g >= 0]
+        for row in rows
+    ]
+
+
+def test_fashion_mnist(folder):
+    images, labels = data.fashion_mnist("test", folder)
+    assert images.shape == (10_000, 28, 28) and images.dtype == torch.uint8
+    assert labels.bincount().tolist() == [1000] * 10
+
+
+def test_folder_without_the_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no test-00000-of-00001.parquet"):
+        data.fashion_mnist("test", tmp_path)
+    with pytest.raises(ValueError, match="split is 'val'"):
+        data.fashion_mnist("val", tmp_path)
+
+
+def test_no_network_names_both_ways(monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no route")
+
+    monkeypatch.delenv("MINIDIFF_DATA", raising=False)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    with pytest.raises(FileNotFoundError, match="network.*or let MINIDIFF_DATA name"):
+        data.fashion_mnist("test")
+
+
+def test_a_scene_depends_on_nothing_but_seed_and_index(folder):
+    scenes = Scenes("test", folder, seed=3)
+    indices = torch.tensor([7, 0, 123456789, 7])
+    batch = scenes.batch(indices)
+    assert batch.images.shape == (4, 3, 64, 64) and batch.masks.shape == (4, 2, 64, 64)
+    for row, index in enumerate(indices):
+        alone = scenes.batch(index[None])
+        assert torch.allclose(alone.images[0], batch.images[row], atol=1e-5)
+        assert alone.captions == [batch.captions[row]]
+    other = Scenes("test", folder, seed=4).batch(indices)
+    assert not torch.equal(other.images, batch.images)
+
+
+def test_pictures_show_what_the_attributes_say(folder):
+    batch = Scenes("test", folder).batch(torch.arange(400))
+    images, masks = batch.images, batch.masks
+    assert images.min() >= -1 and images.max() <= 1
+    grounds = torch.tensor(list(data.BACKGROUNDS.values())) / 127.5 - 1
+    ground = grounds[batch.attributes.background][..., None, None].expand_as(images)
+    empty = (masks.amax(1) == 0)[:, None].expand_as(images)
+    assert torch.allclose(images[empty], ground[empty], atol=1e-5)
+    rows, columns = masks.sum(3), masks.sum(2)  # 2 × (B, 2, 64)
+    axis = torch.arange(64) + 0.5
+    x, y = ((m * axis).sum(-1) / m.sum(-1) for m in (columns, rows))
+    layout = batch.attributes.layout
+    assert (x[layout == 1] < 32).float().mean(0).tolist() == [1, 0]
+    assert (y[layout == 2] < 32).float().mean(0).tolist() == [1, 0]
+    assert (masks[layout == 0, 1] == 0).all()
+    tints = torch.tensor(list(COLORS.values())) / 255
+    brightest = ((images + 1) / 2 * (masks[:, :1] > 0.99)).amax((2, 3))
+    found = brightest / brightest.amax(1, keepdim=True)
+    expected = tints[batch.attributes.colors[:, 0]]
+    expected = expected / expected.amax(1, keepdim=True)
+    single = layout == 0
+    assert (found - expected)[single].abs().mean() < 0.01
+
+
+@pytest.mark.parametrize("kind", ["one", "two"])
+def test_held_out_pairs(kind):
+    _, seen = prompts(5000, kind, held_out=False)
+    assert not any(pair in HELD_OUT for row in pairs(seen) for pair in row)
+    _, unseen = prompts(5000, kind, held_out=True)
+    held = [[pair for pair in row if pair in HELD_OUT] for row in pairs(unseen)]
+    assert {len(row) for row in held} == {1}
+    assert {pair for row in held for pair in row} == set(HELD_OUT)
+
+
+@pytest.mark.parametrize("kind", ["one", "two"])
+def test_draws_cover_the_grammar_evenly(kind):
+    texts, attributes = prompts(20_000, kind)
+    for number, size in ((attributes.garments[:, 0], 10), (attributes.colors[:, 0], 8)):
+        shares = number.bincount(minlength=size) / len(number)
+        assert (shares - 1 / size).abs().max() < 0.01
+    assert (attributes.background.bincount(minlength=8) / 20_000).min() > 0.1
+    shared = (attributes.colors == attributes.background[:, None]) & (
+        attributes.colors < 6
+    )
+    assert not shared.any(), "a garment has its background's colour"
+    assert len(set(texts)) > (1500 if kind == "one" else 15_000)
+
+
+def test_captions():
+    attributes = data.Attributes(
+        *map(torch.tensor, ([0, 1, 2], [[3, -1], [3, 8], [9, 0]])),
+        *map(torch.tensor, ([[0, -1], [0, 6], [6, 2]], [2, 5, 7])),
+    )
+    found = [data.captions(attributes, torch.full((3,), t)) for t in range(4)]
+    one, beside, stacked = zip(*found, strict=True)
+    assert one == (
+        "a red dress on a blue background",
+        "a photo of a red dress on a blue background",
+        "red dress with a blue background",
+        "a picture of a red dress against a blue background",
+    )
+    assert beside == (
+        "a red dress left of an orange bag on a white background",
+        "an orange bag right of a red dress on a white background",
+        "a photo of a red dress left of an orange bag on a white background",
+        "red dress left and orange bag right on a white background",
+    )
+    assert stacked[:2] == (
+        "an orange ankle boot above a blue t-shirt on a black background",
+        "a blue t-shirt below an orange ankle boot on a black background",
+    )
+
+
+def test_caption_ids_number_the_grammar():
+    texts = data.all_captions()
+    assert len(texts) == data.NUM_CAPTIONS == len(set(texts))
+    ids = torch.arange(0, data.NUM_CAPTIONS, 37)
+    assert torch.equal(data.caption_ids(*data.caption_attributes(ids)), ids)
+
+
+class Spaces:
+    """A tokenizer of words."""
+
+    model_max_length, pad_token_id = 20, 0
+
+    def encode(self, text: str) -> list[int]:
+        return [1, *(sum(map(ord, w)) for w in text.split()), 2]
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        rows = [self.encode(t) for t in texts]
+        return torch.tensor([r + [0] * (20 - len(r)) for r in rows])
+
+
+def test_token_table():
+    table = data.token_table(Spaces())
+    texts = data.all_captions()
+    for i in (0, 2559, 2560, data.NUM_CAPTIONS - 1):
+        assert table[i].tolist() == Spaces()([texts[i]])[0].tolist()
+
+
+def test_token_table_notices_a_tokenizer_that_looks_across_words():
+    class Length(Spaces):
+        def encode(self, text: str) -> list[int]:
+            return [1, *([len(text)] * len(text.split())), 2]
+
+    with pytest.raises(ValueError, match="word by word"):
+        data.token_table(Length())
+
+
+def test_sample_scenes_need_no_data_set(folder):
+    images, texts = data.sample_scenes()
+    assert images.shape == (16, 3, 64, 64) and len(texts) == 16
+    assert texts[0] == "a red dress on a blue background"
+    again = Scenes("test", folder, two_garments=1).batch(torch.arange(8, 16))
+    assert again.captions == texts[8:]
+    assert (again.images - images[8:]).abs().max() < 0.005
