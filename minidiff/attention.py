@@ -113,7 +113,7 @@ def attention_map(
     q = torch.cat([context.q, image.q], dim=1)[:, queries].transpose(1, 2).float()
     k = torch.cat([context.k, image.k], dim=1).transpose(1, 2).float()
     scores = q @ k.mT / q.shape[-1] ** 0.5  # (B, H, Q, d) · (B, H, d, L) → (B, H, Q, L)
-    return scores.softmax(-1)[..., keys]
+    return scores.softmax(-1)[..., keys].contiguous()  # drop the full matrix
 
 
 # %%
