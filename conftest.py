@@ -13,7 +13,7 @@ if "MINIDIFF_DATA" not in os.environ and (SHARED / "fashion_mnist").is_dir():
 
 
 def missing(reason: str) -> None:
-    """Skip a test for want of data; fail it where ``MINIDIFF_REQUIRE_SHARED`` is set."""
+    """Skip a test for want of data, or fail it (MINIDIFF_REQUIRE_SHARED)."""
     if os.environ.get("MINIDIFF_REQUIRE_SHARED"):
         pytest.fail(f"{reason} (and MINIDIFF_REQUIRE_SHARED is set)", pytrace=False)
     pytest.skip(reason)

@@ -1,0 +1,560 @@
+"""Every figure of the book, importable by anyone.
+
+The functions take tensors and return matplotlib figures that a notebook shows. Their
+ground is transparent and their ink a middle grey, so that they can be read in light
+and in dark themes. matplotlib is imported when the first figure is drawn, and its
+global state is left alone. The two interactive figures, :func:`denoising_scrubber`
+and :func:`attention_explorer`, are in :mod:`minidiff.support.interactive`.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidiff.support.interactive import (
+    Interactive,
+    attention_explorer,
+    denoising_scrubber,
+    latent_pictures,
+    to_pictures,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "Interactive",
+    "attention_explorer",
+    "denoising_scrubber",
+    "latent_pictures",
+    "show_attention",
+    "show_bars",
+    "show_curves",
+    "show_heatmap",
+    "show_histogram",
+    "show_images",
+    "show_latents",
+    "show_lattice",
+    "show_pieces",
+    "show_pipeline",
+    "show_points",
+    "show_tokens",
+    "show_trajectory",
+    "to_pictures",
+]
+
+WIDTH = 7.2  # inches: the text column of the book
+Points = Mapping[str, Tensor]
+
+
+def _drawn(draw: Callable[..., "Figure"]) -> Callable[..., "Figure"]:
+    """Give ``draw`` the book's style, and leave matplotlib's own settings alone."""
+
+    @functools.wraps(draw)
+    def drawn(*args: Any, **kwargs: Any) -> "Figure":
+        import matplotlib
+
+        from minidiff.support.figure import STYLE
+
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+def _axes(
+    rows: int, columns: int, size: tuple[float, float], grid: bool = False
+) -> tuple["Figure", "np.ndarray[Any, Any]"]:
+    """A figure of ``size`` inches and its (rows, columns) array of axes."""
+    from minidiff.support.figure import BookFigure
+
+    figure = BookFigure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.grid(grid)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def _colors(count: int) -> list[str]:
+    from minidiff.support.figure import PALETTE
+
+    return [PALETTE[i % len(PALETTE)] for i in range(count)]
+
+
+def _blank(ax: "Axes") -> None:
+    """No ticks and no frame."""
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+
+
+def _panels(rows: int, columns: int, aspect: float = 1.0) -> tuple["Figure", Any]:
+    """Blank axes for a table of pictures ``aspect`` times as high as wide."""
+    side = min(1.5, WIDTH / columns)
+    figure, axes = _axes(rows, columns, (side * columns, (side * aspect + 0.2) * rows))
+    for ax in axes.flat:
+        _blank(ax)
+    return figure, axes
+
+
+def _numpy(x: Any) -> np.ndarray:
+    return torch.as_tensor(x).detach().float().cpu().numpy()
+
+
+# Pictures
+
+
+@_drawn
+def show_images(
+    images: Any,
+    titles: Sequence[str] | None = None,
+    columns: int | None = None,
+    low: float = -1.0,
+) -> "Figure":
+    """Pictures in a table, at most ``columns`` (by default 8) in a row.
+
+    ``images``: (B, 3, H, W) or (3, H, W) with values in [``low``, 1], uint8 of these
+    shapes or (B, H, W), or a list of PIL pictures of one size.
+    """
+    pictures = to_pictures(images, low)
+    columns = columns or min(8, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    figure, axes = _panels(rows, columns, pictures.shape[1] / pictures.shape[2])
+    for ax, picture in zip(axes.flat, pictures, strict=False):
+        ax.imshow(picture, interpolation="nearest")
+    for ax, title in zip(axes.flat, titles or [], strict=False):
+        ax.set_title(_wrapped(title, 24 if columns < 6 else 14))
+    return figure
+
+
+@_drawn
+def show_latents(
+    latents: Tensor, titles: Sequence[str] | None = None, columns: int = 8
+) -> "Figure":
+    """Every channel of latents (C, h, w) or (B, C, h, w) as a map of signed values.
+
+    All maps share one scale, symmetric about zero: blue is below it and red above.
+    """
+    values = _numpy(latents)
+    values = values[None] if values.ndim == 3 else values
+    count, channels = values.shape[:2]
+    columns = min(columns, channels)
+    bands = math.ceil(channels / columns)
+    figure, axes = _panels(count * bands, columns)
+    limit = np.abs(values).max()
+    axes = axes.reshape(count, bands * columns)
+    for b, c in np.ndindex(count, channels):
+        shown = axes[b, c].imshow(values[b, c], "RdBu_r", vmin=-limit, vmax=limit)
+        axes[b, c].set_title(str(c), fontsize=7, pad=2)
+    for ax, title in zip(axes[:, 0], titles or [], strict=False):
+        ax.set_ylabel(title)
+    figure.colorbar(shown, ax=axes.ravel().tolist(), shrink=0.8, aspect=30)
+    return figure
+
+
+@_drawn
+def show_attention(
+    maps: Tensor,
+    words: Sequence[str],
+    image: Any = None,
+    rows: Sequence[str] | None = None,
+    low: float = -1.0,
+) -> "Figure":
+    """Where each word is found: heat maps (words, h, w) or (rows, words, h, w).
+
+    With ``image``, a picture (3, H, W) in [``low``, 1], the maps lie over it and the
+    picture stands first. Each map is scaled from zero to its own maximum.
+    """
+    values = _numpy(maps)
+    values = values[None] if values.ndim == 3 else values
+    picture = None if image is None else to_pictures(image, low)[0]
+    first = 0 if picture is None else 1
+    figure, axes = _panels(len(values), len(words) + first)
+    for row, w in np.ndindex(values.shape[:2]):
+        axes[row, first + w].imshow(_heat(values[row, w], picture))
+        if row == 0:
+            axes[row, first + w].set_title(words[w])
+    for row in range(len(values) * first):
+        axes[row, 0].imshow(picture)
+    for ax, label in zip(axes[:, 0], rows or [], strict=False):
+        ax.set_ylabel(label)
+    return figure
+
+
+def _heat(values: np.ndarray, picture: np.ndarray | None) -> np.ndarray:
+    """A heat map (h, w) as colours, over a darkened picture if there is one."""
+    from matplotlib import colormaps
+
+    scaled = values / max(values.max(), 1e-12)
+    colors = colormaps["inferno"](scaled)[..., :3]
+    if picture is None:
+        return colors
+    scale = [p // v for p, v in zip(picture.shape, values.shape, strict=False)]
+    colors = np.kron(colors, np.ones((*scale, 1)))
+    grey = picture.mean(-1, keepdims=True) / 255
+    return 0.3 * grey + 0.7 * colors
+
+
+@_drawn
+def show_trajectory(
+    rows: Mapping[str, Tensor], sigmas: Tensor | None = None, columns: int = 8
+) -> "Figure":
+    """One row a quantity, one column a step: from noise on the left to a picture.
+
+    ``rows`` maps a label to pictures (S, 3, H, W) in [−1, 1] or to latents
+    (S, C, h, w), which are shown by :func:`latent_pictures`; at most ``columns`` of
+    the S steps are drawn, evenly spaced. ``sigmas`` (S,) names them.
+    """
+    steps = len(next(iter(rows.values())))
+    chosen = np.linspace(0, steps - 1, min(columns, steps)).round().astype(int)
+    figure, axes = _panels(len(rows), len(chosen))
+    for band, (label, values) in zip(axes, rows.items(), strict=True):
+        pictures = _frames(values)
+        band[0].set_ylabel(label)
+        for ax, step in zip(band, chosen, strict=True):
+            ax.imshow(pictures[step])
+    for ax, step in zip(axes[0], chosen, strict=True):
+        ax.set_title(f"{step}" if sigmas is None else f"σ = {float(sigmas[step]):.2f}")
+    return figure
+
+
+def _frames(values: Tensor) -> np.ndarray:
+    return to_pictures(values) if values.shape[1] == 3 else latent_pictures(values)
+
+
+# Text
+
+
+def _wrapped(text: str, width: int) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text, width)) or text
+
+
+@functools.cache
+def _glyphs() -> frozenset[int]:
+    from matplotlib import font_manager
+
+    path = font_manager.findfont("DejaVu Sans Mono")
+    return frozenset(font_manager.get_font(path).get_charmap())
+
+
+def _visible(piece: str) -> str:
+    """The piece with what the font cannot draw written as ``U+1F600``."""
+    return "".join(
+        c if ord(c) in _glyphs() and c.isprintable() else f"U+{ord(c):04X}"
+        for c in piece
+    )
+
+
+@_drawn
+def show_pieces(
+    rows: Sequence[Sequence[str]],
+    labels: Sequence[str] | None = None,
+    notes: Sequence[Sequence[str]] | None = None,
+    width: int = 84,
+) -> "Figure":
+    """Rows of text pieces as coloured chips; equal pieces have equal colours.
+
+    ``labels`` name the rows; ``notes`` (one a piece) are written below the chips. Rows
+    longer than ``width`` characters go on in a line below.
+    """
+    labels = labels or [""] * len(rows)
+    notes = notes or [[""] * len(row) for row in rows]
+    margin = max(len(label) for label in labels) + 2 if any(labels) else 0
+    chips, line = [], 0
+    for row, note in zip(rows, notes, strict=True):
+        placed, line = _place(row, note, line, width - margin)
+        chips.append(placed)
+    step = 0.5 if any(n for note in notes for n in note) else 0.3
+    figure, axes = _axes(1, 1, (WIDTH, step * line + 0.1))
+    axes[0, 0].set(xlim=(0, width), ylim=(line - 0.4, -0.6))
+    _blank(axes[0, 0])
+    for label, placed in zip(labels, chips, strict=True):
+        _draw_chips(axes[0, 0], label, margin, placed)
+    return figure
+
+
+def _place(
+    row: Sequence[str], notes: Sequence[str], line: int, width: int
+) -> tuple[list[tuple[float, int, str, str]], int]:
+    """Column and line of every piece of a row, and the line after it."""
+    placed, x = [], 0.0
+    for piece, note in zip(row, notes, strict=True):
+        piece = _visible(piece)
+        size = max(len(piece), len(note) * 0.8) + 1.4
+        if x and x + size > width:
+            x, line = 0.0, line + 1
+        placed.append((x + size / 2, line, piece, note))
+        x += size
+    return placed, line + 1
+
+
+def _draw_chips(ax: "Axes", label: str, margin: int, placed: list[Any]) -> None:
+    from zlib import crc32
+
+    font = {"va": "center", "parse_math": False, "family": "DejaVu Sans Mono"}
+    if placed:
+        ax.text(0, placed[0][1], label, fontsize=8, **font)
+    for x, y, piece, note in placed:
+        color = _colors(7)[crc32(piece.encode()) % 7]
+        box = {"boxstyle": "round,pad=0.25", "fc": color + "40", "ec": color, "lw": 0.8}
+        place = {"ha": "center", **font}
+        ax.text(margin + x, y, piece, fontsize=8, bbox=box, **place)
+        ax.text(margin + x, y + 0.45, note, fontsize=6.5, **place)
+
+
+def show_tokens(tokenizer: Any, text: str | Sequence[str]) -> "Figure":
+    """The tokens of a text, or of several, as chips with their ids beneath.
+
+    ``tokenizer`` has ``encode(text) → ids`` and ``tokens(ids) → pieces``.
+    """
+    texts = [text] if isinstance(text, str) else text
+    ids = [tokenizer.encode(text) for text in texts]
+    notes = [[str(i) for i in row] for row in ids]
+    return show_pieces([tokenizer.tokens(row) for row in ids], notes=notes)
+
+
+@_drawn
+def show_lattice(
+    text: str,
+    pieces: Sequence[tuple[int, int, float]],
+    best: Sequence[tuple[int, int]] = (),
+) -> "Figure":
+    """The lattice of a Unigram tokenizer: an arc for each piece that fits the text.
+
+    ``pieces``: (start, end, log-probability), in characters of ``text``; ``best``: the
+    (start, end) arcs of the winning path, drawn in colour.
+    """
+    longest = max(end - start for start, end, _ in pieces)
+    figure, axes = _axes(1, 1, (WIDTH, 1.2 + 0.42 * longest))
+    ax = axes[0, 0]
+    _blank(ax)
+    ax.set(xlim=(-0.3, len(text) + 0.3), ylim=(-0.9, longest + 0.6))
+    for i, letter in enumerate(text):
+        ax.text(i + 0.5, -0.55, _visible(letter), ha="center", parse_math=False)
+    ax.plot(range(len(text) + 1), [0] * (len(text) + 1), "o", color="C7", ms=4)
+    for start, end, score in pieces:
+        _arc(ax, start, end, f"{score:.1f}", (start, end) in set(best))
+    return figure
+
+
+def _arc(ax: "Axes", start: int, end: int, label: str, chosen: bool) -> None:
+    x = np.linspace(0, np.pi, 30)
+    width = end - start
+    color = _colors(2)[1] if chosen else "#777b8399"
+    path = start + width * (1 - np.cos(x)) / 2, (width - 0.35) * np.sin(x)
+    ax.plot(*path, color=color, lw=2.4 if chosen else 1, zorder=3 if chosen else 2)
+    style = {"fontsize": 7, "ha": "center", "color": color if chosen else None}
+    ax.text(start + width / 2, width - 0.25, label, **style)
+
+
+# Numbers
+
+
+@_drawn
+def show_curves(
+    curves: Mapping[str, Any],
+    xlabel: str = "",
+    ylabel: str = "",
+    logx: bool = False,
+    logy: bool = False,
+    title: str = "",
+    markers: bool = False,
+) -> "Figure":
+    """Lines by name: each a sequence of y, or a pair (x, y)."""
+    figure, axes = _axes(1, 1, (5.4, 3.0), grid=True)
+    ax = axes[0, 0]
+    for color, (name, curve) in zip(_colors(len(curves)), curves.items(), strict=True):
+        x, y = curve if isinstance(curve, tuple) else (range(len(curve)), curve)
+        ax.plot(
+            _numpy(x), _numpy(y), "o-" if markers else "-", c=color, label=name, ms=4
+        )
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    ax.set(xscale="log" if logx else "linear", yscale="log" if logy else "linear")
+    if any(curves):
+        ax.legend()
+    return figure
+
+
+@_drawn
+def show_heatmap(
+    matrix: Tensor,
+    rows: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+    xlabel: str = "",
+    ylabel: str = "",
+    title: str = "",
+    signed: bool = False,
+    digits: int | None = None,
+) -> "Figure":
+    """A matrix (R, C) as colours; ``digits`` writes its values into the cells."""
+    values = _numpy(matrix)
+    height = min(7.0, max(1.6, 5.0 * values.shape[0] / values.shape[1]))
+    figure, axes = _axes(1, 1, (5.8, height + 0.6))
+    ax, limit = axes[0, 0], np.abs(values).max()
+    scale = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit} if signed else {}
+    shown = ax.imshow(values, **scale)
+    figure.colorbar(shown, shrink=0.8)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    if rows is not None:
+        ax.set_yticks(range(len(rows)), rows)
+    if columns is not None:
+        ax.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+    if digits is not None:
+        _write(ax, values, shown, digits)
+    return figure
+
+
+def _write(ax: "Axes", values: np.ndarray, shown: Any, digits: int) -> None:
+    for (row, column), value in np.ndenumerate(values):
+        light = np.dot(shown.cmap(shown.norm(value))[:3], (0.3, 0.59, 0.11)) > 0.5
+        style = {"ha": "center", "va": "center", "color": "k" if light else "w"}
+        ax.text(column, row, f"{value:.{digits}f}", fontsize=7, **style)
+
+
+@_drawn
+def show_bars(
+    values: Mapping[str, Any],
+    ylabel: str = "",
+    logy: bool = False,
+    title: str = "",
+    stacked: bool = False,
+) -> "Figure":
+    """Bars by name. A mapping of mappings, name → part → value, gives each name one
+    bar a part, side by side or ``stacked``."""
+    nested = {k: v if isinstance(v, Mapping) else {"": v} for k, v in values.items()}
+    parts = list(dict.fromkeys(part for row in nested.values() for part in row))
+    figure, axes = _axes(1, 1, (5.8, 3.0))
+    ax, base = axes[0, 0], np.zeros(len(nested))
+    width = 0.7 if stacked else 0.8 / len(parts)
+    for i, (part, color) in enumerate(zip(parts, _colors(len(parts)), strict=True)):
+        heights = np.array([float(row.get(part, 0)) for row in nested.values()])
+        x = np.arange(len(nested)) + (
+            0 if stacked else (i - (len(parts) - 1) / 2) * width
+        )
+        ax.bar(
+            x, heights, width * 0.95, base if stacked else 0, color=color, label=part
+        )
+        base += heights
+    ax.set_xticks(range(len(nested)), [_wrapped(name, 16) for name in nested])
+    ax.set(ylabel=ylabel, title=title, yscale="log" if logy else "linear")
+    if len(parts) > 1:
+        ax.legend()
+    return figure
+
+
+@_drawn
+def show_histogram(
+    values: Mapping[str, Tensor], bins: int = 60, xlabel: str = "", title: str = ""
+) -> "Figure":
+    """The densities of one or several sets of numbers, on common bins."""
+    flat = {name: _numpy(x).ravel() for name, x in values.items()}
+    edges = np.histogram_bin_edges(np.concatenate(list(flat.values())), bins)
+    figure, axes = _axes(1, 1, (5.4, 2.8), grid=True)
+    for color, (name, x) in zip(_colors(len(flat)), flat.items(), strict=True):
+        style = {"histtype": "stepfilled", "fc": color + "30", "ec": color, "lw": 1.4}
+        axes[0, 0].hist(x, edges, density=True, label=name, **style)
+    axes[0, 0].set(xlabel=xlabel, ylabel="density", title=title)
+    axes[0, 0].legend()
+    return figure
+
+
+@_drawn
+def show_points(
+    panels: Points | Mapping[str, Points],
+    paths: Tensor | None = None,
+    arrows: tuple[Tensor, Tensor] | None = None,
+    limits: tuple[float, float] | None = None,
+) -> "Figure":
+    """Sets of points (N, 2) in the plane, by name; or several such panels by title.
+
+    In the first panel, ``paths`` (S, N, 2) are drawn as N lines of S points, and
+    ``arrows``, a pair of (M, 2) tensors, as vectors at places.
+    """
+    nested = isinstance(next(iter(panels.values()), None), Mapping)
+    panels = panels if nested else {"": panels}
+    side = min(3.6, WIDTH / len(panels))
+    figure, axes = _axes(1, len(panels), (side * len(panels), side + 0.3), grid=True)
+    for ax, (title, sets) in zip(axes.flat, panels.items(), strict=True):
+        for color, (name, xy) in zip(_colors(len(sets)), sets.items(), strict=True):
+            ax.scatter(
+                *_numpy(xy).T, s=7, c=color, label=name, alpha=0.7, lw=0, zorder=3
+            )
+        ax.set(title=title, aspect="equal", xlim=limits, ylim=limits)
+        if any(sets):
+            ax.legend(loc="upper left", markerscale=2)
+    if paths is not None:
+        axes[0, 0].plot(
+            *_numpy(paths).transpose(2, 0, 1), c="#777b83", lw=0.7, alpha=0.6
+        )
+    if arrows is not None:
+        at, along = (_numpy(x).T for x in arrows)
+        axes[0, 0].quiver(*at, *along, color=_colors(2)[1], width=0.004, angles="xy")
+    return figure
+
+
+# The map of the pipeline
+
+_BOXES = {  # name: (x, y, text)
+    "tokenizer": (0.0, 1.0, "tokenizer\n1"),
+    "text_encoders": (1.5, 1.0, "text\nencoders\n2"),
+    "attention": (3.25, 1.75, "attention\n4"),
+    "dit": (3.25, 1.0, "DiT\n5"),
+    "flow_matching": (3.25, 0.0, "flow\nmatching\n6"),
+    "vae": (5.0, 1.0, "VAE\n3"),
+    "training": (1.5, 0.0, "training\n7"),
+    "sampling": (5.0, 0.0, "sampling\n8"),
+}
+_ARROWS = [  # from, to, what travels
+    ("tokenizer", "text_encoders", "ids"),
+    ("text_encoders", "dit", "context"),
+    ("dit", "vae", "latents"),
+]
+
+
+@_drawn
+def show_pipeline(here: str | None = None) -> "Figure":
+    """The map of the pipeline, from prompt to picture; chapter ``here`` in colour."""
+    if here is not None and here not in _BOXES:
+        raise ValueError(f"unknown chapter {here!r}: expected one of {list(_BOXES)}")
+    figure, axes = _axes(1, 1, (WIDTH, 2.4))
+    ax = axes[0, 0]
+    _blank(ax)
+    ax.set(xlim=(-1.35, 6.6), ylim=(-0.45, 2.2))
+    for name, (x, y, text) in _BOXES.items():
+        _box(ax, x, y, text, name == here)
+    for start, end, label in _ARROWS:
+        _arrow(ax, _BOXES[start][0] + 0.5, _BOXES[end][0] - 0.5, 1.0, label)
+    _arrow(ax, -0.85, -0.5, 1.0, "")
+    _arrow(ax, 5.5, 5.85, 1.0, "")
+    ax.text(-0.9, 1.0, "prompt", ha="right", va="center")
+    ax.text(5.9, 1.0, "picture", ha="left", va="center")
+    ax.annotate("", (3.25, 0.68), (3.25, 0.34), arrowprops={"arrowstyle": "<->"})
+    return figure
+
+
+def _box(ax: "Axes", x: float, y: float, text: str, chosen: bool) -> None:
+    from matplotlib.patches import FancyBboxPatch
+
+    color = _colors(2)[1] if chosen else "#777b83"
+    style = {"fc": color + ("40" if chosen else "18"), "ec": color}
+    shape = "round,pad=0,rounding_size=0.08"
+    patch = FancyBboxPatch(
+        (x - 0.47, y - 0.32), 0.94, 0.64, shape, lw=2 if chosen else 1, **style
+    )
+    ax.add_patch(patch)
+    ax.text(x, y, text, ha="center", va="center", weight="bold" if chosen else None)
+
+
+def _arrow(ax: "Axes", start: float, end: float, y: float, label: str) -> None:
+    ax.annotate(
+        "", (end, y), (start, y), arrowprops={"arrowstyle": "->", "ec": "#777b83"}
+    )
+    ax.text((start + end) / 2, y + 0.07, label, ha="center", fontsize=8, style="italic")
