@@ -1,0 +1,218 @@
+"""The judge: a small network that reads a scene's attributes from its picture.
+
+It is trained on real training scenes only and frozen before any evaluation, so that it
+can say how often a generated picture shows what its prompt asked for. Its last hidden
+layer gives the features of the Fréchet distance.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from minidiff.support.data import (
+    BACKGROUNDS,
+    CLASSES,
+    COLORS,
+    LAYOUTS,
+    Attributes,
+    Scenes,
+)
+
+JUDGE = Path(__file__).parent.parent / "pretrained" / "judge"
+EVALUATION_SEED = 2  # scenes that training (seed 0) never draws
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Widths and residual blocks at 32, 16 and 8 pixels; the size of the features."""
+
+    widths: tuple[int, ...] = (64, 96, 128)
+    blocks: tuple[int, ...] = (2, 2, 1)
+    features: int = 192
+
+
+class Residual(nn.Module):
+    """Two convolutions beside a shortcut (He et al. 2016, section 3.3)."""
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        same = width_in == width and stride == 1
+        self.shortcut = None if same else nn.Conv2d(width_in, width, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.norm1(self.conv1(x)))
+        h = self.norm2(self.conv2(h))
+        return F.relu(h + (x if self.shortcut is None else self.shortcut(x)))
+
+
+class Judge(nn.Module):
+    """Pictures (B, 3, 64, 64) in [−1, 1] → logits of every attribute."""
+
+    sizes = (len(LAYOUTS), 2 * len(CLASSES), 2 * len(COLORS), len(BACKGROUNDS))
+
+    def __init__(self, config: JudgeConfig = JudgeConfig()) -> None:  # noqa: B008
+        super().__init__()
+        self.config = config
+        width = config.widths[0]
+        self.stem = nn.Conv2d(12, width, 3, 1, 1)
+        blocks = []
+        for level, (new, count) in enumerate(
+            zip(config.widths, config.blocks, strict=True)
+        ):
+            for i in range(count):
+                blocks += [Residual(width, new, 2 if level and i == 0 else 1)]
+                width = new
+        self.blocks = nn.Sequential(*blocks)
+        self.hidden = nn.Linear(5 * width, config.features)
+        self.heads = nn.Linear(config.features, sum(self.sizes))
+
+    def features(self, images: Tensor) -> Tensor:
+        """The last hidden layer (B, features)."""
+        # (B, 3, 64, 64) → (B, 12, 32, 32): no detail of a small garment is averaged
+        x = self.blocks(F.relu(self.stem(F.pixel_unshuffle(images, 2))))
+        columns, rows = x.mean(2), x.mean(3)  # 2 × (B, W, 8)
+        halves = [v.mean(2) for y in (columns, rows) for v in y.chunk(2, dim=2)]
+        # Whole, left, right, top, bottom: 5 × (B, W) → (B, 5·W)
+        return F.relu(self.hidden(torch.cat([x.mean((2, 3)), *halves], 1)))
+
+    def forward(self, images: Tensor) -> Attributes:
+        """Logits: (B, 3), (B, 2, 10), (B, 2, 8) and (B, 8)."""
+        return self.read(self.features(images))
+
+    def read(self, features: Tensor) -> Attributes:
+        """The logits that follow from the features (B, features)."""
+        layout, garments, colors, background = (
+            self.heads(features).float().split(self.sizes, dim=1)
+        )
+        # (B, 2·K) → (B, 2, K)
+        garments, colors = garments.unflatten(1, (2, -1)), colors.unflatten(1, (2, -1))
+        return Attributes(layout, garments, colors, background)
+
+
+def judge_loss(logits: Attributes, target: Attributes) -> Tensor:
+    """Sum of the attributes' cross-entropies; absent garments (−1) do not count."""
+    losses = (
+        F.cross_entropy(p.flatten(0, -2), t.flatten(), ignore_index=-1)
+        for p, t in zip(logits, target, strict=True)
+    )
+    return sum(losses)
+
+
+def score(logits: Attributes, target: Attributes) -> dict[str, Tensor]:
+    """For every picture (B,), is it right in each kind of attribute, and in all?
+
+    ``colors`` and ``garments`` ask for both garments where there are two.
+    """
+    right = {
+        name: ((p.argmax(-1) == t) | (t < 0)).reshape(len(t), -1).all(1)
+        for name, p, t in zip(Attributes._fields, logits, target, strict=True)
+    }
+    return right | {"all": torch.stack(list(right.values())).all(0)}
+
+
+@torch.no_grad()
+def accuracy(judge: Judge, scenes: Scenes, n: int, batch: int = 500) -> dict:
+    """Share of the first ``n`` scenes that the judge reads rightly, by attribute."""
+    device, totals = scenes.gray.device, {}
+    for chunk in torch.arange(n, device=device).split(batch):
+        scene = scenes.batch(chunk)
+        for name, right in score(judge(scene.images), scene.attributes).items():
+            totals[name] = totals.get(name, 0) + right.sum().item()
+    return {name: total / n for name, total in totals.items()}
+
+
+def measure(judge: Judge, folder: str | Path | None, n: int = 10_000) -> dict:
+    """Accuracy on real test scenes, the ceiling of every evaluation."""
+    device = next(judge.parameters()).device
+    return {
+        f"{kind}, {'never trained' if held else 'seen'}": accuracy(
+            judge, Scenes("test", folder, device, EVALUATION_SEED, two, held), n
+        )
+        for two, kind in enumerate(("one garment", "two garments"))
+        for held in (False, True)
+    }
+
+
+def train_judge(
+    folder: str | Path | None = None,
+    output: str | Path = JUDGE,
+    device: str | torch.device = "cpu",
+    steps: int = 4000,
+    batch_size: int = 512,
+    learning_rate: float = 2e-3,
+    config: JudgeConfig = JudgeConfig(),  # noqa: B008
+    test_scenes: int = 10_000,
+    log: Callable[[str], None] = print,
+) -> dict:
+    """Train the judge on real training scenes, measure it on test scenes, save both.
+
+    AdamW, 5 % warm-up, cosine to zero; bfloat16 on CUDA. It takes about a minute on a
+    large GPU and does not resume: a run that was stopped starts again.
+
+    Returns:
+        The accuracies on test scenes, as they stand in ``output``/config.json.
+    """
+    device, output = torch.device(device), Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    judge = Judge(config).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(judge.parameters(), learning_rate, weight_decay=0.05)
+    warmup = max(steps // 20, 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda i: min((i + 1) / warmup, (1 + math.cos(math.pi * i / steps)) / 2),
+    )
+    scenes = Scenes("train", folder, device)
+    for step in range(steps):
+        first = step * batch_size
+        batch = scenes.batch(torch.arange(first, first + batch_size, device=device))
+        images = batch.images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = judge_loss(judge(images), batch.attributes)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % max(steps // 20, 1) == 0 or step == steps - 1:
+            log(f"judge: step {step} of {steps}, loss {loss.item():.4f}")
+    save_judge(judge.half().float(), output)  # measured as it will be read back
+    measured = measure(judge.eval(), folder, test_scenes)
+    save_judge(judge, output, accuracy=measured, steps=steps, batch_size=batch_size)
+    return measured
+
+
+def save_judge(judge: Judge, output: Path, **facts) -> None:
+    """Write model.safetensors (fp16) and config.json, with ``facts`` about it."""
+    weights = {k: v.contiguous() for k, v in judge.half().state_dict().items()}
+    save_file(weights, output / "model.safetensors")
+    judge.float()
+    text = json.dumps(asdict(judge.config) | facts, indent=2)
+    (output / "config.json").write_text(text + "\n")
+
+
+def load_judge(folder: str | Path = JUDGE, device: str | torch.device = "cpu") -> Judge:
+    """The trained judge, frozen, in eval mode and float32."""
+    folder = Path(folder)
+    if not (folder / "model.safetensors").exists():
+        raise FileNotFoundError(
+            f"no judge in {folder}: train it with `minidiff train --stage judge`"
+        )
+    values = json.loads((folder / "config.json").read_text())
+    sizes = {k: values[k] for k in JudgeConfig.__dataclass_fields__}
+    config = JudgeConfig(
+        tuple(sizes["widths"]), tuple(sizes["blocks"]), sizes["features"]
+    )
+    judge = Judge(config)
+    judge.load_state_dict(load_file(folder / "model.safetensors"))
+    return judge.to(device).float().eval().requires_grad_(False)
