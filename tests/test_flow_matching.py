@@ -181,8 +181,7 @@ def reference_dpmpp_2m(velocity, x, sigmas, time=minus_log, factor=2):
         if 0 < i < len(sigmas) - 2:
             r = (t[i] - t[i - 1]) / h
             used = (1 + 1 / (factor * r)) * x0 - 1 / (factor * r) * old
-        e = sigmas[i + 1] / sigmas[i]
-        x = e * x - (e - 1) * used
+        x = sigmas[i + 1] / sigmas[i] * x - (math.exp(-h) - 1) * used
         old = x0
     return x
 

@@ -1,0 +1,470 @@
+"""Weights and configurations on disk: the hub's folders, their names, their errors.
+
+The models carry the parameter names of the official single files. A folder in the
+hub's diffusers layout names the transformer's and the autoencoder's tensors otherwise;
+:func:`transformer_sources` and :func:`vae_sources` are the one table between the two,
+used for reading and for writing. Text encoders have one set of names in both layouts.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from math import prod
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+TINY = Path(__file__).parents[1] / "pretrained" / "tiny"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+CONFIGS = ("config.json", "scheduler_config.json")
+# Written by some versions, read by none: a copy of the table, the numbers 0, 1, 2, …
+UNUSED = {"encoder.embed_tokens.weight", "text_model.embeddings.position_ids"}
+
+Config = TypeVar("Config")
+Model = TypeVar("Model", bound=nn.Module)
+
+
+# Configurations
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises FileNotFoundError or ValueError naming it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; expected an object")
+    return content
+
+
+def config_file(path: Path | str) -> Path:
+    """``path`` itself if it is a file, else the configuration file in that folder."""
+    path = Path(path)
+    if path.suffix == ".json":
+        return path
+    found = [path / name for name in CONFIGS if (path / name).is_file()]
+    return found[0] if found else path / CONFIGS[0]
+
+
+def read_config(cls: type[Config], path: Path | str) -> Config:
+    """Build the dataclass ``cls`` from the hub's JSON file ``path`` (or its folder).
+
+    Keys that are not fields are ignored; a field without default must be there.
+    """
+    path = config_file(path)
+    content = read_json(path)
+    wanted = [f for f in fields(cls) if f.name in content]
+    missing = [
+        f.name
+        for f in fields(cls)
+        if f not in wanted and f.default is MISSING and f.default_factory is MISSING
+    ]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    values = {f.name: content[f.name] for f in wanted}
+    tuples = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
+    try:
+        return cls(**values | tuples)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+# Names
+
+
+@dataclass(frozen=True)
+class Source:
+    """The stored tensors that make one of ours, and how.
+
+    ``how``: "copy"; "stack" (their rows, one below the other); "swap" (the halves of
+    the rows change places); "conv" (a matrix that we hold as a 1×1 convolution).
+    """
+
+    names: tuple[str, ...]
+    how: str = "copy"
+
+
+Rename = Callable[[Iterable[str]], dict[str, Source]]
+
+TRANSFORMER = {
+    "pos_embed": "pos_embed.pos_embed",
+    "x_embedder.proj": "pos_embed.proj",
+    "context_embedder": "context_embedder",
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+BLOCK = {
+    "x_block.adaLN_modulation.1": "norm1.linear",
+    "x_block.attn.qkv": "attn.to_q attn.to_k attn.to_v",
+    "x_block.attn.ln_q": "attn.norm_q",
+    "x_block.attn.ln_k": "attn.norm_k",
+    "x_block.attn.proj": "attn.to_out.0",
+    "x_block.attn2.qkv": "attn2.to_q attn2.to_k attn2.to_v",
+    "x_block.attn2.ln_q": "attn2.norm_q",
+    "x_block.attn2.ln_k": "attn2.norm_k",
+    "x_block.attn2.proj": "attn2.to_out.0",
+    "x_block.mlp.fc1": "ff.net.0.proj",
+    "x_block.mlp.fc2": "ff.net.2",
+    "context_block.adaLN_modulation.1": "norm1_context.linear",
+    "context_block.attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+    "context_block.attn.ln_q": "attn.norm_added_q",
+    "context_block.attn.ln_k": "attn.norm_added_k",
+    "context_block.attn.proj": "attn.to_add_out",
+    "context_block.mlp.fc1": "ff_context.net.0.proj",
+    "context_block.mlp.fc2": "ff_context.net.2",
+}
+VAE = {
+    "mid.block_1": "mid_block.resnets.0",
+    "mid.block_2": "mid_block.resnets.1",
+    "mid.attn_1.norm": "mid_block.attentions.0.group_norm",
+    "mid.attn_1.q": "mid_block.attentions.0.to_q",
+    "mid.attn_1.k": "mid_block.attentions.0.to_k",
+    "mid.attn_1.v": "mid_block.attentions.0.to_v",
+    "mid.attn_1.proj_out": "mid_block.attentions.0.to_out.0",
+    "nin_shortcut": "conv_shortcut",
+    "downsample.conv": "downsamplers.0.conv",
+    "upsample.conv": "upsamplers.0.conv",
+    "norm_out": "conv_norm_out",
+}
+
+
+def transformer_sources(names: Iterable[str]) -> dict[str, Source]:
+    """Where diffusers' SD3Transformer2DModel keeps each of MMDiT's tensors ``names``.
+
+    diffusers stores the last layer's and the last context block's modulation as
+    (scale, shift); the official files, and we, as (shift, scale).
+    """
+    names = list(names)
+    blocks = [int(m[1]) for n in names if (m := re.match(r"joint_blocks\.(\d+)\.", n))]
+    last = f"joint_blocks.{max(blocks, default=0)}.context_block.adaLN_modulation"
+    return {name: _transformer_source(name, last) for name in names}
+
+
+def _transformer_source(name: str, last: str) -> Source:
+    parts = re.fullmatch(r"(?:joint_blocks\.(\d+)\.)?(.*?)(\.weight|\.bias)?", name)
+    block, inner, end = parts.groups(default="")
+    prefix = f"transformer_blocks.{block}." if block else ""
+    stored = (BLOCK if block else TRANSFORMER).get(inner, inner).split()
+    swap = name.startswith((last, "final_layer.adaLN_modulation"))
+    how = "stack" if len(stored) > 1 else "swap" if swap else "copy"
+    return Source(tuple(prefix + s + end for s in stored), how)
+
+
+def vae_sources(names: Iterable[str]) -> dict[str, Source]:
+    """Where diffusers' AutoencoderKL keeps each of the VAE's tensors ``names``.
+
+    diffusers counts the decoder's levels from the latents, the official files, and
+    we, from the pixels; it holds the attention's 1×1 convolutions as matrices.
+    """
+    names = list(names)
+    levels = [int(m[1]) for n in names if (m := re.match(r"decoder\.up\.(\d+)\.", n))]
+    return {name: _vae_source(name, max(levels, default=0)) for name in names}
+
+
+def _vae_source(name: str, top: int) -> Source:
+    stored = re.sub(r"\bup\.(\d+)", lambda m: f"up_blocks.{top - int(m[1])}", name)
+    stored = re.sub(r"\bdown\.(\d+)", r"down_blocks.\1", stored)
+    stored = re.sub(r"\bblock\.(\d+)", r"resnets.\1", stored)
+    for ours, theirs in VAE.items():
+        stored = re.sub(rf"\b{re.escape(ours)}\b", theirs, stored)
+    conv = re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name)
+    return Source((stored,), "conv" if conv else "copy")
+
+
+RENAMES: dict[str, Rename] = {
+    "SD3Transformer2DModel": transformer_sources,
+    "AutoencoderKL": vae_sources,
+}
+
+
+def _identity(names: Iterable[str]) -> dict[str, Source]:
+    return {name: Source((name,)) for name in names}
+
+
+# Files
+
+
+def weight_files(folder: Path | str) -> list[Path]:
+    """The safetensors files of a component's folder: one, or the shards of its index.
+
+    Raises FileNotFoundError where there is none, ValueError where there are only
+    pickled files: opening those can run any code that their author put in.
+    """
+    folder = Path(folder)
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return [folder / name]
+        if (index := folder / f"{name}.index.json").is_file():
+            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+            return [folder / shard for shard in shards]
+    pickled = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLED)
+    if pickled:
+        raise _refused(folder / pickled[0])
+    raise FileNotFoundError(f"no weights in {folder}: expected {' or '.join(WEIGHTS)}")
+
+
+def _refused(file: Path) -> ValueError:
+    return ValueError(
+        f"{file} is a pickled checkpoint, which could run any code when opened; "
+        "expected a .safetensors file"
+    )
+
+
+def read_header(file: Path) -> dict[str, tuple[int, ...]]:
+    """The names and shapes in a safetensors file, which is checked to be whole."""
+    file = Path(file)
+    if file.suffix in PICKLED:
+        raise _refused(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing")
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(f"{file} is not a whole safetensors file ({size} bytes)")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            raise ValueError(f"{file} is not a safetensors file") from None
+    header.pop("__metadata__", None)
+    data = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size != 8 + length + data:
+        raise ValueError(
+            f"{file} is damaged: it has {size} bytes; expected {8 + length + data}"
+        )
+    return {name: tuple(entry["shape"]) for name, entry in header.items()}
+
+
+# Reading
+
+
+def load_weights(
+    model: Model,
+    files: Iterable[Path],
+    rename: Rename | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Model:
+    """Give ``model`` (best built on the meta device) the tensors of safetensors files.
+
+    Each tensor goes from the memory map straight to ``device`` and ``dtype`` (None:
+    as stored); on a CPU, in the dtype stored, it stays in the map. ``rename`` says
+    where the files keep each tensor. Names and shapes are checked before any is read:
+    ValueError names what is missing, unexpected or of the wrong shape.
+    """
+    expected = model.state_dict()
+    sources = (rename or _identity)(expected)
+    found = {name: (f, shape) for f in files for name, shape in read_header(f).items()}
+    check_names(sources, found)
+    check_shapes(sources, found, expected)
+    handles = {}
+
+    def read(name: str) -> Tensor:
+        file = found[name][0]
+        if file not in handles:
+            handles[file] = _open(file)
+        return handles[file].get_tensor(name)
+
+    state = {
+        name: assemble(read, source, expected[name].shape, device, dtype)
+        for name, source in sources.items()
+    }
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def check_names(
+    sources: Mapping[str, Source], found: Mapping[str, tuple[Path, tuple[int, ...]]]
+) -> None:
+    """Raise ValueError unless the files hold exactly the tensors that are wanted."""
+    wanted = {name for source in sources.values() for name in source.names}
+    folder = next((file.parent for file, _ in found.values()), "the files")
+    if missing := wanted - found.keys():
+        raise ValueError(f"{folder} lacks {len(missing)} tensors: {_some(missing)}")
+    if extra := found.keys() - wanted - UNUSED:
+        what = f"{len(extra)} unexpected tensors"
+        raise ValueError(f"{folder} has {what}: {_some(extra)}")
+
+
+def check_shapes(
+    sources: Mapping[str, Source],
+    found: Mapping[str, tuple[Path, tuple[int, ...]]],
+    expected: Mapping[str, Tensor],
+) -> None:
+    """Raise ValueError at the first stored tensor that has not the shape it needs."""
+    for ours, source in sources.items():
+        rows, *rest = expected[ours].shape
+        parts = len(source.names)
+        shape = (rows // parts, *(rest[:1] if source.how == "conv" else rest))
+        for name in source.names:
+            file, stored = found[name]
+            if stored != shape:
+                raise ValueError(
+                    f"{file}: {name} has shape {list(stored)}; expected {list(shape)}"
+                )
+
+
+def assemble(
+    read: Callable[[str], Tensor],
+    source: Source,
+    shape: tuple[int, ...],
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """One of our tensors, of ``shape``, from the stored tensors of its ``source``."""
+    first = read(source.names[0])
+    if source.how == "stack":
+        whole = torch.empty(shape, device=device, dtype=dtype or first.dtype)
+        for part, name in zip(
+            whole.chunk(len(source.names)), source.names, strict=True
+        ):
+            part.copy_(read(name))
+        return whole
+    tensor = first.to(device=device, dtype=dtype)
+    if source.how == "swap":
+        return torch.cat(tensor.chunk(2)[::-1])
+    return tensor.reshape(shape)
+
+
+def component_class(folder: Path | str) -> str:
+    """The class name that a component's config.json states, as diffusers spells it."""
+    content = read_json(config_file(folder))
+    return content.get("_class_name") or (content.get("architectures") or [""])[0]
+
+
+def load_component(
+    model_class: type[Model],
+    config_class: type[Config],
+    folder: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+) -> Model:
+    """Build ``model_class`` from a component's folder, in eval mode.
+
+    ``folder`` holds config.json and safetensors in the hub's layout. On the meta
+    device nothing is read but the configuration.
+    """
+    config = read_config(config_class, folder)
+    with torch.device("meta"):
+        model = model_class(config)
+    if torch.device(device).type == "meta":
+        return model.to(dtype).eval()
+    rename = RENAMES.get(component_class(folder))
+    return load_weights(model, weight_files(folder), rename, device, dtype)
+
+
+# Writing
+
+
+def stored_tensors(
+    state: Mapping[str, Tensor], rename: Rename | None = None
+) -> dict[str, Tensor]:
+    """``state`` under the names and in the form in which the hub's folders keep it."""
+    stored = {}
+    for ours, source in (rename or _identity)(state).items():
+        parts = state[ours].chunk(len(source.names))  # (3·D, D) → 3 × (D, D)
+        if source.how == "swap":
+            parts = [torch.cat(state[ours].chunk(2)[::-1])]
+        elif source.how == "conv":
+            parts = [state[ours].flatten(1)]  # (C, C, 1, 1) → (C, C)
+        stored.update(zip(source.names, parts, strict=True))
+    return stored
+
+
+def save_weights(
+    model: nn.Module,
+    file: Path | str,
+    rename: Rename | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write ``model``'s tensors to one safetensors file, in ``dtype`` (None: as is).
+
+    The file is written aside and then takes its name, so that a reader, and a model
+    whose weights are still mapped from the old file, never see half of it.
+    """
+    file = Path(file)
+    tensors = {
+        name: t.detach().to("cpu", dtype).contiguous()
+        for name, t in stored_tensors(model.state_dict(), rename).items()
+    }
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    save_file(tensors, aside, metadata={"format": "pt"})
+    aside.replace(file)
+
+
+def hub_config(config: Any, class_name: str) -> dict[str, Any]:
+    """The config.json with which diffusers or transformers builds ``class_name``."""
+    content = asdict(config)
+    if class_name == "SD3Transformer2DModel":
+        width = config.num_attention_heads * config.attention_head_dim
+        return {"_class_name": class_name, "caption_projection_dim": width, **content}
+    if class_name == "AutoencoderKL":
+        levels = len(config.block_out_channels)
+        return {
+            "_class_name": class_name,
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+            **content,
+        }
+    if class_name == "T5EncoderModel":
+        kind = {"model_type": "t5", "is_encoder_decoder": False, "use_cache": False}
+        return {"architectures": [class_name], **kind, **content}
+    kind = {"model_type": "clip_text_model", "bos_token_id": 0, "pad_token_id": 1}
+    return {"architectures": [class_name], **kind, **content}
+
+
+def save_component(
+    model: nn.Module,
+    folder: Path | str,
+    class_name: str,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write ``model`` as a component's folder that diffusers or transformers loads.
+
+    ``class_name`` is the hub's: SD3Transformer2DModel, AutoencoderKL,
+    CLIPTextModelWithProjection or T5EncoderModel.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rename = RENAMES.get(class_name)
+    save_weights(model, folder / WEIGHTS[0 if rename else 1], rename, dtype)
+    write_json(folder / "config.json", hub_config(model.config, class_name))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write ``content`` as the hub's JSON files are written: indented, sorted."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def count_parameters(model: nn.Module) -> int:
+    """How many numbers the model learns (its buffers are not among them)."""
+    return sum(prod(p.shape) for p in model.parameters())

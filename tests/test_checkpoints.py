@@ -1,0 +1,314 @@
+"""Files, names and errors of checkpoints; both directions of the diffusers layout."""
+
+import json
+import pickle
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from helpers import randomize
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from minidiff.dit import MMDiT, MMDiTConfig
+from minidiff.support import checkpoints as cp
+from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
+from minidiff.vae import VAE, VAEConfig
+
+MMDIT = MMDiTConfig(
+    sample_size=8,
+    num_layers=3,
+    attention_head_dim=8,
+    num_attention_heads=2,
+    joint_attention_dim=24,
+    pooled_projection_dim=20,
+    pos_embed_max_size=6,
+    dual_attention_layers=(0, 1),
+    qk_norm="rms_norm",
+)
+SMALL_VAE = VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
+CLIP = CLIPTextConfig(50, 16, 24, 2, 2, 12, "gelu", 1e-5, 10, eos_token_id=2)
+T5 = T5Config(50, 24, 8, 32, 2, 3)
+COMPONENTS = {
+    "SD3Transformer2DModel": (MMDiT, MMDIT),
+    "AutoencoderKL": (VAE, SMALL_VAE),
+    "CLIPTextModelWithProjection": (CLIPTextEncoder, CLIP),
+    "T5EncoderModel": (T5Encoder, T5),
+}
+
+
+def saved(folder, class_name, dtype=None):
+    model_class, config = COMPONENTS[class_name]
+    model = randomize(model_class(config))
+    cp.save_component(model, folder, class_name, dtype)
+    return model
+
+
+def load(folder, class_name, **kwargs):
+    model_class, config = COMPONENTS[class_name]
+    return cp.load_component(model_class, type(config), folder, **kwargs)
+
+
+def their_class(class_name):
+    module = pytest.importorskip(
+        "diffusers" if class_name in cp.RENAMES else "transformers"
+    )
+    return getattr(module, class_name)
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("class_name", COMPONENTS)
+def test_saved_and_loaded_is_the_same(tmp_path, class_name):
+    model = saved(tmp_path, class_name)
+    loaded = load(tmp_path, class_name)
+    assert loaded.config == model.config
+    assert not loaded.training
+    before, after = model.state_dict(), loaded.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("class_name", COMPONENTS)
+def test_the_reference_loads_what_we_save_and_we_what_it_saves(tmp_path, class_name):
+    model = saved(tmp_path / "ours", class_name)
+    theirs, info = their_class(class_name).from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = load(tmp_path / "theirs", class_name).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(back[name], tensor), name
+
+
+def test_shards_are_found_by_their_index(tmp_path):
+    model = saved(tmp_path / "ours", "SD3Transformer2DModel")
+    theirs = their_class("SD3Transformer2DModel").from_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(cp.weight_files(tmp_path / "shards")) > 2
+    loaded = load(tmp_path / "shards", "SD3Transformer2DModel").state_dict()
+    assert all(torch.equal(loaded[n], t) for n, t in model.state_dict().items())
+    next(iter(cp.weight_files(tmp_path / "shards"))).unlink()
+    with pytest.raises(FileNotFoundError, match="00001-of"):
+        load(tmp_path / "shards", "SD3Transformer2DModel")
+
+
+def test_dtype_and_device(tmp_path):
+    model = saved(tmp_path, "AutoencoderKL", torch.float16)
+    stored = load_file(tmp_path / cp.WEIGHTS[0])
+    assert {t.dtype for t in stored.values()} == {torch.float16}
+    assert {p.dtype for p in load(tmp_path, "AutoencoderKL").parameters()} == {
+        torch.float32
+    }
+    as_stored = load(tmp_path, "AutoencoderKL", dtype=None)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(as_stored.state_dict()[name], tensor.half()), name
+    meta = load(tmp_path, "AutoencoderKL", device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in meta.parameters()} == {
+        ("meta", torch.bfloat16)
+    }
+
+
+def test_weights_in_their_own_dtype_stay_in_the_map(tmp_path):
+    saved(tmp_path, "CLIPTextModelWithProjection")
+    maps = open("/proc/self/maps").read() if cp.Path("/proc/self/maps").exists() else ""
+    if not maps:
+        pytest.skip("needs /proc/self/maps")
+    model = load(tmp_path, "CLIPTextModelWithProjection")
+    ranges = [
+        [int(end, 16) for end in line.split()[0].split("-")]
+        for line in open("/proc/self/maps")
+        if str(tmp_path) in line
+    ]
+    for name, tensor in model.state_dict().items():
+        assert any(a <= tensor.data_ptr() < b for a, b in ranges), name
+
+
+def test_saving_over_the_mapped_file_keeps_the_model(tmp_path):
+    saved(tmp_path, "T5EncoderModel")
+    model = load(tmp_path, "T5EncoderModel")
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    cp.save_component(model, tmp_path, "T5EncoderModel", torch.float16)
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    "manifest, prefix, sources",
+    [
+        ("large.transformer", "model.diffusion_model.", cp.transformer_sources),
+        ("medium.transformer", "model.diffusion_model.", cp.transformer_sources),
+        ("vae", "first_stage_model.", cp.vae_sources),
+    ],
+)
+def test_every_name_of_the_official_files(shared, manifest, prefix, sources):
+    operations = {"copy": "copy", "squeeze_1x1": "conv", "swap_halves": "swap"}
+    expected = {}
+    table = shared / "sd35" / "manifests" / f"keymap.{manifest}.tsv"
+    for line in table.read_text().splitlines()[1:]:
+        ours, theirs, operation = line.split("\t")
+        names, _ = expected.get(ours.removeprefix(prefix), ((), ""))
+        how = operations.get(operation, "stack")
+        expected[ours.removeprefix(prefix)] = ((*names, theirs), how)
+    found = {name: (s.names, s.how) for name, s in sources(expected).items()}
+    assert found == {n: (tuple(names), how) for n, (names, how) in expected.items()}
+
+
+@pytest.mark.parametrize(
+    "folder, component, sources",
+    [
+        ("sd3.5-medium", "transformer", cp.transformer_sources),
+        ("sd3.5-large", "transformer", cp.transformer_sources),
+        ("sd3.5-large", "vae", cp.vae_sources),
+        ("sd3.5-large", "text_encoder", cp._identity),
+        ("sd3.5-large", "text_encoder_2", cp._identity),
+        ("sd3.5-large", "text_encoder_3", cp._identity),
+    ],
+)
+def test_the_published_folders_fit_on_the_meta_device(
+    shared, folder, component, sources
+):
+    path = shared / "sd35" / "configs" / folder / component
+    model_class, config = COMPONENTS[cp.component_class(path)]
+    model = cp.load_component(model_class, type(config), path, device="meta")
+    name = f"{folder}.{component}" if component == "transformer" else component
+    lines = (shared / "sd35" / "manifests" / "hf" / f"{name}.tsv").read_text()
+    rows = [line.split("\t") for line in lines.splitlines() if line[0] != "#"]
+    found = {n: (cp.Path(n), tuple(map(int, s.split("x")))) for n, _, s in rows}
+    expected = model.state_dict()
+    cp.check_names(sources(expected), found)
+    cp.check_shapes(sources(expected), found, expected)
+
+
+def test_half_swap_is_seen(tmp_path, monkeypatch):
+    """The mutant that forgets to swap halves gives other numbers."""
+    model = saved(tmp_path, "SD3Transformer2DModel")
+    straight = lambda names: {  # noqa: E731
+        n: replace(s, how="copy" if s.how == "swap" else s.how)
+        for n, s in cp.transformer_sources(names).items()
+    }
+    monkeypatch.setitem(cp.RENAMES, "SD3Transformer2DModel", straight)
+    loaded = load(tmp_path, "SD3Transformer2DModel").state_dict()
+    wrong = {n for n, t in model.state_dict().items() if not torch.equal(t, loaded[n])}
+    assert wrong == {
+        f"{layer}.adaLN_modulation.1.{kind}"
+        for layer in ("final_layer", "joint_blocks.2.context_block")
+        for kind in ("weight", "bias")
+    }
+
+
+# Configurations
+
+
+def test_read_config(tmp_path):
+    @dataclass(frozen=True)
+    class Small:
+        size: int
+        parts: tuple[int, ...] = ()
+
+    file = tmp_path / "config.json"
+    file.write_text('{"size": 3, "parts": [1, 2], "other": null}')
+    assert cp.read_config(Small, tmp_path) == Small(3, (1, 2))
+    assert cp.read_config(Small, file) == Small(3, (1, 2))
+    file.write_text('{"other": 1}')
+    with pytest.raises(ValueError, match="config.json lacks size"):
+        cp.read_config(Small, tmp_path)
+    file.write_text("{")
+    with pytest.raises(ValueError, match="config.json is not valid JSON"):
+        cp.read_config(Small, tmp_path)
+    file.write_text("[]")
+    with pytest.raises(ValueError, match="expected an object"):
+        cp.read_config(Small, tmp_path)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+        cp.read_config(Small, tmp_path)
+
+
+def test_a_bad_value_names_the_file(tmp_path):
+    saved(tmp_path, "SD3Transformer2DModel")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"qk_norm": "layer"}))
+    with pytest.raises(ValueError, match="config.json.*layer"):
+        load(tmp_path, "SD3Transformer2DModel")
+
+
+# Files that cannot be used
+
+
+@pytest.fixture
+def vae_folder(tmp_path):
+    saved(tmp_path, "AutoencoderKL")
+    return tmp_path
+
+
+def edit(folder, change):
+    tensors = load_file(folder / cp.WEIGHTS[0])
+    change(tensors)
+    save_file(tensors, folder / cp.WEIGHTS[0], metadata={"format": "pt"})
+
+
+def test_missing_weights(vae_folder):
+    (vae_folder / cp.WEIGHTS[0]).unlink()
+    with pytest.raises(FileNotFoundError, match="no weights in .*expected diffusion"):
+        load(vae_folder, "AutoencoderKL")
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, -1])
+def test_truncated_weights(vae_folder, kept):
+    file = vae_folder / cp.WEIGHTS[0]
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model.*bytes"):
+        load(vae_folder, "AutoencoderKL")
+
+
+def test_weights_that_are_something_else(vae_folder):
+    file = vae_folder / cp.WEIGHTS[0]
+    file.write_bytes((8).to_bytes(8, "little") + b"not json and more")
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        load(vae_folder, "AutoencoderKL")
+
+
+@pytest.mark.parametrize("suffix", cp.PICKLED)
+def test_pickled_weights_are_refused_unopened(vae_folder, suffix):
+    (vae_folder / cp.WEIGHTS[0]).unlink()
+    file = vae_folder / f"diffusion_pytorch_model{suffix}"
+    file.write_bytes(pickle.dumps(print))
+    with pytest.raises(ValueError, match="pickled checkpoint.*expected a .safetensors"):
+        load(vae_folder, "AutoencoderKL")
+    with pytest.raises(ValueError, match="pickled checkpoint"):
+        cp.load_weights(nn.Linear(1, 1), [file])
+
+
+def test_wrong_shape(vae_folder):
+    def change(tensors):
+        tensors["decoder.conv_in.bias"] = torch.zeros(7)
+
+    edit(vae_folder, change)
+    with pytest.raises(
+        ValueError, match=r"conv_in.bias has shape \[7\]; expected \[16"
+    ):
+        load(vae_folder, "AutoencoderKL")
+
+
+def test_lacking_and_unexpected_names(vae_folder):
+    edit(vae_folder, lambda tensors: tensors.pop("decoder.conv_in.bias"))
+    with pytest.raises(ValueError, match="lacks 1 tensors: decoder.conv_in.bias"):
+        load(vae_folder, "AutoencoderKL")
+    saved(vae_folder, "AutoencoderKL")
+    edit(vae_folder, lambda tensors: tensors.update(quant_conv=torch.zeros(2)))
+    with pytest.raises(ValueError, match="1 unexpected tensors: quant_conv"):
+        load(vae_folder, "AutoencoderKL")
+
+
+def test_known_leftovers_are_ignored(tmp_path):
+    model = saved(tmp_path, "T5EncoderModel")
+    tensors = load_file(tmp_path / cp.WEIGHTS[1])
+    tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"].clone()
+    save_file(tensors, tmp_path / cp.WEIGHTS[1])
+    loaded = load(tmp_path, "T5EncoderModel").state_dict()
+    assert all(torch.equal(loaded[n], t) for n, t in model.state_dict().items())
