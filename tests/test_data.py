@@ -1,22 +1,8 @@
-import os
-from pathlib import Path
-
 import pytest
 import torch
 
 from minidiff.support import data
 from minidiff.support.data import CLASSES, COLORS, HELD_OUT, Scenes, prompts
-
-
-@pytest.fixture(scope="module")
-def folder() -> Path:
-    """The data set: MINIDIFF_DATA, or shared/fashion_mnist beside the repository."""
-    beside = Path(__file__).parents[2] / "shared"
-    shared = Path(os.environ.get("MINIDIFF_SHARED", beside))
-    path = Path(os.environ.get("MINIDIFF_DATA", shared / "fashion_mnist"))
-    if not path.exists():
-        pytest.skip("no data set: MINIDIFF_DATA names no folder")
-    return path
 
 
 def pairs(attributes: data.Attributes) -> list[list[tuple[str, str]]]:
@@ -29,8 +15,8 @@ def pairs(attributes: data.Attributes) -> list[list[tuple[str, str]]]:
     ]
 
 
-def test_fashion_mnist(folder):
-    images, labels = data.fashion_mnist("test", folder)
+def test_fashion_mnist(fashion):
+    images, labels = data.fashion_mnist("test", fashion)
     assert images.shape == (10_000, 28, 28) and images.dtype == torch.uint8
     assert labels.bincount().tolist() == [1000] * 10
 
@@ -52,8 +38,8 @@ def test_no_network_names_both_ways(monkeypatch):
         data.fashion_mnist("test")
 
 
-def test_a_scene_depends_on_nothing_but_seed_and_index(folder):
-    scenes = Scenes("test", folder, seed=3)
+def test_a_scene_depends_on_nothing_but_seed_and_index(fashion):
+    scenes = Scenes("test", fashion, seed=3)
     indices = torch.tensor([7, 0, 123456789, 7])
     batch = scenes.batch(indices)
     assert batch.images.shape == (4, 3, 64, 64) and batch.masks.shape == (4, 2, 64, 64)
@@ -61,12 +47,12 @@ def test_a_scene_depends_on_nothing_but_seed_and_index(folder):
         alone = scenes.batch(index[None])
         assert torch.allclose(alone.images[0], batch.images[row], atol=1e-5)
         assert alone.captions == [batch.captions[row]]
-    other = Scenes("test", folder, seed=4).batch(indices)
+    other = Scenes("test", fashion, seed=4).batch(indices)
     assert not torch.equal(other.images, batch.images)
 
 
-def test_pictures_show_what_the_attributes_say(folder):
-    batch = Scenes("test", folder).batch(torch.arange(400))
+def test_pictures_show_what_the_attributes_say(fashion):
+    batch = Scenes("test", fashion).batch(torch.arange(400))
     images, masks = batch.images, batch.masks
     assert images.min() >= -1 and images.max() <= 1
     grounds = torch.tensor(list(data.BACKGROUNDS.values())) / 127.5 - 1
@@ -174,10 +160,10 @@ def test_token_table_notices_a_tokenizer_that_looks_across_words():
         data.token_table(Length())
 
 
-def test_sample_scenes_need_no_data_set(folder):
+def test_sample_scenes_need_no_data_set(fashion):
     images, texts = data.sample_scenes()
     assert images.shape == (16, 3, 64, 64) and len(texts) == 16
     assert texts[0] == "a red dress on a blue background"
-    again = Scenes("test", folder, two_garments=1).batch(torch.arange(8, 16))
+    again = Scenes("test", fashion, two_garments=1).batch(torch.arange(8, 16))
     assert again.captions == texts[8:]
     assert (again.images - images[8:]).abs().max() < 0.005

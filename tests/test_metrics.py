@@ -1,0 +1,171 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch import nn
+
+from minidiff.support import metrics
+from minidiff.support.data import Attributes, prompts
+from minidiff.support.judge import Judge, JudgeConfig, score
+from minidiff.support.metrics import correlation, frechet_distance, psnr
+
+
+def published(a: np.ndarray, b: np.ndarray) -> float:
+    """The formula as Heusel et al. published it: the root of the plain product."""
+    root = scipy.linalg.sqrtm(np.cov(a, rowvar=False) @ np.cov(b, rowvar=False))
+    spread = np.trace(np.cov(a, rowvar=False) + np.cov(b, rowvar=False) - 2 * root.real)
+    return float(np.sum((a.mean(0) - b.mean(0)) ** 2) + spread)
+
+
+@pytest.mark.parametrize(("n", "m", "d"), [(500, 400, 8), (300, 300, 64), (80, 90, 50)])
+def test_frechet_distance_is_the_published_one(n, m, d):
+    torch.manual_seed(n)
+    a = torch.randn(n, d) @ torch.randn(d, d) + 1
+    b = (torch.randn(m, d) @ torch.randn(d, d)).relu()
+    expected = published(a.double().numpy(), b.double().numpy())
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+
+
+def exact(mean: torch.Tensor, covariance: torch.Tensor, n: int = 64) -> torch.Tensor:
+    """Rows whose sample mean and covariance are exactly the ones given."""
+    x = torch.randn(n, len(mean), dtype=torch.float64)
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T
+    return x @ torch.linalg.cholesky(covariance).T + mean
+
+
+def test_frechet_distance_of_known_gaussians():
+    one, zero = torch.eye(3).double(), torch.zeros(3).double()
+    a, far = exact(zero, one), exact(zero + 2, one)
+    assert frechet_distance(a, far) == pytest.approx(12)  # 3 · 2²
+    wide = exact(zero, torch.diag(torch.tensor([4.0, 9, 1]).double()))
+    assert frechet_distance(a, wide) == pytest.approx(5)  # (2 − 1)² + (3 − 1)²
+    assert frechet_distance(wide, a) == pytest.approx(5)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_distance_where_the_plain_root_is_unstable():
+    """Fewer rows than dimensions, dead features, one feature repeated."""
+    torch.manual_seed(0)
+    a, b = torch.randn(40, 100), torch.randn(40, 100)
+    a[:, :50], b[:, :50] = 0, 0
+    b[:, 99] = b[:, 98]
+    found = frechet_distance(a, b)
+    left, right = (metrics._root(x.double().T.cov()) for x in (a, b))
+    nuclear = torch.linalg.svdvals(left @ right).sum()  # tr (C₁ C₂)^½, another way
+    a, b = a.double(), b.double()
+    expected = (a.mean(0) - b.mean(0)).square().sum() + a.var(0).sum() + b.var(0).sum()
+    assert found == pytest.approx((expected - 2 * nuclear).item(), rel=1e-6)
+
+
+def test_frechet_distance_refuses(monkeypatch):
+    with pytest.raises(ValueError, match=r"\(3, 2\) and \(3, 4\)"):
+        frechet_distance(torch.zeros(3, 2), torch.zeros(3, 4))
+    with pytest.raises(ValueError, match="1 and 3 rows"):
+        frechet_distance(torch.zeros(1, 2), torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="not finite"):
+        frechet_distance(torch.full((3, 2), torch.nan), torch.zeros(3, 2))
+
+
+def test_psnr_is_skimages_formula():
+    a = torch.zeros(2, 3, 8, 8)
+    b = a + torch.tensor([0.02, 0.2])[:, None, None, None]
+    assert psnr(a, b).tolist() == pytest.approx([40, 20])
+
+
+def test_correlation():
+    a = torch.randn(4, 50)
+    expected = [np.corrcoef(x, x**2 + x)[0, 1] for x in a.numpy()]
+    assert correlation(a, a**2 + a).tolist() == pytest.approx(expected, rel=1e-4)
+    assert correlation(a, -2 * a + 1).tolist() == pytest.approx([-1] * 4)
+
+
+def logits_of(attributes: Attributes) -> Attributes:
+    """Certain logits of what the attributes say."""
+    sizes = (3, 10, 8, 8)
+    hot = (
+        nn.functional.one_hot(a.clamp(min=0), n)
+        for a, n in zip(attributes, sizes, strict=True)
+    )
+    return Attributes(*(h.float() for h in hot))
+
+
+@pytest.mark.parametrize("kind", ["one", "two"])
+def test_score_counts_each_attribute(kind):
+    _, wanted = prompts(100, kind)
+    assert all(v.all() for v in score(logits_of(wanted), wanted).values())
+    column = 0 if kind == "one" else 1
+    wrong = wanted.colors.clone()
+    wrong[:30, column] = (wrong[:30, column] + 1) % 8
+    found = score(logits_of(wanted._replace(colors=wrong)), wanted)
+    means = {k: round(v.float().mean().item(), 4) for k, v in found.items()}
+    assert means == {
+        "layout": 1, "garments": 1, "colors": 0.7, "background": 1, "all": 0.7
+    }  # fmt: skip
+    # What is said of a second garment that is not there does not count.
+    if kind == "one":
+        other = wanted._replace(garments=wanted.garments + torch.tensor([0, 4]))
+        assert score(logits_of(other), wanted)["all"].all()
+
+
+class Echo:
+    """A pipeline whose pictures are the noise that it is given, enlarged."""
+
+    def __init__(self) -> None:
+        config = SimpleNamespace(in_channels=16, sample_size=16)
+        self.transformer = nn.Linear(1, 1)
+        self.transformer.config = config
+        self.vae = nn.Linear(1, 1)
+        self.vae.encode = lambda x: SimpleNamespace(mode=lambda: x)
+        self.vae.decode = lambda z: z * 0.9
+        self.calls: list[dict] = []
+
+    def __call__(self, texts, latents, output_type, **options):
+        assert len(texts) == len(latents) and output_type == "pt"
+        self.calls.append(options)
+        return nn.functional.interpolate(latents[:, :3].sigmoid(), scale_factor=4)
+
+
+def test_evaluate(fashion):
+    torch.manual_seed(0)
+    judge, pipe = Judge(JudgeConfig((8, 8, 8), (1, 1, 1), 12)).eval(), Echo()
+    judge.hidden.weight.data *= 100  # untrained features hardly differ
+    found = metrics.evaluate(
+        pipe, judge, 24, guidance_scale=2.0, folder=fashion, batch=16
+    )
+    assert list(found["rows"]) == list(metrics.ROWS)
+    assert pipe.calls[0] == {"num_inference_steps": 28, "guidance_scale": 2.0}
+    assert 15 < found["vae_psnr"] < 45 and found["frechet"]["n"] == 48
+    assert found["frechet"]["model"] > found["frechet"]["floor"]
+    again = metrics.evaluate(
+        Echo(), judge, 24, guidance_scale=2.0, folder=fashion, batch=24
+    )
+    assert again["rows"] == found["rows"]  # whatever the batch
+    table = metrics.format_table(found)
+    assert "two garments, one never trained" in table and "FID" not in table
+
+
+def test_evaluate_refuses_one_prompt():
+    with pytest.raises(ValueError, match="n is 1"):
+        metrics.evaluate(Echo(), Judge(), 1)
+
+
+class Words:
+    """A tokenizer that gives a word as many tokens as it has letters."""
+
+    model_max_length = 32
+
+    def __init__(self, start: bool) -> None:
+        self.start = start
+
+    def encode(self, text: str) -> list[int]:
+        return [0] * self.start + [1] * len(text.replace(" ", "")) + [2]
+
+
+def test_rows_of_words_in_the_context():
+    pipe = SimpleNamespace(tokenizers=[Words(True), Words(True), Words(False)])
+    rows = metrics._word_rows(pipe, "a red ankle boot on a sea background")
+    assert rows["T5 color"] == [33, 34, 35] and rows["CLIP color"] == [2, 3, 4]
+    assert rows["T5 garment"] == list(range(36, 45))
+    assert rows["T5 background"] == [48, 49, 50]
