@@ -536,7 +536,12 @@ def show_pipeline(here: str | None = None) -> "Figure":
     _arrow(ax, 5.5, 5.85, 1.0, "")
     ax.text(-0.9, 1.0, "prompt", ha="right", va="center")
     ax.text(5.9, 1.0, "picture", ha="left", va="center")
-    ax.annotate("", (3.25, 0.68), (3.25, 0.34), arrowprops={"arrowstyle": "<->"})
+    ax.annotate(
+        "",
+        (3.25, 0.68),
+        (3.25, 0.34),
+        arrowprops={"arrowstyle": "<->", "ec": "#777b83"},
+    )
     return figure
 
 
