@@ -1,0 +1,36 @@
+import json
+
+import pytest
+import torch
+
+from minidiff.support import journey
+
+
+@pytest.fixture
+def record(tmp_path, monkeypatch):
+    x = torch.randn(1, 16, 16, 16)
+    path = tmp_path / "journey.json"
+    path.write_text(json.dumps({"tensors": {"latents": journey.describe(x)}}))
+    monkeypatch.setattr(journey, "RECORD", path)
+    journey._record.cache_clear()
+    yield x
+    journey._record.cache_clear()
+
+
+def test_the_same_tensor_agrees_up_to_rounding(record):
+    expected = "latents: (1, 16, 16, 16), the same in every chapter"
+    assert journey.check("latents", record) == expected
+    assert journey.check("latents", record * (1 + 1e-5)) == expected
+    assert journey.check("noise", record) == "noise: (1, 16, 16, 16)"
+
+
+@pytest.mark.parametrize("change", ["scale", "flip", "roll", "shape"])
+def test_another_tensor_does_not(record, change):
+    changed = {
+        "scale": record * 1.01,
+        "flip": record.flip(-1),
+        "roll": record.roll(1, 1),
+        "shape": record[:, :8],
+    }
+    with pytest.raises(AssertionError, match="journey"):
+        journey.check("latents", changed[change])
