@@ -85,6 +85,13 @@ def test_held_out_pairs(kind):
     assert {pair for row in held for pair in row} == set(HELD_OUT)
 
 
+def test_any_pair():
+    u = data.uniform(0, torch.arange(20_000), 16)
+    attributes, _ = data.draw_attributes(u, 0.0, None)
+    pair = attributes.colors[:, 0] * 10 + attributes.garments[:, 0]
+    assert pair.bincount(minlength=80).min() > 150  # of 250 on average
+
+
 @pytest.mark.parametrize("kind", ["one", "two"])
 def test_draws_cover_the_grammar_evenly(kind):
     texts, attributes = prompts(20_000, kind)

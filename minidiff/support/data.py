@@ -201,20 +201,24 @@ def held_out_colors(device=None) -> Tensor:
 
 
 def draw_attributes(
-    u: Tensor, two_garments: float, held_out: bool
+    u: Tensor, two_garments: float, held_out: bool | None
 ) -> tuple[Attributes, Tensor]:
     """Attributes and caption templates from uniform numbers (B, 16).
 
-    ``held_out`` asks for exactly one garment with a pair never trained.
+    ``held_out`` asks for exactly one garment with a pair never trained (True), for none
+    (False), or for any pairs (None).
     """
     held = held_out_colors(u.device)
+    if held_out is None:
+        held = torch.full_like(held, len(COLORS))
     two = u[:, 0] < two_garments
     layout = two * (1 + _choose(u[:, 1], 2))
     garments = _choose(u[:, 2:4], len(CLASSES))  # (B, 2)
-    chosen = (held < len(COLORS)).nonzero().flatten()  # classes with such a pair
     slot = two & (u[:, 6] < 0.5)
-    odd = torch.stack([~slot, slot], 1) & held_out  # (B, 2): garments never trained
-    garments = torch.where(odd, chosen[_choose(u[:, 2:4], len(chosen))], garments)
+    odd = torch.stack([~slot, slot], 1) & bool(held_out)  # (B, 2): never trained
+    if held_out:
+        chosen = (held < len(COLORS)).nonzero().flatten()  # classes with such a pair
+        garments = torch.where(odd, chosen[_choose(u[:, 2:4], len(chosen))], garments)
     banned = held[garments]
     colors = _choose(u[:, 4:6], len(COLORS) - (banned < len(COLORS)).long())
     colors = torch.where(odd, banned, colors + (colors >= banned))
@@ -307,7 +311,8 @@ class Scenes:
         split: "train" or "test", the garments to draw with.
         folder: where the data set is (see ``fashion_mnist``).
         two_garments: the share of scenes with two garments.
-        held_out: one garment of every scene has a pair never trained; else none has.
+        held_out: does one garment of every scene have a pair never trained (True),
+            none (False), or is every pair as likely as any (None)?
     """
 
     def __init__(
@@ -317,7 +322,7 @@ class Scenes:
         device: str | torch.device = "cpu",
         seed: int = 0,
         two_garments: float = 0.5,
-        held_out: bool = False,
+        held_out: bool | None = False,
     ) -> None:
         images, labels = fashion_mnist(split, folder)
         order = labels.argsort(stable=True)

@@ -1,8 +1,10 @@
 """The judge: a small network that reads a scene's attributes from its picture.
 
-It is trained on real training scenes only and frozen before any evaluation, so that it
-can say how often a generated picture shows what its prompt asked for. Its last hidden
-layer gives the features of the Fréchet distance.
+It is trained on real scenes of the training split only and frozen before any
+evaluation, so that it can say how often a generated picture shows what its prompt asked
+for. All pairs of colour and class are among its scenes: shown only those that the model
+is trained on, it would learn that a blue t-shirt does not exist, and see none. Its last
+hidden layer gives the features of the Fréchet distance.
 """
 
 import json
@@ -173,7 +175,7 @@ def train_judge(
         optimizer,
         lambda i: min((i + 1) / warmup, (1 + math.cos(math.pi * i / steps)) / 2),
     )
-    scenes = Scenes("train", folder, device)
+    scenes = Scenes("train", folder, device, held_out=None)
     for step in range(steps):
         first = step * batch_size
         batch = scenes.batch(torch.arange(first, first + batch_size, device=device))
