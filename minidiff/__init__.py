@@ -1,1 +1,17 @@
 """minidiff: Stable Diffusion 3.5 from scratch, as a book and as a package."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minidiff.sampling import Pipeline, load
+
+__all__ = ["Pipeline", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the pipeline when it is first asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module 'minidiff' has no attribute {name!r}")
+    from minidiff import sampling
+
+    return getattr(sampling, name)

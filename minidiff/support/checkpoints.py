@@ -266,25 +266,35 @@ def load_weights(
     where the files keep each tensor. Names and shapes are checked before any is read:
     ValueError names what is missing, unexpected or of the wrong shape.
     """
+    return prepare_weights(model, files, rename)(device, dtype)
+
+
+def prepare_weights(
+    model: Model, files: Iterable[Path], rename: Rename | None = None
+) -> Callable[[torch.device | str, torch.dtype | None], Model]:
+    """The two halves of :func:`load_weights`: check now, read when called."""
     expected = model.state_dict()
     sources = (rename or _identity)(expected)
     found = {name: (f, shape) for f in files for name, shape in read_header(f).items()}
     check_names(sources, found)
     check_shapes(sources, found, expected)
-    handles = {}
 
-    def read(name: str) -> Tensor:
-        file = found[name][0]
-        if file not in handles:
-            handles[file] = _open(file)
-        return handles[file].get_tensor(name)
+    def load(device: torch.device | str, dtype: torch.dtype | None) -> Model:
+        opened = {file: _open(file) for file, _ in found.values()}
+        state = {
+            name: assemble(
+                lambda stored: opened[found[stored][0]].get_tensor(stored),
+                source,
+                expected[name].shape,
+                device,
+                dtype,
+            )
+            for name, source in sources.items()
+        }
+        model.load_state_dict(state, assign=True)
+        return model.eval()
 
-    state = {
-        name: assemble(read, source, expected[name].shape, device, dtype)
-        for name, source in sources.items()
-    }
-    model.load_state_dict(state, assign=True)
-    return model.eval()
+    return load
 
 
 def _open(file: Path) -> Any:
@@ -359,6 +369,16 @@ def component_class(folder: Path | str) -> str:
     return content.get("_class_name") or (content.get("architectures") or [""])[0]
 
 
+def prepare_component(
+    model_class: type[Model], config_class: type[Config], folder: Path | str
+) -> Callable[[torch.device | str, torch.dtype | None], Model]:
+    """The two halves of :func:`load_component`: check now, read when called."""
+    with torch.device("meta"):
+        model = model_class(read_config(config_class, folder))
+    rename = RENAMES.get(component_class(folder))
+    return prepare_weights(model, weight_files(folder), rename)
+
+
 def load_component(
     model_class: type[Model],
     config_class: type[Config],
@@ -371,13 +391,10 @@ def load_component(
     ``folder`` holds config.json and safetensors in the hub's layout. On the meta
     device nothing is read but the configuration.
     """
-    config = read_config(config_class, folder)
-    with torch.device("meta"):
-        model = model_class(config)
     if torch.device(device).type == "meta":
-        return model.to(dtype).eval()
-    rename = RENAMES.get(component_class(folder))
-    return load_weights(model, weight_files(folder), rename, device, dtype)
+        with torch.device("meta"):
+            return model_class(read_config(config_class, folder)).to(dtype).eval()
+    return prepare_component(model_class, config_class, folder)(device, dtype)
 
 
 # Writing

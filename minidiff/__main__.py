@@ -1,0 +1,5 @@
+"""``python -m minidiff``: the command line."""
+
+from minidiff.cli import main
+
+main()
