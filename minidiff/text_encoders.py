@@ -1,16 +1,179 @@
 # %% [markdown]
 r"""
 # Text encoders: from ids to meaning
+
+In this chapter the ids of a prompt become what the picture is drawn from: a sequence
+of vectors, one a token, and one vector for the sentence as a whole.
+
+After it you will be able to
+
+- **write** attention with a bias, from two loops to one fused call;
+- **build** the text tower of CLIP and the encoder of T5, and load trained weights
+  into them;
+- **explain** why the states are taken one layer before the end, and the sentence's
+  vector at the end token;
+- **compute** the bucket of a relative position, and show that T5 loses the order of
+  the words without it;
+- **assemble** the context and the pooled vector that Stable Diffusion 3.5 expects.
 """
 
 # %%
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# %% [markdown]
+# ## Where we are
+#
+# The tokenizers of chapter 1 hand over three rows of ids: one for each of the text
+# encoders of Stable Diffusion 3.5. This chapter turns them into the two tensors on the
+# arrows that leave the box in the map. Our prompt's journey goes on with the same words
+# as before.
+
+# %% tags=["active-ipynb"]
+# from minidiff import viz
+# from minidiff.support.checkpoints import TINY, load_component
+# from minidiff.support.exercises import check
+# from minidiff.support.journey import PROMPT
+# from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
+#
+# viz.show_pipeline("text_encoders")
+
+# %% tags=["active-ipynb"]
+# tokenize_l = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
+# tokenize_g = CLIPTokenizer.from_pretrained(TINY / "tokenizer_2")
+# tokenize_t5 = T5Tokenizer.from_pretrained(TINY / "tokenizer_3")
+# ids_l, ids_g, ids_t5 = (f([PROMPT]) for f in (tokenize_l, tokenize_g, tokenize_t5))
+# print(PROMPT)
+# for name, ids in {"CLIP-L": ids_l, "CLIP-G": ids_g, "T5": ids_t5}.items():
+#     print(f"{name:6} {tuple(ids.shape)} {ids[0, :12].tolist()} …")
+
+# %% [markdown]
+# ## Three readers of one sentence
+#
+# An id is only a number in a list. What a word *means* to a picture depends on the
+# words around it: "white" in "a white bag on a black background" must end up at the
+# bag. A text encoder lets the tokens exchange information until each vector describes
+# its token *in this sentence*. SD3.5 employs three, because they learned different
+# things:
+#
+# | encoder | learned from | a token sees | gives |
+# |---|---|---|---|
+# | CLIP-L, CLIP-G | captions and their pictures | what precedes it | states, a vector |
+# | T5 | gaps in text | everything | states |
+#
+# CLIP's objective ties words to what can be *seen*, and leaves it free to forget what
+# does not help to tell pictures apart, such as fine grammar. T5 never saw a picture,
+# but to fill gaps it must keep track of who does what to whom. The paper on Stable
+# Diffusion 3 finds that leaving T5 out costs little on simple prompts, and most on long
+# ones and on written words in the picture ([Esser et al.
+# 2024](https://arxiv.org/abs/2403.03206), section 5.3).
+#
+# The symbols of this chapter, with the sizes of SD3.5 and of the tiny model that ships
+# with this book:
+#
+# | | meaning | CLIP-L | CLIP-G | T5-XXL | tiny L, G, T5 |
+# |---|---|---|---|---|---|
+# | $L$ | tokens | 77 | 77 | 256 | 32, 32, 32 |
+# | $D$ | width of a state | 768 | 1280 | 4096 | 64, 96, 192 |
+# | $H$ | attention heads | 12 | 20 | 64 | 4, 6, 6 |
+# | $d$ | width of a head | 64 | 64 | 64 | 16, 16, 32 |
+# | $N$ | layers | 12 | 32 | 24 | 3, 3, 4 |
+# | $M$ | width inside the MLP | 3072 | 5120 | 10240 | 256, 384, 256 |
+#
+# A batch of $B$ prompts adds an axis in front: states are tensors `(B, L, D)`. In the
+# configurations, which keep the names of the published files, $D$ is `hidden_size` or
+# `d_model`, $M$ is `intermediate_size` or `d_ff`.
+
+# %% [markdown]
+# ## Attention with a bias
+#
+# All three encoders are stacks of the same two steps: *attention*, in which tokens read
+# one another, and an *MLP*, which works on every token alone. For attention each token
+# makes three vectors of width $d$: a query $q_i$ (what am I looking for), a key $k_j$
+# (what do I offer) and a value $v_j$ (what do I pass on). Token $i$ receives a weighted
+# mean of all values:
+#
+# $$
+# o_i = \sum_j \frac{e^{\ell_{ij}}}{\sum_{j'} e^{\ell_{ij'}}}\, v_j,
+# \qquad \ell_{ij} = s\, q_i \cdot k_j + b_{ij}.
+# $$
+#
+# The two families differ only in $s$ and $b$:
+#
+# - **CLIP**: $s = 1/\sqrt d$, and $b_{ij} = -\infty$ for $j > i$, so that a token reads
+#   only what precedes it (the *causal mask*); 0 otherwise.
+# - **T5**: $s = 1$, and $b_{ij}$ is a learned number that depends on the distance $j -
+#   i$.
+#
+# Why $1/\sqrt d$: if the entries of $q$ and $k$ are independent with variance 1, their
+# product has variance $d$, and the softmax would saturate. T5 does without; its weights
+# were *initialised* smaller by that factor instead, and have grown up with it.
+#
+# First as it is written, one pair of tokens at a time:
+
+
+# %%
+def attend_in_loops(q: Tensor, k: Tensor, v: Tensor, b: Tensor, s: float) -> Tensor:
+    """One head, pair by pair: q, k, v (L, d) and bias b (L, L) → (L, d)."""
+    out = torch.zeros_like(v)
+    for i in range(len(q)):
+        weights = [torch.exp(s * q[i] @ k[j] + b[i, j]) for j in range(len(k))]
+        for j in range(len(k)):
+            out[i] += weights[j] / sum(weights) * v[j]
+    return out
+
+
+# %% [markdown]
+# Two matrix products say the same for all pairs, and for any number of heads and
+# prompts in front:
+
+
+# %%
+def attend(q: Tensor, k: Tensor, v: Tensor, b: Tensor, s: float) -> Tensor:
+    """Softmax attention with bias; q, k, v (…, L, d), b (…, L, L) → (…, L, d)."""
+    logits = s * q @ k.mT + b  # (…, L, d) → (…, L, L)
+    return logits.softmax(dim=-1) @ v  # (…, L, L) → (…, L, d)
+
+
+# %% [markdown]
+# PyTorch's `scaled_dot_product_attention` computes the same without ever storing the
+# matrix of logits. It is what the package uses.
+
+# %% tags=["active-ipynb"]
+# torch.manual_seed(0)
+# q, k, v = torch.randn(3, 5, 16)  # one head, five tokens
+# causal = torch.full((5, 5), -torch.inf).triu(1)
+# loops, matrix = (f(q, k, v, causal, 16**-0.5) for f in (attend_in_loops, attend))
+# fused = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+# print("loops = matrices:       ", torch.allclose(loops, matrix, atol=1e-6))
+# print("matrices = fused kernel:", torch.allclose(matrix, fused, atol=1e-6))
+
+# %% [markdown]
+# A layer has $H$ such heads. Each works in its own $d$ of the $D = H d$ features, so
+# that one may look for the noun behind a colour while another looks for the
+# preposition. Cutting and joining the features costs nothing or one copy:
+
+
+# %%
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """Cut the features of ``x`` (B, L, H·d) into heads (B, H, L, d); no copy."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, L, H·d) → (B, H, L, d)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """Lay the heads of ``x`` (B, H, L, d) side by side again: (B, L, H·d)."""
+    return x.transpose(1, 2).flatten(2)  # (B, H, L, d) → (B, L, H·d)
+
+
+# %% [markdown]
+# ## CLIP
+#
+# The configuration holds the sizes. Its fields are the keys of the `config.json` that
+# lies beside published weights, so that any such file can build the model.
 
 
 # %%
@@ -42,38 +205,17 @@ class CLIPTextConfig:
     @classmethod
     def tiny_l(cls) -> "CLIPTextConfig":
         """The shipped model's ``text_encoder``."""
-        return cls(704, 64, 256, 3, 4, 32, "quick_gelu", 1e-5, 64, eos_token_id=2)
+        return cls(512, 64, 256, 3, 4, 32, "quick_gelu", 1e-5, 64, eos_token_id=2)
 
     @classmethod
     def tiny_g(cls) -> "CLIPTextConfig":
         """The shipped model's ``text_encoder_2``."""
-        return cls(704, 96, 384, 3, 6, 32, "gelu", 1e-5, 96, eos_token_id=2)
+        return cls(512, 96, 384, 3, 6, 32, "gelu", 1e-5, 96, eos_token_id=2)
 
 
-# %%
-def quick_gelu(x: Tensor) -> Tensor:
-    """x · sigmoid(1.702 x), elementwise: OpenAI's approximation of GELU.
-
-    Hendrycks and Gimpel 2016, section 2.
-    """
-    return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "quick_gelu": quick_gelu,
-    "gelu": F.gelu,
-}
-
-
-# %%
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """Cut the features of ``x`` (B, L, H·D) into heads (B, H, L, D); no copy."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, L, H·D) → (B, H, L, D)
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    """Lay the heads of ``x`` (B, H, L, D) side by side again: (B, L, H·D)."""
-    return x.transpose(1, 2).flatten(2)  # (B, H, L, D) → (B, L, H·D)
+# %% [markdown]
+# Attention needs four matrices: three make queries, keys and values of all heads at
+# once, one mixes the heads' answers.
 
 
 # %%
@@ -82,17 +224,49 @@ class CLIPAttention(nn.Module):
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
-        self.heads = config.num_attention_heads
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.heads, width = config.num_attention_heads, config.hidden_size
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         projections = self.q_proj, self.k_proj, self.v_proj
         q, k, v = (split_heads(f(x), self.heads) for f in projections)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out_proj(merge_heads(x))
+
+
+# %% tags=["active-ipynb"]
+# layer, x = CLIPAttention(CLIPTextConfig.tiny_l()), torch.randn(1, 5, 64)
+# q, k, v = (split_heads(f(x), 4) for f in (layer.q_proj, layer.k_proj, layer.v_proj))
+# by_hand = layer.out_proj(merge_heads(attend(q, k, v, causal, 16**-0.5)))
+# print("matrices = class:", torch.allclose(by_hand, layer(x), atol=1e-6))
+
+# %% [markdown]
+# The MLP widens each state fourfold, bends it and narrows it again. The bend is
+# $\mathrm{GELU}(x) = x\,\Phi(x)$, where $\Phi$ is the distribution function of the
+# normal distribution. OpenAI trained CLIP-L with a cheaper curve,
+# $x\,\sigma(1.702\,x)$. The two are within 0.02 of one another, but a trained network
+# adds up thousands of such differences: weights must be used with the activation that
+# they were trained with. T5 uses a third form, which approximates $\Phi$ by a tanh and
+# is much closer.
+
+
+# %%
+def quick_gelu(x: Tensor) -> Tensor:
+    """x · sigmoid(1.702 x), elementwise; Hendrycks and Gimpel 2016, section 2."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+# %% tags=["active-ipynb"]
+# x = torch.linspace(-5, 5, 401)
+# forms = {"quick": quick_gelu(x), "tanh": F.gelu(x, approximate="tanh")}
+# errors = {f"{name} − exact": (x, y - F.gelu(x)) for name, y in forms.items()}
+# print({name: f"{y.abs().max():.4f}" for name, (_, y) in errors.items()})
+# viz.show_curves(errors, xlabel="x", ylabel="difference from GELU")
 
 
 # %%
@@ -109,20 +283,64 @@ class CLIPMLP(nn.Module):
         return self.fc2(self.activation(self.fc1(x)))
 
 
+# %% [markdown]
+# A layer normalises before each step and *adds* the step's result:
+#
+# $$ x \leftarrow x + \mathrm{attention}(\mathrm{LN}(x)), \qquad
+#    x \leftarrow x + \mathrm{MLP}(\mathrm{LN}(x)). $$
+#
+# So a state is a sum to which every layer contributes, and the network can leave a
+# token as it is by contributing little.
+
+
+# %%
 class CLIPLayer(nn.Module):
-    """One pre-norm transformer layer: attention, then MLP, each added to ``x``."""
+    """One pre-norm transformer layer on ``x`` (B, L, D)."""
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
-        width, eps = config.hidden_size, config.layer_norm_eps
-        self.layer_norm1 = nn.LayerNorm(width, eps)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.self_attn = CLIPAttention(config)
-        self.layer_norm2 = nn.LayerNorm(width, eps)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = CLIPMLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
+
+
+# %% [markdown]
+# ### The end token speaks for the sentence
+#
+# Attention alone does not know where a token stands: it is a sum over a *set*. CLIP
+# adds a learned vector for each of the 77 positions to the token's own.
+#
+# One vector for the whole sentence must come from a token that has read all of it. With
+# the causal mask only the last one has: the *end token*. Its state, normalised and
+# multiplied by a projection, is the **pooled** vector. Two quirks are needed to find
+# it:
+#
+# - Behind the end token stands padding. CLIP-L pads with the end token itself, so the
+#   *first* one counts.
+# - The published `config.json` states `eos_token_id` 2, which is wrong (it is 49407).
+#   Since the end token has the largest id of all, the reference looks for the largest
+#   id instead when it reads that 2. The weights are fine either way; a
+#   re-implementation that searches for id 2 pools at the first token, which has read
+#   nothing.
+
+
+# %%
+def end_positions(ids: Tensor, eos_token_id: int) -> Tensor:
+    """Position (B,) of the first end token of each row of ``ids`` (B, L)."""
+    if eos_token_id == 2:
+        return ids.argmax(-1)  # (B, L) → (B,)
+    return (ids == eos_token_id).int().argmax(-1)  # (B, L) → (B,)
+
+
+# %% [markdown]
+# Now the whole tower. The nested names (`text_model`, `embeddings`, …) are those of the
+# published weights, so that loading them needs no translation. `forward` returns the
+# states that *enter* the last layer, for a reason that comes next.
 
 
 # %%
@@ -131,7 +349,6 @@ class CLIPTextEncoder(nn.Module):
 
     Called on ids (B, L), it returns the hidden state (B, L, D) that enters the last
     layer, without the final norm, and the pooled vector (B, projection_dim).
-
     Raises ValueError where the configuration or the length cannot be honoured.
     """
 
@@ -145,14 +362,13 @@ class CLIPTextEncoder(nn.Module):
         nn.init.normal_(tokens.weight, std=0.02)
         nn.init.normal_(positions.weight, std=0.01)
         layers = [CLIPLayer(config) for _ in range(config.num_hidden_layers)]
-        parts = {"token_embedding": tokens, "position_embedding": positions}
-        self.text_model = nn.ModuleDict(
-            {
-                "embeddings": nn.ModuleDict(parts),
-                "encoder": nn.ModuleDict({"layers": nn.ModuleList(layers)}),
-                "final_layer_norm": nn.LayerNorm(width, config.layer_norm_eps),
-            }
-        )
+        embeddings = {"token_embedding": tokens, "position_embedding": positions}
+        parts = {
+            "embeddings": nn.ModuleDict(embeddings),
+            "encoder": nn.ModuleDict({"layers": nn.ModuleList(layers)}),
+            "final_layer_norm": nn.LayerNorm(width, config.layer_norm_eps),
+        }
+        self.text_model = nn.ModuleDict(parts)
         self.text_projection = nn.Linear(width, config.projection_dim, bias=False)
 
     def hidden_states(self, ids: Tensor) -> list[Tensor]:
@@ -180,29 +396,91 @@ class CLIPTextEncoder(nn.Module):
 
 
 # %%
-def end_positions(ids: Tensor, eos_token_id: int) -> Tensor:
-    """Where each row of ``ids`` (B, L) ends: the first end token's position, (B,).
-
-    Older configurations state ``eos_token_id`` 2, which never was the end token's id;
-    there the largest id marks the end, as in OpenAI's code.
-    """
-    if eos_token_id == 2:
-        return ids.argmax(-1)  # (B, L) → (B,)
-    return (ids == eos_token_id).int().argmax(-1)  # (B, L) → (B,)
-
-
 def check_clip_config(config: CLIPTextConfig) -> None:
     """Raise ValueError for values that the classes above cannot honour."""
+    width, heads = config.hidden_size, config.num_attention_heads
     if config.hidden_act not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise ValueError(f"hidden_act {config.hidden_act!r}: expected one of {known}")
-    check_heads(config.hidden_size, config.num_attention_heads)
-
-
-def check_heads(width: int, heads: int) -> None:
-    """Raise ValueError where ``heads`` do not divide ``width``."""
     if heads < 1 or width % heads:
         raise ValueError(f"{heads} heads do not divide a width of {width}")
+
+
+# %% [markdown]
+# The trained weights go into the classes that you have just run; change one above, run
+# from there, and every figure below changes with it.
+
+# %% tags=["active-ipynb"]
+# clip_l = load_component(CLIPTextEncoder, CLIPTextConfig, TINY / "text_encoder")
+# clip_g = load_component(CLIPTextEncoder, CLIPTextConfig, TINY / "text_encoder_2")
+# (hidden_l, pooled_l), (hidden_g, pooled_g) = clip_l(ids_l), clip_g(ids_g)
+# print("end token at position", end_positions(ids_l, eos_token_id=2).item())
+# print("states", tuple(hidden_l.shape), tuple(hidden_g.shape))
+# print("pooled", tuple(pooled_l.shape), tuple(pooled_g.shape))
+
+# %% [markdown]
+# ### One layer early
+#
+# Why the states that enter the last layer, and not the ones that leave it? Look at what
+# training could reach. CLIP's loss sees nothing but the pooled vector, and that is made
+# from *one* position of the last layer's output. At all other positions the last layer
+# computes something that no loss ever looked at. The states *before* it, however, are
+# read by the end token through attention, so every one of them was trained. Gradients
+# tell it without words:
+
+# %% tags=["active-ipynb"]
+# states = clip_l.hidden_states(ids_l)
+# for state in states:
+#     state.retain_grad()
+# clip_l.pool(states[-1], ids_l).square().sum().backward()
+# for i, state in enumerate(states):
+#     trained = (state.grad[0].abs().sum(-1) > 0).sum()
+#     print(f"after layer {i}: a gradient reaches {trained:2} of 32 positions")
+
+# %% [markdown]
+# The states after layer 2 carry a gradient at every position up to the end token; after
+# layer 3 at the end token alone. The picture shows what that means for the words: how
+# far each layer turns each token, as the cosine between its state before and after.
+
+# %% tags=["active-ipynb"]
+# words = tokenize_l.tokens(ids_l[0].tolist())[:10]
+# before, after = torch.cat(states[:-1]), torch.cat(states[1:])  # (3, L, D)
+# turns = F.cosine_similarity(before, after, dim=-1)[:, :10]
+# rows = ["layer 1", "layer 2", "layer 3"]
+# viz.show_heatmap(turns, rows, words, digits=2)
+
+# %% [markdown]
+# ### Captions compared
+#
+# The pooled vector is what CLIP was trained for: captions of like pictures should point
+# the same way. The cosine of two vectors, 1 for the same direction and 0 for
+# perpendicular ones, measures it.
+
+
+# %%
+def similarity(vectors: Tensor) -> Tensor:
+    """Cosine between all pairs of ``vectors`` (N, D): (N, N)."""
+    vectors = F.normalize(vectors, dim=-1)
+    return vectors @ vectors.T  # (N, D) → (N, N)
+
+
+# %% tags=["active-ipynb"]
+# captions = [PROMPT, "a photo of a red dress on a blue background"]
+# captions += ["a blue background with a red dress", "a red coat on a blue background"]
+# captions += ["a blue dress on a red background", "a green bag on a white background"]
+# numbers = [str(i) for i in range(6)]
+# rows = [f"{i} {text}" for i, text in enumerate(captions)]
+# viz.show_heatmap(similarity(clip_l(tokenize_l(captions))[1]), rows, numbers, digits=2)
+
+# %% [markdown]
+# TODO
+
+# %% [markdown]
+# ## T5
+#
+# T5 is a transformer for text alone, of which SD3.5 uses the encoder. There is no mask:
+# every token reads the whole sentence, forwards and backwards. Four details differ from
+# CLIP.
 
 
 # %%
@@ -232,6 +510,21 @@ class T5Config:
         return cls(512, 192, 32, 256, 4, 6)
 
 
+# %% [markdown]
+# ### A simpler norm
+#
+# LayerNorm subtracts the mean, divides by the standard deviation, scales and shifts.
+# RMSNorm keeps only the division and the scale:
+#
+# $$
+# \mathrm{RMSNorm}(x)_i = w_i\, \frac{x_i}{\sqrt{\tfrac1D \sum_j x_j^2 + \varepsilon}}.
+# $$
+#
+# The squares must be summed in float32: in float16 the largest number is 65504, so that
+# an entry of 256 overflows when it is squared. `F.rms_norm` takes care of it. Chapter 4
+# uses the same class inside the transformer.
+
+
 # %%
 class RMSNorm(nn.Module):
     """Divide ``x`` (…, D) by its root mean square over D, taken in float32.
@@ -248,24 +541,75 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
+# %% tags=["active-ipynb"]
+# norm, x = RMSNorm(64, eps=1e-6), 300 * torch.randn(5, 64)
+# formula = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+# print("formula = class:", torch.allclose(formula, norm(x), atol=1e-6))
+# half = x.half()
+# print("squared in float16:", half.square().mean(-1)[:3].tolist())
+# print("the class in float16 stays finite:", norm(half).isfinite().all().item())
+
+# %% [markdown]
+# ### Distances in buckets
+#
+# T5 has no position vectors. Instead each head $h$ adds to the logit of query $i$ and
+# key $j$ a learned number that depends on how far apart they are: $b^h_{ij} =
+# T_{\mathrm{bucket}(j - i),\,h}$. The table $T$ has 32 rows. Half are for keys behind
+# the query, half for keys ahead. In each half the distances 0 to 7 have a row each;
+# beyond, rows cover ever wider ranges, evenly in the logarithm, up to 128, and the last
+# covers the rest:
+#
+# $$
+# \mathrm{bucket}(n) = \min\left(15,\; 8 + \left\lfloor 8\, \frac{\ln (n/8)}{\ln (128/8)}
+# \right\rfloor\right) \quad \text{for } n \ge 8,
+# $$
+#
+# plus 16 if the key is ahead.
+#
+# Whether a word is 2 or 3 places away matters; whether 90 or 91, hardly. And a text of
+# 512 tokens needs no more rows than one of 32.
+
+
+# %%
+def bucket_of(offset: int) -> int:
+    """T5's row for a key ``offset`` places after the query (32 rows, reach 128)."""
+    n, ahead = abs(offset), 16 * (offset > 0)
+    if n < 8:
+        return n + ahead
+    return min(8 + int(8 * math.log(n / 8) / math.log(128 / 8)), 15) + ahead
+
+
+# %% [markdown]
+# For all pairs at once, and for any number of rows. The logarithm is taken in float32,
+# in the reference's order of operations: at $n = 16, 32, 64$ it falls on a whole
+# number, where another rounding would choose another row.
+
+
 # %%
 def relative_buckets(
-    length: int, buckets: int, max_distance: int, device: torch.device | None = None
+    length: int, buckets: int, reach: int, device: torch.device | None = None
 ) -> Tensor:
-    """Bucket (L, L) of each key as seen by each query; Raffel et al. 2020, 2.1.
-
-    Half of the buckets look back and half ahead; in each half the nearer ones hold
-    one distance each, the others grow as the logarithm, up to ``max_distance``.
-    """
+    """Row (L, L) of each key as seen by each query; Raffel et al. 2020, section 2.1."""
     position = torch.arange(length, device=device)
-    offset = position - position[:, None]  # key minus query, (L, L)
+    offset = position - position[:, None]  # key minus query: (L,) → (L, L)
     half = buckets // 2
     exact = half // 2
-    distance = offset.abs()
-    log_ratio = torch.log(distance.float() / exact) / math.log(max_distance / exact)
-    far = exact + (log_ratio * (half - exact)).clamp(min=0).long()
-    bucket = torch.where(distance < exact, distance, far.clamp(max=half - 1))
-    return bucket + half * (offset > 0)
+    n = offset.abs()
+    octaves = torch.log(n.float() / exact) / math.log(reach / exact)
+    far = exact + (octaves * (half - exact)).clamp(min=0).long()
+    return torch.where(n < exact, n, far.clamp(max=half - 1)) + half * (offset > 0)
+
+
+# %% tags=["active-ipynb"]
+# rows = relative_buckets(200, buckets=32, reach=128)
+# loops = torch.tensor([[bucket_of(j - i) for j in range(200)] for i in range(200)])
+# print("loops = tensors:", torch.equal(loops, rows))
+# offsets, row = torch.arange(-150, 150), [bucket_of(n) for n in range(-150, 150)]
+# viz.show_curves({"row": (offsets, row)}, xlabel="key − query", ylabel="row")
+
+# %% [markdown]
+# The table belongs to block 0 and serves all blocks: the bias is computed once and
+# passed along.
 
 
 # %%
@@ -281,13 +625,28 @@ class T5Attention(nn.Module):
         self.v = nn.Linear(config.d_model, inner, bias=False)
         self.o = nn.Linear(inner, config.d_model, bias=False)
         if has_bias:
-            table = config.relative_attention_num_buckets, config.num_heads
-            self.relative_attention_bias = nn.Embedding(*table)
+            rows = config.relative_attention_num_buckets
+            self.relative_attention_bias = nn.Embedding(rows, config.num_heads)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         q, k, v = (split_heads(f(x), self.heads) for f in (self.q, self.k, self.v))
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
         return self.o(merge_heads(x))
+
+
+# %% tags=["active-ipynb"]
+# layer, x = T5Attention(T5Config.tiny(), has_bias=True), torch.randn(1, 5, 192)
+# bias = layer.relative_attention_bias(relative_buckets(5, 32, 128)).permute(2, 0, 1)
+# q, k, v = (split_heads(f(x), 6) for f in (layer.q, layer.k, layer.v))
+# by_hand = layer.o(merge_heads(attend(q, k, v, bias, s=1.0)))
+# print("matrices = class:", torch.allclose(by_hand, layer(x, bias), atol=1e-5))
+
+# %% [markdown]
+# ### A gate in the MLP
+#
+# CLIP's MLP bends $x W_1$. T5 v1.1 computes two products and lets one open or close the
+# other: $(\mathrm{GELU}(x W_0) \odot x W_1)\, W_2$, with the tanh form of GELU and, as
+# everywhere in T5, no additive biases.
 
 
 # %%
@@ -310,16 +669,21 @@ class T5Block(nn.Module):
 
     def __init__(self, config: T5Config, has_bias: bool) -> None:
         super().__init__()
-        width, eps = config.d_model, config.layer_norm_epsilon
-        attention = T5Attention(config, has_bias)
-        first = {"SelfAttention": attention, "layer_norm": RMSNorm(width, eps)}
-        second = {"DenseReluDense": T5MLP(config), "layer_norm": RMSNorm(width, eps)}
+        norms = [RMSNorm(config.d_model, config.layer_norm_epsilon) for _ in range(2)]
+        first = {"SelfAttention": T5Attention(config, has_bias), "layer_norm": norms[0]}
+        second = {"DenseReluDense": T5MLP(config), "layer_norm": norms[1]}
         self.layer = nn.ModuleList([nn.ModuleDict(first), nn.ModuleDict(second)])
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         first, second = self.layer
         x = x + first.SelfAttention(first.layer_norm(x), bias)
         return x + second.DenseReluDense(second.layer_norm(x))
+
+
+# %% [markdown]
+# The encoder: look the ids up, compute the bias, run the blocks, normalise. Unlike
+# CLIP's, these states are taken after the last layer and its norm: T5's decoder read
+# exactly them, at every position, so all of them were trained.
 
 
 # %%
@@ -331,48 +695,262 @@ class T5Encoder(nn.Module):
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
-        if config.feed_forward_proj != "gated-gelu":
-            found = config.feed_forward_proj
+        if (found := config.feed_forward_proj) != "gated-gelu":
             raise ValueError(f"feed_forward_proj {found!r}: expected 'gated-gelu'")
         self.config = config
         blocks = [T5Block(config, i == 0) for i in range(config.num_layers)]
         norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
-        self.encoder = nn.ModuleDict(
-            {"block": nn.ModuleList(blocks), "final_layer_norm": norm}
-        )
+        parts = {"block": nn.ModuleList(blocks), "final_layer_norm": norm}
+        self.encoder = nn.ModuleDict(parts)
 
     def position_bias(self, length: int) -> Tensor:
         """What each head adds to the logit of each pair of positions: (1, H, L, L)."""
         table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
-        c = self.config
-        buckets = relative_buckets(
-            length,
-            c.relative_attention_num_buckets,
-            c.relative_attention_max_distance,
-            table.weight.device,
+        reach = self.config.relative_attention_max_distance
+        rows = relative_buckets(
+            length, table.num_embeddings, reach, table.weight.device
         )
-        return table(buckets).permute(2, 0, 1)[None]  # (L, L, H) → (1, H, L, L)
+        bias = table(rows).permute(2, 0, 1)[None]  # (L, L, H) → (1, H, L, L)
+        return bias.contiguous()
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.shared(ids)  # (B, L) → (B, L, D)
-        bias = self.position_bias(ids.shape[1]).contiguous()
+        bias = self.position_bias(ids.shape[1])
         for block in self.encoder.block:
             x = block(x, bias)
         return self.encoder.final_layer_norm(x)
+
+
+# %% [markdown]
+# What did the heads of the tiny T5 learn about distance? One curve a head: what it adds
+# for a key that stands so many places from the query.
+
+# %% tags=["active-ipynb"]
+# t5 = load_component(T5Encoder, T5Config, TINY / "text_encoder_3")
+# bias = t5.position_bias(32)[0]  # (H, L, L)
+# offsets = torch.arange(-15, 16)
+# curves = {f"head {h}": (offsets, bias[h, 15, :31]) for h in range(6)}
+# viz.show_curves(curves, xlabel="key − query", ylabel="bias")
+
+# %% [markdown]
+# TODO
+
+# %% [markdown]
+# ## One context for the transformer
+#
+# The transformer wants one sequence of equally wide vectors. Stable Diffusion 3 lays
+# the states of the two CLIPs side by side (they describe the same token positions),
+# fills the missing width with zeros, and puts T5's states behind them:
+#
+# $$ \mathrm{context} =
+#    \begin{bmatrix} \text{CLIP-L} & \text{CLIP-G} & 0 \\ & \text{T5} & \end{bmatrix},
+#    \qquad (77 + 256) \times 4096. $$
+#
+# The pooled vectors are joined too, to $768 + 1280 = 2048$ numbers. They do not enter
+# the sequence: they tell every block, together with the noise level, what the whole is
+# about (chapter 5).
 
 
 # %%
 def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
     """Join the hidden states of the three encoders into one context.
 
-    clip_l (B, L, D_l), clip_g (B, L, D_g), t5 (B, M, D) → (B, L + M, D); D is at
-    least D_l + D_g. Esser et al. 2024, figure 2.
+    clip_l (B, L, D_l), clip_g (B, L, D_g), t5 (B, M, D) → (B, L + M, D); ValueError
+    where D < D_l + D_g. Esser et al. 2024, figure 2.
     """
     clip = torch.cat([clip_l, clip_g], dim=-1)  # → (B, L, D_l + D_g)
-    missing = t5.shape[-1] - clip.shape[-1]
+    width, missing = clip.shape[-1], t5.shape[-1] - clip.shape[-1]
     if missing < 0:
-        width = clip.shape[-1]
         raise ValueError(f"CLIP states of width {width} exceed T5's {t5.shape[-1]}")
-    clip = F.pad(clip, (0, missing))  # → (B, L, D)
+    clip = F.pad(clip, (0, missing))  # (B, L, D_l + D_g) → (B, L, D)
     return torch.cat([clip, t5], dim=1)  # → (B, L + M, D)
+
+
+# %% tags=["active-ipynb"]
+# context = assemble(hidden_l, hidden_g, t5(ids_t5))
+# pooled = torch.cat([pooled_l, pooled_g], dim=-1)
+# print("context", tuple(context.shape), "pooled", tuple(pooled.shape))
+# viz.show_heatmap(context[0].clamp(-3, 3), xlabel="feature", ylabel="token", signed=True)
+
+# %% [markdown]
+# TODO: describe.
+#
+# On the meta device tensors have shapes but no values, so that we can send a prompt
+# through the encoders of SD3.5 itself:
+
+# %% tags=["active-ipynb"]
+# with torch.device("meta"):
+#     big_l = CLIPTextEncoder(CLIPTextConfig.clip_l())
+#     big_g = CLIPTextEncoder(CLIPTextConfig.clip_g())
+#     big_t5 = T5Encoder(T5Config.t5_xxl())
+#     ids_77, ids_256 = (torch.zeros(1, n, dtype=torch.long) for n in (77, 256))
+# (l, p), (g, r) = big_l(ids_77), big_g(ids_77)
+# context_shape = tuple(assemble(l, g, big_t5(ids_256)).shape)
+# print("context", context_shape, "pooled", (1, p.shape[1] + r.shape[1]))
+
+# %% [markdown]
+# ## Predict, then break it
+#
+# Two captions use the same words in another order. In the first "red" belongs to the
+# dress, in the second to the background. We compare T5's states of the token "red" in
+# the two.
+#
+# Before you run the next cell, predict: what happens to their difference when the table
+# of relative positions is set to zero? And why could no amount of training mend it?
+
+# %% tags=["active-ipynb"]
+# swapped = [PROMPT, "a blue dress on a red background"]
+# ids = tokenize_t5(swapped)
+# at_red = ids == tokenize_t5.encode("red")[0]  # (2, 32), one True a row
+#
+# def gap(model: T5Encoder) -> float:
+#     first, second = model(ids)[at_red]
+#     return ((first - second).norm() / first.norm()).item()
+#
+# print(f"with the table:    {gap(t5):.3f}")
+
+# %% tags=["active-ipynb"]
+# import copy
+#
+# broken = copy.deepcopy(t5)
+# table = broken.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+# nn.init.zeros_(table.weight)
+# print(f"without the table: {gap(broken):.3f}")
+
+# %% [markdown]
+# Nothing else in T5 knows about places. Without the table a query meets the same *set*
+# of keys in both captions, and a weighted mean does not depend on the order in which it
+# is taken. Every layer maps equal states to equal states, so that "red" is the same
+# vector in both captions, whatever the weights are. Such a model reads a bag of words:
+# it could not say which thing is red.
+
+# %% [markdown]
+# ## The same numbers as transformers
+#
+# Hugging Face's classes are what most programs run. With the same random weights ours
+# must give the same states; the tests do this for many sizes, and show that each
+# comparison notices a wrong epsilon, a wrong activation, a missing mask.
+
+# %% tags=["active-ipynb"]
+# from dataclasses import asdict
+#
+# import transformers as hf
+#
+#
+# def same(ours: nn.Module, theirs: nn.Module) -> bool:
+#     for p in theirs.parameters():
+#         nn.init.normal_(p, std=0.2)
+#     ours.load_state_dict(theirs.state_dict(), strict=False)
+#     ids = torch.randint(0, 512, (2, 32))
+#     found, out = ours.eval()(ids), theirs.eval()(ids, output_hidden_states=True)
+#     expected = (out.hidden_states[-2], out.get("text_embeds"))
+#     if isinstance(ours, T5Encoder):
+#         found, expected = [found], [out.last_hidden_state]
+#     pairs = zip(found, expected, strict=True)
+#     return all((a - b).norm() / b.norm() <= 1e-5 for a, b in pairs)
+
+# %% tags=["active-ipynb"]
+# for config in (CLIPTextConfig.tiny_l(), CLIPTextConfig.tiny_g()):
+#     theirs = hf.CLIPTextModelWithProjection(hf.CLIPTextConfig(**asdict(config)))
+#     assert same(CLIPTextEncoder(config), theirs)
+# theirs = hf.T5EncoderModel(hf.T5Config(**asdict(T5Config.tiny())))
+# assert same(T5Encoder(T5Config.tiny()), theirs)
+# print("CLIP-L, CLIP-G and T5: relative error at most 1e-5")
+
+# %% [markdown]
+# ## What production code does differently
+#
+# - **It encodes once.** States depend on the prompt alone, not on the noise: programs
+#   keep those of the negative prompt, and of prompts that are drawn again. Training on
+#   a fixed set of captions stores them on disk.
+# - **It moves T5 away.** With 4.76 billion parameters T5-XXL is larger than the
+#   transformer of SD3.5 Medium. It is kept in main memory or in 8 bits, loaded for a
+#   moment, or left out: the reference then puts zeros in the place of its states.
+# - **It passes no padding mask.** One would expect padding tokens to be hidden. Neither
+#   Stability's reference nor diffusers does so: the states of padding are part of what
+#   SD3.5 was trained with, and hiding them changes the picture.
+# - **It keeps some matrices in float32.** transformers holds T5's `wo` in float32 when
+#   the rest is float16, because its products can overflow there. In bfloat16, with the
+#   range of float32, this is not needed.
+# - **It fuses.** One matrix product for queries, keys and values instead of three. We
+#   keep the published names here; in chapter 4, where the time goes, they are fused.
+
+# %% [markdown]
+# ## Exercises
+#
+# **2.1 Predict.** How many numbers does the context of one prompt hold in SD3.5, and
+# how many of them are padding zeros that `assemble` put there? Work it out before you
+# unfold the solution.
+#
+# **2.2 Code.** Write `mirrored`: from a table of relative positions (32, H) make the
+# one with which T5 reads a text backwards as the old one reads it forwards. Beware of
+# distance zero.
+
+# %% tags=["active-ipynb"]
+# def mirrored(table: Tensor) -> Tensor:
+#     raise NotImplementedError
+#
+#
+# @check
+# def exercise_2_2() -> None:
+#     other = copy.deepcopy(t5)
+#     table = other.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+#     table.weight.data = mirrored(table.weight.data)
+#     difference = (other(ids_t5.flip(1)).flip(1) - t5(ids_t5)).abs().max()
+#     assert difference < 1e-4, f"the states differ by {difference:.3f}"
+
+# %% [markdown]
+# **2.3 Explore.** In `CLIPTextEncoder.forward` return `states[-1]` instead of
+# `states[-2]` and run the cells from there. Which row of the figure of turns would the
+# transformer now have to live with? Then leave `is_causal=True` out of `CLIPAttention`:
+# which captions does CLIP still tell apart?
+
+# %% [markdown]
+# ### Solutions
+
+# %% tags=["active-ipynb", "hide-cell"]
+# print("numbers:", (77 + 256) * 4096, "of them zeros:", 77 * (4096 - 768 - 1280))
+
+# %% tags=["active-ipynb", "hide-cell"]
+# def mirrored(table: Tensor) -> Tensor:
+#     swapped = table.roll(16, dims=0)  # rows 0 … 15 ↔ rows 16 … 31
+#     swapped[0] = table[0]  # distance zero is neither behind nor ahead
+#     return swapped
+#
+#
+# exercise_2_2()
+
+# %% [markdown]
+# ## Summary
+#
+# You **wrote** attention with a bias three times, in loops, with two matrix products
+# and as one fused call, and saw them agree. You **built** CLIP's text tower and T5's
+# encoder and loaded trained weights into them. You **explained** by their gradients why
+# the states are taken before CLIP's last layer and the pooled vector at the end token.
+# You **computed** the buckets of relative positions and showed that T5 without them
+# reads a bag of words. You **assembled** the context and the pooled vector. This is
+# what our prompt hands on to the next chapters:
+
+# %% tags=["active-ipynb"]
+# values = [[round(x, 2) for x in row[:5].tolist()] for row in (context[0, 1], pooled[0])]
+# print("context", tuple(context.shape), "token 1:", values[0])
+# print("pooled ", tuple(pooled.shape), values[1])
+
+# %% [markdown]
+# ## Further reading
+#
+# - Radford et al. 2021, [Learning Transferable Visual Models From Natural Language
+#   Supervision](https://arxiv.org/abs/2103.00020): CLIP.
+# - Raffel et al. 2020, [Exploring the Limits of Transfer Learning with a Unified
+#   Text-to-Text Transformer](https://arxiv.org/abs/1910.10683): T5 and its relative
+#   positions.
+# - Shazeer 2020, [GLU Variants Improve Transformer](https://arxiv.org/abs/2002.05202),
+#   and Zhang and Sennrich 2019, [Root Mean Square Layer
+#   Normalization](https://arxiv.org/abs/1910.07467).
+# - Saharia et al. 2022, [Photorealistic Text-to-Image Diffusion Models with Deep
+#   Language Understanding](https://arxiv.org/abs/2205.11487): why a text-only encoder
+#   helps pictures.
+# - Esser et al. 2024, [Scaling Rectified Flow Transformers for High-Resolution Image
+#   Synthesis](https://arxiv.org/abs/2403.03206), sections 4 and 5: three encoders
+#   together.
