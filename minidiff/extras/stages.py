@@ -1,0 +1,542 @@
+"""The stages that make the tiny model: from scenes to a folder that ``load`` opens.
+
+Each stage learns by its own objective (``minidiff.training``), keeps its checkpoints
+under ``OUTPUT/runs/STAGE`` and exports float16 weights in the hub's layout into
+``OUTPUT/model``; the next stage reads them from there.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from minidiff.dit import MMDiT, MMDiTConfig
+from minidiff.flow_matching import Scheduler, euler, guide
+from minidiff.support import rng
+from minidiff.support.checkpoints import load_component, save_component, write_json
+from minidiff.support.data import Scenes, caption_ids, draw_attributes, token_table
+from minidiff.support.judge import train_judge
+from minidiff.support.trainer import Run, fingerprint, load_tensors, save_tensors
+from minidiff.text_encoders import (
+    CLIPTextConfig,
+    CLIPTextEncoder,
+    T5Config,
+    T5Encoder,
+    assemble,
+)
+from minidiff.training import (
+    CLIPTraining,
+    T5Training,
+    Task,
+    TrainingConfig,
+    choose_spans,
+    clip_loss,
+    corrupt_spans,
+    drop_encoders,
+    fit,
+    t5_loss,
+    transformer_loss,
+    vae_loss,
+)
+from minidiff.vae import VAE, VAEConfig
+
+STAGES = ("tokenizers", "clip", "t5", "vae", "judge", "transformer")
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+CLIP_VOCABULARY = 704  # rows of the table: 512 bytes, then merges and two markers
+LENGTH = 32  # tokens of a prompt, for each encoder
+TWO_GARMENTS = 0.65  # two garments are harder: the transformer sees them more often
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long each stage learns, and from how many scenes."""
+
+    clip: TrainingConfig
+    t5: TrainingConfig
+    vae: TrainingConfig
+    transformer: TrainingConfig
+    pictures: int  # scenes kept as pictures, for CLIP and the autoencoder
+    latents: int  # scenes kept as latents, for the transformer
+    captions: int = 20_000  # that the tokenizers learn from
+    held: int = 512  # test scenes that validation looks at
+    judge: dict = field(default_factory=dict)  # arguments of ``train_judge``
+
+
+RECIPES = {
+    "gpu": Recipe(
+        clip=TrainingConfig(2500, 1024, 1e-3, warmup_steps=200, save_every=500),
+        t5=TrainingConfig(2500, 1024, 1e-3, warmup_steps=200, save_every=500),
+        vae=TrainingConfig(
+            3500, 256, 1e-3, warmup_steps=100, save_every=500, validate_every=500
+        ),
+        transformer=TrainingConfig(
+            24_000,
+            512,
+            1e-3,
+            warmup_steps=500,
+            ema_decay=0.9995,
+            save_every=1000,
+            validate_every=2000,
+        ),
+        pictures=2**18,
+        latents=2**20,
+    ),
+    "cpu": Recipe(
+        clip=TrainingConfig(60, 64, 1e-3, warmup_steps=10, log_every=5, save_every=20),
+        t5=TrainingConfig(60, 64, 1e-3, warmup_steps=10, log_every=5, save_every=20),
+        vae=TrainingConfig(30, 8, 1e-3, warmup_steps=5, log_every=5, save_every=10),
+        transformer=TrainingConfig(
+            60, 16, 1e-3, warmup_steps=5, log_every=5, save_every=20, validate_every=60
+        ),
+        pictures=2048,
+        latents=1024,
+        captions=2000,
+        held=32,
+        judge={"steps": 20, "batch_size": 32, "test_scenes": 200},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where a stage reads and writes, and on what it runs."""
+
+    output: Path
+    recipe: Recipe
+    data: str | None = None
+    device: str = "cpu"
+    cache: Path | None = None
+    deadline: float | None = None
+    seed: int = 0
+
+    @property
+    def model(self) -> Path:
+        """The exported model, in the hub's layout."""
+        return self.output / "model"
+
+    def scenes(self, two_garments: float = 0.5, split: str = "train") -> Scenes:
+        """Scenes of one split on this job's device."""
+        return Scenes(split, self.data, self.device, self.seed, two_garments)
+
+
+def shuffled(indices: Tensor, n: int) -> Tensor:
+    """Places in a pool of ``n`` for samples 0, 1, 2, …: each once an epoch."""
+    return (indices * 2654435761 + indices // n * 40503) % n
+
+
+def key(job: Job, purpose: str) -> int:
+    """A seed for one purpose."""
+    return rng.fold_in(job.seed, sum(map(ord, purpose)))
+
+
+@torch.no_grad()
+def picture_pool(scenes: Scenes, n: int, chunk: int = 4096) -> tuple[Tensor, ...]:
+    """Scenes 0 … n − 1: pictures uint8 (n, 3, 64, 64), captions, their meanings (n,).
+
+    A meaning is the caption's number in its first template.
+    """
+    parts = []
+    for start in range(0, n, chunk):
+        device = scenes.gray.device
+        batch = scenes.batch(torch.arange(start, min(n, start + chunk), device=device))
+        images = ((batch.images + 1) * 127.5).round().clamp(0, 255).byte()
+        first = torch.zeros_like(batch.templates)
+        meaning = caption_ids(batch.attributes, first)
+        parts.append((images, batch.caption_ids, meaning))
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def from_bytes(images: Tensor) -> Tensor:
+    """uint8 pictures as numbers in [−1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+# Tokenizers
+
+
+def load_tokenizers(job: Job) -> list:
+    """The three tokenizers of the exported model."""
+    from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
+
+    classes = (CLIPTokenizer, CLIPTokenizer, T5Tokenizer)
+    pairs = zip(classes, TOKENIZERS, strict=True)
+    return [c.from_pretrained(job.model / name) for c, name in pairs]
+
+
+def token_tables(job: Job) -> list[Tensor]:
+    """Ids of every caption by each tokenizer, (captions + 1, L); the last row is ""."""
+    tables = []
+    for tokenizer in load_tokenizers(job):
+        empty = tokenizer([""]).short()
+        tables.append(torch.cat([token_table(tokenizer), empty]).to(job.device))
+    return tables
+
+
+def train_tokenizers(job: Job) -> None:
+    """BPE for both CLIPs and Unigram for T5, from training captions."""
+    from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
+
+    indices = torch.arange(job.recipe.captions, device=job.device)
+    captions = job.scenes().batch(indices).captions
+    for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+        clip = CLIPTokenizer.train(captions, CLIP_VOCABULARY, LENGTH, pad)
+        clip.save_pretrained(job.model / name)
+    t5 = T5Tokenizer.train(captions, T5Config.tiny().vocab_size, 32, LENGTH)
+    t5.save_pretrained(job.model / "tokenizer_3")
+
+
+# Text encoders
+
+
+def train_clip(job: Job) -> None:
+    """Both CLIP text encoders, contrastively against one picture tower."""
+    images, captions, meaning = picture_pool(job.scenes(), job.recipe.pictures)
+    ids_l, ids_g, _ = token_tables(job)
+
+    def batch(indices: Tensor) -> dict[str, Tensor]:
+        place = shuffled(indices, len(images))
+        return {
+            "images": from_bytes(images[place]),
+            "ids_l": ids_l[captions[place]].long(),
+            "ids_g": ids_g[captions[place]].long(),
+            "meaning": meaning[place],
+        }
+
+    encoders = (
+        CLIPTextEncoder(clip_config(0, job)),
+        CLIPTextEncoder(clip_config(1, job)),
+    )
+    task = Task(CLIPTraining(*encoders), clip_loss, batch)
+    model = learn(job, "clip", task)
+    for encoder, folder in zip(model.text, ENCODERS, strict=False):
+        export(job, encoder, folder, "CLIPTextModelWithProjection")
+
+
+def clip_config(number: int, job: Job) -> CLIPTextConfig:
+    """The tiny configuration with the trained tokenizer's end token."""
+    config = (CLIPTextConfig.tiny_l, CLIPTextConfig.tiny_g)[number]()
+    end = load_tokenizers(job)[number].eos_token_id
+    return replace(config, vocab_size=CLIP_VOCABULARY, eos_token_id=end)
+
+
+def train_t5(job: Job) -> None:
+    """T5's encoder: odd samples restore hidden words, even ones say the same anew."""
+    n = job.recipe.pictures
+    scenes = job.scenes(TWO_GARMENTS)
+    ids, tokenizer = token_tables(job)[2], load_tokenizers(job)[2]
+    config = T5Config.tiny()
+    sentinels = [tokenizer.vocab[f"<extra_id_{i}>"] for i in range(3)]
+    sentinels = torch.tensor(sentinels, device=job.device)
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    captions = caption_pairs(scenes, n)
+    seed = key(job, "spans")
+
+    def batch(indices: Tensor) -> dict[str, Tensor]:
+        place = shuffled(indices, n)
+        source, other = ids[captions[place]].long().unbind(1)  # (B, 2, L) → 2 × (B, L)
+        hidden = choose_spans(rng.uniform(seed, indices, 4), source, pad)
+        corrupted, target = corrupt_spans(source, hidden, sentinels, pad, eos)
+        restore = (indices % 2 == 1)[:, None]
+        return {
+            "source": torch.where(restore, corrupted, source),
+            "target": torch.where(restore, target, other),
+        }
+
+    task = Task(T5Training(T5Encoder(config)), t5_loss, batch)
+    export(job, learn(job, "t5", task).encoder, ENCODERS[2], "T5EncoderModel")
+
+
+@torch.no_grad()
+def caption_pairs(scenes: Scenes, n: int, chunk: int = 2**16) -> Tensor:
+    """The captions of scenes 0 … n − 1 by two different templates, (n, 2)."""
+    pairs = []
+    for start in range(0, n, chunk):
+        indices = torch.arange(start, min(n, start + chunk), device=scenes.gray.device)
+        u = rng.uniform(scenes.seed, indices, 16)
+        attributes, templates = draw_attributes(u, scenes.two_garments, False)
+        step = 1 + (rng.uniform(scenes.seed + 1, indices, 1)[:, 0] * 3).long()
+        other = (templates + step) % 4
+        ids = [caption_ids(attributes, t) for t in (templates, other)]
+        pairs.append(torch.stack(ids, 1))
+    return torch.cat(pairs)
+
+
+# Autoencoder
+
+
+def train_vae(job: Job) -> None:
+    """The autoencoder, and the shift and scale of its latents."""
+    images = picture_pool(job.scenes(), job.recipe.pictures)[0]
+    config = VAEConfig.tiny()
+    seed, side = key(job, "posterior"), images.shape[-1] // config.factor
+    shape = (config.latent_channels, side, side)
+    held = torch.arange(job.recipe.held, device=job.device)
+    tests = job.scenes(split="test").batch(held).images
+
+    def batch(indices: Tensor) -> dict[str, Tensor]:
+        place = shuffled(indices, len(images))
+        noise = rng.normal(seed, indices, shape)
+        return {"images": from_bytes(images[place]), "noise": noise}
+
+    def validate(vae: VAE) -> dict[str, float]:
+        return {"psnr": psnr(vae, tests)}
+
+    vae = VAE(config)
+    if job.device != "cpu":
+        vae = vae.to(memory_format=torch.channels_last)
+    vae = learn(job, "vae", Task(vae, vae_loss, batch, validate))
+    export(job, measured(vae, from_bytes(images[:1024])), "vae", "AutoencoderKL")
+
+
+@torch.no_grad()
+def psnr(vae: VAE, images: Tensor) -> float:
+    """Mean peak signal-to-noise ratio (dB) of reconstructions from the mode."""
+    decoded = vae.decode(vae.encode(images).mode()).clamp(-1, 1)
+    error = ((decoded - images) / 2).square().mean((1, 2, 3))
+    return (-10 * error.log10()).mean().item()
+
+
+@torch.no_grad()
+def measured(vae: VAE, images: Tensor) -> VAE:
+    """The same weights with shift and scale that make latents of mean 0, variance 1."""
+    latents = vae.encode(images).mode()
+    shift, scale = latents.mean().item(), 1 / latents.std().item()
+    config = replace(vae.config, shift_factor=shift, scaling_factor=scale)
+    copy = VAE(config).to(images.device)
+    copy.load_state_dict(vae.state_dict())
+    return copy.eval()
+
+
+# Transformer
+
+
+class Features:
+    """What the frozen models make of scenes: latents, and each caption's encodings."""
+
+    def __init__(self, job: Job, scenes: Scenes, n: int) -> None:
+        self.vae, self.encoders = load_vae(job), load_encoders(job)
+        tables = token_tables(job)
+        made_by = fingerprint(
+            *self.vae.state_dict().values(), scenes.seed, scenes.two_garments, n
+        )
+        path = job.cache and job.cache / f"latents-{made_by}.safetensors"
+        if path and path.exists():
+            kept = load_tensors(path)[0]
+        else:
+            kept = encode_scenes(self.vae, scenes, n)
+            if path:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_tensors(path, kept)
+        self.latents = kept["latents"].to(job.device)
+        captions = kept["captions"].to(job.device)
+        # the empty prompt, the last row of the tables, is encoded too, as row 0 here
+        empty = torch.tensor([len(tables[0]) - 1], device=job.device)
+        unique, place = captions.unique(return_inverse=True)
+        self.place = place + 1
+        rows = torch.cat([empty, unique])
+        self.context, self.pooled = encode_captions(self.encoders, tables, rows)
+
+
+@torch.no_grad()
+def encode_scenes(vae: VAE, scenes: Scenes, n: int, chunk: int = 2048) -> dict:
+    """float16 latents (n, C, h, w), scaled, and caption numbers (n,) of n scenes."""
+    device, latents, captions = scenes.gray.device, [], []
+    bfloat16 = device.type == "cuda"
+    for start in range(0, n, chunk):
+        batch = scenes.batch(torch.arange(start, min(n, start + chunk), device=device))
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            mode = vae.encode(batch.images).mode()
+        latents.append(vae.scale(mode.float()).half())
+        captions.append(batch.caption_ids)
+    return {"latents": torch.cat(latents), "captions": torch.cat(captions)}
+
+
+@torch.no_grad()
+def encode_captions(
+    encoders: list, tables: list[Tensor], rows: Tensor, chunk: int = 4096
+) -> tuple[Tensor, Tensor]:
+    """float16 contexts (N, 2·L, D) and pooled vectors (N, P) of captions ``rows``."""
+    contexts, pooled = [], []
+    for part in rows.split(chunk):
+        ids = [table[part].long() for table in tables]
+        (l, pooled_l), (g, pooled_g) = encoders[0](ids[0]), encoders[1](ids[1])
+        contexts.append(assemble(l, g, encoders[2](ids[2])).half())
+        pooled.append(torch.cat([pooled_l, pooled_g], -1).half())
+    return torch.cat(contexts), torch.cat(pooled)
+
+
+def train_transformer(job: Job) -> None:
+    """The MMDiT, by rectified flow on latents and captions that are encoded once."""
+    features = Features(job, job.scenes(TWO_GARMENTS), job.recipe.latents)
+    tests = job.scenes(split="test")
+    held = Features(replace(job, cache=None), tests, job.recipe.held)
+    widths = tuple(e.config.hidden_size for e in features.encoders[:2])
+    seeds = [key(job, purpose) for purpose in ("noise", "times and dropout")]
+    shape = tuple(features.latents.shape[1:])
+
+    def batch(indices: Tensor) -> dict[str, Tensor]:
+        place = shuffled(indices, len(features.latents))
+        u = rng.uniform(seeds[1], indices, 5)
+        row = torch.where(u[:, 0] < 0.1, 0, features.place[place])  # 10 %: ""
+        context, pooled = drop_encoders(
+            features.context[row], features.pooled[row], u[:, 1:4] >= 0.1, widths
+        )
+        normal = torch.special.ndtri(u[:, 4].clamp(1e-6, 1 - 1e-6))
+        return {
+            "x0": features.latents[place].float(),
+            "noise": rng.normal(seeds[0], indices, shape),
+            "sigma": normal.sigmoid(),
+            "context": context.float(),
+            "pooled": pooled.float(),
+        }
+
+    def validate(model: MMDiT) -> dict[str, float]:
+        return validation_loss(model, held, key(job, "validation"))
+
+    task = Task(MMDiT(MMDiTConfig.tiny()), transformer_loss, batch, validate)
+    model = learn(job, "transformer", task)
+    export(job, model, "transformer", "SD3Transformer2DModel")
+    finish(job)
+    save_grid(job, model, held)
+
+
+@torch.no_grad()
+def validation_loss(model: MMDiT, held: Features, seed: int) -> dict[str, float]:
+    """The loss on held-out scenes with fixed noise, at eight fixed noise levels."""
+    n, losses = len(held.latents), {}
+    x0 = held.latents.float()
+    noise = rng.normal(seed, torch.arange(n, device=x0.device), tuple(x0.shape[1:]))
+    fixed = {"x0": x0, "noise": noise, "context": held.context[held.place].float()}
+    fixed["pooled"] = held.pooled[held.place].float()
+    for i in range(8):
+        level = (2 * i + 1) / 16
+        sigma = torch.full((n,), level, device=x0.device)
+        losses[f"{level:.4f}"] = transformer_loss(
+            model, fixed | {"sigma": sigma}
+        ).item()
+    return {"validation": sum(losses.values()) / 8, "by_sigma": losses}
+
+
+@torch.no_grad()
+def save_grid(job: Job, model: MMDiT, held: Features, scale: float = 4.0) -> None:
+    """Thirty-two held-out captions drawn in 28 steps: ``OUTPUT/grid.png``."""
+    n = 32
+    device = held.latents.device
+    row = torch.cat([held.place[:n], torch.zeros(n, dtype=torch.long, device=device)])
+    context, pooled = held.context[row].float(), held.pooled[row].float()
+    noise = rng.normal(job.seed, torch.arange(n, device=device), held.latents.shape[1:])
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        v = model(torch.cat([x, x]), sigma.expand(2 * n), context, pooled)
+        positive, negative = v.chunk(2)
+        return guide(negative, positive, scale)
+
+    x = euler(velocity, noise, Scheduler(shift=1.0).sigmas(28).to(device))
+    images = held.vae.decode(held.vae.unscale(x)).clamp(-1, 1)
+    rows = (
+        images.unflatten(0, (4, 8)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    )
+    pixels = ((rows + 1) * 127.5).round().byte().cpu().numpy()
+    Image.fromarray(pixels).save(job.output / "grid.png")
+
+
+# All stages
+
+
+def learn(job: Job, stage: str, task: Task) -> torch.nn.Module:
+    """Fit one stage in its own folder; what differs from a run begun there is named."""
+    config = getattr(job.recipe, stage)
+    settings = {"stage": stage, "seed": job.seed, **lasting(config)}
+    with Run(job.output / "runs" / stage, settings) as run:
+        return fit(task, config, run, job.device, job.deadline)
+
+
+def lasting(config: TrainingConfig) -> dict:
+    """The settings that change what is learned."""
+    passing = ("compile", "log_every", "save_every", "validate_every")
+    return {k: v for k, v in asdict(config).items() if k not in passing}
+
+
+def export(job: Job, model: torch.nn.Module, name: str, class_name: str) -> None:
+    """Write one component of the hub's layout in float16."""
+    save_component(model, job.model / name, class_name, torch.float16)
+    if name in ENCODERS:  # the special ids that transformers' configurations state
+        tokenizer = load_tokenizers(job)[ENCODERS.index(name)]
+        path = job.model / name / "config.json"
+        ids = {k: getattr(tokenizer, k) for k in ("bos_token_id", "eos_token_id")}
+        ids["pad_token_id"] = tokenizer.pad_token_id
+        known = {k: v for k, v in ids.items() if v is not None}
+        write_json(path, json.loads(path.read_text()) | known)
+
+
+def finish(job: Job) -> None:
+    """The two files that make a folder of components a pipeline."""
+    index = {
+        "_class_name": "StableDiffusion3Pipeline",
+        "_diffusers_version": "0.31.0",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_3": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "tokenizer_3": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "SD3Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    write_json(job.model / "model_index.json", index)
+    (job.model / "scheduler").mkdir(exist_ok=True)
+    scheduler = {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "shift": 1.0,
+    }
+    write_json(job.model / "scheduler" / "scheduler_config.json", scheduler)
+
+
+def load_vae(job: Job) -> VAE:
+    """The exported autoencoder."""
+    return load_component(VAE, VAEConfig, job.model / "vae", job.device)
+
+
+def load_encoders(job: Job) -> list:
+    """The three exported text encoders."""
+    classes = [(CLIPTextEncoder, CLIPTextConfig)] * 2 + [(T5Encoder, T5Config)]
+    return [
+        load_component(model, config, job.model / name, job.device)
+        for (model, config), name in zip(classes, ENCODERS, strict=True)
+    ]
+
+
+def judge(job: Job) -> None:
+    """The judge of ``minidiff evaluate``, under ``OUTPUT/judge``."""
+    train_judge(job.data, job.output / "judge", job.device, **job.recipe.judge)
+
+
+RUN = {
+    "tokenizers": train_tokenizers,
+    "clip": train_clip,
+    "t5": train_t5,
+    "vae": train_vae,
+    "judge": judge,
+    "transformer": train_transformer,
+}
+
+
+def run_stages(job: Job, stages: tuple[str, ...]) -> None:
+    """Run ``stages`` in order; one that is done already is left alone."""
+    for stage in stages:
+        done = job.output / "runs" / f"{stage}.done"
+        if done.exists():
+            continue
+        start = time.time()
+        torch.manual_seed(job.seed)
+        RUN[stage](job)
+        done.parent.mkdir(parents=True, exist_ok=True)
+        done.write_text(json.dumps({"seconds": round(time.time() - start, 1)}))
+        print(f"{stage}: done in {time.time() - start:.0f} s", flush=True)

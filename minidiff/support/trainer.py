@@ -1,0 +1,191 @@
+"""What makes a training run safe to kill: its folder, checkpoints, log and caches.
+
+A run's folder holds ``run.json`` (what is trained, and how), ``log.jsonl`` (one JSON
+object a line), ``step-N.safetensors`` (the last few checkpoints), ``best.safetensors``
+and a lock that the operating system frees when the process ends, however it ends.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
+
+class TrainingError(ValueError):
+    """Training cannot go on; the message says where it stopped and what is kept."""
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write ``path`` so that a reader sees the old bytes or the new, never a part.
+
+    The data go to a file beside it, to the disk, and take its name in one step (POSIX
+    ``rename``). An error (a full disk, say) leaves ``path`` as it was: OSError.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        reason = error.strerror or error
+        raise OSError(
+            f"cannot write {path}: {reason}; the file before it is kept"
+        ) from (error)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: object) -> None:
+    """``tensors`` as one safetensors file, atomically; ``metadata`` beside them."""
+    tensors = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
+    notes = {key: json.dumps(value) for key, value in metadata.items()}
+    write_atomically(path, save(tensors, notes))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """The tensors and the metadata that :func:`save_tensors` wrote.
+
+    Raises ValueError for a file that is no whole safetensors file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        return load_file(path), {k: json.loads(v) for k, v in metadata.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+class Run:
+    """A folder that holds one training run. A context manager: it holds the lock.
+
+    Args:
+        folder: made if missing.
+        settings: what must be equal for the run to go on (JSON values); a folder begun
+            with other settings raises ValueError and names the difference.
+        keep: how many of the last checkpoints stay.
+    """
+
+    def __init__(self, folder: Path | str, settings: dict, keep: int = 2) -> None:
+        self.folder, self.keep = Path(folder), keep
+        self.settings = json.loads(json.dumps(settings))
+
+    def __enter__(self) -> "Run":
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.folder / "lock", "w")
+        try:
+            if fcntl:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise ValueError(
+                f"another process trains in {self.folder}; expected a folder of its own"
+            ) from None
+        try:
+            self._check_settings()
+        except BaseException:
+            self._lock.close()
+            raise
+        for part in self.folder.glob(".*.part"):  # what a killed save left behind
+            part.unlink()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def _check_settings(self) -> None:
+        path = self.folder / "run.json"
+        if not path.exists():
+            write_atomically(path, json.dumps(self.settings, indent=1).encode())
+            return
+        found = json.loads(path.read_text())
+        for key in sorted({*found, *self.settings}):
+            old, new = found.get(key), self.settings.get(key)
+            if old != new:
+                raise ValueError(
+                    f"{self.folder} holds a run with {key} = {old}, not {new}: choose "
+                    "another folder, or the same settings to go on"
+                )
+
+    def checkpoints(self) -> list[Path]:
+        """The numbered checkpoints, newest first."""
+        paths = self.folder.glob("step-*.safetensors")
+        return sorted(paths, key=lambda path: int(path.stem[5:]), reverse=True)
+
+    def save(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """Checkpoint after ``step`` steps; older ones than the last ``keep`` go."""
+        save_tensors(self.folder / f"step-{step}.safetensors", tensors, step=step)
+        for path in self.checkpoints()[self.keep :]:
+            path.unlink()
+
+    def restore(self) -> tuple[dict[str, Tensor], int] | None:
+        """The newest checkpoint that is whole, and its step; None in a new folder."""
+        for path in self.checkpoints():
+            try:
+                tensors, metadata = load_tensors(path)
+            except (ValueError, OSError) as error:
+                print(f"{error}; going back to the checkpoint before", file=sys.stderr)
+                continue
+            self._rewind_log(metadata["step"])
+            return tensors, metadata["step"]
+        self._rewind_log(0)
+        return None
+
+    def last_good(self) -> str:
+        """The newest checkpoint's name, for messages."""
+        paths = self.checkpoints()
+        return (
+            f"the last good checkpoint is {paths[0]}" if paths else "none was saved yet"
+        )
+
+    def save_best(self, score: float, tensors: dict[str, Tensor]) -> None:
+        """Keep ``tensors`` as ``best.safetensors`` unless a lower score was kept."""
+        path = self.folder / "best.safetensors"
+        if path.exists() and load_tensors(path)[1]["score"] <= score:
+            return
+        save_tensors(path, tensors, score=score)
+
+    def log(self, record: dict) -> None:
+        """Append ``record`` to ``log.jsonl``, with the time of day."""
+        with open(self.folder / "log.jsonl", "a") as file:
+            file.write(json.dumps({**record, "time": round(time.time(), 2)}) + "\n")
+
+    def _rewind_log(self, step: int) -> None:
+        path = self.folder / "log.jsonl"
+        kept = [line for line in read_log(path) if line.get("step", 0) <= step]
+        if path.exists():
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            write_atomically(path, text.encode())
+
+
+def read_log(path: Path | str) -> list[dict]:
+    """The records of a JSON-lines log; a line cut off by a kill is left out."""
+    records, path = [], Path(path)
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def fingerprint(*parts: object) -> str:
+    """A short name for what made a file: tensors by their bytes, others by repr."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            part = part.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()
+        digest.update(part if isinstance(part, bytes) else repr(part).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,435 @@
+# %% [markdown]
+r"""
+# Training: from data to weights
+"""
+
+# %%
+import copy
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minidiff.dit import MMDiT
+from minidiff.flow_matching import interpolate, velocity_target
+from minidiff.support.trainer import Run, TrainingError
+from minidiff.text_encoders import CLIPTextEncoder, T5Encoder
+from minidiff.vae import VAE
+
+Batch = dict[str, Tensor]
+
+
+# %% [markdown]
+# ## The autoencoder's loss
+
+
+# %%
+def gradient_difference(a: Tensor, b: Tensor) -> Tensor:
+    """Mean difference of neighbouring-pixel steps of two pictures (B, C, H, W).
+
+    Mathieu et al. 2016, equation 6, with exponent 1: it asks for the same edges.
+    """
+    d = a - b
+    return (d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()) / 2
+
+
+def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mean, e^logvar) ‖ N(0, 1)) per number; Kingma & Welling 2014, appendix B."""
+    return (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
+
+
+def vae_loss(vae: VAE, batch: Batch, kl_weight: float = 5e-4) -> Tensor:
+    """L1, L2 and edges of the reconstruction, and a small pull towards N(0, 1).
+
+    ``batch``: images (B, 3, H, W) in [−1, 1], noise (B, C, h, w).
+    """
+    posterior = vae.encode(batch["images"])
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    z = mean + torch.exp(0.5 * logvar) * batch["noise"]
+    error = vae.decode(z).float() - batch["images"]
+    edges = gradient_difference(error, torch.zeros_like(error))
+    reconstruction = error.abs().mean() + 2 * error.square().mean() + 0.5 * edges
+    return reconstruction + kl_weight * kl_divergence(mean, logvar)
+
+
+# %% [markdown]
+# ## CLIP's loss
+
+
+# %%
+class ImageTower(nn.Module):
+    """A small convolutional network: pictures (B, 3, 64, 64) → features (B, F)."""
+
+    def __init__(self, widths: tuple[int, ...] = (32, 64, 128, 128)) -> None:
+        super().__init__()
+        layers, inputs = [], 3
+        for width in widths:
+            layers += [nn.Conv2d(inputs, width, 3, stride=2, padding=1)]
+            layers += [nn.GroupNorm(8, width), nn.SiLU()]
+            inputs = width
+        self.layers = nn.Sequential(*layers, nn.Flatten())
+        self.features = widths[-1] * (64 // 2 ** len(widths)) ** 2
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)  # (B, 3, 64, 64) → (B, 128, 4, 4) → (B, F)
+
+
+class CLIPTraining(nn.Module):
+    """Both text encoders with the picture tower that they share while they learn."""
+
+    def __init__(self, clip_l: CLIPTextEncoder, clip_g: CLIPTextEncoder) -> None:
+        super().__init__()
+        self.text = nn.ModuleList([clip_l, clip_g])
+        self.tower = ImageTower()
+        widths = [encoder.config.projection_dim for encoder in self.text]
+        self.heads = nn.ModuleList(nn.Linear(self.tower.features, w) for w in widths)
+        self.log_scale = nn.Parameter(torch.full((2,), math.log(1 / 0.07)))
+
+
+def contrastive_loss(text: Tensor, image: Tensor, scale: Tensor, meaning: Tensor):
+    """Which caption belongs to which picture; Radford et al. 2021, figure 3.
+
+    ``text``, ``image`` (B, P); captions with the same ``meaning`` (B,) say the same, so
+    each picture has all of them as its positives, in equal parts.
+    """
+    text, image = F.normalize(text.float(), dim=-1), F.normalize(image.float(), dim=-1)
+    logits = scale * text @ image.mT  # (B, P) · (P, B) → (B, B)
+    same = (meaning[:, None] == meaning).float()
+    target = same / same.sum(1, keepdim=True)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.mT, target)) / 2
+
+
+def clip_loss(model: CLIPTraining, batch: Batch) -> Tensor:
+    """Sum of both encoders' losses.
+
+    ``batch``: images, ids_l and ids_g (B, L), meaning (B,).
+    """
+    features = model.tower(batch["images"])
+    scales, loss = model.log_scale.exp().clamp(max=100), 0.0
+    ids = batch["ids_l"], batch["ids_g"]
+    for i, encoder, head, scale in zip(
+        ids, model.text, model.heads, scales, strict=True
+    ):
+        pooled = encoder(i)[1]
+        loss += contrastive_loss(pooled, head(features), scale, batch["meaning"])
+    return loss
+
+
+# %% [markdown]
+# ## T5's loss
+
+
+# %%
+def compact(values: Tensor, keep: Tensor, pad: int, length: int) -> Tensor:
+    """Move the kept ``values`` (B, N) of each row to its front: (B, length)."""
+    order = (~keep).byte().argsort(dim=1, stable=True)
+    return values.masked_fill(~keep, pad).gather(1, order)[:, :length]
+
+
+def choose_spans(u: Tensor, ids: Tensor, pad: int, longest: int = 3) -> Tensor:
+    """A mask (B, L) of two random spans of 1 to ``longest`` tokens, from u (B, 4)."""
+    n = (ids != pad).sum(1, keepdim=True) - 1  # the end token is never hidden
+    start = (u[:, :2] * n).long()  # (B, 2)
+    end = start + 1 + (u[:, 2:] * longest).long()
+    place = torch.arange(ids.shape[1], device=ids.device)[:, None]  # (L, 1)
+    inside = (place >= start[:, None]) & (place < end[:, None])  # → (B, L, 2)
+    return inside.any(-1) & (place[:, 0] < n)
+
+
+def corrupt_spans(
+    ids: Tensor, hidden: Tensor, sentinels: Tensor, pad: int, eos: int
+) -> tuple[Tensor, Tensor]:
+    """T5's span corruption: Raffel et al. 2020, section 3.1.4 and figure 2.
+
+    Each run of ``hidden`` (B, L) tokens becomes one sentinel in the source (B, L); the
+    target (B, L) lists every sentinel with the tokens that it stands for, then ``eos``.
+    """
+    first = hidden & ~F.pad(hidden, (1, 0))[:, :-1]  # (B, L): the start of each run
+    names = sentinels[(first.cumsum(1) - 1).clamp(min=0)]
+    source = compact(names.where(first, ids), first | ~hidden, pad, ids.shape[1])
+    pairs = torch.stack([names, ids], 2).flatten(1)  # (B, L, 2) → (B, 2·L)
+    keep = torch.stack([first, hidden], 2).flatten(1)
+    end = torch.full_like(ids[:, :1], eos)
+    pairs, keep = torch.cat([pairs, end], 1), F.pad(keep, (0, 1), value=True)
+    return source, compact(pairs, keep, pad, ids.shape[1])
+
+
+class T5Training(nn.Module):
+    """T5's encoder with a small decoder that writes the answer while it learns."""
+
+    def __init__(self, encoder: T5Encoder, layers: int = 2, length: int = 32) -> None:
+        super().__init__()
+        c = encoder.config
+        self.encoder = encoder
+        self.embed = nn.Embedding(c.vocab_size, c.d_model)
+        self.positions = nn.Parameter(torch.randn(length, c.d_model) * 0.1)
+        layer = nn.TransformerDecoderLayer(
+            c.d_model,
+            c.num_heads,
+            2 * c.d_model,
+            0.0,
+            batch_first=True,
+            norm_first=True,
+        )
+        self.decoder = nn.TransformerDecoder(layer, layers, nn.LayerNorm(c.d_model))
+        self.head = nn.Linear(c.d_model, c.vocab_size)
+
+    def forward(self, source: Tensor, answer: Tensor) -> Tensor:
+        """Logits (B, L, V) of each next token: ``source``, ``answer`` (B, L)."""
+        n = answer.shape[1]
+        ahead = torch.ones(n, n, dtype=torch.bool, device=answer.device).triu(1)
+        x = self.embed(answer) + self.positions[:n]
+        x = self.decoder(x, self.encoder(source), ahead, tgt_is_causal=True)
+        return self.head(x)
+
+
+def t5_loss(model: T5Training, batch: Batch) -> Tensor:
+    """Cross-entropy of the target, given the source and the target so far.
+
+    ``batch``: source, target (B, L); padding (id 0) starts the decoder and is not
+    scored, as in T5.
+    """
+    target = batch["target"]
+    answer = F.pad(target, (1, 0))[:, :-1]  # shifted by one, (B, L)
+    logits = model(batch["source"], answer).float()
+    return F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=0)
+
+
+# %% [markdown]
+# ## The transformer's loss
+
+
+# %%
+def transformer_loss(model: MMDiT, batch: Batch) -> Tensor:
+    """Rectified flow; Esser et al. 2024, equation 5 in velocity form.
+
+    ``batch``: x0, noise (B, C, h, w), sigma (B,), context (B, L, D), pooled (B, P).
+    """
+    x0, noise, sigma = batch["x0"], batch["noise"], batch["sigma"]
+    x = interpolate(x0, noise, sigma)
+    v = model(x, sigma, batch["context"], batch["pooled"])
+    return (v.float() - velocity_target(x0, noise)).square().mean()
+
+
+def drop_encoders(
+    context: Tensor, pooled: Tensor, keep: Tensor, widths: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Zeros in place of the encoders whose ``keep`` (B, 3) is False.
+
+    ``context`` (B, 2·L, D): L rows of both CLIPs side by side, L of T5. ``widths``: of
+    CLIP-L and CLIP-G. A pipeline without T5 puts zeros there too.
+    """
+    clip, t5 = context.chunk(2, dim=1)  # (B, 2·L, D) → 2 × (B, L, D)
+    channel = torch.arange(clip.shape[-1], device=clip.device)
+    side = (channel >= widths[0]).long()  # (D,): whose channel
+    clip = clip * keep[:, side][:, None]  # (B, 3) → (B, 1, D)
+    context = torch.cat([clip, t5 * keep[:, 2, None, None]], dim=1)
+    side = side.new_zeros(pooled.shape[-1])
+    side[widths[0] :] = 1
+    return context, pooled * keep[:, side]
+
+
+# %% [markdown]
+# ## One loop for all
+
+
+# %%
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long and how fast to learn; schedules count steps."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    beta2: float = 0.99
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+    accumulation: int = 1
+    bfloat16: bool = False
+    compile: bool = False
+    log_every: int = 50
+    save_every: int = 1000
+    validate_every: int = 0
+
+
+def learning_rate(step: int, config: TrainingConfig) -> float:
+    """Linear warm-up, then half a cosine down to zero; Loshchilov & Hutter 2017."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.learning_rate * (1 + math.cos(math.pi * done)) / 2
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Move the averaged weights towards the model's; younger averages move faster."""
+    decay = min(decay, (1 + step) / (10 + step))
+    averaged, current = list(ema.parameters()), list(model.parameters())
+    torch._foreach_lerp_(averaged, current, 1 - decay)
+
+
+# %%
+@dataclass
+class Task:
+    """Something to learn: a model, a loss, and batches that are functions of indices.
+
+    ``batch(indices)`` must depend on the samples' numbers alone: then a run can be
+    stopped, resumed and split over devices without changing what is learned.
+    """
+
+    model: nn.Module
+    loss: Callable[[nn.Module, Batch], Tensor]
+    batch: Callable[[Tensor], Batch]
+    validate: Callable[[nn.Module], dict[str, float]] | None = None
+
+
+# %%
+class Learner:
+    """The state of a run: weights, their average and the optimiser's moments."""
+
+    def __init__(self, task: Task, config: TrainingConfig, device: str) -> None:
+        self.task, self.config = task, config
+        self.device = torch.device(device)
+        self.model = task.model.to(self.device).train()
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=config.learning_rate,
+            betas=(0.9, config.beta2),
+            weight_decay=config.weight_decay,
+            fused=self.device.type == "cuda",
+        )
+        self.objective = torch.compile(self._loss) if config.compile else self._loss
+        self.compiled = not config.compile  # whether it has run once
+
+    def _loss(self, batch: Batch) -> Tensor:
+        enabled = self.config.bfloat16
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
+            return self.task.loss(self.model, batch)
+
+    def _backward(self, batch: Batch) -> Tensor:
+        try:
+            loss = self.objective(batch)
+            (loss / self.config.accumulation).backward()
+        except Exception as error:
+            if self.compiled:
+                raise
+            print(f"compilation failed, going on without: {error}", file=sys.stderr)
+            self.objective, self.compiled = self._loss, True
+            self.optimizer.zero_grad()
+            return self._backward(batch)
+        self.compiled = True
+        return loss.detach()
+
+    def step(self, number: int) -> Tensor:
+        """One step of the optimiser on the samples of step ``number``; its loss."""
+        c, parts = self.config, []
+        size = c.batch_size // c.accumulation
+        for part in range(c.accumulation):
+            first = number * c.batch_size + part * size
+            indices = torch.arange(first, first + size, device=self.device)
+            parts.append(self._backward(self.task.batch(indices)))
+        nn.utils.clip_grad_norm_(self.model.parameters(), c.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(number, c)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        update_ema(self.ema, self.model, c.ema_decay, number)
+        return torch.stack(parts).mean()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint holds, by name."""
+        named = {f"model/{n}": p for n, p in self.model.state_dict().items()}
+        named |= {f"ema/{n}": p for n, p in self.ema.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                named[f"optimizer/{key}/{name}"] = value
+        return named
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what ``tensors()`` gave."""
+        for part, module in (("model/", self.model), ("ema/", self.ema)):
+            weights = {k.removeprefix(part): v for k, v in tensors.items()}
+            module.load_state_dict({n: weights[n] for n in module.state_dict()})
+        state = self.optimizer.state_dict()
+        for i, (name, _) in enumerate(self.model.named_parameters()):
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            state["state"][i] = {k: tensors[f"optimizer/{k}/{name}"] for k in keys}
+        self.optimizer.load_state_dict(state)
+
+
+# %%
+def fit(
+    task: Task,
+    config: TrainingConfig,
+    run: Run | None = None,
+    device: str = "cpu",
+    deadline: float | None = None,
+) -> nn.Module:
+    """Train, from the run's last checkpoint if it has one; return the averaged model.
+
+    ``deadline`` (seconds since the epoch) stops the process, not the schedule: the
+    state is saved and TimeoutError raised. A loss that is not a number stops too:
+    TrainingError names the step, its samples and the last good checkpoint.
+    """
+    learner = Learner(task, config, device)
+    saved = run.restore() if run else None
+    start = saved[1] if saved else 0
+    if saved:
+        learner.load(saved[0])
+    losses, begun = [], time.time()
+    bar = tqdm(
+        total=config.steps, initial=start, disable=not sys.stderr.isatty(), unit="step"
+    )
+    for number in range(start, config.steps):
+        losses.append(learner.step(number))
+        done = number + 1
+        stop = deadline is not None and time.time() > deadline
+        last = done == config.steps or stop
+        if done % config.log_every == 0 or last or done % config.save_every == 0:
+            loss = check_losses(losses, done, config, run)
+            rate = len(losses) * config.batch_size / (time.time() - begun)
+            bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{rate:.0f}")
+            bar.update(len(losses))
+            if run:
+                lr = learning_rate(number, config)
+                run.log({"step": done, "loss": loss, "lr": lr, "samples_per_s": rate})
+            losses, begun = [], time.time()
+        if task.validate and config.validate_every:
+            if done % config.validate_every == 0 or done == config.steps:
+                record = {"step": done, **task.validate(learner.ema)}
+                if run:
+                    run.log(record)
+                begun = time.time()
+        if run and (done % config.save_every == 0 or last):
+            run.save(done, learner.tensors())
+            begun = time.time()
+        if stop and done < config.steps:
+            raise TimeoutError(f"stopped after step {done} of {config.steps}")
+    bar.close()
+    return learner.ema
+
+
+def check_losses(
+    losses: list[Tensor], done: int, config: TrainingConfig, run: Run | None
+) -> float:
+    """The mean of the last losses; raises TrainingError where one is not finite."""
+    values = torch.stack(losses).tolist()
+    for i, value in enumerate(values):
+        if not math.isfinite(value):
+            step = done - len(values) + i
+            first = step * config.batch_size
+            raise TrainingError(
+                f"the loss is {value} at step {step + 1} (samples {first} to "
+                f"{first + config.batch_size - 1}); "
+                + (run.last_good() if run else "nothing was saved")
+            )
+    return sum(values) / len(values)
