@@ -1,0 +1,569 @@
+"""minidiff and diffusers side by side on one GPU: time, memory, error.
+
+    python benchmarks/gpu.py --output results.jsonl
+    python benchmarks/gpu.py --output results.jsonl --stages vae --models medium
+    python benchmarks/gpu.py --output rehearsal.jsonl --tiny      # on a CPU
+
+Both codes run in one process on the same random weights and inputs: 1024×1024 pixels,
+a batch of two for guidance, 333 text tokens, bfloat16. A time is the median of single
+calls between CUDA events after a warm-up. Errors are ‖a − b‖ / ‖b‖ against diffusers in
+float32. Every result is one JSON line, written as it comes; a stage that fails is
+reported and the next one runs.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minidiff.dit import MMDiT, MMDiTConfig
+from minidiff.extras.fast import (
+    FastDecoder,
+    FastMMDiT,
+    attention_backend,
+    folded_kernel,
+    pixel_attention,
+)
+from minidiff.extras.kernels import quantize, quantize_rows
+from minidiff.extras.precision import to_float8
+from minidiff.support.checkpoints import (
+    Rename,
+    assemble,
+    hub_config,
+    transformer_sources,
+    vae_sources,
+)
+from minidiff.vae import VAE, VAEConfig
+
+MODELS = {"medium": MMDiTConfig.sd35_medium(), "large": MMDiTConfig.sd35_large()}
+TINY_MODEL = replace(
+    MMDiTConfig.tiny(), num_layers=3, dual_attention_layers=(0,), pos_embed_max_size=16
+)
+
+
+@dataclass
+class Bench:
+    """Where results go, how much time is left, and the sizes to run."""
+
+    output: Path
+    deadline: float
+    device: torch.device
+    tiny: bool
+    repetitions: int
+    compile: bool = True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.device.type == "cpu" else torch.bfloat16
+
+    @property
+    def pixels(self) -> int:
+        return 32 if self.tiny else 1024
+
+    @property
+    def latent(self) -> int:
+        return 8 if self.tiny else 128
+
+    @property
+    def text(self) -> int:
+        return 7 if self.tiny else 333
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def emit(self, **record: Any) -> None:
+        """Append one result as a JSON line, and print it."""
+        line = json.dumps(record)
+        with self.output.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        print(line, flush=True)
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def time(self, call: Callable[[], Any], repetitions: int | None = None) -> float:
+        """Median milliseconds of one call, after a warm-up of two."""
+        for _ in range(2):
+            call()
+        self.synchronize()
+        times = []
+        for _ in range(repetitions or self.repetitions):
+            if self.device.type == "cuda":
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                call()
+                end.record()
+                end.synchronize()
+                times.append(start.elapsed_time(end))
+            else:
+                begin = time.perf_counter()
+                call()
+                times.append(1000 * (time.perf_counter() - begin))
+        return statistics.median(times)
+
+    def host_ms(self, call: Callable[[], Any]) -> float:
+        """Milliseconds until the call returns, the GPU still at work."""
+        self.synchronize()
+        begin = time.perf_counter()
+        call()
+        taken = 1000 * (time.perf_counter() - begin)
+        self.synchronize()
+        return taken
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    a, b = a.double(), b.double()
+    return ((a - b).norm() / b.norm()).item()
+
+
+def random_weights(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Fill a module from the meta device: signals keep their size through a layer."""
+    module.to(dtype).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, value in [*module.named_parameters(), *module.named_buffers()]:
+        if value.is_floating_point():
+            value.data.normal_(generator=generator)
+            if value.ndim > 1:
+                fan = 1 if "pos_embed.pos_embed" in name else value[0].numel()
+                value.data.mul_(fan**-0.5)
+            else:
+                value.data.mul_(0.1)
+                if "norm" in name and name.endswith("weight"):
+                    value.data.add_(1)
+
+
+def converted(model: nn.Module, state: dict[str, Tensor], rename: Rename) -> nn.Module:
+    """Give ``model``, on the meta device, a diffusers model's tensors."""
+    expected = model.state_dict()
+    device = next(iter(state.values())).device
+    ours = {
+        name: assemble(state.__getitem__, source, expected[name].shape, device, None)
+        for name, source in rename(expected).items()
+    }
+    model.load_state_dict(ours, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def transformers(
+    bench: Bench, config: MMDiTConfig
+) -> tuple[SD3Transformer2DModel, MMDiT]:
+    """The same random weights in diffusers' class and in ours."""
+    names = hub_config(config, "SD3Transformer2DModel")
+    names.pop("_class_name")
+    with torch.device("meta"):
+        theirs = SD3Transformer2DModel(**names)
+        ours = MMDiT(config)
+    random_weights(theirs, bench.device, bench.dtype)
+    theirs.eval().requires_grad_(False)
+    return theirs, converted(ours, theirs.state_dict(), transformer_sources)
+
+
+def autoencoders(bench: Bench) -> tuple[AutoencoderKL, VAE]:
+    """The same random weights in diffusers' autoencoder and in ours."""
+    config = VAEConfig.tiny() if bench.tiny else VAEConfig.sd35()
+    names = hub_config(config, "AutoencoderKL")
+    names.pop("_class_name")
+    with torch.device("meta"):
+        theirs, ours = AutoencoderKL(**names), VAE(config)
+    random_weights(theirs, bench.device, bench.dtype)
+    theirs.eval().requires_grad_(False)
+    return theirs, converted(ours, theirs.state_dict(), vae_sources)
+
+
+def model_config(bench: Bench, name: str) -> MMDiTConfig:
+    return TINY_MODEL if bench.tiny else MODELS[name]
+
+
+def random(bench: Bench, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.randn(shape, device=bench.device, dtype=dtype or bench.dtype)
+
+
+def profile(bench: Bench, what: str, call: Callable[[], Any]) -> None:
+    """The kernels that take most of one call."""
+    if bench.device.type != "cuda":
+        return
+    call()
+    activity = torch.profiler.ProfilerActivity.CUDA
+    with torch.profiler.profile(activities=[activity]) as result:
+        call()
+        torch.cuda.synchronize()
+    rows = sorted(result.key_averages(), key=lambda r: -r.self_device_time_total)
+    kernels = [
+        [r.key[:90], r.count, round(r.self_device_time_total / 1000, 3)]
+        for r in rows[:24]
+    ]
+    total = sum(r.self_device_time_total for r in rows) / 1000
+    bench.emit(stage="profile", what=what, total_ms=round(total, 2), kernels=kernels)
+
+
+# Stages
+
+
+def card(bench: Bench, models: list[str]) -> None:
+    """The card's name and its two ceilings."""
+    record = {"torch": torch.__version__, "python": sys.version.split()[0]}
+    if bench.device.type == "cuda":
+        record["card"] = torch.cuda.get_device_name()
+        record["cudnn"] = torch.backends.cudnn.version()
+        record["memory_gib"] = torch.cuda.get_device_properties(0).total_memory / 2**30
+    side = 256 if bench.tiny else 8192
+    a, b = random(bench, side, side), random(bench, side, side)
+    ms = bench.time(lambda: a @ b)
+    record["matrix_tflops"] = 2 * side**3 / ms / 1e9
+    c = torch.empty(8, side, side, device=bench.device)
+    d = torch.empty_like(c)
+    ms = bench.time(lambda: c.copy_(d))
+    record["copy_gb_s"] = 2 * c.numel() * 4 / ms / 1e6
+    bench.emit(stage="card", **record)
+
+
+def products(bench: Bench, models: list[str]) -> None:
+    """Rates of the transformer's matrix products: bf16, with GELU, fp8."""
+    rows = 64 if bench.tiny else 2 * 4096
+    for name in models:
+        width = model_config(bench, name).width
+        shapes = {
+            "qkv": (width, 3 * width),
+            "proj": (width, width),
+            "fc1": (width, 4 * width),
+            "fc2": (4 * width, width),
+        }
+        for kind, (inputs, outputs) in shapes.items():
+            x, w = random(bench, rows, inputs), random(bench, outputs, inputs)
+            bias = random(bench, outputs)
+            flop = 2 * rows * inputs * outputs / 1e9
+            times = {"addmm": bench.time(lambda: torch.addmm(bias, x, w.t()))}
+            if kind == "fc1":
+                times["addmm, then gelu"] = bench.time(
+                    lambda: F.gelu(torch.addmm(bias, x, w.t()), approximate="tanh")
+                )
+                times["gelu inside"] = bench.time(
+                    lambda: torch._addmm_activation(bias, x, w.t(), use_gelu=True)
+                )
+            if bench.device.type == "cuda":
+                times |= float8_times(bench, x, w, bias)
+            rates = {k: [round(t, 4), round(flop / t, 1)] for k, t in times.items()}
+            bench.emit(stage="products", model=name, kind=kind, ms_and_tflops=rates)
+
+
+def float8_times(bench: Bench, x: Tensor, w: Tensor, bias: Tensor) -> dict[str, float]:
+    """Milliseconds of fp8 products with a scale per row and with one scale."""
+    rows, weights = quantize(x), quantize(w)
+    one = torch.ones((), device=x.device)
+
+    def product(a: Tensor, b: Tensor, fast: bool) -> Tensor:
+        return torch._scaled_mm(
+            rows.values, weights.values.t(), a, b, bias=bias,
+            out_dtype=x.dtype, use_fast_accum=fast,
+        )  # fmt: skip
+
+    scales = rows.scale, weights.scale.t()
+    return {
+        "fp8 rows": bench.time(lambda: product(*scales, True)),
+        "fp8 rows, exact sums": bench.time(lambda: product(*scales, False)),
+        "fp8 one scale": bench.time(lambda: product(one, one, True)),
+        "quantize rows": bench.time(lambda: quantize_rows(x)),
+    }
+
+
+def attention(bench: Bench, models: list[str]) -> None:
+    """Rates of joint attention by backend and by layout in memory."""
+    length = 24 if bench.tiny else 4096 + 333
+    for name in models:
+        heads = model_config(bench, name).num_attention_heads
+        width = model_config(bench, name).attention_head_dim
+        order = (2, 0, 3, 1, 4)
+        layouts = {
+            "B H L d": random(bench, 3, 2, heads, length, width),
+            "B L H d": random(bench, 3, 2, length, heads, width).transpose(2, 3),
+            "B L 3 H d": random(bench, 2, length, 3, heads, width).permute(order),
+            "L B 3 H d": random(bench, length, 2, 3, heads, width).permute(
+                2, 1, 3, 0, 4
+            ),
+        }
+        flop = 4 * 2 * heads * length**2 * width / 1e9
+        for layout, qkv in layouts.items():
+            for backend in (None, "flash", "cudnn"):
+                try:
+                    with attention_backend(backend):
+                        ms = bench.time(lambda: F.scaled_dot_product_attention(*qkv))
+                        out = F.scaled_dot_product_attention(*qkv)
+                except RuntimeError as problem:
+                    bench.emit(
+                        stage="attention", layout=layout, error=str(problem)[:99]
+                    )
+                    continue
+                bench.emit(
+                    stage="attention", model=name, layout=layout, backend=backend,
+                    ms=round(ms, 4), tflops=round(flop / ms, 1),
+                    out_strides=list(out.stride()),
+                )  # fmt: skip
+
+
+def ladder(bench: Bench, models: list[str]) -> None:
+    """One denoising step, rung by rung, with each rung's error."""
+    for name in models:
+        torch.manual_seed(0)
+        theirs, ours = transformers(bench, model_config(bench, name))
+        step_ladder(bench, name, theirs, ours)
+        del theirs, ours
+        free()
+
+
+def free() -> None:
+    gc.collect()
+    torch._dynamo.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def step_ladder(
+    bench: Bench, name: str, theirs: SD3Transformer2DModel, ours: MMDiT
+) -> None:
+    c = ours.config
+    latents = random(bench, 2, 16, bench.latent, bench.latent)
+    context = random(bench, 2, bench.text, c.joint_attention_dim)
+    pooled = random(bench, 2, c.pooled_projection_dim)
+    sigma = torch.full((2,), 0.7, device=bench.device)
+
+    def diffusers_step(model: SD3Transformer2DModel = theirs) -> Tensor:
+        like = next(model.parameters()).dtype
+        inputs = [t.to(like) for t in (latents, context, pooled)]
+        return model(*inputs, timestep=1000 * sigma, return_dict=False)[0]
+
+    reference = None
+    ahead = None
+    baseline: dict[str, float] = {}
+
+    def run(rung: str, call: Callable[[], Tensor], note: str = "") -> None:
+        if bench.left() < 10:
+            bench.emit(stage="step", model=name, rung=rung, skipped="out of time")
+            return
+        try:
+            begin = time.perf_counter()
+            call()
+            bench.synchronize()
+            first = time.perf_counter() - begin
+            ms = bench.time(call)
+            baseline.setdefault(rung, ms)
+            bench.emit(
+                stage="step", model=name, rung=rung, ms=round(ms, 3),
+                to_eager=round(ms / baseline.get("diffusers", ms), 4),
+                to_compiled=round(ms / baseline.get("diffusers compiled", ms), 4),
+                host_ms=round(bench.host_ms(call), 2), first_s=round(first, 2),
+                error=error(call(), reference) if reference is not None else None,
+                note=note,
+            )  # fmt: skip
+        except Exception:
+            bench.emit(stage="step", model=name, rung=rung, failed=True)
+            traceback.print_exc()
+
+    with torch.inference_mode(False), torch.no_grad():
+        reference = float32_reference(bench, theirs, diffusers_step)
+        ahead = ours.modulations(sigma, pooled)
+        given = (latents, None, context, None)
+        run("diffusers", diffusers_step)
+        run("plain", lambda: ours(latents, sigma, context, pooled))
+        run("plain, ahead", lambda: ours(*given, modulations=ahead))
+        for backend in ("flash", "cudnn"):
+            with attention_backend(backend):
+                run(f"plain, ahead, {backend}", lambda: ours(*given, modulations=ahead))
+                run(f"diffusers, {backend}", diffusers_step)
+            fast = FastMMDiT(ours, attention=backend)
+            run(f"fast, {backend}", lambda f=fast: f(*given, modulations=ahead))
+        profile(bench, f"{name} fast cudnn", lambda: fast(*given, modulations=ahead))
+        if bench.compile:
+            compile_blocks(theirs.transformer_blocks)
+            run("diffusers compiled", diffusers_step, "each block")
+            profile(bench, f"{name} diffusers compiled", diffusers_step)
+            compile_blocks(ours.joint_blocks)
+            run("plain compiled", lambda: ours(*given, modulations=ahead))
+            run("fast, again", lambda: fast(*given, modulations=ahead))
+            with attention_backend("cudnn"):
+                run("plain compiled, cudnn", lambda: ours(*given, modulations=ahead))
+            other = (latents[..., :-2], None, context[:, :-2], None)
+            begin = time.perf_counter()
+            with attention_backend("cudnn"):
+                ours(*other, modulations=ahead)
+            bench.synchronize()
+            bench.emit(
+                stage="step", model=name, rung="plain compiled, another size",
+                first_s=time.perf_counter() - begin,
+            )  # fmt: skip
+        for block in ours.joint_blocks:
+            block._compiled_call_impl = None
+        to_float8(ours)
+        free()
+        fast = FastMMDiT(ours, attention="cudnn")
+        run("fast, fp8 weights", lambda: fast(*given, modulations=ahead))
+        fast = FastMMDiT(ours, fp8=True, attention="cudnn")
+        run("fast, fp8 products", lambda: fast(*given, modulations=ahead))
+        profile(bench, f"{name} fast fp8", lambda: fast(*given, modulations=ahead))
+
+
+def compile_blocks(blocks: nn.ModuleList) -> None:
+    """Compile each block where it stands; blocks of a kind share the code."""
+    for block in blocks:
+        block.compile(dynamic=True)
+
+
+def float32_reference(
+    bench: Bench, model: nn.Module, step: Callable[[nn.Module], Tensor]
+) -> Tensor:
+    """The step in float32 products and sums, from the same weights."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    if bench.dtype == torch.float32:
+        return step(model)
+    model.float()
+    result = step(model)
+    model.to(bench.dtype)
+    free()
+    return result
+
+
+def decode(bench: Bench, models: list[str]) -> None:
+    """The decoder, rung by rung."""
+    theirs, ours = autoencoders(bench)
+    latents = random(bench, 1, 16, bench.latent, bench.latent)
+
+    def diffusers_decode(model: AutoencoderKL = theirs) -> Tensor:
+        z = latents.to(next(model.parameters()).dtype)
+        return model.decode(z, return_dict=False)[0]
+
+    with torch.no_grad():
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+        theirs.float()
+        reference = diffusers_decode()
+        theirs.to(bench.dtype)
+        free()
+        base: list[float] = []
+
+        def run(rung: str, call: Callable[[], Tensor]) -> None:
+            begin = time.perf_counter()
+            call()
+            bench.synchronize()
+            first = time.perf_counter() - begin
+            ms = bench.time(call)
+            base.append(ms)
+            peak = None
+            if bench.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                call()
+                peak = round((torch.cuda.max_memory_allocated() - before) / 2**30, 3)
+            bench.emit(
+                stage="decode", rung=rung, ms=round(ms, 3),
+                to_eager=round(ms / base[0], 4), first_s=round(first, 2),
+                host_ms=round(bench.host_ms(call), 2), peak_gib=peak,
+                error=error(call(), reference),
+            )  # fmt: skip
+
+        run("diffusers", diffusers_decode)
+        run("plain", lambda: ours.decode(latents))
+        theirs.to(memory_format=torch.channels_last)
+        run("diffusers, channels last", diffusers_decode)
+        for fold in (False, True):
+            fast = FastDecoder(ours.decoder, fold)
+            run(f"fast, fold={fold}", lambda f=fast: f(latents))
+        profile(bench, "decode fast", lambda: fast(latents))
+        torch.backends.cudnn.benchmark = True
+        for fold in (False, True):
+            fast = FastDecoder(ours.decoder, fold)
+            run(f"fast, fold={fold}, cudnn search", lambda f=fast: f(latents))
+        profile(bench, "decode fast, cudnn search", lambda: fast(latents))
+        run("diffusers, channels last, cudnn search", diffusers_decode)
+        torch.backends.cudnn.benchmark = False
+        if bench.compile and bench.left() > 60:
+            theirs.decoder.compile()
+            run("diffusers compiled, channels last", diffusers_decode)
+    del theirs, ours
+    free()
+
+
+def convolutions(bench: Bench, models: list[str]) -> None:
+    """The decoder's largest convolutions, and its one attention."""
+    side, last = bench.pixels, torch.channels_last
+    cases = [(128, 128, side), (256, 256, side // 2), (512, 512, side // 4)]
+    for inputs, outputs, size in cases:
+        x = random(bench, 1, inputs, size, size).to(memory_format=last)
+        w = random(bench, outputs, inputs, 3, 3).to(memory_format=last)
+        flop = 2 * 9 * inputs * outputs * size**2 / 1e9
+        for search in (False, True):
+            torch.backends.cudnn.benchmark = search
+            ms = bench.time(lambda: F.conv2d(x, w, padding=1))
+            bench.emit(
+                stage="convolutions", channels=inputs, side=size, search=search,
+                ms=round(ms, 4), tflops=round(flop / ms, 1),
+            )  # fmt: skip
+        torch.backends.cudnn.benchmark = False
+    tokens, width = (bench.latent**2, 32 if bench.tiny else 512)
+    q, k, v = random(bench, 3, 1, tokens, width)
+    whole = bench.time(lambda: F.scaled_dot_product_attention(q, k, v))
+
+    def chunks() -> Tensor:
+        return torch.cat([pixel_attention(p, k, v) for p in q.split(2048, 1)], 1)
+
+    bench.emit(
+        stage="convolutions", pixel_attention_ms=bench.time(chunks), sdpa_ms=whole
+    )
+
+
+STAGES = {
+    "card": card,
+    "attention": attention,
+    "products": products,
+    "step": ladder,
+    "decode": decode,
+    "convolutions": convolutions,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--budget", type=float, default=3600, help="seconds")
+    parser.add_argument("--repetitions", type=int, default=10)
+    parser.add_argument("--tiny", action="store_true", help="small sizes, on the CPU")
+    parser.add_argument("--no-compile", action="store_true")
+    options = parser.parse_args()
+    bench = Bench(
+        options.output,
+        time.monotonic() + options.budget,
+        torch.device("cpu" if options.tiny else "cuda"),
+        options.tiny,
+        2 if options.tiny else options.repetitions,
+        not options.no_compile,
+    )
+    for name in options.stages:
+        if bench.left() < 5:
+            bench.emit(stage=name, skipped="out of time")
+            continue
+        begin = time.monotonic()
+        try:
+            STAGES[name](bench, options.models)
+        except Exception as problem:
+            traceback.print_exc()
+            bench.emit(stage=name, failed=f"{type(problem).__name__}: {problem}"[:300])
+        free()
+        bench.emit(stage=name, done=True, seconds=round(time.monotonic() - begin, 1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,388 @@
+"""The transformer and the decoder of the chapters, arranged for a GPU.
+
+The same weights and the same functions, in another order of memory. In the transformer
+the samples of a batch are interleaved, (L, B, D) for (B, L, D): then the text's tokens
+and the picture's are two slices of one tensor, products write straight into what
+attention reads, and nothing is concatenated or split. What lies between two products
+is one pass (``minidiff.extras.kernels``). The decoder keeps channels last, adds
+biases and residuals inside the group norms, and folds each doubling of the sides into
+the convolution behind it.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from minidiff.attention import Attention
+from minidiff.dit import MLP, MMDiT, Modulations, unpatchify
+from minidiff.extras.kernels import (
+    Rows,
+    group_norm_silu,
+    norm_heads,
+    quantize_rows,
+    residual_norm,
+)
+from minidiff.vae import AttentionBlock, Decoder, ResnetBlock, Upsample
+
+BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+@contextmanager
+def attention_backend(first: str | None) -> Iterator[None]:
+    """Let attention try the backend ``first``, then the others; None: PyTorch's choice.
+
+    Raises ValueError for a name that is not in ``BACKENDS``.
+    """
+    if first is None:
+        yield
+        return
+    if first not in BACKENDS:
+        names = ", ".join(BACKENDS)
+        raise ValueError(f"attention backend {first!r}: expected one of {names}")
+    rest = [b for name, b in BACKENDS.items() if name != first]
+    with sdpa_kernel([BACKENDS[first], *rest], set_priority=True):
+        yield
+
+
+class Weight(NamedTuple):
+    """A linear layer: matrix (out, in), bias, and scales (out, 1) where it is fp8."""
+
+    matrix: Tensor
+    bias: Tensor
+    scale: Tensor | None = None
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> "Weight":
+        return cls(layer.weight, layer.bias, getattr(layer, "scale", None))
+
+
+def linear(
+    x: Rows, weight: Weight, gelu: bool = False, out: Tensor | None = None
+) -> Tensor:
+    """Rows (R, in) → (R, out), then tanh-GELU where asked for; written to ``out``."""
+    if x.scale is not None:
+        return float8_product(x, weight, out)
+    matrix = weight.matrix
+    if weight.scale is not None:
+        matrix = matrix.to(x.values.dtype) * weight.scale.to(x.values.dtype)
+    if gelu and x.values.is_cuda:  # cuBLAS applies it before writing the result
+        return torch._addmm_activation(weight.bias, x.values, matrix.t(), use_gelu=True)
+    y = torch.addmm(weight.bias, x.values, matrix.t(), out=out)
+    return F.gelu(y, approximate="tanh") if gelu else y
+
+
+def float8_product(x: Rows, weight: Weight, out: Tensor | None = None) -> Tensor:
+    """Product of fp8 rows and fp8 weights, scales applied to the float32 sums."""
+    dtype = weight.bias.dtype
+    if x.values.is_cuda:
+        return torch._scaled_mm(
+            x.values,
+            weight.matrix.t(),
+            x.scale,
+            weight.scale.t(),
+            bias=weight.bias,
+            out_dtype=dtype,
+            use_fast_accum=True,
+            out=out,
+        )
+    y = x.values.float() @ weight.matrix.float().t() * x.scale * weight.scale.t()
+    y = (y + weight.bias.float()).to(dtype)
+    return y if out is None else out.copy_(y)
+
+
+class Stream(NamedTuple):
+    """One stream of a block: its layers, and how many chunks its modulation has."""
+
+    qkv: Weight
+    norms: Tensor  # (2, d): query, key
+    proj: Weight | None
+    mlp: tuple[Weight, Weight] | None
+    qkv2: Weight | None
+    norms2: Tensor | None
+    proj2: Weight | None
+    chunks: int
+
+
+def head_norms(attention: Attention) -> Tensor:
+    """Weights of the query's and the key's norm, (2, d)."""
+    return torch.stack([attention.ln_q.weight, attention.ln_k.weight])
+
+
+def stream(block: nn.Module) -> Stream:
+    """The layers of a ``StreamBlock``."""
+    attn, attn2 = block.attn, getattr(block, "attn2", None)
+    mlp: MLP | None = getattr(block, "mlp", None)
+    return Stream(
+        qkv=Weight.of(attn.qkv),
+        norms=head_norms(attn),
+        proj=Weight.of(attn.proj) if mlp else None,
+        mlp=(Weight.of(mlp.fc1), Weight.of(mlp.fc2)) if mlp else None,
+        qkv2=Weight.of(attn2.qkv) if attn2 else None,
+        norms2=head_norms(attn2) if attn2 else None,
+        proj2=Weight.of(attn2.proj) if attn2 else None,
+        chunks=block.chunks,
+    )
+
+
+class FastMMDiT:
+    """An ``MMDiT``'s forward pass with interleaved samples and fused passes.
+
+    Shares the model's tensors and has its interface. With ``fp8`` the products of the
+    blocks take 8-bit inputs, scaled for each row of tokens and each output channel;
+    the model's layers must then be ``Float8Linear``. Hooks (attention maps, LoRA that
+    is not fused) do not run here. Raises ValueError for a model without q/k norms.
+    """
+
+    def __init__(
+        self, model: MMDiT, fp8: bool = False, attention: str | None = None
+    ) -> None:
+        if model.config.qk_norm != "rms_norm":
+            raise ValueError(f"qk_norm {model.config.qk_norm!r}: expected 'rms_norm'")
+        self.model, self.config = model, model.config
+        self.fp8, self.attention = fp8, attention
+        self.modulations = model.modulations
+        self.blocks = [
+            (stream(b.context_block), stream(b.x_block)) for b in model.joint_blocks
+        ]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        latents: Tensor,
+        sigma: Tensor | None,
+        context: Tensor,
+        pooled: Tensor | None,
+        *,
+        skip_layers: Collection[int] = (),
+        modulations: Modulations | None = None,
+    ) -> Tensor:
+        """As ``MMDiT.forward``: velocity (B, C, h, w)."""
+        model = self.model
+        height, width = model.check(latents, context, pooled, modulations)
+        if modulations is None:
+            modulations = model.modulations(sigma, pooled)
+        x = model.x_embedder(latents)  # (B, C, h, w) → (B, N, D)
+        x = (x + model.positions(height, width)).to(x.dtype)
+        with attention_backend(self.attention):
+            out = self.run(
+                interleave(x),
+                interleave(model.context_embedder(context)),
+                modulations,
+                skip_layers,
+            )
+        out = out.unflatten(0, (-1, len(latents))).transpose(0, 1)  # → (B, N, p·p·C)
+        return unpatchify(out, height, width, self.config.patch_size)
+
+    def run(
+        self, x: Tensor, c: Tensor, tables: Modulations, skip: Collection[int]
+    ) -> Tensor:
+        """Image rows (N·B, D), text rows (L·B, D) → image rows (N·B, p·p·C).
+
+        ``x`` and ``c`` are overwritten. An update (y, gate) is added by the norm that
+        comes next: the lists hold what is still to be added.
+        """
+        batch = len(tables.final)
+        to_x: list[tuple[Tensor, Tensor]] = []
+        to_c: list[tuple[Tensor, Tensor]] = []
+        for i, (text, image) in enumerate(self.blocks):
+            if i in skip:
+                continue
+            cm = tables.blocks[i][0].chunk(text.chunks, dim=-1)
+            xm = tables.blocks[i][1].chunk(image.chunks, dim=-1)
+            read, read2 = self.attend(x, c, to_x, to_c, text, image, cm, xm)
+            to_x = [(self.product(read[len(c) :], image.proj), xm[2])]
+            if read2 is not None:
+                to_x.append((self.product(read2, image.proj2), xm[8]))
+            to_x = [(self.mlp(x, to_x, image, xm), xm[5])]
+            if text.mlp is not None:
+                to_c = [(self.product(read[: len(c)], text.proj), cm[2])]
+                to_c = [(self.mlp(c, to_c, text, cm), cm[5])]
+        shift, scale = tables.final.chunk(2, dim=-1)  # (B, D) each
+        del batch
+        rows = residual_norm(x, to_x, [(shift, scale)])[0]
+        return self.model.final_layer.linear(rows.values)
+
+    def attend(
+        self,
+        x: Tensor,
+        c: Tensor,
+        to_x: list[tuple[Tensor, Tensor]],
+        to_c: list[tuple[Tensor, Tensor]],
+        text: Stream,
+        image: Stream,
+        cm: Sequence[Tensor],
+        xm: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor | None]:
+        """What all tokens read, (L·B + N·B, D), and dual attention's (N·B, D)."""
+        batch, heads = len(xm[0]), self.config.num_attention_heads
+        dual = image.qkv2 is not None
+        pairs = [(xm[0], xm[1]), (xm[6], xm[7])] if dual else [(xm[0], xm[1])]
+        hx = residual_norm(x, to_x, pairs, self.fp8)
+        hc = residual_norm(c, to_c, [(cm[0], cm[1])], self.fp8)
+        qkv = x.new_empty(len(c) + len(x), 3 * x.shape[1])
+        linear(hc[0], text.qkv, out=qkv[: len(c)])
+        linear(hx[0], image.qkv, out=qkv[len(c) :])
+        norm_heads(qkv, torch.stack([text.norms, image.norms]), heads, len(c))
+        read = self_attention(qkv, batch, heads)
+        if not dual:
+            return read, None
+        qkv = linear(hx[1], image.qkv2)
+        norm_heads(qkv, torch.stack([image.norms2, image.norms2]), heads)
+        return read, self_attention(qkv, batch, heads)
+
+    def product(self, read: Tensor, weight: Weight) -> Tensor:
+        """Rows (R, D) through one linear layer."""
+        return linear(quantize_rows(read) if self.fp8 else Rows(read), weight)
+
+    def mlp(
+        self,
+        x: Tensor,
+        updates: list[tuple[Tensor, Tensor]],
+        layers: Stream,
+        modulation: Sequence[Tensor],
+    ) -> Tensor:
+        """Add the updates to ``x``, then its normalised rows through the MLP."""
+        (rows,) = residual_norm(x, updates, [modulation[3:5]], self.fp8)
+        fc1, fc2 = layers.mlp
+        if not self.fp8:
+            return linear(Rows(linear(rows, fc1, gelu=True)), fc2)
+        return linear(quantize_rows(linear(rows, fc1), gelu=True), fc2)
+
+
+def interleave(x: Tensor) -> Tensor:
+    """Tokens (B, L, D) → rows (L·B, D), the batch's samples next to one another."""
+    return x.transpose(0, 1).contiguous().flatten(0, 1)
+
+
+def self_attention(qkv: Tensor, batch: int, heads: int) -> Tensor:
+    """Attention among rows: qkv (L·B, 3·H·d) → (L·B, H·d), heads side by side."""
+    split = qkv.unflatten(1, (3, heads, -1)).unflatten(0, (-1, batch))
+    q, k, v = split.permute(2, 1, 3, 0, 4)  # (L, B, 3, H, d) → 3 × (B, H, L, d)
+    out = F.scaled_dot_product_attention(q, k, v)
+    return out.permute(2, 0, 1, 3).flatten(2).flatten(0, 1)  # → (L, B, H·d) → rows
+
+
+# The decoder
+
+
+class Pending(NamedTuple):
+    """Features x (B, C, H, W) whose bias (C,) and residual are still to be added."""
+
+    x: Tensor
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+
+    def settle(self) -> Tensor:
+        x = self.x if self.residual is None else self.x.add_(self.residual)
+        return x if self.bias is None else x.add_(self.bias.view(1, -1, 1, 1))
+
+
+class FastDecoder:
+    """A ``Decoder``'s forward pass in channels-last memory with fused norms.
+
+    Moves the decoder's weights to channels-last memory, in place, and holds the
+    folded kernels of its doublings beside them: latents (B, C, h, w) → images.
+    """
+
+    def __init__(self, decoder: Decoder, fold: bool = True) -> None:
+        self.decoder = decoder.to(memory_format=torch.channels_last)
+        self.groups = decoder.norm_out.num_groups
+        levels = [u["upsample"] for u in decoder.up if "upsample" in u]
+        self.folded = {u: folded_kernel(u) for u in levels} if fold else {}
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor) -> Tensor:
+        d = self.decoder
+        x = latents.contiguous(memory_format=torch.channels_last)
+        x = self.resnet(Pending(d.conv_in(x)), d.mid["block_1"])
+        x = self.attention(x, d.mid["attn_1"])
+        x = self.resnet(x, d.mid["block_2"])
+        for level in reversed(d.up):
+            for block in level["block"]:
+                x = self.resnet(x, block)
+            if "upsample" in level:
+                x = self.upsample(x.settle(), level["upsample"])
+        _, h = self.norm(x, d.norm_out)
+        return F.conv2d(h, d.conv_out.weight, d.conv_out.bias, padding=1)
+
+    def norm(
+        self, x: Pending, layer: nn.GroupNorm, keep: bool = False, silu: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """The settled features, and SiLU of their norm."""
+        weights = (self.groups, layer.weight, layer.bias)
+        return group_norm_silu(x.x, *weights, x.bias, x.residual, keep, silu)
+
+    def resnet(self, x: Pending, block: ResnetBlock) -> Pending:
+        """(B, C, H, W) → (B, C', H, W), the sum still to be added."""
+        settled, h = self.norm(x, block.norm1, keep=True)
+        h = F.conv2d(h, block.conv1.weight, padding=1)
+        _, h = self.norm(Pending(h, block.conv1.bias), block.norm2)
+        h = F.conv2d(h, block.conv2.weight, padding=1)
+        bias = block.conv2.bias
+        if hasattr(block, "nin_shortcut"):
+            settled = F.conv2d(settled, block.nin_shortcut.weight)
+            bias = bias + block.nin_shortcut.bias
+        return Pending(h, bias, settled)
+
+    def attention(self, x: Pending, block: AttentionBlock) -> Pending:
+        """Every pixel reads every other; scores for 2,048 pixels at a time."""
+        settled, h = self.norm(x, block.norm, keep=True, silu=False)
+        q, k, v = (pixels(f(h)) for f in (block.q, block.k, block.v))
+        q = q * q.shape[-1] ** -0.5
+        parts = [pixel_attention(part, k, v) for part in q.split(2048, dim=1)]
+        read = torch.cat(parts, dim=1).unflatten(1, h.shape[2:])  # → (B, H, W, C)
+        out = F.conv2d(read.permute(0, 3, 1, 2), block.proj_out.weight)
+        return Pending(out, block.proj_out.bias, settled)
+
+    def upsample(self, x: Tensor, layer: Upsample) -> Pending:
+        """(B, C, H, W) → (B, C, 2H, 2W), the bias still to be added."""
+        if layer not in self.folded:
+            x = F.interpolate(x, scale_factor=2.0)
+            return Pending(F.conv2d(x, layer.conv.weight, padding=1), layer.conv.bias)
+        y = F.conv2d(x, self.folded[layer], padding=1)  # → (B, 4·C, H+1, W+1)
+        batch, channels, height, width = x.shape
+        out = x.new_empty(batch, channels, 2 * height, 2 * width).to(
+            memory_format=torch.channels_last
+        )
+        for i, phase in enumerate(y.chunk(4, dim=1)):
+            a, b = divmod(i, 2)
+            out[:, :, a::2, b::2] = phase[:, :, a : a + height, b : b + width]
+        return Pending(out, layer.conv.bias)
+
+
+def folded_kernel(layer: Upsample) -> Tensor:
+    """Doubling the sides and then a 3×3 kernel, as four 2×2 kernels: (4·C, C, 2, 2).
+
+    Output row 2i reads the rows i−1, i, i of the small picture: two taps, the second
+    the sum of two of the three weights; row 2i+1 reads i, i, i+1. Columns likewise.
+    """
+    weight = layer.conv.weight
+    even, odd = [[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]
+    taps = torch.tensor([even, odd], dtype=torch.float32, device=weight.device)
+    folded = torch.einsum("atk,bul,oikl->aboitu", taps, taps, weight.float())
+    folded = folded.flatten(0, 2).to(weight.dtype)  # (2, 2, C, C, 2, 2) → (4·C, C, …)
+    return folded.contiguous(memory_format=torch.channels_last)
+
+
+def pixels(x: Tensor) -> Tensor:
+    """(B, C, H, W) → (B, H·W, C), a view where channels are last in memory."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def pixel_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ) v with q (B, Q, C) scaled already; scores in float32 on a GPU."""
+    if q.is_cuda:
+        scores = torch.bmm(q, k.mT, out_dtype=torch.float32)
+    else:
+        scores = q @ k.mT  # (B, Q, C) · (B, C, L) → (B, Q, L)
+    return scores.softmax(-1).to(v.dtype) @ v

@@ -1,0 +1,48 @@
+"""Weights in 8 bits: half of bf16's memory, one float32 scale for each output channel.
+
+A value is stored as fp8 e4m3 (4 exponent and 3 mantissa bits: a relative step of 1/8
+to 1/16) times its row's scale, chosen so that the row's largest value becomes 448.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minidiff.extras.kernels import FLOAT8, quantize
+
+
+class Float8Linear(nn.Module):
+    """A linear layer that stores its matrix (out, in) in fp8 with ``scale`` (out, 1).
+
+    Called, it brings the matrix back to the dtype of its input and multiplies.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        values, scale = quantize(weight.detach())
+        self.register_buffer("weight", values)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype) * self.scale.to(x.dtype)
+        return F.linear(x, weight, self.bias)
+
+
+@torch.no_grad()
+def to_float8(model: nn.Module, prefix: str = "joint_blocks") -> nn.Module:
+    """Store the linear layers under ``prefix`` in fp8, one after another, in place.
+
+    AdaLN's layers stay as they are: a sampler runs them once and lets them go.
+    """
+    for name, layer in list(model.named_modules()):
+        linear = isinstance(layer, nn.Linear) and "adaLN" not in name
+        if linear and name.startswith(prefix):
+            parent, _, attribute = name.rpartition(".")
+            replacement = Float8Linear(layer.weight, layer.bias)
+            setattr(model.get_submodule(parent), attribute, replacement)
+            layer.weight = layer.bias = None
+    return model
+
+
+assert FLOAT8 is torch.float8_e4m3fn
