@@ -189,9 +189,12 @@ def evaluate(
         raise ValueError(f"n is {n}, expected at least 2")
     device = next(pipe.transformer.parameters()).device
     judge = load_judge(device=device) if judge is None else judge
-    options = {"num_inference_steps": num_inference_steps}
-    if guidance_scale is not None:
-        options["guidance_scale"] = guidance_scale
+    if guidance_scale is None:
+        guidance_scale = pipe.defaults.guidance_scale
+    options = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+    }
     result, features = {"n": n, "seed": seed, **options, "rows": {}}, []
     for row in rows:
         start = time.perf_counter()
@@ -230,11 +233,10 @@ def format_table(result: dict) -> str:
             for p in parts
         )
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
-    scale = result.get("guidance_scale", "the default")
     lines += [
         "",
         f"{result['n']} prompts a row, {result['num_inference_steps']} steps, "
-        f"guidance scale {scale}, seed {result['seed']}.",
+        f"guidance scale {result['guidance_scale']}, seed {result['seed']}.",
     ]
     if "frechet" in result:
         f = result["frechet"]
