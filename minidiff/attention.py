@@ -2,9 +2,28 @@
 r"""
 # Attention: words and patches read one another
 
-This chapter builds joint attention: the one operation through which text steers the
-picture.
+In this chapter you build **joint attention**, the one place in Stable Diffusion 3.5
+where a patch of the picture can look at a word, and a word at a patch.
+
+By the end you will be able to
+
+- **compute** attention by hand, with three loops;
+- **turn** the loops into matrix products, and the products into one fused call;
+- **explain** why SD3.5 normalises queries and keys;
+- **join** two streams of tokens that keep their own weights;
+- **record** what every word reads while the shipped model paints, and **break** it.
 """
+
+# %% [markdown]
+# ## Where we are
+#
+# Chapter 2 turned the prompt into *context*: a row of numbers for every text token.
+# Chapter 3 turned pictures into latents; a latent cut into small squares, *patches*, is
+# a row of numbers for every patch. So text and picture have become the same kind of
+# thing: two lists of tokens. The transformer of chapter 5 is a stack of blocks, and
+# every block does two things with these tokens. It lets them read one another, which is
+# attention, and it lets each of them think alone, which is a small network per token.
+# This chapter builds the first of the two.
 
 # %%
 from collections.abc import Iterator, Sequence
@@ -17,14 +36,155 @@ from torch.nn import functional as F
 
 from minidiff.text_encoders import RMSNorm
 
+# %% tags=["active-ipynb"]
+# import minidiff
+# from minidiff import viz
+# from minidiff.support import journey
+# from minidiff.support.exercises import check
+# from minidiff.support.journey import PROMPT, SEED
+#
+# _ = torch.set_grad_enabled(False)
+# viz.show_pipeline("attention")
+
+# %% [markdown]
+# One prompt travels through this book, and here is what arrives from chapter 2: the
+# context of “a red dress on a blue background”, 64 tokens of 192 numbers. The first 32
+# come from the two CLIP encoders, side by side; the last 32 come from T5. In SD3.5 they
+# are 77 + 256 tokens of 4096 numbers.
+
+# %% tags=["active-ipynb"]
+# pipe = minidiff.load("tiny")
+# context, pooled = pipe.encode_prompt(PROMPT)
+# print(journey.check("context", context))
+# print(context[0, :2, :4].numpy().round(2))
+
+# %% [markdown]
+# ## A picture of the thing
+#
+# Lay all tokens in one line, text first, then patches. Attention is then one square
+# table: the row of a token says how much it reads from each token. Joining two streams
+# cuts the table into four fields. The drawing is to scale. In the tiny model words and
+# patches are equally many. In SD3.5 at 1024 × 1024 pixels the words are a thin strip:
+# everything that the prompt has to say enters the picture through the narrow field on
+# the left, patches reading words.
+
+# %% tags=["active-ipynb"]
+# sizes = {"Tiny: 64 + 64": (64, 64), "SD3.5 at 1024²: 333 + 4096": (333, 4096)}
+# viz.show_quadrants(sizes)
+
+# %% [markdown]
+# ## The mathematics
+#
+# A token $i$ sends out a *query* $q_i$, “what am I looking for?”; it holds out a *key*
+# $k_i$, “what do I have?”, and a *value* $v_i$, “what do I tell?”. How well query $i$
+# fits key $j$ is their dot product, divided by $\sqrt{d}$ where $d$ is their length:
+#
+# $$s_{ij} = \frac{q_i \cdot k_j}{\sqrt{d}}$$
+#
+# The softmax turns the scores of one row into weights: positive, summing to one.
+#
+# $$a_{ij} = \frac{e^{s_{ij}}}{\sum_l e^{s_{il}}}$$
+#
+# What token $i$ reads is the mean of all values, weighted so:
+#
+# $$o_i = \sum_j a_{ij}\, v_j$$
+#
+# Why divide by $\sqrt d$? If the entries of $q$ and $k$ are independent with mean 0 and
+# variance 1, the dot product has variance $d$. Dividing by $\sqrt d$ brings the scores
+# back to variance 1, whatever the length, so that the softmax neither starts flat nor
+# starts by choosing a single token.
+#
+# One table of weights can follow one question. A block therefore runs $H$ *heads* side
+# by side, each on its own $d$ of the $D = H \cdot d$ channels, with its own table.
+#
+# | symbol | variable | meaning | Tiny | Medium | Large |
+# |---|---|---|---|---|---|
+# | $D$ | `dim` | channels of a token | 192 | 1536 | 2432 |
+# | $H$ | `num_heads` | heads | 6 | 24 | 38 |
+# | $d$ | `dim // num_heads` | channels of a head | 32 | 64 | 64 |
+# | $L_c$ | `context.q.shape[1]` | text tokens | 64 | 333 | 333 |
+# | $L_x$ | `image.q.shape[1]` | patches (1024² for SD3.5) | 64 | 4096 | 4096 |
+# | $q, k, v$ | `q`, `k`, `v` | one stream's heads, (B, L, H, d) | | | |
+# | $a$ | `weights` | the table, (B, H, L, L) | | | |
+
+# %% [markdown]
+# ## Build it, first with loops
+#
+# The three equations, literally, for a single head. Slow, and impossible to
+# misunderstand.
+
 
 # %%
-class Heads(NamedTuple):
-    """Queries, keys and values of one stream, each (B, L, H, d)."""
+def attend_loops(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of one head, one number at a time: (L, d) × 3 → (L, d)."""
+    length, d = q.shape
+    out = torch.zeros_like(v)
+    for i in range(length):
+        scores = [sum(q[i] * k[j]) / d**0.5 for j in range(length)]
+        total = sum(score.exp() for score in scores)
+        for j in range(length):
+            out[i] += scores[j].exp() / total * v[j]
+    return out
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
+
+# %% [markdown]
+# Three tokens whose meaning we choose ourselves. The word *red* asks for whatever is
+# garment (first channel); the two patches offer “garment” and “background”. The values
+# are only names in numbers: 1, 10 and 100. The word reads almost nothing but the first
+# patch, so its answer lies near 10.
+
+# %% tags=["active-ipynb"]
+# q = torch.tensor([[8.0, 0.0], [0.0, 0.0], [0.0, 0.0]])  # red, garment, background
+# k = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+# v = torch.tensor([[1.0, 0.0], [10.0, 0.0], [100.0, 0.0]])
+# print(attend_loops(q, k, v)[:, 0].numpy().round(1))
+
+# %% [markdown]
+# The patches ask for nothing ($q = 0$): all their scores are equal, and they read the
+# plain mean, 37. A query of zero is not silence; it is indifference.
+#
+# ## Then with matrices
+#
+# All dot products of all queries with all keys are one matrix product, $q k^\top$; the
+# weighted means are another, $a v$. Batch and heads are leading dimensions, which
+# PyTorch carries along. The same lines in a new order, and no loop.
+
+
+# %%
+def attend_matrices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention with the whole table in memory: (B, H, L, d) × 3 → (B, H, L, d)."""
+    scores = q @ k.mT / q.shape[-1] ** 0.5  # (B, H, L, d) · (B, H, d, L) → (B, H, L, L)
+    return scores.softmax(-1) @ v  # (B, H, L, L) · (B, H, L, d) → (B, H, L, d)
+
+
+# %% tags=["active-ipynb"]
+# torch.manual_seed(0)
+# q, k, v = torch.randn(3, 2, 6, 10, 32)  # B = 2, H = 6, L = 10, d = 32
+# flat = (t.flatten(0, 1) for t in (q, k, v))  # (B, H, L, d) → (B·H, L, d)
+# loops = torch.stack([attend_loops(*head) for head in zip(*flat)])
+# same = torch.allclose(loops.view(q.shape), attend_matrices(q, k, v), atol=1e-6)
+# print("loops and matrices agree:", same)
+
+# %% [markdown]
+# ## Then in one call
+#
+# The table is the trouble. It has $L^2$ entries per head; for one block of SD3.5 Large
+# at 1024² with guidance (two samples) that is
+
+# %% tags=["active-ipynb"]
+# length, heads, samples = 333 + 4096, 38, 2
+# print(f"{samples * heads * length**2 * 2 / 2**30:.1f} GiB in bfloat16, for one block")
+
+# %% [markdown]
+# and it is written, read, normalised, written and read again, although nobody wants it:
+# only the weighted means go on. `scaled_dot_product_attention` computes them tile by
+# tile. It keeps a running maximum and a running sum per row, so that a tile of the
+# table lives only in the processor's fast memory (Dao et al. 2022, FlashAttention). The
+# numbers are the same up to rounding.
+#
+# It wants heads before tokens, (B, H, L, d). Our projections will deliver tokens before
+# heads, (B, L, H, d). Swapping two dimensions is only another way to walk through the
+# same memory, so nothing is copied on the way in.
 
 
 # %%
@@ -36,6 +196,44 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     out = F.scaled_dot_product_attention(q, k, v)  # (B, L, H, d) → (B, H, L, d)
     return out.transpose(1, 2).flatten(2)  # (B, H, L, d) → (B, L, H·d)
+
+
+# %% tags=["active-ipynb"]
+# fused = attend(*(t.transpose(1, 2) for t in (q, k, v)))  # (B, H, L, d) → (B, L, H·d)
+# table = attend_matrices(q, k, v).transpose(1, 2).flatten(2)
+# print("table and fused call agree:", torch.allclose(fused, table, atol=1e-6))
+
+# %% [markdown]
+# ## One stream: its queries, keys and values
+#
+# Where do $q$, $k$, $v$ come from? From three linear maps of the token. Three maps of
+# the same input are one map with a taller matrix: the official files store it as `qkv`,
+# its rows in thirds. One large product keeps a GPU busier than three small ones.
+#
+# Then comes a step that SD3 did not have and SD3.5 has: each head's query and key are
+# divided by their root mean square, and multiplied by learned weights $g$:
+#
+# $$\hat q = g_q \odot \frac{q}{\sqrt{\tfrac1d \sum_c q_c^2 + \epsilon}},
+#   \qquad \epsilon = 10^{-6}$$
+#
+# and likewise $\hat k$. Without it, scores can grow during training as far as the
+# weights of `qkv` do, the softmax saturates, and in 16-bit arithmetic training becomes
+# unstable (Esser et al. 2024, section 5.3.2). With it, $\lVert \hat q \rVert$ is
+# at most $\sqrt d \max|g_q|$, so by Cauchy and Schwarz
+#
+# $$|s_{ij}| \le \sqrt d \, \max|g_q| \, \max|g_k|,$$
+#
+# whatever the `qkv` matrix becomes. The values are left alone: they carry what is told,
+# and nothing exponentiates them.
+
+
+# %%
+class Heads(NamedTuple):
+    """Queries, keys and values of one stream, each (B, L, H, d)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
 
 
 # %%
@@ -80,6 +278,47 @@ class Attention(nn.Module):
         return self.proj(attend(*self.heads(x)))
 
 
+# %% [markdown]
+# Two checks. First, the fused matrix is three matrices: its middle third alone gives
+# the keys. Second, the norm at work: with the `qkv` weights ten times as large,
+# unnormalised scores grow a hundredfold and normalised scores do not move.
+
+# %% tags=["active-ipynb"]
+# layer, x = Attention(192, 6, qk_norm=None), torch.randn(2, 10, 192)
+# weight, bias = (t.chunk(3)[1] for t in (layer.qkv.weight, layer.qkv.bias))
+# keys = F.linear(x, weight, bias).unflatten(-1, (6, 32))  # (B, L, D) → (B, L, H, d)
+# print("the middle third is k:", torch.allclose(keys, layer.heads(x).k, atol=1e-6))
+
+# %% tags=["active-ipynb"]
+# for qk_norm in (None, "rms_norm"):
+#     torch.manual_seed(0)
+#     layer, largest = Attention(192, 6, qk_norm), []
+#     for factor in (1, 10):
+#         q, k, _ = (t.transpose(1, 2) for t in layer.heads(factor * x))
+#         largest.append((q @ k.mT / 32**0.5).abs().max().item())
+#     print(f"{qk_norm}: largest score {largest[0]:.1f}, then {largest[1]:.1f}")
+
+# %% [markdown]
+# (Scaling the input and the weight is the same thing but for the bias, which stays.)
+#
+# ## Two streams, one table
+#
+# Words and patches are different things: what makes a good query for a word is not what
+# makes one for a patch. MMDiT therefore gives each stream its own `qkv`, its own norms
+# and its own output projection; only the table is common. To join them is to lay their
+# heads end to end, attend once, and cut the result where the streams meet.
+#
+# $$q = \begin{bmatrix} q^c \\ q^x \end{bmatrix},\quad
+#   k = \begin{bmatrix} k^c \\ k^x \end{bmatrix},\quad
+#   v = \begin{bmatrix} v^c \\ v^x \end{bmatrix}$$
+#
+# Compare *cross-attention*, with which earlier diffusion models read text: there,
+# patches read words, in a layer of their own, and words never read patches. That is the
+# lower left field of the table alone. Here all four fields share one softmax, so that a
+# patch weighs words against patches, and the words themselves change from block to
+# block with what they have seen of the picture.
+
+
 # %%
 class JointAttention(nn.Module):
     """All tokens of two streams attend to all tokens of both; Esser et al. 2024, §4.
@@ -98,6 +337,46 @@ class JointAttention(nn.Module):
         return out[:, :length].contiguous(), out[:, length:].contiguous()
 
 
+# %% [markdown]
+# Time to use real tokens. A hook keeps what enters the first block of the shipped model
+# when it starts to paint our prompt from pure noise. Then *your* classes, the ones
+# defined in the cells above, replace those in the model: from here on every figure
+# comes from them.
+
+# %% tags=["active-ipynb"]
+# block, tokens = pipe.transformer.joint_blocks[0], {}
+# for name in ("context_block", "x_block"):
+#     keep = lambda _, given, name=name: tokens.setdefault(name, given[0])
+#     getattr(block, name).attn.qkv.register_forward_pre_hook(keep)
+# pipe(PROMPT, seed=SEED, num_inference_steps=1, guidance_scale=1.0)
+# print({name: tuple(x.shape) for name, x in tokens.items()})
+
+# %% tags=["active-ipynb"]
+# for block in pipe.transformer.joint_blocks:
+#     for stream in (block.context_block, block.x_block):
+#         mine = Attention(192, 6, pre_only=not hasattr(stream.attn, "proj"))
+#         mine.load_state_dict(stream.attn.state_dict())
+#         stream.attn = mine
+#     block.attention = JointAttention()
+
+# %% tags=["active-ipynb"]
+# block = pipe.transformer.joint_blocks[0]
+# text_heads = block.context_block.attn.heads(tokens["context_block"])
+# image_heads = block.x_block.attn.heads(tokens["x_block"])
+# read_words, read_patches = JointAttention()(text_heads, image_heads)
+# q, k, v = (torch.cat(t, dim=1)[0, :, 0] for t in zip(text_heads, image_heads))
+# loops = attend_loops(q, k, v)[64:]  # head 0, the patches: (64, 32)
+# print("the loops agree:", torch.allclose(loops, read_patches[0, :, :32], atol=1e-5))
+
+# %% [markdown]
+# ## Recording what is read
+#
+# The fused call never shows its table. To look at it, we compute the table a second
+# time, from the same queries and keys, and only for the tokens we care about. The
+# softmax must still run over *all* keys: leaving some out beforehand would make the
+# rest look larger than it is.
+
+
 # %%
 def attention_map(
     context: Heads,
@@ -114,6 +393,13 @@ def attention_map(
     k = torch.cat([context.k, image.k], dim=1).transpose(1, 2).float()
     scores = q @ k.mT / q.shape[-1] ** 0.5  # (B, H, Q, d) · (B, H, d, L) → (B, H, Q, L)
     return scores.softmax(-1)[..., keys].contiguous()  # drop the full matrix
+
+
+# %% [markdown]
+# A forward hook is PyTorch's way to listen: it is called with a module's inputs each
+# time the module runs. `record_attention` hangs one on every `JointAttention` of a
+# model and takes it off again at the end. One block's table exists at a time, so that
+# this works on full-size models too, where all tables together would fill any card.
 
 
 # %%
@@ -153,3 +439,247 @@ def record_attention(
     finally:
         for handle in handles:
             handle.remove()
+
+
+# %% [markdown]
+# ## Look at it
+#
+# We let the shipped model paint the prompt in 28 steps and record everything. With
+# guidance each step runs two samples, the empty prompt and ours; ours is the second.
+
+# %% tags=["active-ipynb"]
+# with record_attention(pipe.transformer, average_heads=True) as maps:
+#     image = pipe(PROMPT, seed=SEED, output_type="pt")[0] * 2 - 1  # to [−1, 1]
+# table = torch.stack([torch.stack(m)[:, 1] for m in maps.values()])
+# print(tuple(table.shape), "block, step, reading token, token read")
+
+# %% tags=["active-ipynb"]
+# viz.show_heatmap(table[3, 14] ** 0.5, xlabel="token read", ylabel="reading token",
+#     title="block 3, step 14: square root of the weights; 0–63 text, 64–127 patches")
+
+# %% [markdown]
+# The upper left field is words reading words, the lower left patches reading words.
+#
+# Now the words themselves. T5's tokens stand behind CLIP's 32. For every word we ask
+# in which patches it is read from, and lay the answer over the finished picture: one
+# row a block, in the middle of the way from noise to picture.
+
+# %% tags=["active-ipynb"]
+# t5 = pipe.tokenizers[2]
+# names = [piece.strip("▁") for piece in t5.tokens(t5.encode(PROMPT))]
+# words = ["red", "dress", "blue", "background"]
+# rows = [pipe.tokenizers[0].model_max_length + names.index(word) for word in words]
+# maps = table[..., 64:, rows].mT.unflatten(-1, (8, 8))  # (block, step, word, 8, 8)
+# viz.show_attention(maps[:, 14], words, image, [f"block {i}" for i in range(7)])
+
+# %% [markdown]
+# And block 3 over the steps.
+
+# %% tags=["active-ipynb"]
+# steps = [0, 4, 9, 14, 20, 27]
+# viz.show_attention(maps[3, steps], words, image, [f"step {i}" for i in steps])
+
+# %% [markdown]
+# Touch it: choose a word and see where it is read; choose a block and a step; click a
+# patch and see which words it reads.
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# explorer = viz.attention_explorer(maps[:, steps], words, image,
+#     blocks=[f"block {i}" for i in range(7)], steps=[f"step {i}" for i in steps])
+# explorer
+
+# %% [markdown]
+# ## Predict, then break it
+#
+# **One.** Shuffle the patches before they enter. Do the answers change? Write down your
+# guess before you run the cell.
+
+# %% tags=["active-ipynb"]
+# order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+# mixed_heads = block.x_block.attn.heads(tokens["x_block"][:, order])
+# _, mixed = JointAttention()(text_heads, mixed_heads)
+# print("same, shuffled:", torch.allclose(mixed, read_patches[:, order], atol=1e-5))
+
+# %% [markdown]
+# Nothing changes but the order: a weighted mean does not know who stood where.
+# Attention sees a *set* of tokens. Where a patch lies must be written into the token
+# itself, which is what the position table of chapter 5 does.
+#
+# **Two.** Cut the table: let words read only words and patches only patches, in every
+# block. The prompt can then no longer reach the picture through attention. What will
+# the model paint: noise, some garment, a red dress? Remember that the pooled vector of
+# chapter 2 takes another way.
+
+# %% tags=["active-ipynb"]
+# class Apart(JointAttention):
+#     def forward(self, context: Heads, image: Heads) -> tuple[Tensor, Tensor]:
+#         return attend(*context), attend(*image)
+#
+# def paint(attention: type[JointAttention]) -> Tensor:
+#     for block in pipe.transformer.joint_blocks:
+#         block.attention = attention()
+#     return pipe(PROMPT, num_images_per_prompt=4, output_type="pt") * 2 - 1
+
+# %% tags=["active-ipynb"]
+# pictures = torch.cat([paint(Apart), paint(JointAttention)])
+# viz.show_images(pictures, ["apart"] * 4 + ["joint"] * 4, columns=8)
+
+# %% [markdown]
+# ## Parity
+#
+# The reference is diffusers' `Attention` with its joint processor. It keeps q, k and v
+# in separate matrices and joins the streams in the order image, text; the order does
+# not matter, as you have just seen. Both get the same random weights.
+
+# %% tags=["active-ipynb"]
+# from diffusers.models import attention_processor as reference
+#
+# theirs = reference.Attention(
+#     query_dim=192, added_kv_proj_dim=192, heads=6, dim_head=32, out_dim=192,
+#     context_pre_only=False, qk_norm="rms_norm", eps=1e-6,
+#     processor=reference.JointAttnProcessor2_0())
+# streams = {"to_{}": Attention(192, 6), "add_{}_proj": Attention(192, 6)}
+# norms, proj = ("norm_{}", "norm_added_{}"), (theirs.to_out[0], theirs.to_add_out)
+
+# %% tags=["active-ipynb"]
+# for (name, ours), norm, out in zip(streams.items(), norms, proj):
+#     parts = [getattr(theirs, name.format(c)) for c in "qkv"]
+#     ours.qkv.weight.copy_(torch.cat([part.weight for part in parts]))
+#     ours.qkv.bias.copy_(torch.cat([part.bias for part in parts]))
+#     ours.proj.load_state_dict(out.state_dict())
+#     for c in "qk":
+#         weight = getattr(theirs, norm.format(c)).weight.normal_(1, 0.2)
+#         getattr(ours, f"ln_{c}").weight.copy_(weight)
+
+# %% tags=["active-ipynb"]
+# image_attn, text_attn = streams.values()
+# x, c = torch.randn(2, 64, 192), torch.randn(2, 77, 192)
+# read_c, read_x = JointAttention()(text_attn.heads(c), image_attn.heads(x))
+# pairs = zip((image_attn.proj(read_x), text_attn.proj(read_c)), theirs(x, c))
+# errors = [((a - b).norm() / b.norm()).item() for a, b in pairs]
+# assert max(errors) < 1e-5, errors
+# print("relative error below 1e-5 in both streams")
+
+# %% [markdown]
+# ## What production code does differently
+#
+# - **It chooses the kernel.** `scaled_dot_product_attention` picks one of several
+#   implementations: FlashAttention, cuDNN's, a memory-efficient one, or the plain
+#   formula. Which is fastest depends on card, dtype and head size. Ours leaves the
+#   choice to PyTorch; `minidiff.extras.fast` takes it.
+# - **It avoids the copies.** Joining the streams copies q, k and v once. Writing both
+#   streams' projections straight into one buffer saves that, at the price of code that
+#   no longer reads like the equations.
+# - **It uses no mask, and neither do we.** The context is padded to a fixed length, and
+#   the padding is read like any other token. That looks like an oversight, but the
+#   published weights were trained with it: masking the padding now would change every
+#   picture.
+# - **It divides the table among cards** when pictures become videos: sequence
+#   parallelism. For 4429 tokens there is no need.
+#
+# ## Exercises
+#
+# **4.1 Predict.** From 1024² to 2048² pixels the patches become four times as many; the
+# 333 words remain. How many times as many entries has the table?
+
+# %% tags=["active-ipynb"]
+# def growth() -> float:
+#     raise NotImplementedError  # your answer, one decimal is enough
+
+# %% tags=["active-ipynb"]
+# @check
+# def exercise_4_1() -> None:
+#     exact = (333 + 4 * 4096) ** 2 / (333 + 4096) ** 2
+#     assert abs(growth() - exact) < 0.1, "count the tokens of both sizes, then square"
+
+# %% tags=["active-ipynb", "hide-cell"]
+# def growth() -> float:
+#     return (333 + 16384) ** 2 / (333 + 4096) ** 2
+#
+# exercise_4_1()
+
+# %% [markdown]
+# **4.2 Code.** How many tokens does a token read? If it spreads its weights evenly over
+# $n$ tokens, the *entropy* of its row, $-\sum_j a_j \ln a_j$, is $\ln n$. Write the
+# entropy of each row; a weight of zero contributes nothing.
+
+# %% tags=["active-ipynb"]
+# def entropy(weights: Tensor) -> Tensor:
+#     """Entropy in nats of every row of a table: (…, K) → (…)."""
+#     raise NotImplementedError
+
+# %% tags=["active-ipynb"]
+# @check
+# def exercise_4_2() -> None:
+#     even = entropy(torch.full((2, 5), 0.2))
+#     assert even.shape == (2,), "one number for each row"
+#     assert torch.allclose(even.exp(), torch.tensor(5.0)), "it should be ln 5"
+#     assert entropy(torch.eye(3)).abs().max() < 1e-6, "0 · ln 0 counts as 0"
+
+# %% tags=["active-ipynb", "hide-cell"]
+# def entropy(weights: Tensor) -> Tensor:
+#     return -torch.xlogy(weights, weights).sum(-1)  # xlogy(0, 0) = 0
+#
+# exercise_4_2()
+# reach = entropy(table[:, 14, 64:]).exp().mean(-1)  # patches of each block at step 14
+# print("tokens read by a patch, block by block:", reach.round().int().tolist())
+
+# %% [markdown]
+# **4.3 Code.** Write a joint attention in which nobody reads the words marked False in
+# `keep` (L_c,), by giving `F.scaled_dot_product_attention` an `attn_mask`: a boolean
+# that broadcasts to (B, H, L, L), False where a key is not to be read.
+
+# %% tags=["active-ipynb"]
+# def masked(context: Heads, image: Heads, keep: Tensor) -> Tensor:
+#     """All tokens' answers, (B, L_c + L_x, H·d); only words in ``keep`` are read."""
+#     raise NotImplementedError
+
+# %% tags=["active-ipynb"]
+# @check
+# def exercise_4_3() -> None:
+#     c, x = (Heads(*torch.randn(3, 2, n, 4, 8)) for n in (6, 9))
+#     shorter = Heads(*(t[:, :4] for t in c))
+#     wanted = torch.cat(JointAttention()(shorter, x), dim=1)[:, 4:]
+#     found = masked(c, x, torch.arange(6) < 4)[:, 6:]
+#     assert torch.allclose(found, wanted, atol=1e-5), "hidden words are still read"
+
+# %% tags=["active-ipynb", "hide-cell"]
+# def masked(context: Heads, image: Heads, keep: Tensor) -> Tensor:
+#     q, k, v = (torch.cat(t, dim=1).transpose(1, 2) for t in zip(context, image))
+#     mask = F.pad(keep, (0, image.k.shape[1]), value=True)  # (L_c,) → (L_c + L_x,)
+#     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+#     return out.transpose(1, 2).flatten(2)  # (B, H, L, d) → (B, L, H·d)
+#
+# exercise_4_3()
+
+# %% [markdown]
+# **4.4 Explore.** Change the prompt to one with two garments and look at the explorer
+# again. Do the two colours go to their own garments? From which block on?
+#
+# ## What you did
+#
+# You computed attention by hand with three loops, turned the loops into matrix products
+# and the products into one fused call, and saw that all three agree. You explained the
+# norm of queries and keys by a bound on the scores. You joined two streams that keep
+# their own weights, put your classes into the shipped model, recorded what its words
+# and patches read, and broke it by cutting the table.
+#
+# The journey goes on: this is what the 64 patches have read in the first block.
+# Chapter 5 builds the block around it, and the same tensor appears there again.
+
+# %% tags=["active-ipynb"]
+# print(journey.check("read", read_patches))
+# print(read_patches[0, :2, :4].numpy().round(2))
+
+# %% [markdown]
+# ## Further reading
+#
+# - Vaswani et al. 2017, [Attention is all you need](https://arxiv.org/abs/1706.03762):
+#   section 3.2, where all of this begins.
+# - Esser et al. 2024, [Scaling rectified flow transformers](https://arxiv.org/abs/2403.03206):
+#   section 4 for the two streams, section 5.3.2 for the norm of queries and keys.
+# - Zhang and Sennrich 2019, [Root mean square layer normalization](https://arxiv.org/abs/1910.07467).
+# - Dao et al. 2022, [FlashAttention](https://arxiv.org/abs/2205.14135): how to never
+#   write the table.
+# - Hertz et al. 2022, [Prompt-to-prompt](https://arxiv.org/abs/2208.01626): editing a
+#   picture through its attention maps.
