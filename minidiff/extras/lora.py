@@ -1,0 +1,226 @@
+"""LoRA: small trained corrections of a model's linear layers, in diffusers' files.
+
+A layer W (out, in) learns W + (α/r)·B·A with A (r, in) and B (out, r); Hu et al. 2021,
+section 4.1. A file names the layers as diffusers does, and keeps α, where it is not r,
+in its header.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minidiff.dit import MMDiT
+from minidiff.support.checkpoints import Source, read_header, transformer_sources
+
+FILE = "pytorch_lora_weights.safetensors"
+METADATA = "lora_adapter_metadata"
+# What the trainer of diffusers adapts: the projections of both streams' attention.
+ATTENTION = (
+    "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
+)
+
+
+class LowRank(nn.Module):
+    """(α/r)·B·A·x: tokens (…, in) → (…, out). B begins at zero, so nothing changes."""
+
+    def __init__(
+        self, inputs: int, outputs: int, rank: int, alpha: float | None = None
+    ) -> None:
+        super().__init__()
+        self.down = nn.Linear(inputs, rank, bias=False)
+        self.up = nn.Linear(rank, outputs, bias=False)
+        self.alpha = rank if alpha is None else alpha
+        self.scale = self.alpha / rank
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x)) * self.scale
+
+    def matrix(self) -> Tensor:
+        """The update (out, in) itself."""
+        return self.up.weight @ self.down.weight * self.scale
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear layer, or the rows of one of ours that diffusers calls a layer."""
+
+    layer: nn.Linear
+    rows: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of what diffusers calls the layer."""
+        return len(self.rows), self.layer.in_features
+
+
+def targets(model: nn.Module) -> dict[str, Target]:
+    """The linear layers of an MMDiT or a text encoder, under diffusers' names."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    sources = {name: Source((name,)) for name in layers}
+    if isinstance(model, MMDiT):
+        sources = transformer_sources(layers)
+    found = {}
+    for ours, source in sources.items():
+        rows = torch.arange(layers[ours].out_features).chunk(len(source.names))
+        if source.how == "swap":
+            rows = [torch.cat(rows[0].chunk(2)[::-1])]
+        for name, part in zip(source.names, rows, strict=True):
+            found[name] = Target(layers[ours], part)
+    return found
+
+
+# Attaching
+
+
+def attach(updates: Mapping[str, LowRank], model: nn.Module) -> list:
+    """Let each layer named in ``updates`` add its own; returns the hooks' handles."""
+    layers, handles = targets(model), []
+    for name, update in updates.items():
+        target = layers[name]
+        update.to(target.layer.weight)
+
+        def hook(_, args, out, rows=target.rows, update=update) -> Tensor:
+            return out.index_add(-1, rows.to(out.device), update(args[0]))
+
+        handles.append(target.layer.register_forward_hook(hook))
+    return handles
+
+
+@torch.no_grad()
+def fuse(updates: Mapping[str, LowRank], model: nn.Module) -> None:
+    """Add the updates to the weights themselves: no further cost, and no way back."""
+    layers = targets(model)
+    for name, update in updates.items():
+        layer, rows = layers[name].layer, layers[name].rows
+        weight = layer.weight.clone()  # the weight may be a read-only memory map
+        weight[rows] += update.to(weight).matrix()
+        layer.weight = nn.Parameter(weight, layer.weight.requires_grad)
+
+
+def add_lora(
+    model: nn.Module,
+    rank: int,
+    alpha: float | None = None,
+    names: Sequence[str] = ATTENTION,
+) -> dict[str, LowRank]:
+    """New updates for all layers whose name ends in one of ``names``, attached.
+
+    The model's own weights stop learning. Raises ValueError where nothing matches.
+    """
+    ends = tuple(f".{name}" for name in names)
+    chosen = {n: t for n, t in targets(model).items() if f".{n}".endswith(ends)}
+    if not chosen:
+        raise ValueError(f"no layer is called {', '.join(names)}; layers end in …to_q")
+    model.requires_grad_(False)
+    updates = {
+        name: LowRank(t.shape[1], t.shape[0], rank, alpha) for name, t in chosen.items()
+    }
+    attach(updates, model)
+    return updates
+
+
+# Files
+
+
+def components(pipe) -> dict[str, nn.Module]:
+    """What a file can adapt, under the names that it uses."""
+    names = ("text_encoder", "text_encoder_2")
+    encoders = zip(names, pipe.text_encoders, strict=False)
+    return {"transformer": pipe.transformer, **dict(encoders)}
+
+
+def read_lora(
+    file: Path | str, models: Mapping[str, nn.Module]
+) -> dict[str, dict[str, LowRank]]:
+    """The updates in ``file`` for each model, by layer.
+
+    Raises ValueError naming the first layer that ``models`` do not have, or whose
+    shape is another: the file belongs to another model.
+    """
+    shapes = read_header(Path(file))
+    layers = {part: targets(model) for part, model in models.items()}
+    found: dict[str, dict[str, LowRank]] = {}
+    with safe_open(file, "pt") as stream:
+        metadata = json.loads((stream.metadata() or {}).get(METADATA, "{}"))
+        for name in sorted({key.split(".lora_")[0] for key in shapes}):
+            part, _, layer = name.partition(".")
+            a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+            check(file, name, layers.get(part, {}).get(layer), shapes, a, b)
+            (rank, inputs), outputs = shapes[a], shapes[b][0]
+            alpha = metadata.get(f"{part}.lora_alpha", rank)
+            alpha = metadata.get(f"{part}.alpha_pattern", {}).get(layer, alpha)
+            update = LowRank(inputs, outputs, rank, alpha)
+            update.down.weight.data = stream.get_tensor(a)
+            update.up.weight.data = stream.get_tensor(b)
+            found.setdefault(part, {})[layer] = update.requires_grad_(False)
+    return found
+
+
+def check(
+    file: Path | str, name: str, target: Target | None, shapes: Mapping, a: str, b: str
+) -> None:
+    """Raise ValueError unless ``file`` has both matrices of a layer that exists."""
+    if a not in shapes or b not in shapes:
+        raise ValueError(f"{file}: {name} lacks lora_A or lora_B (diffusers' keys)")
+    if target is None:
+        raise ValueError(f"{file}: this model has no linear layer {name}")
+    update = shapes[b][0], shapes[a][1]
+    if update != target.shape or shapes[a][0] != shapes[b][1]:
+        raise ValueError(
+            f"{file} was made for another model: it updates {name} of shape "
+            f"{list(update)}; expected {list(target.shape)}"
+        )
+
+
+class LoRA:
+    """The updates of one file on a pipeline; ``remove`` takes them off again."""
+
+    def __init__(self, handles: list) -> None:
+        self.handles = handles
+
+    def remove(self) -> None:
+        """Give the pipeline back as it was."""
+        for handle in self.handles:
+            handle.remove()
+
+
+def load_lora(pipe, file: Path | str, scale: float = 1.0, fused: bool = False) -> LoRA:
+    """Apply a LoRA file, or a folder with one, to a pipeline, times ``scale``.
+
+    ``fused`` adds the updates to the weights: as fast as without, but not removable.
+    """
+    path = Path(file)
+    path = path / FILE if path.is_dir() else path
+    models, handles = components(pipe), []
+    for part, updates in read_lora(path, models).items():
+        for update in updates.values():
+            update.scale *= scale
+        if fused:
+            fuse(updates, models[part])
+        else:
+            handles += attach(updates, models[part])
+    return LoRA(handles)
+
+
+def save_lora(updates: Mapping[str, Mapping[str, LowRank]], file: Path | str) -> None:
+    """Write updates, by component and layer, as a file that diffusers loads."""
+    tensors, metadata = {}, {}
+    for part, layers in updates.items():
+        first = next(iter(layers.values()))
+        metadata[f"{part}.r"] = first.down.out_features
+        metadata[f"{part}.lora_alpha"] = first.alpha
+        metadata[f"{part}.target_modules"] = sorted(layers)
+        for name, update in layers.items():
+            for key, weight in (("A", update.down.weight), ("B", update.up.weight)):
+                tensors[f"{part}.{name}.lora_{key}.weight"] = (
+                    weight.detach().contiguous()
+                )
+    header = {"format": "pt", METADATA: json.dumps(metadata, sort_keys=True)}
+    save_file(tensors, file, metadata=header)

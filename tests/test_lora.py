@@ -1,0 +1,176 @@
+"""LoRA files: the same pictures as diffusers and peft make of them."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from helpers import randomize, relative_error
+from peft import LoraConfig, get_peft_model_state_dict
+from test_dit import DUAL, SMALL, pair
+from transformers import CLIPTextConfig as TheirConfig
+from transformers import CLIPTextModelWithProjection
+
+from minidiff.dit import MMDiT
+from minidiff.extras import lora
+from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder
+
+BOUND = 1e-5
+CLIP = dict(
+    vocab_size=50,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=12,
+    hidden_act="gelu",
+    layer_norm_eps=1e-5,
+    projection_dim=8,
+    eos_token_id=2,
+)
+# Attention, both kinds of fused qkv, a swapped modulation, the MLP and the embedders.
+WIDE = [*lora.ATTENTION, "norm_out.linear", "linear_1", "net.2", "context_embedder"]
+WIDE += ["norm1_context.linear"]
+
+
+def inputs() -> tuple[torch.Tensor, ...]:
+    x, sigma = torch.randn(2, 4, 8, 8), torch.tensor([0.9, 0.2])
+    return x, sigma, torch.randn(2, 5, 20), torch.randn(2, 12)
+
+
+def text_pair() -> tuple[CLIPTextEncoder, CLIPTextModelWithProjection]:
+    theirs = randomize(CLIPTextModelWithProjection(TheirConfig(**CLIP)))
+    ours = CLIPTextEncoder(CLIPTextConfig(**CLIP)).eval()
+    names = ours.state_dict().keys()
+    stored = theirs.state_dict()
+    if not names <= stored.keys():
+        stored = {f"text_model.{k}": v for k, v in stored.items()} | stored
+    ours.load_state_dict({name: stored[name] for name in names})
+    return ours, theirs
+
+
+def adapt(model: torch.nn.Module, rank: int, alpha: float, names: list[str]) -> dict:
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names))
+    weights = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    for parameter in weights.values():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return get_peft_model_state_dict(model)
+
+
+def their_velocity(model: torch.nn.Module, x, sigma, context, pooled) -> torch.Tensor:
+    return model(x, context, pooled, 1000 * sigma, return_dict=False)[0]
+
+
+def metadata(model: torch.nn.Module) -> dict:
+    config = model.peft_config["default"].to_dict()
+    keep = ("r", "lora_alpha", "target_modules")
+    return {
+        k: sorted(v) if k == "target_modules" else v
+        for k, v in config.items()
+        if k in keep
+    }
+
+
+@pytest.fixture(params=["large, alpha = rank", "medium, alpha 6"])
+def case(request, tmp_path: Path) -> SimpleNamespace:
+    """A pair of models, ours bare and theirs adapted, and the file that says how."""
+    medium = request.param.startswith("medium")
+    ours, theirs = pair(DUAL if medium else SMALL)
+    clip, their_clip = text_pair()
+    x = inputs()
+    ids = torch.randint(0, 50, (2, 12))
+    bare = their_velocity(theirs, *x)
+    layers = adapt(
+        theirs, 3, 6 if medium else 3, WIDE if medium else list(lora.ATTENTION)
+    )
+    text = adapt(their_clip, 2, 2, ["q_proj", "out_proj"])
+    notes = {"transformer_lora_adapter_metadata": metadata(theirs)} if medium else {}
+    StableDiffusion3Pipeline.save_lora_weights(tmp_path, layers, text, **notes)
+    return SimpleNamespace(
+        pipe=SimpleNamespace(transformer=ours, text_encoders=[clip]),
+        inputs=x,
+        ids=ids,
+        bare=bare,
+        velocity=their_velocity(theirs, *x).detach(),
+        pooled=their_clip(ids).text_embeds.detach(),
+        file=tmp_path,
+    )
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@torch.no_grad()
+def test_agrees_with_diffusers(case: SimpleNamespace, fused: bool) -> None:
+    loaded = lora.load_lora(case.pipe, case.file, fused=fused)
+    assert relative_error(case.bare, case.velocity) > 0.01  # the update does something
+    v = case.pipe.transformer(*case.inputs)
+    assert relative_error(v, case.velocity) <= BOUND
+    assert relative_error(case.pipe.text_encoders[0](case.ids)[1], case.pooled) <= BOUND
+    if not fused:
+        loaded.remove()
+        assert relative_error(case.pipe.transformer(*case.inputs), case.bare) <= BOUND
+
+
+@torch.no_grad()
+def test_a_wrong_scale_is_noticed(case: SimpleNamespace) -> None:
+    lora.load_lora(case.pipe, case.file, scale=1.01)
+    v = case.pipe.transformer(*case.inputs)
+    assert relative_error(v, case.velocity) > BOUND
+
+
+@torch.no_grad()
+def test_scale_is_linear_and_zero_is_none(case: SimpleNamespace) -> None:
+    lora.load_lora(case.pipe, case.file, scale=0.0)
+    assert relative_error(case.pipe.transformer(*case.inputs), case.bare) <= BOUND
+
+
+def test_what_we_save_diffusers_loads(tmp_path: Path) -> None:
+    ours, theirs = pair(SMALL)
+    updates = lora.add_lora(ours, rank=2, alpha=3)
+    for update in updates.values():
+        torch.nn.init.normal_(update.up.weight, std=0.2)
+    assert not any(p.requires_grad for p in ours.parameters())
+    lora.save_lora({"transformer": updates}, tmp_path / lora.FILE)
+    state, notes = StableDiffusion3Pipeline.lora_state_dict(
+        str(tmp_path), return_lora_metadata=True
+    )
+    theirs.load_lora_adapter(state, prefix="transformer", metadata=notes)
+    x = inputs()
+    with torch.no_grad():
+        v, reference = ours(*x), their_velocity(theirs, *x)
+    assert relative_error(v, reference) <= BOUND
+
+
+@torch.no_grad()
+def test_new_updates_change_nothing_yet() -> None:
+    ours, x = pair(SMALL)[0], inputs()
+    before = ours(*x)
+    lora.add_lora(ours, rank=4)
+    assert torch.equal(ours(*x), before)
+
+
+def test_another_model_is_refused(case: SimpleNamespace) -> None:
+    small = MMDiT(SMALL.__class__.tiny())
+    pipe = SimpleNamespace(transformer=small, text_encoders=case.pipe.text_encoders)
+    with pytest.raises(
+        ValueError, match="another model: it updates transformer.*expected"
+    ):
+        lora.load_lora(pipe, case.file)
+
+
+def test_official_names_are_those_of_the_manifest(shared: Path) -> None:
+    lines = (shared / "sd35/manifests/lora/sd3.5-medium.rank4.tsv").read_text()
+    names = {line.split("\t")[0] for line in lines.splitlines() if line[0] != "#"}
+    with torch.device("meta"):
+        model = MMDiT(SMALL.__class__.sd35_medium())
+    ends = tuple(f".{n}" for n in lora.ATTENTION)
+    chosen = [n for n in lora.targets(model) if n.endswith(ends) and ".attn." in n]
+    made = {f"transformer.{n}.lora_{k}.weight" for n in chosen for k in "AB"}
+    assert made == names
+
+
+def test_unknown_layers_to_adapt_are_refused() -> None:
+    with pytest.raises(ValueError, match="no layer is called conv1"):
+        lora.add_lora(pair(SMALL)[0], 2, names=["conv1"])
+
+
