@@ -104,10 +104,11 @@ def _data_url(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def _enlarge(pictures: np.ndarray, size: int) -> np.ndarray:
-    """Square pictures (S, h, w, 3) with each pixel repeated up to ``size``."""
-    factor = max(1, size // pictures.shape[1])
-    return pictures.repeat(factor, 1).repeat(factor, 2)
+def _resized(pictures: np.ndarray, height: int) -> np.ndarray:
+    """Pictures (S, h, w, 3) at another height, without smoothing when they grow."""
+    size = (height * pictures.shape[2] // pictures.shape[1], height)
+    method = Image.Resampling.BOX
+    return np.stack([Image.fromarray(p).resize(size, method) for p in pictures])
 
 
 def _row(pictures: np.ndarray) -> np.ndarray:
@@ -133,9 +134,9 @@ def denoising_scrubber(
     if any(len(values) != steps for _, values in rows) or len(sigmas) != steps:
         found = [len(values) for _, values in rows] + [len(sigmas)]
         raise ValueError(f"{found} frames: expected as many of each")
-    frames = [(v if isinstance(v, np.ndarray) else _frames(v)) for _, v in rows]
+    frames = [_frames(values) for _, values in rows]
     chosen = np.linspace(0, steps - 1, min(7, steps)).round().astype(int)
-    strip = np.concatenate([_row(_enlarge(f[chosen], 64)) for f in frames])
+    strip = np.concatenate([_row(_resized(f[chosen], 64)) for f in frames])
     data = {
         "label": f"Denoising of “{prompt}”" if prompt else "Denoising",
         "sigmas": [round(float(s), 3) for s in sigmas],

@@ -1,0 +1,102 @@
+"""Every page of the book in a real browser: both themes, and a phone's width."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from figures import check_explorer, check_scrubber
+
+MODES = {"light": (1280, "light"), "dark": (1280, "dark"), "phone": (390, "dark")}
+
+PROBE = """
+async () => {
+  if (window.MathJax?.startup) await MathJax.startup.promise;
+  const root = document.documentElement;
+  const images = [...document.images].filter(i => !(i.complete && i.naturalWidth > 0));
+  const maths = [...document.querySelectorAll(".math")]
+    .filter(m => !m.querySelector("mjx-container"));
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  const raw = [];
+  while (walker.nextNode()) {
+    const text = walker.currentNode.data, parent = walker.currentNode.parentElement;
+    if (/\\$\\$|\\\\\\(|\\\\\\[|\\{cite\\}|:::/.test(text)
+        && !parent.closest("pre, code, script, style, textarea")) raw.push(text);
+  }
+  const wide = [...document.querySelectorAll("body *")].filter(e => {
+    const box = e.getBoundingClientRect();
+    return box.width && box.right > root.clientWidth + 1;
+  });
+  return {
+    theme: root.dataset.theme,
+    images: images.map(i => i.src.slice(0, 200)),
+    maths: maths.map(m => m.textContent),
+    errors: [...document.querySelectorAll("mjx-merror, [data-mjx-error]")]
+      .map(m => m.textContent),
+    raw,
+    overflow: root.scrollWidth > root.clientWidth
+      ? wide.slice(0, 5).map(e => e.tagName + "." + e.className) : [],
+  };
+}
+"""
+
+
+def pages(book: Path) -> list[Path]:
+    folders = ("book", "notebooks", "_modules")
+    found = [path for folder in folders for path in (book / folder).rglob("*.html")]
+    return sorted(found) + [book / "genindex.html", book / "search.html"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_page(chromium: Any, book: Path, mode: str) -> None:
+    width, theme = MODES[mode]
+    context = chromium.new_context(
+        viewport={"width": width, "height": 900}, color_scheme=theme
+    )
+    problems: list[str] = []
+    for path in pages(book):
+        found = visit(context, path, theme)
+        problems += [f"{path.relative_to(book)}: {line}" for line in found]
+    context.close()
+    assert not problems, "\n".join(problems)
+
+
+def visit(context: Any, path: Path, theme: str) -> list[str]:
+    """What is wrong with a page."""
+    page, problems = context.new_page(), []
+    page.on("pageerror", lambda error: problems.append(f"script error: {error}"))
+    page.on("console", lambda m: m.type == "error" and problems.append(m.text))
+    page.on("requestfailed", lambda r: problems.append(f"request failed: {r.url}"))
+    page.on("request", lambda r: problems.append(foreign(r.url)))
+    page.goto(path.as_uri(), wait_until="load")
+    state = page.evaluate(PROBE)
+    if state.pop("theme") != theme:
+        problems.append(f"theme is not {theme}")
+    problems += [f"{kind}: {found}" for kind, found in state.items() if found]
+    page.close()
+    return [problem for problem in problems if problem]
+
+
+def foreign(url: str) -> str:
+    kept = url.startswith(("file:", "data:", "blob:", "about:"))
+    return "" if kept else f"request off the machine: {url}"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_interactive_figures_of_the_book(chromium: Any, book: Path, mode: str) -> None:
+    width, theme = MODES[mode]
+    context = chromium.new_context(
+        viewport={"width": width, "height": 900}, color_scheme=theme
+    )
+    kinds = set()
+    for path in sorted((book / "notebooks").glob("*.html")):
+        if "minidiff-figure" not in path.read_text(encoding="utf-8"):
+            continue
+        page = context.new_page()
+        page.goto(path.as_uri())
+        for kind, check in (("scrubber", check_scrubber), ("explorer", check_explorer)):
+            for figure in page.locator(f"[data-kind={kind}]").all():
+                check(figure)
+                kinds.add(kind)
+        page.close()
+    context.close()
+    assert kinds == {"scrubber", "explorer"}, f"only {kinds} in the book"

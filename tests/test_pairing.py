@@ -1,0 +1,218 @@
+"""A chapter is one text: the module, its notebook, and what JupyterLab saves."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import tokenize
+import urllib.request
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+chapters = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def module(path: Path) -> Path:
+    """minidiff/vae.py of notebooks/03_vae.ipynb."""
+    return ROOT / "minidiff" / f"{path.stem[3:]}.py"
+
+
+def cells(notebook: nbformat.NotebookNode) -> list[tuple[str, list[str], str]]:
+    return [
+        (cell.cell_type, cell.metadata.get("tags", []), cell.source)
+        for cell in notebook.cells
+    ]
+
+
+def tagged(path: Path, tag: str) -> list[nbformat.NotebookNode]:
+    notebook = nbformat.read(path, 4)
+    return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
+
+
+def printed(cell: nbformat.NotebookNode) -> str:
+    return "".join(out.text for out in cell.outputs if out.output_type == "stream")
+
+
+def test_every_chapter_has_a_notebook() -> None:
+    settings = (ROOT / "jupytext.toml").read_text()
+    stems = re.findall(r'"notebooks//(\w+)/ipynb', settings)
+    assert [path.stem for path in NOTEBOOKS] == stems
+
+
+@chapters
+def test_pair_agrees(path: Path) -> None:
+    assert cells(nbformat.read(path, 4)) == cells(jupytext.read(module(path)))
+
+
+@chapters
+def test_every_cell_is_executed(path: Path) -> None:
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type == "code":
+            assert cell.execution_count, f"never run:\n{cell.source}"
+            kinds = [out.output_type for out in cell.outputs]
+            assert "error" not in kinds, f"an error:\n{cell.source}"
+            streams = [out.name for out in cell.outputs if out.output_type == "stream"]
+            assert "stderr" not in streams, f"output on stderr:\n{cell.source}"
+
+
+IMPORT = """
+import sys, torch, numpy, PIL.Image, safetensors.torch, huggingface_hub, regex, tqdm
+opened = []
+kept = tuple({sys.prefix, sys.base_prefix, "/proc", "/sys", "/dev"})
+def watch(event, args):
+    path = args[0] if event == "open" and isinstance(args[0], str) else ".py"
+    if not path.endswith((".py", ".pyc", ".so")) and not path.startswith(kept):
+        opened.append(path)
+sys.addaudithook(watch)
+for name in sys.argv[1:]:
+    __import__("minidiff." + name)
+    assert not opened, f"importing minidiff.{name} opens {opened}"
+    assert "matplotlib" not in sys.modules, f"minidiff.{name} loads matplotlib"
+"""
+
+
+def test_import_prints_draws_and_reads_nothing() -> None:
+    names = [module(path).stem for path in NOTEBOOKS]
+    command = [sys.executable, "-W", "error", "-c", IMPORT, *names]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# Saving in JupyterLab
+
+
+@pytest.fixture
+def server(tmp_path: Path):
+    """A JupyterLab server at the root of a copy of the repository: (folder, URL)."""
+    folder = tmp_path / "repository"
+    for name in ("notebooks", "minidiff"):
+        skip = shutil.ignore_patterns("pretrained", "__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=skip)
+    shutil.copy(ROOT / "jupytext.toml", folder)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/api/contents/"
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+    options = [f"--port={port}", "--IdentityProvider.token=t", "--ip=127.0.0.1"]
+    homes = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "HOME")
+    env = os.environ | {name: str(tmp_path / name) for name in homes}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            command + options, cwd=folder, env=env, stdout=log, stderr=log
+        )
+    try:
+        for _ in range(120):
+            try:
+                request(url)
+                break
+            except OSError:
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.5)
+        yield folder, url
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def request(url: str, model: dict | None = None) -> dict:
+    data = None if model is None else json.dumps(model).encode()
+    headers = {"Authorization": "token t", "Content-Type": "application/json"}
+    asked = urllib.request.Request(url, data, headers, method="PUT" if model else "GET")
+    with urllib.request.urlopen(asked, timeout=20) as answer:
+        return json.load(answer)
+
+
+def test_saving_in_jupyterlab_changes_the_module(server: tuple[Path, str]) -> None:
+    folder, url = server
+    path = "notebooks/04_attention.ipynb"
+    source = folder / "minidiff/attention.py"
+    before = source.read_text()
+    model = request(f"{url}{path}?content=1")
+    first = next(c for c in model["content"]["cells"] if c["cell_type"] == "code")
+    first["source"] += "\nSAVED = 1"
+    request(url + path, {"type": "notebook", "content": model["content"]})
+    assert "\nSAVED = 1\n" in source.read_text()
+    assert source.read_text().replace("\nSAVED = 1\n", "\n") == before
+    source.write_text(before.replace("\n# %%\n", "\n# %%\nOPENED = 2\n", 1))
+    os.utime(source, (time.time() + 5, time.time() + 5))
+    cells = request(f"{url}{path}?content=1")["content"]["cells"]
+    assert any("OPENED = 2" in "".join(cell["source"]) for cell in cells)
+
+
+# The chapters' form
+
+
+@chapters
+def test_exercises_refuse_the_stub_and_accept_the_solution(path: Path) -> None:
+    """Outputs that nbval reproduces: "not yet" before a solution, "passed" after."""
+    kinds = ("exercise", "check", "solution")
+    found = [
+        (kind, cell)
+        for cell in nbformat.read(path, 4).cells
+        for kind in kinds
+        if kind in cell.metadata.get("tags", [])
+    ]
+    assert found, "no exercise with a self-check"
+    assert [kind for kind, _ in found] == list(kinds) * (len(found) // 3)
+    for kind, cell in found:
+        tags = cell.metadata.tags
+        assert "active-ipynb" in tags and "nbval-ignore-output" not in tags
+        if kind == "check":
+            assert re.fullmatch(r"Exercise \d\.\d+: not yet \(.+\)\n", printed(cell))
+        if kind == "solution":
+            assert "hide-cell" in tags
+            assert re.search(r"^Exercise \d\.\d+: passed$", printed(cell), re.M)
+
+
+def words(path: Path) -> int:
+    text = "\n".join(
+        cell.source
+        for cell in nbformat.read(path, 4).cells
+        if cell.cell_type == "markdown"
+    )
+    text = re.sub(r"```.*?```|\$\$.*?\$\$|<[^>]+>", " ", text, flags=re.S)
+    return len(re.findall(r"\b[^\W\d_][\w’'-]*", text))
+
+
+def code_lines(source: str) -> int:
+    """Lines that hold code: no blank lines, comments or docstrings."""
+    skipped = {
+        line
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        for line in range(node.lineno, node.end_lineno + 1)
+    }
+    layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.ENDMARKER)
+    layout += (tokenize.INDENT, tokenize.DEDENT)
+    tokens = tokenize.generate_tokens(iter(source.splitlines(True)).__next__)
+    used = {
+        line
+        for token in tokens
+        if token.type not in layout
+        for line in range(token.start[0], token.end[0] + 1)
+    }
+    return len(used - skipped)
+
+
+@chapters
+def test_length(path: Path) -> None:
+    aside = {"exercise", "check", "solution"}
+    lines = sum(
+        code_lines(cell.source)
+        for cell in nbformat.read(path, 4).cells
+        if cell.cell_type == "code" and not aside & set(cell.metadata.get("tags", []))
+    )
+    count = words(path)
+    assert 1500 <= count <= 3000, f"{count} words"
+    assert lines <= 400, f"{lines} lines of code"

@@ -1,0 +1,185 @@
+"""The figures: drawn without pyplot, and the interactive ones moved in a browser."""
+
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from figures import check_explorer, check_scrubber, displayed
+from PIL import Image
+
+from minidiff import viz
+
+STEPS, WORDS = 6, ["a", "red", "dress", "</s>"]
+
+
+def pictures(count: int, size: int = 32) -> torch.Tensor:
+    return torch.rand(count, 3, size, size) * 2 - 1
+
+
+def scrubber() -> viz.Interactive:
+    latents = torch.randn(2, STEPS, 16, 8, 8)
+    sigmas = torch.linspace(1, 0, STEPS)
+    return viz.denoising_scrubber(*latents, pictures(STEPS), sigmas, "a <b> & “c”")
+
+
+def explorer(images: int = STEPS) -> viz.Interactive:
+    maps = torch.rand(3, STEPS, len(WORDS), 4, 4)
+    return viz.attention_explorer(maps, WORDS, pictures(images))
+
+
+class Tokenizer:
+    def encode(self, text: str) -> list[int]:
+        return [ord(c) for c in text]
+
+    def tokens(self, ids: list[int]) -> list[str]:
+        return [chr(i) for i in ids]
+
+
+FIGURES: dict[str, Callable[[], Any]] = {
+    "images": lambda: viz.show_images(pictures(3), ["one", "two", "three"], columns=2),
+    "pil": lambda: viz.show_images([Image.new("RGB", (8, 8)), Image.new("L", (8, 8))]),
+    "grey": lambda: viz.show_images(torch.zeros(9, 28, 28, dtype=torch.uint8)),
+    "latents": lambda: viz.show_latents(torch.randn(16, 8, 8)),
+    "many latents": lambda: viz.show_latents(torch.randn(2, 4, 8, 8), ["a", "b"]),
+    "attention": lambda: viz.show_attention(torch.rand(4, 4, 4), WORDS, pictures(1)[0]),
+    "rows": lambda: viz.show_attention(torch.rand(2, 4, 4, 4), WORDS, rows=["0", "1"]),
+    "trajectory": lambda: viz.show_trajectory(
+        {"x": torch.randn(9, 16, 4, 4), "picture": pictures(9)}, torch.linspace(1, 0, 9)
+    ),
+    "tokens": lambda: viz.show_tokens(Tokenizer(), ["a $b$ 😀 日本 \n", "c"]),
+    "pieces": lambda: viz.show_pieces([["p", "u"], ["pu"]], labels=["0", "1"]),
+    "lattice": lambda: viz.show_lattice(
+        "red", [(0, 1, -2.0), (1, 3, -3.0), (0, 3, -4.0)], [(0, 3)]
+    ),
+    "curves": lambda: viz.show_curves(
+        {"y": [3, 2, 1], "xy": ([0, 2], [1, 2])}, "x", "y"
+    ),
+    "heatmap": lambda: viz.show_heatmap(torch.randn(2, 3), signed=True, digits=1),
+    "bars": lambda: viz.show_bars({"a": 1, "b": 2}, "bytes"),
+    "stacked": lambda: viz.show_bars(
+        {"a": {"x": 1, "y": 2}, "b": {"x": 3}}, stacked=True
+    ),
+    "histogram": lambda: viz.show_histogram({"n": torch.randn(100)}),
+    "points": lambda: viz.show_points(
+        {"n": torch.randn(9, 2)}, torch.randn(4, 3, 2), (torch.rand(5, 2),) * 2
+    ),
+    "panels": lambda: viz.show_points({"σ = 1": {"n": torch.randn(9, 2)}, "σ = 0": {}}),
+    "map": lambda: viz.show_pipeline("vae"),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.filterwarnings("error")
+def test_figure_is_drawn_on_a_transparent_ground(name: str) -> None:
+    png = FIGURES[name]()._repr_png_()
+    picture = np.asarray(Image.open(io.BytesIO(png)))
+    assert picture.shape[2] == 4 and picture[0, 0, 3] == 0
+    assert 0 < (picture[..., 3] > 0).mean() < 1
+    assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_settings_of_matplotlib_are_left_alone() -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    viz.show_bars({"a": 1})
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_import_is_light() -> None:
+    code = "import sys, minidiff.viz; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_unknown_chapter_of_the_map() -> None:
+    with pytest.raises(ValueError, match="unknown chapter 'unet'"):
+        viz.show_pipeline("unet")
+
+
+# The interactive figures
+
+
+@pytest.mark.parametrize("make", [scrubber, explorer])
+def test_interactive_is_self_contained(make: Callable[[], viz.Interactive]) -> None:
+    text = make()._repr_html_()
+    assert len(text) < 1_000_000
+    assert "http" not in text and "@import" not in text
+
+
+def test_interactive_is_deterministic() -> None:
+    pages = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        pages.append(scrubber()._repr_html_() + explorer()._repr_html_())
+    assert pages[0] == pages[1]
+
+
+def test_frames_must_agree() -> None:
+    latents = torch.randn(4, 16, 8, 8)
+    with pytest.raises(ValueError, match=r"\[4, 4, 5, 4\] frames"):
+        viz.denoising_scrubber(latents, latents, pictures(5), torch.zeros(4))
+    with pytest.raises(ValueError, match="expected .B, S, 4 words, h, w"):
+        viz.attention_explorer(torch.rand(1, 1, 3, 4, 4), WORDS, pictures(1))
+    with pytest.raises(ValueError, match="2 images: expected 1 or 6"):
+        explorer(images=2)
+
+
+def test_too_large_is_refused() -> None:
+    latents = torch.randn(28, 16, 8, 8)
+    sigmas = torch.linspace(1, 0, 28)
+    figure = viz.denoising_scrubber(latents, latents, pictures(28, 256), sigmas)
+    with pytest.raises(ValueError, match="expected at most 1000000"):
+        figure._repr_html_()
+
+
+@pytest.mark.parametrize("width", [1000, 390])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_figures_work_in_a_browser(
+    chromium: Any, tmp_path: Path, width: int, theme: str
+) -> None:
+    """Two of each on one page: they move, and do not disturb one another."""
+    body = "".join(make()._repr_html_() for make in (scrubber, explorer) * 2)
+    head = '<!doctype html><meta charset="utf-8"><meta name="color-scheme"'
+    head += f' content="{theme}"><meta name="viewport" content="width=device-width">'
+    (tmp_path / "page.html").write_text(head + body, encoding="utf-8")
+    page = chromium.new_page(viewport={"width": width, "height": 900})
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto((tmp_path / "page.html").as_uri())
+    for figure in page.locator("[data-kind=scrubber]").all():
+        check_scrubber(figure)
+    for figure in page.locator("[data-kind=explorer]").all():
+        check_explorer(figure)
+    wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert page.evaluate(wide) <= 0 and not errors
+    page.close()
+
+
+def test_play_runs_to_the_end(chromium: Any, tmp_path: Path) -> None:
+    scrubber().save(tmp_path / "page.html")
+    page = chromium.new_page()
+    page.goto((tmp_path / "page.html").as_uri())
+    page.get_by_role("button", name="play").click()
+    figure = page.locator("[data-kind=scrubber]")
+    assert figure.get_attribute("data-step") == "0"
+    page.wait_for_selector(f"[data-step='{STEPS - 1}']", timeout=10_000)
+    page.close()
+
+
+@pytest.mark.parametrize("make", [scrubber, explorer])
+def test_without_scripts_there_is_a_strip_of_frames(
+    chromium: Any, tmp_path: Path, make: Callable[[], viz.Interactive]
+) -> None:
+    make().save(tmp_path / "page.html")
+    page = chromium.new_page(java_script_enabled=False)
+    page.goto((tmp_path / "page.html").as_uri())
+    strip = page.locator(".minidiff-strip")
+    assert strip.is_visible() and page.locator("canvas").count() == 0
+    assert displayed(strip, 8, 8).std() > 0
+    page.close()
