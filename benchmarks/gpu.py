@@ -33,7 +33,6 @@ from minidiff.extras.fast import (
     FastDecoder,
     FastMMDiT,
     attention_backend,
-    folded_kernel,
     pixel_attention,
 )
 from minidiff.extras.kernels import quantize, quantize_rows
@@ -94,23 +93,23 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def time(self, call: Callable[[], Any], repetitions: int | None = None) -> float:
-        """Median milliseconds of one call, after a warm-up of two."""
+    def time(self, call: Callable[..., Any], *inputs: Any) -> float:
+        """Median milliseconds of ``call(*inputs)``, after a warm-up of two."""
         for _ in range(2):
-            call()
+            call(*inputs)
         self.synchronize()
         times = []
-        for _ in range(repetitions or self.repetitions):
+        for _ in range(self.repetitions):
             if self.device.type == "cuda":
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
-                call()
+                call(*inputs)
                 end.record()
                 end.synchronize()
                 times.append(start.elapsed_time(end))
             else:
                 begin = time.perf_counter()
-                call()
+                call(*inputs)
                 times.append(1000 * (time.perf_counter() - begin))
         return statistics.median(times)
 
@@ -245,18 +244,22 @@ def products(bench: Bench, models: list[str]) -> None:
             x, w = random(bench, rows, inputs), random(bench, outputs, inputs)
             bias = random(bench, outputs)
             flop = 2 * rows * inputs * outputs / 1e9
-            times = {"addmm": bench.time(lambda: torch.addmm(bias, x, w.t()))}
+            times = {"addmm": bench.time(torch.addmm, bias, x, w.t())}
             if kind == "fc1":
-                times["addmm, then gelu"] = bench.time(
-                    lambda: F.gelu(torch.addmm(bias, x, w.t()), approximate="tanh")
-                )
-                times["gelu inside"] = bench.time(
-                    lambda: torch._addmm_activation(bias, x, w.t(), use_gelu=True)
-                )
+                times["addmm, then gelu"] = bench.time(gelu_after, bias, x, w)
+                times["gelu inside"] = bench.time(gelu_inside, bias, x, w)
             if bench.device.type == "cuda":
                 times |= float8_times(bench, x, w, bias)
             rates = {k: [round(t, 4), round(flop / t, 1)] for k, t in times.items()}
             bench.emit(stage="products", model=name, kind=kind, ms_and_tflops=rates)
+
+
+def gelu_after(bias: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    return F.gelu(torch.addmm(bias, x, w.t()), approximate="tanh")
+
+
+def gelu_inside(bias: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    return torch._addmm_activation(bias, x, w.t(), use_gelu=True)
 
 
 def float8_times(bench: Bench, x: Tensor, w: Tensor, bias: Tensor) -> dict[str, float]:
@@ -299,7 +302,7 @@ def attention(bench: Bench, models: list[str]) -> None:
             for backend in (None, "flash", "cudnn"):
                 try:
                     with attention_backend(backend):
-                        ms = bench.time(lambda: F.scaled_dot_product_attention(*qkv))
+                        ms = bench.time(F.scaled_dot_product_attention, *qkv)
                         out = F.scaled_dot_product_attention(*qkv)
                 except RuntimeError as problem:
                     bench.emit(
@@ -313,16 +316,6 @@ def attention(bench: Bench, models: list[str]) -> None:
                 )  # fmt: skip
 
 
-def ladder(bench: Bench, models: list[str]) -> None:
-    """One denoising step, rung by rung, with each rung's error."""
-    for name in models:
-        torch.manual_seed(0)
-        theirs, ours = transformers(bench, model_config(bench, name))
-        step_ladder(bench, name, theirs, ours)
-        del theirs, ours
-        free()
-
-
 def free() -> None:
     gc.collect()
     torch._dynamo.reset()
@@ -330,9 +323,10 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def step_ladder(
-    bench: Bench, name: str, theirs: SD3Transformer2DModel, ours: MMDiT
-) -> None:
+def step(bench: Bench, name: str) -> None:
+    """One denoising step, rung by rung, with each rung's error."""
+    torch.manual_seed(0)
+    theirs, ours = transformers(bench, model_config(bench, name))
     c = ours.config
     latents = random(bench, 2, 16, bench.latent, bench.latent)
     context = random(bench, 2, bench.text, c.joint_attention_dim)
@@ -390,10 +384,9 @@ def step_ladder(
             run("diffusers compiled", diffusers_step, "each block")
             profile(bench, f"{name} diffusers compiled", diffusers_step)
             compile_blocks(ours.joint_blocks)
-            run("plain compiled", lambda: ours(*given, modulations=ahead))
-            run("fast, again", lambda: fast(*given, modulations=ahead))
             with attention_backend("cudnn"):
                 run("plain compiled, cudnn", lambda: ours(*given, modulations=ahead))
+            run("fast, again", lambda: fast(*given, modulations=ahead))
             other = (latents[..., :-2], None, context[:, :-2], None)
             begin = time.perf_counter()
             with attention_backend("cudnn"):
@@ -491,8 +484,6 @@ def decode(bench: Bench, models: list[str]) -> None:
         if bench.compile and bench.left() > 60:
             theirs.decoder.compile()
             run("diffusers compiled, channels last", diffusers_decode)
-    del theirs, ours
-    free()
 
 
 def convolutions(bench: Bench, models: list[str]) -> None:
@@ -505,7 +496,7 @@ def convolutions(bench: Bench, models: list[str]) -> None:
         flop = 2 * 9 * inputs * outputs * size**2 / 1e9
         for search in (False, True):
             torch.backends.cudnn.benchmark = search
-            ms = bench.time(lambda: F.conv2d(x, w, padding=1))
+            ms = bench.time(F.conv2d, x, w, None, 1, 1)
             bench.emit(
                 stage="convolutions", channels=inputs, side=size, search=search,
                 ms=round(ms, 4), tflops=round(flop / ms, 1),
@@ -527,8 +518,9 @@ STAGES = {
     "card": card,
     "attention": attention,
     "products": products,
-    "step": ladder,
+    "step-medium": lambda bench, models: step(bench, "medium"),
     "decode": decode,
+    "step-large": lambda bench, models: step(bench, "large"),
     "convolutions": convolutions,
 }
 

@@ -108,7 +108,7 @@ class Stream(NamedTuple):
     proj: Weight | None
     mlp: tuple[Weight, Weight] | None
     qkv2: Weight | None
-    norms2: Tensor | None
+    norms2: Tensor | None  # (2, 2, d): the same twice
     proj2: Weight | None
     chunks: int
 
@@ -128,7 +128,7 @@ def stream(block: nn.Module) -> Stream:
         proj=Weight.of(attn.proj) if mlp else None,
         mlp=(Weight.of(mlp.fc1), Weight.of(mlp.fc2)) if mlp else None,
         qkv2=Weight.of(attn2.qkv) if attn2 else None,
-        norms2=head_norms(attn2) if attn2 else None,
+        norms2=torch.stack([head_norms(attn2)] * 2) if attn2 else None,
         proj2=Weight.of(attn2.proj) if attn2 else None,
         chunks=block.chunks,
     )
@@ -154,6 +154,7 @@ class FastMMDiT:
         self.blocks = [
             (stream(b.context_block), stream(b.x_block)) for b in model.joint_blocks
         ]
+        self.norms = [torch.stack([t.norms, i.norms]) for t, i in self.blocks]
 
     @torch.no_grad()
     def __call__(
@@ -191,7 +192,6 @@ class FastMMDiT:
         ``x`` and ``c`` are overwritten. An update (y, gate) is added by the norm that
         comes next: the lists hold what is still to be added.
         """
-        batch = len(tables.final)
         to_x: list[tuple[Tensor, Tensor]] = []
         to_c: list[tuple[Tensor, Tensor]] = []
         for i, (text, image) in enumerate(self.blocks):
@@ -199,7 +199,7 @@ class FastMMDiT:
                 continue
             cm = tables.blocks[i][0].chunk(text.chunks, dim=-1)
             xm = tables.blocks[i][1].chunk(image.chunks, dim=-1)
-            read, read2 = self.attend(x, c, to_x, to_c, text, image, cm, xm)
+            read, read2 = self.attend(x, c, to_x, to_c, i, cm, xm)
             to_x = [(self.product(read[len(c) :], image.proj), xm[2])]
             if read2 is not None:
                 to_x.append((self.product(read2, image.proj2), xm[8]))
@@ -208,7 +208,6 @@ class FastMMDiT:
                 to_c = [(self.product(read[: len(c)], text.proj), cm[2])]
                 to_c = [(self.mlp(c, to_c, text, cm), cm[5])]
         shift, scale = tables.final.chunk(2, dim=-1)  # (B, D) each
-        del batch
         rows = residual_norm(x, to_x, [(shift, scale)])[0]
         return self.model.final_layer.linear(rows.values)
 
@@ -218,12 +217,12 @@ class FastMMDiT:
         c: Tensor,
         to_x: list[tuple[Tensor, Tensor]],
         to_c: list[tuple[Tensor, Tensor]],
-        text: Stream,
-        image: Stream,
+        block: int,
         cm: Sequence[Tensor],
         xm: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor | None]:
         """What all tokens read, (L·B + N·B, D), and dual attention's (N·B, D)."""
+        text, image = self.blocks[block]
         batch, heads = len(xm[0]), self.config.num_attention_heads
         dual = image.qkv2 is not None
         pairs = [(xm[0], xm[1]), (xm[6], xm[7])] if dual else [(xm[0], xm[1])]
@@ -232,12 +231,12 @@ class FastMMDiT:
         qkv = x.new_empty(len(c) + len(x), 3 * x.shape[1])
         linear(hc[0], text.qkv, out=qkv[: len(c)])
         linear(hx[0], image.qkv, out=qkv[len(c) :])
-        norm_heads(qkv, torch.stack([text.norms, image.norms]), heads, len(c))
+        norm_heads(qkv, self.norms[block], heads, len(c))
         read = self_attention(qkv, batch, heads)
         if not dual:
             return read, None
         qkv = linear(hx[1], image.qkv2)
-        norm_heads(qkv, torch.stack([image.norms2, image.norms2]), heads)
+        norm_heads(qkv, image.norms2, heads)
         return read, self_attention(qkv, batch, heads)
 
     def product(self, read: Tensor, weight: Weight) -> Tensor:

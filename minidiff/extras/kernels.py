@@ -2,8 +2,8 @@
 
 A matrix product reads and writes far fewer bytes than it computes operations; the
 steps between two products do the opposite, and each separate one costs a pass through
-memory. Here a residual, a gate, a norm and a modulation are one pass. Sums are taken
-in float32 whatever the tensors' dtype. Without Triton, or on a CPU, the plain form runs.
+memory. Here a residual, a gate, a norm and a modulation are one pass. Sums are taken in
+float32 whatever the tensors' dtype. Without Triton, or on a CPU, the plain form runs.
 
 Tokens are rows (R, D) with the samples of the batch next to one another: row r belongs
 to sample r mod B. So the tokens of a stream, and the streams of a block, are slices.
