@@ -39,11 +39,14 @@ __all__ = [
     "show_heatmap",
     "show_histogram",
     "show_images",
+    "show_joint_block",
     "show_latents",
     "show_lattice",
     "show_pieces",
     "show_pipeline",
     "show_points",
+    "show_positions",
+    "show_quadrants",
     "show_tokens",
     "show_trajectory",
     "to_pictures",
@@ -563,3 +566,120 @@ def _arrow(ax: "Axes", start: float, end: float, y: float, label: str) -> None:
         "", (end, y), (start, y), arrowprops={"arrowstyle": "->", "ec": "#777b83"}
     )
     ax.text((start + end) / 2, y + 0.07, label, ha="center", fontsize=8, style="italic")
+
+
+# Chapters 4 and 5: attention and the transformer
+
+
+@_drawn
+def show_quadrants(sizes: Mapping[str, tuple[int, int]]) -> "Figure":
+    """Tables of joint attention, to scale: title → (text tokens, patches)."""
+    figure, axes = _axes(1, len(sizes), (WIDTH, 3.6))
+    for ax, (title, (text, patches)) in zip(axes.flat, sizes.items(), strict=True):
+        total = text + patches
+        _fields(ax, text / total)
+        ax.set(title=title, xlabel=f"token read: {total}", ylabel=f"reader: {total}")
+    return figure
+
+
+def _fields(ax: "Axes", text: float) -> None:
+    """Four coloured fields of the unit square, cut at ``text`` from its upper left."""
+    ends = ((0, text, "words"), (text, 1 - text, "patches"))
+    for row, (y, height, reader) in enumerate(ends):
+        for column, (x, width, read) in enumerate(ends):
+            color = _colors(4)[2 * row + column]
+            style = {"fc": color + "40", "ec": color, "lw": 1}
+            ax.add_patch(_rectangle((x, y), width, height, style))
+            if min(width, height) > 0.3:
+                label, center = (
+                    f"{reader}\nread\n{read}",
+                    (x + width / 2, y + height / 2),
+                )
+                ax.text(*center, label, ha="center", va="center")
+            elif max(width, height) > 0.3:
+                label, center = f"{reader} read {read}", (x + width / 2, y + height / 2)
+                place = {"ha": "center", "va": "center", "fontsize": 7}
+                ax.text(*center, label, rotation=90 * (height > width), **place)
+    ax.set(xlim=(0, 1), ylim=(1, 0), aspect="equal", xticks=[], yticks=[])
+
+
+def _rectangle(corner: tuple[float, float], width: float, height: float, style: Any):
+    from matplotlib.patches import Rectangle
+
+    return Rectangle(corner, width, height, **style)
+
+
+@_drawn
+def show_joint_block() -> "Figure":
+    """One block of MMDiT: two streams, one attention, modulation from the side."""
+    figure, axes = _axes(1, 1, (WIDTH, 4.4))
+    ax = axes[0, 0]
+    _blank(ax)
+    ax.set(xlim=(-2.8, 4.8), ylim=(-7.5, 0.7))
+    rows = ["LayerNorm, modulate", "qkv, norm of q, k", "", "proj", "gate, add"]
+    rows += ["LayerNorm, modulate", "MLP", "gate, add"]
+    for x, name in ((0, "text tokens"), (2, "patches")):
+        ax.text(x, 0.45, name, ha="center", weight="bold")
+        for y, row in enumerate(rows):
+            _step(ax, x, -y, row, blue="gate" in row or "modulate" in row)
+    _step(ax, 1, -2, "joint attention", width=3.6, orange=True)
+    for x, side in ((-2.2, -1), (4.2, 1)):
+        ax.text(
+            x, -2.5, "time and\npooled text\n\n6·D numbers", ha="center", va="center"
+        )
+        for y in (0, -4, -5, -7):
+            end = (1 + side * 1.92, y)
+            style = {"arrowstyle": "->", "ec": _colors(1)[0], "lw": 0.8}
+            ax.annotate("", end, (x - side * 0.45, -2.5), arrowprops=style)
+    return figure
+
+
+def _step(
+    ax: "Axes",
+    x: float,
+    y: float,
+    text: str,
+    width: float = 1.7,
+    blue: bool = False,
+    orange: bool = False,
+) -> None:
+    """A flat box of :func:`show_joint_block`, with an arrow to the row below."""
+    if not text:
+        return
+    color = _colors(2)[0] if blue else _colors(2)[1] if orange else "#777b83"
+    style = {"fc": color + "30", "ec": color, "lw": 1}
+    ax.add_patch(_rectangle((x - width / 2, y - 0.28), width, 0.56, style))
+    ax.text(x, y, text, ha="center", va="center", fontsize=8)
+    for place in (x - 1, x + 1) if orange else (x,):
+        style = {"arrowstyle": "->", "ec": "#777b83", "lw": 0.8}
+        ax.annotate("", (place, y - 0.72), (place, y - 0.28), arrowprops=style)
+
+
+@_drawn
+def show_positions(
+    table: Tensor, crops: Mapping[str, tuple[int, int]], point: tuple[int, int]
+) -> "Figure":
+    """A position table (1, M·M, D): some channels, and how alike all places are.
+
+    The last panel is the cosine between the place ``point`` (row, column) and every
+    other; ``crops``, name → (height, width), are outlined in its middle.
+    """
+    values = _numpy(table)[0]
+    size, width = round(len(values) ** 0.5), values.shape[1]
+    grid = values.reshape(size, size, width)
+    unit = grid / np.linalg.norm(grid, axis=-1, keepdims=True)
+    halves = (0, width // 16, width // 2, width // 2 + width // 16)
+    panels = {f"channel {c}": grid[..., c] for c in halves}
+    panels[f"cosine with {point}"] = unit @ unit[point]
+    figure, axes = _axes(1, len(panels), (WIDTH, WIDTH / len(panels) + 0.5))
+    for ax, (title, panel) in zip(axes.flat, panels.items(), strict=True):
+        limits = (-1, 1) if "channel" in title else (panel.min(), 1)
+        ax.imshow(panel, "RdBu_r", vmin=limits[0], vmax=limits[1])
+        ax.set(title=title, xticks=[], yticks=[])
+    for color, (name, crop) in zip(_colors(len(crops)), crops.items(), strict=True):
+        top, left = ((size - side) // 2 - 0.5 for side in crop)
+        style = {"fill": False, "ec": color, "lw": 1.6, "label": name}
+        for ax in axes.flat:
+            ax.add_patch(_rectangle((left, top), crop[1], crop[0], style))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center")
+    return figure
