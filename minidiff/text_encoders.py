@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 # %% tags=["active-ipynb"]
 # from minidiff import viz
+# from minidiff.support import journey
 # from minidiff.support.checkpoints import TINY, load_component
 # from minidiff.support.exercises import check
 # from minidiff.support.journey import PROMPT
@@ -560,8 +561,9 @@ class RMSNorm(nn.Module):
 # covers the rest:
 #
 # $$
-# \mathrm{bucket}(n) = \min\left(15,\; 8 + \left\lfloor 8\, \frac{\ln (n/8)}{\ln (128/8)}
-# \right\rfloor\right) \quad \text{for } n \ge 8,
+# \mathrm{bucket}(n) = \min\left(15,\;
+# 8 + \left\lfloor 8\, \frac{\ln (n/8)}{\ln (128/8)} \right\rfloor\right)
+# \quad \text{for } n \ge 8,
 # $$
 #
 # plus 16 if the key is ahead.
@@ -771,7 +773,8 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 # context = assemble(hidden_l, hidden_g, t5(ids_t5))
 # pooled = torch.cat([pooled_l, pooled_g], dim=-1)
 # print("context", tuple(context.shape), "pooled", tuple(pooled.shape))
-# viz.show_heatmap(context[0].clamp(-3, 3), xlabel="feature", ylabel="token", signed=True)
+# shown = context[0].clamp(-3, 3)
+# viz.show_heatmap(shown, xlabel="feature", ylabel="token", signed=True)
 
 # %% [markdown]
 # TODO: describe.
@@ -933,9 +936,9 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 # what our prompt hands on to the next chapters:
 
 # %% tags=["active-ipynb"]
-# values = [[round(x, 2) for x in row[:5].tolist()] for row in (context[0, 1], pooled[0])]
-# print("context", tuple(context.shape), "token 1:", values[0])
-# print("pooled ", tuple(pooled.shape), values[1])
+# rounded = [[round(x, 2) for x in v[:5].tolist()] for v in (context[0, 1], pooled[0])]
+# print(journey.check("context", context), "first word:", rounded[0])
+# print(journey.check("pooled", pooled), rounded[1])
 
 # %% [markdown]
 # ## Further reading

@@ -1,6 +1,19 @@
 # %% [markdown]
 r"""
 # The autoencoder: pixels and latents
+
+In this chapter a picture becomes a *latent*, a small stack of maps that holds what
+matters in it, and the latent becomes a picture again. The transformer of the next
+chapters never sees a pixel: all its work happens in this space.
+
+After it you will be able to
+
+- **compute** how many numbers a latent saves, and what that saves the transformer;
+- **build** an encoder and a decoder from normalised convolutions and one attention,
+  and load trained weights into them;
+- **read** a latent channel by channel;
+- **measure** what a smaller latent costs in the picture;
+- **explain** why latents are shifted and scaled before the transformer sees them.
 """
 
 # %%
@@ -9,6 +22,94 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# %% [markdown]
+# ## Where we are
+#
+# We turn from the beginning of our prompt's journey to its end. The transformer will
+# hand over a latent of shape (16, 16, 16), and the decoder of this chapter makes a
+# picture of 64 × 64 pixels from it. Until chapter 8 draws that latent from the prompt,
+# we make latents from pictures, with the other half of the autoencoder. Training needs
+# that half too: the transformer learns from encoded pictures.
+
+# %% tags=["active-ipynb"]
+# from minidiff import viz
+# from minidiff.support.checkpoints import TINY, load_component
+# from minidiff.support.data import sample_scenes
+# from minidiff.support.exercises import check
+#
+# viz.show_pipeline("vae")
+
+# %% [markdown]
+# These are the pictures: scenes composed from the test half of Fashion-MNIST, which no
+# part of the tiny model was trained on. The first shows what our prompt asks for.
+
+# %% tags=["active-ipynb"]
+# images, captions = sample_scenes()
+# print("images", tuple(images.shape), f"from {images.min():.2f} to {images.max():.2f}")
+# viz.show_images(images[:6], captions[:6], columns=6)
+
+# %% [markdown]
+# ## Why not pixels
+#
+# A picture holds far more numbers than things worth deciding. Neighbouring pixels are
+# nearly equal; fine texture could be replaced by other fine texture without anyone
+# noticing. A model that draws pixels spends most of its effort there. [Rombach et al.
+# 2022](https://arxiv.org/abs/2112.10752) therefore split the work: an autoencoder,
+# trained once, takes care of texture, and the generative model composes in its latent
+# space.
+#
+# | | meaning | SD3.5 | tiny |
+# |---|---|---|---|
+# | $W = H$ | side of the picture in pixels | 1024 | 64 |
+# | $f$ | pixels per latent pixel, along a side | 8 | 4 |
+# | $w = h = W / f$ | side of the latent | 128 | 16 |
+# | $C$ | latent channels | 16 | 16 |
+# | $3HW$ | numbers in the picture | 3,145,728 | 12,288 |
+# | $Chw$ | numbers in the latent | 262,144 | 4,096 |
+# | $3HW / Chw = 3 f^2 / C$ | compression | 12 | 3 |
+#
+# The transformer's attention compares all positions with one another. A factor of $f$
+# along each side leaves $f^2$ times fewer positions and $f^4$ times fewer pairs: 4,096
+# times fewer for SD3.5.
+#
+# Each earlier Stable Diffusion had $C = 4$ channels. With $f = 8$ that is a compression
+# of 48, and small text or faces at a distance were lost before the generative model had
+# begun. Stable Diffusion 3 pays for 16 channels; its authors show that reconstruction
+# improves with every step from 4 to 16, and that a larger transformer can make use of
+# it ([Esser et al. 2024](https://arxiv.org/abs/2403.03206), section 5.2.1).
+
+# %% [markdown]
+# ## A picture as a distribution
+#
+# The encoder does not return one latent. For each of the $Chw$ numbers it gives a mean
+# $\mu$ and a log-variance $\ln s^2$, and the latent is drawn from that normal
+# distribution:
+#
+# $$ z = \mu + s\,\varepsilon, \qquad \varepsilon \sim \mathcal N(0, 1). $$
+#
+# Written this way, with the randomness in $\varepsilon$ alone, gradients reach $\mu$
+# and $s$ ([Kingma and Welling 2014](https://arxiv.org/abs/1312.6114)). Training asks
+# the decoder $D$ to restore the picture $x$ from $z$, and holds the distribution near a
+# standard normal:
+#
+# $$
+# \mathcal L = \lVert x - D(z) \rVert
+# + \beta \sum \tfrac12 \left( \mu^2 + s^2 - 1 - \ln s^2 \right).
+# $$
+#
+# The sum is the Kullback–Leibler divergence from $\mathcal N(\mu, s^2)$ to $\mathcal
+# N(0, 1)$; it is zero for $\mu = 0$, $s = 1$. The two terms pull against one another.
+# The first wants large, exact latents, the second latents that say nothing. The weight
+# $\beta$ is small, so that pictures stay sharp; but it is enough to keep latents from
+# growing without bound, and the noise $s$ makes sure that latents close to one another
+# decode to pictures close to one another. A generative model needs both, since what it
+# draws will always be a little off. Chapter 7 trains with this loss.
+
+# %% [markdown]
+# ## Build it
+#
+# The sizes, under the names of the published `config.json`:
 
 
 # %%
@@ -46,10 +147,60 @@ class VAEConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
+# %% [markdown]
+# ### Group normalisation
+#
+# Deep stacks of convolutions only train well if the size of their activations is held
+# in check. Group normalisation ([Wu and He 2018](https://arxiv.org/abs/1803.08494))
+# cuts the $C$ channels into $G$ groups. In each picture, and each group $g$, it
+# subtracts the mean $m_g$ over channels and places, divides by the standard deviation
+# $\sigma_g$, and gives every channel a learned weight and bias:
+#
+# $$ y_c = w_c\, \frac{x_c - m_g}{\sqrt{\sigma_g^2 + \epsilon}} + b_c. $$
+#
+# Once as it is written, group by group, and once for all groups:
+
+
+# %%
+def group_norm_in_loops(x: Tensor, groups: int, eps: float = 1e-6) -> Tensor:
+    """Normalise ``x`` (B, C, H, W) over each of its ``groups`` of channels."""
+    out = torch.empty_like(x)
+    size = x.shape[1] // groups
+    for b in range(len(x)):
+        for c in range(0, x.shape[1], size):
+            group = x[b, c : c + size]
+            variance = group.var(correction=0)
+            out[b, c : c + size] = (group - group.mean()) / (variance + eps).sqrt()
+    return out
+
+
+def group_norm_at_once(x: Tensor, groups: int, eps: float = 1e-6) -> Tensor:
+    """The same on a view (B, G, C/G, H, W)."""
+    cut = x.unflatten(1, (groups, -1))  # (B, C, H, W) → (B, G, C/G, H, W)
+    variance, mean = torch.var_mean(cut, (2, 3, 4), correction=0, keepdim=True)
+    return ((cut - mean) / (variance + eps).sqrt()).flatten(1, 2)  # → (B, C, H, W)
+
+
 # %%
 def group_norm(config: VAEConfig, channels: int) -> nn.GroupNorm:
-    """Group normalisation of ``channels``; Wu and He 2018."""
+    """Group normalisation of ``channels`` with weights and biases."""
     return nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)
+
+
+# %% tags=["active-ipynb"]
+# torch.manual_seed(0)
+# x = 3 + 2 * torch.randn(2, 32, 8, 8)
+# loops, tensors = group_norm_in_loops(x, 16), group_norm_at_once(x, 16)
+# print("loops = tensors:", torch.allclose(loops, tensors, atol=1e-5))
+# layer = group_norm(VAEConfig.tiny(), 32)
+# print("tensors = class:", torch.allclose(tensors, layer(x), atol=1e-5))
+
+# %% [markdown]
+# ### The residual block
+#
+# Normalise, bend, convolve; twice; and add the result to what came in. The bend is
+# $\mathrm{SiLU}(x) = x\,\sigma(x)$. Where the number of channels changes, a 1 × 1
+# convolution brings the input to the new width before the sum.
 
 
 # %%
@@ -74,6 +225,16 @@ class ResnetBlock(nn.Module):
         if hasattr(self, "nin_shortcut"):
             x = self.nin_shortcut(x)  # (B, C, H, W) → (B, C', H, W)
         return x + h
+
+
+# %% [markdown]
+# ### One attention, in the middle
+#
+# A convolution sees three pixels across. At the coarsest level, where a picture is
+# small, one attention lets every place see every other: the left sleeve may know the
+# colour of the right one. It is the attention of chapter 2 with one head as wide as all
+# channels and without a mask; queries, keys and values are made by 1 × 1 convolutions,
+# which are matrices applied to each pixel.
 
 
 # %%
@@ -101,6 +262,27 @@ def pixels_to_tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)[:, None]  # (B, C, H, W) → (B, 1, H·W, C)
 
 
+# %% tags=["active-ipynb"]
+# from minidiff.text_encoders import attend
+#
+# layer, x = AttentionBlock(VAEConfig.tiny(), 64), torch.randn(1, 64, 6, 5)
+# q, k, v = (pixels_to_tokens(f(layer.norm(x))) for f in (layer.q, layer.k, layer.v))
+# tokens = attend(q, k, v, torch.zeros(30, 30), s=64**-0.5)
+# by_hand = x + layer.proj_out(tokens[:, 0].mT.unflatten(2, (6, 5)))
+# print("matrices = class:", torch.allclose(by_hand, layer(x), atol=1e-5))
+
+# %% [markdown]
+# ### Half and double
+#
+# A convolution with stride 2 halves the sides. It needs one more row and column than
+# the picture has, and here lies a quirk: the zeros are added on the right and below
+# only, not all around. An even border would read each window one pixel further up and
+# left. The weights were trained with this one, so it stays.
+#
+# On the way back every pixel is repeated twice along each side, and a convolution
+# smooths the steps.
+
+
 # %%
 class Downsample(nn.Module):
     """Halve the sides of ``x``: (B, C, H, W) → (B, C, H/2, W/2).
@@ -126,6 +308,16 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.interpolate(x, scale_factor=2.0)  # (B, C, H, W) → (B, C, 2H, 2W)
         return self.conv(x)
+
+
+# %% [markdown]
+# ### Encoder and decoder
+#
+# The encoder goes down level by level, two residual blocks each; then the middle; then
+# a convolution to twice the latent channels, means and log-variances. The decoder
+# mirrors it, with one block more a level, because its task is the harder one: it must
+# invent what the encoder dropped. In SD3.5 it holds 49.5 of the 83.8 million
+# parameters.
 
 
 # %%
@@ -211,6 +403,10 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))  # → (B, 3, H, W)
 
 
+# %% [markdown]
+# Between the two stand the distribution and the whole:
+
+
 # %%
 @dataclass(frozen=True)
 class Posterior:
@@ -286,3 +482,328 @@ def check_image(images: Tensor, config: VAEConfig) -> None:
             f"images of shape {tuple(images.shape)}: expected (B, "
             f"{config.in_channels}, H, W), sides multiples of {config.factor}"
         )
+
+
+# %% [markdown]
+# The shapes of SD3.5, on the meta device, where tensors have no values and cost no
+# memory: each line is a place in the decoder where the shape changes.
+
+# %% tags=["active-ipynb"]
+# def report(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+#     if inputs[0].shape != output.shape:
+#         shapes = f"{tuple(inputs[0].shape)} → {tuple(output.shape)}"
+#         print(f"{type(layer).__name__:11} {shapes}")
+#
+# with torch.device("meta"):
+#     large, picture = VAE(VAEConfig.sd35()), torch.zeros(1, 3, 1024, 1024)
+# for layer in large.decoder.modules():
+#     if isinstance(layer, (nn.Conv2d, ResnetBlock, Upsample)):
+#         layer.register_forward_hook(report)
+# large.decode(large.encode(picture).mode());
+
+# %% [markdown]
+# ## Look at it
+#
+# The trained weights go into the classes above. First the round trip: picture, latent,
+# picture. Its quality is measured as the peak signal-to-noise ratio: the mean squared
+# error, compared with the square of the range of values (2, from −1 to 1), in decibels.
+# Ten decibels more are a tenth of the error.
+
+
+# %%
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of pictures in [−1, 1], of one shape."""
+    return (10 * torch.log10(4 / (a - b).square().mean())).item()
+
+
+# %% tags=["active-ipynb"]
+# vae = load_component(VAE, VAEConfig, TINY / "vae")
+# with torch.no_grad():
+#     posterior = vae.encode(images)
+#     latents = posterior.mode()
+#     restored = vae.decode(latents)
+# print("latents", tuple(latents.shape), f"PSNR {psnr(images, restored):.1f} dB")
+# viz.show_images(torch.cat([images[:6], restored[:6]]), columns=6)
+
+# %% [markdown]
+# TODO(roundtrip)
+#
+# How wide are the distributions? Compare the noise $s$ with the spread of the means,
+# and look at what a draw does to the picture.
+
+# %% tags=["active-ipynb"]
+# noise = (0.5 * posterior.logvar).exp()
+# print(f"spread of the means {latents.std():.2f}, mean noise {noise.mean():.3f}")
+# with torch.no_grad():
+#     drawn = vae.decode(posterior.sample(torch.Generator().manual_seed(0)))
+# print(f"PSNR decoded from the mean {psnr(images, restored):.1f} dB")
+# print(f"PSNR decoded from a draw   {psnr(images, drawn):.1f} dB")
+
+# %% [markdown]
+# TODO(noise)
+#
+# ### Channel by channel
+#
+# A latent is a stack of 16 small pictures. Here are those of the red dress; all maps
+# share one scale.
+
+# %% tags=["active-ipynb"]
+# viz.show_latents(latents[0])
+
+# %% [markdown]
+# TODO(channels). To find out what a channel is *for*, take it away: set it to its mean
+# over the picture, decode, and see what is missing.
+
+# %% tags=["active-ipynb"]
+# without = latents[:1].repeat(16, 1, 1, 1)  # (16, C, h, w): one copy a channel
+# for c in range(16):
+#     without[c, c] = latents[0, c].mean()
+# with torch.no_grad():
+#     views = vae.decode(without)
+# losses = [f"{c}: {psnr(images[:1], views[c : c + 1]):.0f} dB" for c in range(16)]
+# viz.show_images(views, losses, columns=8)
+
+# %% [markdown]
+# TODO(without)
+
+# %% [markdown]
+# ## Reconstruction against compression
+#
+# How much of the latent could be dropped? The 16 channels are not independent.
+# Principal component analysis turns them into 16 new ones, ordered by variance; keep
+# the first $k$ and set the rest to their mean. As a rival take the plainest compression
+# there is: shrink the picture itself until it has equally many numbers, and enlarge it
+# again.
+
+
+# %%
+def keep_components(latents: Tensor, k: int) -> Tensor:
+    """Project ``latents`` (B, C, h, w) on the ``k`` directions of greatest variance."""
+    flat = latents.movedim(1, -1)  # (B, C, h, w) → (B, h, w, C)
+    mean = flat.mean((0, 1, 2))
+    axes = torch.linalg.svd((flat - mean).flatten(0, 2), full_matrices=False).Vh[:k]
+    return ((flat - mean) @ axes.T @ axes + mean).movedim(-1, 1)  # → (B, C, h, w)
+
+
+# %% tags=["active-ipynb"]
+# ours, rival = [], []
+# for k in (kept := [1, 2, 3, 4, 6, 8, 12, 16]):
+#     with torch.no_grad():
+#         ours.append(psnr(images, vae.decode(keep_components(latents, k))))
+#     small = F.interpolate(images, size=round((256 * k / 3) ** 0.5), mode="area")
+#     rival.append(psnr(images, F.interpolate(small, size=64, mode="bicubic")))
+# numbers = [256 * k for k in kept]
+
+# %% tags=["active-ipynb"]
+# curves = {"latent, k components": (numbers, ours), "small picture": (numbers, rival)}
+# viz.show_curves(curves, xlabel="numbers kept", ylabel="PSNR in dB", markers=True)
+
+# %% [markdown]
+# TODO(compression)
+
+# %% [markdown]
+# ## A walk between two latents
+#
+# Between two latents lies a straight line; every point on it can be decoded. Above: the
+# decoded walk from one scene to another. Below, for comparison: the pixels themselves,
+# mixed in the same proportions.
+
+# %% tags=["active-ipynb"]
+# a, b = 0, 3
+# steps = torch.linspace(0, 1, 7)[:, None, None, None]
+# with torch.no_grad():
+#     walk = vae.decode(torch.lerp(latents[a], latents[b], steps))
+# fade = torch.lerp(images[a], images[b], steps)
+# viz.show_images(torch.cat([walk, fade]), columns=7)
+
+# %% [markdown]
+# TODO(walk)
+
+# %% [markdown]
+# ## Why scale and shift
+#
+# Chapter 6 mixes data and noise along a straight line, $x_\sigma = (1 - \sigma)\,x_0 +
+# \sigma\,\varepsilon$, with noise of variance 1. How much of the picture survives at a
+# given $\sigma$ then depends on the variance of $x_0$: the ratio of signal to noise is
+# $(1 - \sigma)^2 \operatorname{Var}(x_0) / \sigma^2$. Schedules, step sizes and the
+# network's initialisation all assume that $x_0$ has mean 0 and variance 1. Nothing in
+# the training of the autoencoder made it so. Hence two constants, measured once over
+# the training data and stored beside the weights:
+#
+# $$
+# x = (z - \text{shift}) \cdot \text{scale}, \qquad
+# \text{shift} = \operatorname{mean}(z), \quad \text{scale} = 1 / \operatorname{std}(z).
+# $$
+#
+# For SD3.5 they are 0.0609 and 1.5305, so its latents have a standard deviation of
+# about 0.65. Early versions of Stable Diffusion had a scale, 0.18215, and no shift.
+
+# %% tags=["active-ipynb"]
+# scaled = vae.scale(latents)
+# print(f"shift {vae.config.shift_factor:.4f}, scale {vae.config.scaling_factor:.4f}")
+# for name, x in {"latents": latents, "scaled": scaled}.items():
+#     ratio = 10 * torch.log10(x.var())
+#     print(f"{name}: mean {x.mean():5.2f}, deviation {x.std():.2f}, ", end="")
+#     print(f"signal to noise at σ = 0.5: {ratio:5.1f} dB")
+# normal = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
+# sets = {"latents": latents, "scaled": scaled, "noise": normal}
+# viz.show_histogram(sets, xlabel="value")
+
+# %% [markdown]
+# TODO(scale)
+
+# %% [markdown]
+# ## Predict, then break it
+#
+# Two mistakes that programs really make. **First**: the decoder is given the
+# transformer's latents as they are, without `unscale`. **Second**: `Downsample` pads on
+# the left and above instead of on the right and below. Which of the two costs more, and
+# what will the pictures look like? Write your guess down before you run the cells.
+
+# %% tags=["active-ipynb"]
+# class Misplaced(Downsample):
+#     def forward(self, x: Tensor) -> Tensor:
+#         return self.conv(F.pad(x, (1, 0, 1, 0)))
+#
+# shifted = load_component(VAE, VAEConfig, TINY / "vae")
+# for level in list(shifted.encoder.down)[:-1]:
+#     level["downsample"].__class__ = Misplaced
+
+# %% tags=["active-ipynb"]
+# with torch.no_grad():
+#     forgotten, moved = vae.decode(scaled), vae.decode(shifted.encode(images).mode())
+# print(f"nothing broken:    {psnr(images, restored):.1f} dB")
+# print(f"unscale forgotten: {psnr(images, forgotten):.1f} dB")
+# print(f"border misplaced:  {psnr(images, moved):.1f} dB")
+# viz.show_images(torch.cat([restored[:4], forgotten[:4], moved[:4]]), columns=4)
+
+# %% [markdown]
+# TODO(break)
+
+# %% [markdown]
+# ## The same numbers as diffusers
+#
+# The official files and diffusers name the same tensors differently; one table in the
+# package translates. With the same random weights both give the same means and the same
+# pictures. The tests repeat this for several sizes, and show that another epsilon, a
+# border on the other side or a missing scale in the attention would be noticed.
+
+# %% tags=["active-ipynb"]
+# from dataclasses import asdict
+#
+# import diffusers
+#
+# from minidiff.support.checkpoints import vae_sources
+#
+# options = {"use_quant_conv": False, "use_post_quant_conv": False}
+# options["down_block_types"] = ["DownEncoderBlock2D"] * 3
+# options["up_block_types"] = ["UpDecoderBlock2D"] * 3
+# theirs = diffusers.AutoencoderKL(**asdict(VAEConfig.tiny()), **options).eval()
+
+# %% tags=["active-ipynb"]
+# for p in theirs.parameters():
+#     nn.init.normal_(p, std=0.1)
+# twin, weights = VAE(VAEConfig.tiny()).eval(), theirs.state_dict()
+# sources = vae_sources(twin.state_dict())
+# for name, p in twin.named_parameters():
+#     p.data = weights[sources[name].names[0]].reshape(p.shape)
+
+# %% tags=["active-ipynb"]
+# def same(a: Tensor, b: Tensor) -> bool:
+#     return bool((a - b).norm() / b.norm() <= 1e-5)
+#
+# with torch.no_grad():
+#     z, other = twin.encode(images).mode(), theirs.encode(images).latent_dist.mode()
+#     assert same(z, other) and same(twin.decode(z), theirs.decode(z).sample)
+# print("encoder and decoder: relative error at most 1e-5")
+
+# %% [markdown]
+# ## What production code does differently
+#
+# - **It watches memory.** At 1024² the decoder's last level holds tensors of 128 × 1024
+#   × 1024 numbers, a quarter of a gigabyte each in 16 bits. Larger pictures are decoded
+#   in overlapping *tiles* that are blended, batches one picture at a time. Tiles are an
+#   approximation: group normalisation and the attention see a tile, not the picture.
+# - **It chooses the memory layout.** GPUs convolve fastest when the channels of a pixel
+#   lie side by side (`channels_last`). Converting back and forth costs more than it
+#   saves, so the whole decoder must keep to one layout.
+# - **It chooses the precision.** An older autoencoder of the family overflowed in
+#   float16 and had to run in float32. This one runs in bfloat16.
+# - **It turns numbers into bytes.** Stability's reference cuts off the decimals,
+#   diffusers rounds: about half of all values differ by one grey level, which nobody
+#   sees but a test that compares pictures.
+# - **It previews.** Programs that show every step of a drawing do not run the full
+#   decoder each time: a matrix from 16 channels to red, green and blue, or a very small
+#   decoder, is good enough for a thumbnail.
+
+# %% [markdown]
+# ## Exercises
+#
+# **3.1 Predict.** SD3.5 draws a picture 1344 pixels wide and 768 high. What shape is
+# its latent, and how many times fewer numbers is that? Work it out, then unfold the
+# solution.
+#
+# **3.2 Code.** Write `to_bytes`, which turns decoded pictures in [−1, 1], which may
+# stray outside a little, into bytes from 0 to 255, by rounding as diffusers does. How
+# many values change if you cut off the decimals instead?
+
+# %% tags=["active-ipynb"]
+# def to_bytes(images: Tensor) -> Tensor:
+#     raise NotImplementedError
+#
+# @check
+# def exercise_3_2() -> None:
+#     values = torch.tensor([-1.2, -1.0, 0.0, 0.01, 1.0, 1.01])
+#     expected = torch.tensor([0, 0, 128, 129, 255, 255], dtype=torch.uint8)
+#     assert to_bytes(values).dtype == torch.uint8, "bytes are torch.uint8"
+#     assert torch.equal(to_bytes(values), expected), to_bytes(values).tolist()
+
+# %% [markdown]
+# **3.3 Explore.** Exchange half of the channels between two latents before decoding:
+# whose colours and whose outline appear? Walk on beyond the second picture, with steps
+# up to 1.5. Keep every second row and column of the latent, double it, and decode.
+#
+# ### Solutions
+
+# %% tags=["active-ipynb", "hide-cell"]
+# with torch.device("meta"):
+#     latent = large.encode(torch.zeros(1, 3, 768, 1344)).mode()
+# print(tuple(latent.shape), "compression", 3 * 768 * 1344 / latent.numel())
+
+# %% tags=["active-ipynb", "hide-cell"]
+# def to_bytes(images: Tensor) -> Tensor:
+#     return ((images + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
+#
+#
+# exercise_3_2()
+# cut = ((restored + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+# print(f"changed by cutting off: {(cut != to_bytes(restored)).float().mean():.0%}")
+
+# %% [markdown]
+# ## Summary
+#
+# You **computed** that a latent of SD3.5 holds twelve times fewer numbers than its
+# picture, and that attention then compares 4,096 times fewer pairs. You **built**
+# encoder and decoder from normalised convolutions and one attention, and loaded trained
+# weights into them. You **read** latents channel by channel, and **measured** what
+# dropping some of it costs in decibels. You **explained** by the ratio of signal to
+# noise why latents are shifted and scaled. What this chapter hands on is the space in
+# which the next ones work: our scene as the transformer would see it.
+
+# %% tags=["active-ipynb"]
+# row = [round(x, 1) for x in scaled[0, 0, 0, :5].tolist()]
+# print("scaled latent", tuple(scaled[:1].shape), row)
+
+# %% [markdown]
+# ## Further reading
+#
+# - Kingma and Welling 2014, [Auto-Encoding Variational
+#   Bayes](https://arxiv.org/abs/1312.6114): the distribution, its divergence and the
+#   trick with the noise.
+# - Rombach et al. 2022, [High-Resolution Image Synthesis with Latent Diffusion
+#   Models](https://arxiv.org/abs/2112.10752): the two-stage design, and the losses that
+#   keep pictures sharp.
+# - Esser et al. 2024, [Scaling Rectified Flow
+#   Transformers](https://arxiv.org/abs/2403.03206), section 5.2.1: four, eight and
+#   sixteen channels compared.
+# - Wu and He 2018, [Group Normalization](https://arxiv.org/abs/1803.08494).

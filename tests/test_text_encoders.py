@@ -409,3 +409,27 @@ def test_compiles_without_a_graph_break(kind, config):
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for a, b in zip(outputs(model, ids), outputs(compiled, ids), strict=True):
         assert relative_error(b, a) <= 1e-6
+
+
+# The chapter's own steps
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_step_by_step(causal):
+    q, k, v = torch.randn(3, 6, 8)
+    bias = torch.full((6, 6), -torch.inf).triu(1) if causal else torch.randn(6, 6)
+    for step in (text_encoders.attend_in_loops, text_encoders.attend):
+        expected = F.scaled_dot_product_attention(q, k, v, bias, scale=0.7)
+        assert relative_error(step(q, k, v, bias, 0.7), expected) <= 1e-5
+
+
+def test_one_bucket_at_a_time():
+    rows = relative_buckets(600, 32, 128)
+    for offset in range(-300, 300):
+        assert text_encoders.bucket_of(offset) == rows[300, 300 + offset], offset
+
+
+def test_similarity():
+    vectors = torch.tensor([[2.0, 0], [0, 3], [-1, 0], [1, 1]])
+    expected = torch.tensor([1, 0, -1, 0.5**0.5])
+    torch.testing.assert_close(text_encoders.similarity(vectors)[0], expected)

@@ -1,6 +1,5 @@
 """The autoencoder against diffusers' AutoencoderKL and its own equations."""
 
-import re
 from dataclasses import asdict, replace
 
 import pytest
@@ -10,6 +9,7 @@ from helpers import randomize, relative_error
 from torch import Tensor, nn
 
 from minidiff import vae
+from minidiff.support.checkpoints import vae_sources
 from minidiff.vae import VAE, Posterior, VAEConfig
 
 CONFIGS = [
@@ -20,29 +20,6 @@ CONFIGS = [
     VAEConfig(4, 2, 6, (6, 6, 12), 2, 1),
     VAEConfig.tiny(),
 ]
-
-
-def official(name: str, levels: int) -> str:
-    """The official name of one of AutoencoderKL's parameters."""
-    name = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", name)
-    name = re.sub(r"mid_block\.resnets\.(\d)", add_one, name)
-    for old, new in {
-        "down_blocks": "down",
-        "resnets": "block",
-        "samplers.0": "sample",
-        "mid_block.attentions.0": "mid.attn_1",
-        "group_norm": "norm",
-        "to_out.0": "proj_out",
-        "to_": "",
-        "conv_norm_out": "norm_out",
-        "conv_shortcut": "nin_shortcut",
-    }.items():
-        name = name.replace(old, new)
-    return name
-
-
-def add_one(match: re.Match) -> str:
-    return f"mid.block_{int(match[1]) + 1}"
 
 
 def pair(config: VAEConfig) -> tuple[VAE, nn.Module]:
@@ -57,10 +34,11 @@ def pair(config: VAEConfig) -> tuple[VAE, nn.Module]:
     )
     ours = VAE(config)
     weights = randomize(theirs).state_dict()
-    weights = {official(name, levels): w for name, w in weights.items()}
-    shapes = {name: p.shape for name, p in ours.named_parameters()}
-    assert shapes.keys() == weights.keys()
-    ours.load_state_dict({n: w.view(shapes[n]) for n, w in weights.items()})
+    sources = vae_sources(ours.state_dict())
+    assert {name for s in sources.values() for name in s.names} == weights.keys()
+    for name, parameter in ours.named_parameters():
+        (stored,) = sources[name].names
+        parameter.data = weights[stored].view(parameter.shape)
     return ours.eval(), theirs
 
 
@@ -226,7 +204,8 @@ def test_published_names_and_shapes(shared):
     with torch.device("meta"):
         model = VAE(VAEConfig.sd35())
     assert keys.keys() == model.state_dict().keys()
-    assert all(official(new, levels=4) == old for old, new in keys.items())
+    sources = vae_sources(model.state_dict())
+    assert all(sources[old].names == (new,) for old, new in keys.items())
     assert sum(p.numel() for p in model.parameters()) == 83_819_683
     assert sum(p.numel() for p in model.decoder.parameters()) == 49_545_475
 
@@ -277,3 +256,29 @@ def test_refuses():
         VAE(replace(config, block_out_channels=()))
     with pytest.raises(ValueError, match="sides multiples of 4"):
         VAE(config).encode(torch.zeros(1, 3, 8, 9))
+
+
+# The chapter's own steps
+
+
+@pytest.mark.parametrize("groups", [1, 3, 12])
+def test_group_norm_step_by_step(groups):
+    x = 5 + 3 * torch.randn(2, 12, 4, 6)
+    expected = F.group_norm(x, groups, eps=1e-6)
+    for step in (vae.group_norm_in_loops, vae.group_norm_at_once):
+        assert relative_error(step(x, groups), expected) <= 1e-5
+
+
+def test_psnr():
+    black = torch.full((1, 3, 4, 4), -1.0)
+    assert vae.psnr(black, -black) == pytest.approx(0, abs=1e-4)
+    assert vae.psnr(black, black + 0.02) == pytest.approx(40, abs=1e-3)
+
+
+def test_keep_components():
+    z = torch.randn(3, 8, 5, 5) * torch.arange(1, 9)[:, None, None]
+    assert relative_error(vae.keep_components(z, 8), z) < 1e-5
+    errors = [relative_error(vae.keep_components(z, k), z) for k in range(1, 8)]
+    assert errors == sorted(errors, reverse=True)
+    plane = z[:, :2].repeat(1, 4, 1, 1)  # two independent channels
+    assert relative_error(vae.keep_components(plane, 2), plane) < 1e-5
