@@ -4,12 +4,13 @@ r"""
 """
 
 # %%
+import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minidiff.dit import MMDiT, MMDiTConfig, Modulations
 from minidiff.flow_matching import Scheduler, Velocity, dpmpp_2m, euler, guide, heun
@@ -294,8 +295,11 @@ class Pipeline:
         Raises ValueError for a size that the model cannot make.
         """
         config, factor = self.transformer.config, self.vae.config.factor
+        if latents is not None and latents.ndim != 4:
+            found = tuple(latents.shape)
+            raise ValueError(f"latents have shape {found}; expected (B, C, h, w)")
         given = (
-            (None, None) if latents is None else (s * factor for s in latents.shape[2:])
+            [None] * 2 if latents is None else [s * factor for s in latents.shape[2:]]
         )
         usual = config.sample_size * factor
         sizes = [h or g or usual for h, g in zip((height, width), given, strict=True)]
@@ -304,7 +308,7 @@ class Pipeline:
             check_size(name, size, grid, config.pos_embed_max_size * grid)
         shape = (config.in_channels, *(size // factor for size in sizes))
         if latents is None:
-            first = torch.seed() % 2**63 if seed is None else seed
+            first = secrets.randbelow(2**32) if seed is None else seed
             return starting_noise(range(first, first + count), shape)
         if latents.shape != (count, *shape):
             raise ValueError(
@@ -487,11 +491,41 @@ def load(
     )
 
 
+# %%
+PUBLISHED = {
+    "sd3.5-medium": MMDiTConfig.sd35_medium,
+    "sd3.5-large": MMDiTConfig.sd35_large,
+    "sd3.5-large-turbo": MMDiTConfig.sd35_large,
+}
+
+
+def blueprint(model: Path | str = "tiny") -> dict[str, nn.Module]:
+    """The models of a pipeline on the meta device: shapes, and not one weight.
+
+    The published names need no network; a folder's config.json files are read.
+    """
+    if model in PUBLISHED:
+        with torch.device("meta"):
+            return {
+                "text_encoder": CLIPTextEncoder(CLIPTextConfig.clip_l()),
+                "text_encoder_2": CLIPTextEncoder(CLIPTextConfig.clip_g()),
+                "text_encoder_3": T5Encoder(T5Config.t5_xxl()),
+                "transformer": MMDiT(PUBLISHED[model]()),
+                "vae": VAE(VAEConfig.sd35()),
+            }
+    folder = find_model(model)
+    return {
+        name: cp.load_component(*classes, folder / name, device="meta")
+        for name, (_, *classes) in PARTS.items()
+        if (folder / name).is_dir()
+    }
+
+
 def find_model(model: Path | str) -> Path:
     """The folder that ``model`` names; downloaded if it is on the hub."""
     if str(model) == "tiny":
         return cp.TINY
-    if Path(model).is_dir():
+    if str(model) and Path(model).is_dir():
         return Path(model)
     if Path(model).is_file():
         raise ValueError(f"{model} is a file; expected a folder in the hub's layout")

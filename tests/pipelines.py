@@ -20,7 +20,7 @@ def save_tokenizers(folder: Path, t5: bool = True) -> None:
         tokenizer = CLIPTokenizer.train(TEXTS, 560, model_max_length=12, pad_token=pad)
         tokenizer.save_pretrained(folder / name)
     if t5:
-        T5Tokenizer.train(TEXTS, 90, model_max_length=20).save_pretrained(
+        T5Tokenizer.train(TEXTS, 120, 8, model_max_length=20).save_pretrained(
             folder / "tokenizer_3"
         )
 

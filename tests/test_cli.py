@@ -1,0 +1,206 @@
+"""The command line: pictures, names, and one line for what cannot be done."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from pipelines import load_tokenizers, reference_pipeline, save_tokenizers
+
+from minidiff import cli
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small model's folder, as diffusers saves it."""
+    pytest.importorskip("diffusers")
+    path = tmp_path_factory.mktemp("model")
+    save_tokenizers(path / "parts")
+    reference_pipeline(load_tokenizers(path / "parts")).save_pretrained(path / "saved")
+    return path / "saved"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run the command line in an empty folder; returns exit status, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["minidiff", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+def test_sample_takes_free_names(run, folder, tmp_path):
+    arguments = ("sample", "a red dress", "--model", folder, "--steps", 2)
+    for names in (["picture.png"], ["picture-1.png"]):
+        assert run(*arguments) == (0, names[0] + "\n", "")
+    code, out, _ = run(*arguments, "--num-images", 2)
+    assert out.split() == ["picture-2.png", "picture-3.png"]
+    pictures = [
+        Image.open(tmp_path / f"picture{n}.png") for n in ("", "-1", "-2", "-3")
+    ]
+    assert all(p.size == (32, 32) for p in pictures)
+    same = [p.tobytes() == pictures[0].tobytes() for p in pictures]
+    assert same == [True, True, True, False]
+
+
+def test_output_is_kept_unless_told(run, folder, tmp_path):
+    (tmp_path / "a.png").write_text("kept")
+    arguments = (
+        "sample",
+        "a bag",
+        "--model",
+        folder,
+        "--steps",
+        1,
+        "--output",
+        "a.png",
+    )
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert err == "minidiff: a.png exists; expected a free name, or --overwrite\n"
+    assert (tmp_path / "a.png").read_text() == "kept"
+    assert run(*arguments, "--overwrite")[0] == 0
+    assert Image.open(tmp_path / "a.png").size == (32, 32)
+    assert run(*arguments, "--num-images", 2)[1].split() == ["a-0.png", "a-1.png"]
+
+
+def test_options_reach_the_pipeline(run, folder, tmp_path):
+    plain = ("sample", "a bag", "--model", folder, "--steps", 2, "--output")
+    run(*plain, "plain.png")
+    changes = {
+        "sampler": "heun",
+        "seed": 3,
+        "guidance-scale": 1.5,
+        "negative-prompt": "x",
+        "height": 24,
+        "width": 40,
+    }
+    reference = Image.open(tmp_path / "plain.png")
+    for option, value in changes.items():
+        assert run(*plain, f"{option}.png", f"--{option}", value)[0] == 0
+        picture = Image.open(tmp_path / f"{option}.png")
+        assert (picture.size, picture.tobytes()) != (
+            reference.size,
+            reference.tobytes(),
+        )
+
+
+BAD = [
+    (["--steps", 0], "num_inference_steps is 0; expected a whole number, 1 to 1000"),
+    (["--steps", "many"], "Invalid value for '--steps': "),
+    (["--height", 33], "height is 33; expected a multiple of 8"),
+    (["--width", 104], "width is 104; expected a multiple of 8 up to 96"),
+    (["--sampler", "ddim"], "sampler is 'ddim'; expected one of euler, heun, dpmpp_2m"),
+    (["--num-images", 0], "--num-images is 0; expected at least 1"),
+    (["--model", "sd4"], "model is 'sd4'; expected tiny, sd3.5-medium"),
+    (["--model", ""], "model is ''; expected tiny"),
+    (["--device", "tpu"], "--device is 'tpu'; expected one that is here: cpu"),
+    (
+        ["--output", "no/where.png"],
+        "no/where.png cannot be written: no is not a folder",
+    ),
+    (["--output", "."], "expected a name that ends in .png"),
+    (["--output", "a.jpg"], "--output is a.jpg; expected a name that ends in .png"),
+    (["--colour", "red"], "No such option: --colour"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", BAD, ids=[m for _, m in BAD])
+def test_bad_input_is_one_line_and_status_2(run, folder, tmp_path, arguments, message):
+    model = [] if "--model" in arguments else ["--model", folder]
+    code, out, err = run("sample", "a bag", *model, *arguments)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1 and err.startswith("minidiff: ")
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written(run, folder, monkeypatch):
+    if not os.path.isdir("/proc"):
+        pytest.skip("needs /proc")
+    code, _, err = run("sample", "a", "--model", folder, "--output", "/proc/a.png")
+    assert code == 2 and err.startswith("minidiff: /proc/a.png cannot be written: ")
+
+
+def test_damaged_models(run, folder, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    call = ("sample", "a", "--model", copy)
+    weights.write_bytes(whole[:-1])
+    code, _, err = run(*call)
+    assert code == 2 and f"has {len(whole) - 1} bytes; expected {len(whole)}" in err
+    weights.rename(weights.with_suffix(".ckpt"))
+    code, _, err = run(*call)
+    assert code == 2 and "pickled checkpoint" in err and err.count("\n") == 1
+    weights.with_suffix(".ckpt").unlink()
+    code, _, err = run(*call)
+    assert code == 2 and "no weights in" in err and err.count("\n") == 1
+
+
+def test_no_arguments_and_help(run):
+    assert run("--help")[0] == 0
+    code, out, err = run("sample")
+    assert code == 2 and "prompt" in err.lower() and err.count("\n") == 1
+    code, out, err = run("paint")
+    assert code == 2 and "paint" in err and err.count("\n") == 1
+
+
+def test_info(run, folder):
+    code, out, _ = run("info", folder)
+    assert code == 0 and "32×32 pixels" in out
+    code, out, _ = run("info", "sd3.5-medium")
+    assert "2,243,171,520" in out and "4,762,310,656" in out and "83,819,683" in out
+    assert out.endswith("1024×1024 pixels, 40 steps, guidance 4.5\n")
+    code, out, _ = run("info", "sd3.5-large-turbo")
+    assert "8,056,627,520" in out and "4 steps, guidance 1.0" in out
+
+
+@pytest.mark.parametrize("command", [["download"], ["sample", "a bag", "--model"]])
+def test_no_network(tmp_path, command):
+    env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_secret"}
+    run = subprocess.run(
+        [sys.executable, "-m", "minidiff", *command, "sd3.5-large"],
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.count("\n") == 1
+    assert "https://huggingface.co/stabilityai/stable-diffusion-3.5-large" in run.stderr
+    assert "hf_secret" not in run.stderr
+
+
+def test_download_wants_a_model(run):
+    code, _, err = run("download", "sd4")
+    assert code == 2 and "expected sd3.5-medium" in err
+
+
+def imported(statement):
+    code = f"import sys; {statement}; print(*sorted(sys.modules))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    return set(run.stdout.split())
+
+
+def test_load_imports_little_beside_torch():
+    """What `import minidiff; minidiff.load` adds to `import torch`."""
+    extra = imported("import minidiff; minidiff.load") - imported("import torch")
+    packages = {name.split(".")[0] for name in extra}
+    heavy = {"huggingface_hub", "matplotlib", "PIL", "tqdm", "typer", "transformers"}
+    assert not packages & (heavy | {"diffusers", "pyarrow", "rich", "numpy.ma"})
+    assert len(extra) < 80, sorted(extra)
+
+
+def test_the_command_line_starts_without_torch():
+    assert "torch" not in imported("import minidiff.cli")
