@@ -54,93 +54,55 @@ def attention_backend(first: str | None) -> Iterator[None]:
         yield
 
 
-class Weight(NamedTuple):
-    """A linear layer: matrix (out, in), bias, and scales (out, 1) where it is fp8."""
-
-    matrix: Tensor
-    bias: Tensor
-    scale: Tensor | None = None
-
-    @classmethod
-    def of(cls, layer: nn.Module) -> "Weight":
-        return cls(layer.weight, layer.bias, getattr(layer, "scale", None))
-
-
 def linear(
-    x: Rows, weight: Weight, gelu: bool = False, out: Tensor | None = None
+    x: Rows, layer: nn.Module, gelu: bool = False, out: Tensor | None = None
 ) -> Tensor:
     """Rows (R, in) → (R, out), then tanh-GELU where asked for; written to ``out``."""
+    scale = getattr(layer, "scale", None)
     if x.scale is not None:
-        return float8_product(x, weight, out)
-    matrix = weight.matrix
-    if weight.scale is not None:
-        matrix = matrix.to(x.values.dtype) * weight.scale.to(x.values.dtype)
+        return float8_product(x, layer, out)
+    matrix, dtype = layer.weight, x.values.dtype
+    if scale is not None:
+        matrix = matrix.to(dtype) * scale.to(dtype)
     if gelu and x.values.is_cuda:  # cuBLAS applies it before writing the result
-        return torch._addmm_activation(weight.bias, x.values, matrix.t(), use_gelu=True)
-    y = torch.addmm(weight.bias, x.values, matrix.t(), out=out)
+        return torch._addmm_activation(layer.bias, x.values, matrix.t(), use_gelu=True)
+    y = torch.addmm(layer.bias, x.values, matrix.t(), out=out)
     return F.gelu(y, approximate="tanh") if gelu else y
 
 
-def float8_product(x: Rows, weight: Weight, out: Tensor | None = None) -> Tensor:
-    """Product of fp8 rows and fp8 weights, scales applied to the float32 sums."""
-    dtype = weight.bias.dtype
+def float8_product(x: Rows, layer: nn.Module, out: Tensor | None = None) -> Tensor:
+    """Product of fp8 rows and a ``Float8Linear``, scales applied to float32 sums."""
+    dtype = layer.bias.dtype
     if x.values.is_cuda:
         return torch._scaled_mm(
             x.values,
-            weight.matrix.t(),
+            layer.weight.t(),
             x.scale,
-            weight.scale.t(),
-            bias=weight.bias,
+            layer.scale.t(),
+            bias=layer.bias,
             out_dtype=dtype,
             use_fast_accum=True,
             out=out,
         )
-    y = x.values.float() @ weight.matrix.float().t() * x.scale * weight.scale.t()
-    y = (y + weight.bias.float()).to(dtype)
+    y = x.values.float() @ layer.weight.float().t() * x.scale * layer.scale.t()
+    y = (y + layer.bias.float()).to(dtype)
     return y if out is None else out.copy_(y)
 
 
-class Stream(NamedTuple):
-    """One stream of a block: its layers, and how many chunks its modulation has."""
-
-    qkv: Weight
-    norms: Tensor  # (2, d): query, key
-    proj: Weight | None
-    mlp: tuple[Weight, Weight] | None
-    qkv2: Weight | None
-    norms2: Tensor | None  # (2, 2, d): the same twice
-    proj2: Weight | None
-    chunks: int
-
-
-def head_norms(attention: Attention) -> Tensor:
-    """Weights of the query's and the key's norm, (2, d)."""
-    return torch.stack([attention.ln_q.weight, attention.ln_k.weight])
-
-
-def stream(block: nn.Module) -> Stream:
-    """The layers of a ``StreamBlock``."""
-    attn, attn2 = block.attn, getattr(block, "attn2", None)
-    mlp: MLP | None = getattr(block, "mlp", None)
-    return Stream(
-        qkv=Weight.of(attn.qkv),
-        norms=head_norms(attn),
-        proj=Weight.of(attn.proj) if mlp else None,
-        mlp=(Weight.of(mlp.fc1), Weight.of(mlp.fc2)) if mlp else None,
-        qkv2=Weight.of(attn2.qkv) if attn2 else None,
-        norms2=torch.stack([head_norms(attn2)] * 2) if attn2 else None,
-        proj2=Weight.of(attn2.proj) if attn2 else None,
-        chunks=block.chunks,
-    )
+def head_norms(*attentions: Attention) -> Tensor:
+    """Weights of the query's and the key's norm of each, (A, 2, d)."""
+    pairs = [torch.stack([a.ln_q.weight, a.ln_k.weight]) for a in attentions]
+    return torch.stack(pairs)
 
 
 class FastMMDiT:
     """An ``MMDiT``'s forward pass with interleaved samples and fused passes.
 
-    Shares the model's tensors and has its interface. With ``fp8`` the products of the
-    blocks take 8-bit inputs, scaled for each row of tokens and each output channel;
-    the model's layers must then be ``Float8Linear``. Hooks (attention maps, LoRA that
-    is not fused) do not run here. Raises ValueError for a model without q/k norms.
+    Works on the model's own layers and has its ``forward``'s interface. With ``fp8``
+    the products of the blocks take 8-bit inputs, scaled for each row of tokens and
+    each output channel; those layers must then be ``Float8Linear``. Hooks and wrapped
+    layers (attention maps, LoRA that is not fused) do not run here. Raises ValueError
+    for a model without q/k norms.
     """
 
     def __init__(
@@ -148,13 +110,13 @@ class FastMMDiT:
     ) -> None:
         if model.config.qk_norm != "rms_norm":
             raise ValueError(f"qk_norm {model.config.qk_norm!r}: expected 'rms_norm'")
-        self.model, self.config = model, model.config
+        self.model, self.heads = model, model.config.num_attention_heads
         self.fp8, self.attention = fp8, attention
-        self.modulations = model.modulations
-        self.blocks = [
-            (stream(b.context_block), stream(b.x_block)) for b in model.joint_blocks
-        ]
-        self.norms = [torch.stack([t.norms, i.norms]) for t, i in self.blocks]
+        self.norms = []
+        for block in model.joint_blocks:
+            text, image = block.context_block, block.x_block
+            dual = head_norms(image.attn2, image.attn2) if image.chunks == 9 else None
+            self.norms.append((head_norms(text.attn, image.attn), dual))
 
     @torch.no_grad()
     def __call__(
@@ -182,7 +144,7 @@ class FastMMDiT:
                 skip_layers,
             )
         out = out.unflatten(0, (-1, len(latents))).transpose(0, 1)  # → (B, N, p·p·C)
-        return unpatchify(out, height, width, self.config.patch_size)
+        return unpatchify(out, height, width, model.config.patch_size)
 
     def run(
         self, x: Tensor, c: Tensor, tables: Modulations, skip: Collection[int]
@@ -194,19 +156,20 @@ class FastMMDiT:
         """
         to_x: list[tuple[Tensor, Tensor]] = []
         to_c: list[tuple[Tensor, Tensor]] = []
-        for i, (text, image) in enumerate(self.blocks):
+        for i, block in enumerate(self.model.joint_blocks):
             if i in skip:
                 continue
+            text, image = block.context_block, block.x_block
             cm = tables.blocks[i][0].chunk(text.chunks, dim=-1)
             xm = tables.blocks[i][1].chunk(image.chunks, dim=-1)
-            read, read2 = self.attend(x, c, to_x, to_c, i, cm, xm)
-            to_x = [(self.product(read[len(c) :], image.proj), xm[2])]
-            if read2 is not None:
-                to_x.append((self.product(read2, image.proj2), xm[8]))
-            to_x = [(self.mlp(x, to_x, image, xm), xm[5])]
-            if text.mlp is not None:
-                to_c = [(self.product(read[: len(c)], text.proj), cm[2])]
-                to_c = [(self.mlp(c, to_c, text, cm), cm[5])]
+            read, dual = self.attend(x, c, to_x, to_c, i, cm, xm)
+            to_x = [(self.product(read[len(c) :], image.attn.proj), xm[2])]
+            if dual is not None:
+                to_x.append((self.product(dual, image.attn2.proj), xm[8]))
+            to_x = [(self.mlp(x, to_x, image.mlp, xm), xm[5])]
+            if not block.pre_only:
+                to_c = [(self.product(read[: len(c)], text.attn.proj), cm[2])]
+                to_c = [(self.mlp(c, to_c, text.mlp, cm), cm[5])]
         shift, scale = tables.final.chunk(2, dim=-1)  # (B, D) each
         rows = residual_norm(x, to_x, [(shift, scale)])[0]
         return self.model.final_layer.linear(rows.values)
@@ -217,45 +180,44 @@ class FastMMDiT:
         c: Tensor,
         to_x: list[tuple[Tensor, Tensor]],
         to_c: list[tuple[Tensor, Tensor]],
-        block: int,
+        index: int,
         cm: Sequence[Tensor],
         xm: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor | None]:
         """What all tokens read, (L·B + N·B, D), and dual attention's (N·B, D)."""
-        text, image = self.blocks[block]
-        batch, heads = len(xm[0]), self.config.num_attention_heads
-        dual = image.qkv2 is not None
-        pairs = [(xm[0], xm[1]), (xm[6], xm[7])] if dual else [(xm[0], xm[1])]
+        block, (norms, norms2) = self.model.joint_blocks[index], self.norms[index]
+        text, image, batch = block.context_block, block.x_block, len(xm[0])
+        pairs = [(xm[i], xm[i + 1]) for i in range(0, len(xm), 6)]  # chunks 0, 1; 6, 7
         hx = residual_norm(x, to_x, pairs, self.fp8)
         hc = residual_norm(c, to_c, [(cm[0], cm[1])], self.fp8)
         qkv = x.new_empty(len(c) + len(x), 3 * x.shape[1])
-        linear(hc[0], text.qkv, out=qkv[: len(c)])
-        linear(hx[0], image.qkv, out=qkv[len(c) :])
-        norm_heads(qkv, self.norms[block], heads, len(c))
-        read = self_attention(qkv, batch, heads)
-        if not dual:
+        linear(hc[0], text.attn.qkv, out=qkv[: len(c)])
+        linear(hx[0], image.attn.qkv, out=qkv[len(c) :])
+        norm_heads(qkv, norms, self.heads, len(c))
+        read = self_attention(qkv, batch, self.heads)
+        if norms2 is None:
             return read, None
-        qkv = linear(hx[1], image.qkv2)
-        norm_heads(qkv, image.norms2, heads)
-        return read, self_attention(qkv, batch, heads)
+        qkv = linear(hx[1], image.attn2.qkv)
+        norm_heads(qkv, norms2, self.heads)
+        return read, self_attention(qkv, batch, self.heads)
 
-    def product(self, read: Tensor, weight: Weight) -> Tensor:
+    def product(self, read: Tensor, layer: nn.Module) -> Tensor:
         """Rows (R, D) through one linear layer."""
-        return linear(quantize_rows(read) if self.fp8 else Rows(read), weight)
+        return linear(quantize_rows(read) if self.fp8 else Rows(read), layer)
 
     def mlp(
         self,
         x: Tensor,
         updates: list[tuple[Tensor, Tensor]],
-        layers: Stream,
+        layers: MLP,
         modulation: Sequence[Tensor],
     ) -> Tensor:
         """Add the updates to ``x``, then its normalised rows through the MLP."""
         (rows,) = residual_norm(x, updates, [modulation[3:5]], self.fp8)
-        fc1, fc2 = layers.mlp
         if not self.fp8:
-            return linear(Rows(linear(rows, fc1, gelu=True)), fc2)
-        return linear(quantize_rows(linear(rows, fc1), gelu=True), fc2)
+            return linear(Rows(linear(rows, layers.fc1, gelu=True)), layers.fc2)
+        hidden = quantize_rows(linear(rows, layers.fc1), gelu=True)
+        return linear(hidden, layers.fc2)
 
 
 def interleave(x: Tensor) -> Tensor:
