@@ -182,3 +182,61 @@ def info(
         f"{side}×{side} pixels, {usual.num_inference_steps} steps, "
         f"guidance {usual.guidance_scale}"
     )
+
+
+# Measurements
+
+
+@app.command()
+def evaluate(
+    model: Model = "tiny",
+    n: Annotated[int, typer.Option("-n", "--n", help="Prompts in each row.")] = 500,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="The model's own by default.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 28,
+    garments: Annotated[str, typer.Option(help="one, two, or all rows.")] = "all",
+    seed: Annotated[int, typer.Option(help="Choose guidance with another.")] = 2,
+    judge: Annotated[
+        Path | None, typer.Option(help="Folder of a judge; by default the shipped one.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of Fashion-MNIST's parquet files.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file to write as well.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda, mps; by default a GPU if there is one."),
+    ] = None,
+) -> None:
+    """Measure how well a model that draws scenes follows its prompts."""
+    if output:
+        check_writable(output, overwrite)
+    from minidiff.support import metrics
+    from minidiff.support.judge import JUDGE, load_judge
+
+    rows = metrics.choose_rows(garments)
+    reader = load_judge(judge or JUDGE, find_device(device))
+    import torch
+
+    from minidiff.attention import record_attention
+    from minidiff.sampling import load
+
+    pipe = load(model, find_device(device), torch.float32)
+    pipe.progress = False
+    result = metrics.evaluate(
+        pipe, reader, n, guidance_scale, steps, data, seed, rows=rows, log=log
+    )
+    found = metrics.attention_correlation(pipe, record_attention, folder=data)
+    result |= {"model": model, "attention": found}
+    print(metrics.format_table(result))
+    if output:
+        metrics.write_json(result, output)
+
+
+def log(line: str) -> None:
+    """Tell the user how far it has come, on stderr."""
+    print(line, file=sys.stderr, flush=True)

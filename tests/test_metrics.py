@@ -117,6 +117,7 @@ class Echo:
         self.transformer = nn.Linear(1, 1)
         self.transformer.config = config
         self.vae = nn.Linear(1, 1)
+        self.vae.config = SimpleNamespace(factor=4)
         self.vae.encode = lambda x: SimpleNamespace(mode=lambda: x)
         self.vae.decode = lambda z: z * 0.9
         self.calls: list[dict] = []
@@ -146,9 +147,16 @@ def test_evaluate(fashion):
     assert "two garments, one never trained" in table and "FID" not in table
 
 
-def test_evaluate_refuses_one_prompt():
+def test_evaluate_refuses():
     with pytest.raises(ValueError, match="n is 1"):
         metrics.evaluate(Echo(), Judge(), 1)
+    large = Echo()
+    large.vae.config.factor = 8
+    with pytest.raises(ValueError, match="draws 128 × 128 pixels"):
+        metrics.evaluate(large, Judge(), 2)
+    with pytest.raises(ValueError, match="garments is 'three'"):
+        metrics.choose_rows("three")
+    assert len(metrics.choose_rows("one")) == 2 and len(metrics.choose_rows("all")) == 4
 
 
 class Words:

@@ -4,6 +4,7 @@ Every figure is set beside the same figure of real test scenes: the judge is no 
 and what it gets wrong on real pictures is the ceiling for generated ones.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidiff.support.data import Attributes, Scenes, captions, prompts
+from minidiff.support.data import IMAGE_SIZE, Attributes, Scenes, captions, prompts
 from minidiff.support.judge import EVALUATION_SEED, Judge, load_judge, score
 from minidiff.support.rng import fold_in, normal
 
@@ -22,6 +23,13 @@ ROWS = {
     "two garments, seen pairs": ("two", False),
     "two garments, one never trained": ("two", True),
 }
+
+
+def choose_rows(garments: str) -> tuple[str, ...]:
+    """The rows with "one" or "two" garments, or "all"."""
+    if garments not in ("one", "two", "all"):
+        raise ValueError(f"garments is {garments!r}, expected one, two or all")
+    return tuple(r for r, (kind, _) in ROWS.items() if garments in (kind, "all"))
 
 
 # Distances
@@ -187,6 +195,9 @@ def evaluate(
     """
     if n < 2:
         raise ValueError(f"n is {n}, expected at least 2")
+    side = pipe.transformer.config.sample_size * pipe.vae.config.factor
+    if side != IMAGE_SIZE:
+        raise ValueError(f"the model draws {side} × {side} pixels, scenes have 64 × 64")
     device = next(pipe.transformer.parameters()).device
     judge = load_judge(device=device) if judge is None else judge
     if guidance_scale is None:
@@ -246,7 +257,22 @@ def format_table(result: dict) -> str:
             f"VAE reconstructions {f['vae']}.",
             f"VAE: {result['vae_psnr']} dB PSNR.",
         ]
+    lines += [_best_block(k, v) for k, v in result.get("attention", {}).items()]
     return "\n".join(lines)
+
+
+def _best_block(word: str, found: dict[str, list[float]]) -> str:
+    """The block where a word's map agrees most with the garment, up to the sign."""
+    cells = []
+    for direction, values in found.items():
+        best = max(range(len(values)), key=lambda i: abs(values[i]))
+        cells.append(f"{values[best]:+.2f} in block {best} ({direction})")
+    return f"Attention of {word} and the garment's mask: " + ", ".join(cells) + "."
+
+
+def write_json(result: dict, path: Path) -> None:
+    """Write the result of ``evaluate``."""
+    path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 # Attention
