@@ -77,9 +77,8 @@ def make_job(args: argparse.Namespace):
     recipe = replace(recipe, pictures=args.pictures or recipe.pictures)
     if args.probe:
         recipe = replace(recipe, pictures=2**14, latents=2**15, judge={"steps": 100})
-    cache = args.cache or args.output / "cache"
     deadline = args.deadline or time.time() + args.seconds
-    return Job(args.output, recipe, args.data, args.device, cache, deadline)
+    return Job(args.output, recipe, args.data, args.device, args.cache, deadline)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -108,7 +107,9 @@ def evaluate(args: argparse.Namespace) -> None:
     final = measure(pipe, judge, n, guidance_scale=best, **common)
     text = f"guidance scale {best} chosen on other prompts\n\n" + format_table(final)
     try:
-        found["attention"] = attention_correlation(pipe, record_attention, 64)
+        found["attention"] = attention_correlation(
+            pipe, record_attention, 256, folder=args.data
+        )
     except Exception:
         traceback.print_exc()
     found["final"] = final
@@ -168,6 +169,20 @@ def speeds(output: Path) -> None:
                 print("   ", {k: v for k, v in record.items() if k != "time"})
 
 
+def suggest(output: Path) -> None:
+    """What ``--transformer-steps`` fills a given time, at the speed just seen."""
+    from minidiff.support.trainer import read_log
+
+    records = read_log(output / "runs" / "transformer" / "log.jsonl")
+    rates = sorted(r["samples_per_s"] for r in records if "loss" in r)
+    if rates:
+        size = json.loads((output / "runs/transformer/run.json").read_text())
+        per_second = rates[len(rates) // 2] / size["batch_size"]
+        for seconds in (300, 400, 500, 550, 600):
+            steps = int(per_second * seconds * 0.97) // 500 * 500
+            print(f"{seconds} s of training: --transformer-steps {steps}")
+
+
 def pack(args: argparse.Namespace) -> None:
     """Model, judge, logs and grids as one tar file, cut in parts for the transfer."""
     if not args.results:
@@ -197,6 +212,8 @@ def main() -> int:
     args = parse()
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "runs" / "inductor"))
     os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
+    if args.stage:  # several compile at once
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "6")
     os.environ.setdefault("OMP_NUM_THREADS", "4" if args.device != "cpu" else "1")
     import torch
 
@@ -231,6 +248,8 @@ def main() -> int:
         done = False
         traceback.print_exc()
     speeds(args.output)
+    if args.probe:
+        suggest(args.output)
     pack(args)
     print("finished" if done else "not finished", f"in {time.time() - start:.0f} s")
     return 0 if done else 75

@@ -411,6 +411,8 @@ def fit(
                 begun = time.time()
         if run and (done % config.save_every == 0 or last):
             run.save(done, learner.tensors())
+            if bar.disable:
+                print(f"step {done} of {config.steps}: loss {loss:.4f}, {rate:.0f}/s")
             begun = time.time()
         if stop and done < config.steps:
             raise TimeoutError(f"stopped after step {done} of {config.steps}")

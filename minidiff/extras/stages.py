@@ -72,7 +72,7 @@ RECIPES = {
         clip=TrainingConfig(2500, 1024, 1e-3, warmup_steps=200, save_every=500),
         t5=TrainingConfig(2500, 1024, 1e-3, warmup_steps=200, save_every=500),
         vae=TrainingConfig(
-            3500, 256, 1e-3, warmup_steps=100, save_every=500, validate_every=500
+            3200, 256, 1e-3, warmup_steps=100, save_every=500, validate_every=500
         ),
         transformer=TrainingConfig(
             24_000,
@@ -80,7 +80,7 @@ RECIPES = {
             1e-3,
             warmup_steps=500,
             ema_decay=0.9995,
-            save_every=1000,
+            save_every=1500,
             validate_every=2000,
         ),
         pictures=2**18,
@@ -384,7 +384,7 @@ def train_transformer(job: Job) -> None:
         u = rng.uniform(seeds[1], indices, 5)
         row = torch.where(u[:, 0] < 0.1, 0, features.place[place])  # 10 %: ""
         context, pooled = drop_encoders(
-            features.context[row], features.pooled[row], u[:, 1:4] >= 0.1, widths
+            features.context[row], features.pooled[row], u[:, 1:4] >= 0.05, widths
         )
         normal = torch.special.ndtri(u[:, 4].clamp(1e-6, 1 - 1e-6))
         return {
@@ -399,10 +399,28 @@ def train_transformer(job: Job) -> None:
         return validation_loss(model, held, key(job, "validation"))
 
     task = Task(MMDiT(MMDiTConfig.tiny()), transformer_loss, batch, validate)
-    model = learn(job, "transformer", task)
+    try:
+        model = learn(job, "transformer", task)
+    except TimeoutError:
+        export_unfinished(job)
+        raise
     export(job, model, "transformer", "SD3Transformer2DModel")
     finish(job)
     save_grid(job, model, held)
+
+
+def export_unfinished(job: Job) -> None:
+    """Export the averaged weights of the transformer's last checkpoint."""
+    last = max(
+        (job.output / "runs" / "transformer").glob("step-*.safetensors"),
+        key=lambda path: int(path.stem[5:]),
+    )
+    weights = load_tensors(last)[0].items()
+    model = MMDiT(MMDiTConfig.tiny())
+    averaged = {k[4:]: v for k, v in weights if k.startswith("ema/")}
+    model.load_state_dict(averaged)
+    export(job, model, "transformer", "SD3Transformer2DModel")
+    finish(job)
 
 
 @torch.no_grad()
