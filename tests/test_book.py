@@ -26,8 +26,12 @@ class Page(HTMLParser):
             self.sources.append(values["src"])
 
 
+def html(book: Path) -> list[Path]:
+    return [path for path in book.rglob("*.html") if "_static" not in path.parts]
+
+
 def test_every_link_and_figure_resolves(book: Path) -> None:
-    pages = {path.resolve(): Page(path) for path in book.rglob("*.html")}
+    pages = {path.resolve(): Page(path) for path in html(book)}
     broken = []
     for path, page in pages.items():
         for link in page.links + page.sources:
@@ -44,7 +48,7 @@ def test_every_link_and_figure_resolves(book: Path) -> None:
 
 
 def test_nothing_is_fetched_from_elsewhere(book: Path) -> None:
-    for path in book.rglob("*.html"):
+    for path in html(book):
         for source in Page(path).sources:
             assert urlsplit(source).scheme in ("", "data"), f"{path.name}: {source}"
 
@@ -57,5 +61,5 @@ def test_classes_link_to_their_source(book: Path) -> None:
 
 def test_pages_have_search_copy_buttons_and_neighbours(book: Path) -> None:
     text = (book / "book" / "setup.html").read_text(encoding="utf-8")
-    for wanted in ("search-field", "copybutton.js", "theme-switch", "prev-next"):
+    for wanted in ("search-button", "copybutton.js", "theme-switch", "prev-next"):
         assert wanted in text, f"no {wanted} in the page"
