@@ -90,6 +90,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from minidiff.support.metrics import evaluate as measure
 
     pipe = load(str(args.output / "model"), device=args.device, dtype=torch_float32())
+    pipe.progress = False
     judge = load_judge(args.output / "judge", args.device)
     common = {"folder": args.data, "batch": 1000, "log": print}
     found, n = {}, args.evaluate
