@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
@@ -269,32 +270,54 @@ def load_weights(
     return prepare_weights(model, files, rename)(device, dtype)
 
 
+Read = Callable[[torch.device | str, torch.dtype | None], Tensor]
+Place = Callable[[str, Read], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model on the meta device and its files, checked but not yet read.
+
+    Called with a device and a dtype it reads them. ``place(name, read)``, if given,
+    decides for each tensor itself; where it returns None the tensor stays out.
+    """
+
+    model: nn.Module
+    sources: Mapping[str, Source]
+    found: Mapping[str, tuple[Path, tuple[int, ...]]]
+
+    def __call__(
+        self,
+        device: torch.device | str,
+        dtype: torch.dtype | None,
+        place: Place | None = None,
+    ) -> nn.Module:
+        expected = self.model.state_dict()
+        opened = {file: _open(file) for file, _ in self.found.values()}
+
+        def stored(name: str) -> Tensor:
+            return opened[self.found[name][0]].get_tensor(name)
+
+        state = {}
+        for name, source in self.sources.items():
+            read = partial(assemble, stored, source, expected[name].shape)
+            tensor = place(name, read) if place else read(device, dtype)
+            if tensor is not None:
+                state[name] = tensor
+        self.model.load_state_dict(state, assign=True, strict=place is None)
+        return self.model.eval()
+
+
 def prepare_weights(
-    model: Model, files: Iterable[Path], rename: Rename | None = None
-) -> Callable[[torch.device | str, torch.dtype | None], Model]:
+    model: nn.Module, files: Iterable[Path], rename: Rename | None = None
+) -> Prepared:
     """The two halves of :func:`load_weights`: check now, read when called."""
     expected = model.state_dict()
     sources = (rename or _identity)(expected)
     found = {name: (f, shape) for f in files for name, shape in read_header(f).items()}
     check_names(sources, found)
     check_shapes(sources, found, expected)
-
-    def load(device: torch.device | str, dtype: torch.dtype | None) -> Model:
-        opened = {file: _open(file) for file, _ in found.values()}
-        state = {
-            name: assemble(
-                lambda stored: opened[found[stored][0]].get_tensor(stored),
-                source,
-                expected[name].shape,
-                device,
-                dtype,
-            )
-            for name, source in sources.items()
-        }
-        model.load_state_dict(state, assign=True)
-        return model.eval()
-
-    return load
+    return Prepared(model, sources, found)
 
 
 def _open(file: Path) -> Any:
@@ -355,9 +378,9 @@ def assemble(
         for part, name in zip(
             whole.chunk(len(source.names)), source.names, strict=True
         ):
-            part.copy_(read(name))
+            part.copy_(read(name).to(device))  # as stored; cast where it is going
         return whole
-    tensor = first.to(device=device, dtype=dtype)
+    tensor = first.to(device).to(dtype=dtype)
     if source.how == "swap":
         return torch.cat(tensor.chunk(2)[::-1])
     return tensor.reshape(shape)
@@ -371,7 +394,7 @@ def component_class(folder: Path | str) -> str:
 
 def prepare_component(
     model_class: type[Model], config_class: type[Config], folder: Path | str
-) -> Callable[[torch.device | str, torch.dtype | None], Model]:
+) -> Prepared:
     """The two halves of :func:`load_component`: check now, read when called."""
     with torch.device("meta"):
         model = model_class(read_config(config_class, folder))
