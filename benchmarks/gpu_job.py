@@ -94,9 +94,9 @@ def evaluate(args: argparse.Namespace) -> None:
     judge = load_judge(args.output / "judge", args.device)
     common = {"folder": args.data, "batch": 1000, "log": print}
     found, n = {}, args.evaluate
-    for scale in (1.5, 2.0, 3.0, 4.0, 5.0):
+    for scale in (1.5, 2.5, 4.0, 6.0):
         table = measure(
-            pipe, judge, max(2, n // 4), guidance_scale=scale, seed=3, **common
+            pipe, judge, max(2, n // 8), guidance_scale=scale, seed=3, **common
         )
         found[str(scale)] = table
         print(format_table(table), flush=True)
