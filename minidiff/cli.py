@@ -184,6 +184,41 @@ def info(
     )
 
 
+# Training
+
+
+@app.command()
+def train(
+    output: Annotated[Path, typer.Option(help="Folder of the model and its runs.")],
+    stage: Annotated[
+        str,
+        typer.Option(help="tokenizers, clip, t5, vae, judge, transformer, or all."),
+    ] = "all",
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of Fashion-MNIST's parquet files.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="gpu or cpu; by default the device's.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Of the one stage named.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Of the one stage named.")
+    ] = None,
+    compile: Annotated[
+        bool | None, typer.Option(help="By default on a GPU only.")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda, mps; by default a GPU if there is one."),
+    ] = None,
+) -> None:
+    """Train the tiny model, stage by stage; run it again to go on after a stop."""
+    from minidiff.extras import stages
+
+    device = find_device(device)
+    stages.train(stage, output, data, device, recipe, steps, batch_size, compile)
+
+
 # Measurements
 
 

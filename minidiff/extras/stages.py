@@ -558,3 +558,41 @@ def run_stages(job: Job, stages: tuple[str, ...]) -> None:
         done.parent.mkdir(parents=True, exist_ok=True)
         done.write_text(json.dumps({"seconds": round(time.time() - start, 1)}))
         print(f"{stage}: done in {time.time() - start:.0f} s", flush=True)
+
+
+def train(
+    stage: str,
+    output: Path,
+    data: Path | None = None,
+    device: str = "cpu",
+    recipe: str | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    compile: bool | None = None,
+) -> None:
+    """``minidiff train``: one stage, or "all" that are not done yet, into ``output``.
+
+    ``recipe`` is "gpu" (an hour's work of a small GPU) or "cpu" (a minute's); by
+    default the device's. Raises ValueError for a name or a number that cannot be.
+    """
+    if stage not in (*STAGES, "all"):
+        raise ValueError(f"--stage is {stage!r}; expected all, {', '.join(STAGES)}")
+    cuda = device.startswith("cuda")
+    recipe = recipe or ("gpu" if cuda else "cpu")
+    if recipe not in RECIPES:
+        raise ValueError(f"--recipe is {recipe!r}; expected {', '.join(RECIPES)}")
+    changes = {"steps": steps, "batch_size": batch_size}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if changes and not hasattr(RECIPES[recipe], stage):
+        raise ValueError("--steps and --batch-size need a --stage that has them")
+    if bad := [name for name, value in changes.items() if value < 1]:
+        raise ValueError(f"{bad[0]} is {changes[bad[0]]}; expected at least 1")
+    chosen = RECIPES[recipe]
+    for name in ("clip", "t5", "vae", "transformer"):
+        config = getattr(chosen, name)
+        config = replace(config, compile=cuda if compile is None else compile)
+        config = replace(config, bfloat16=cuda and name != "clip")
+        config = replace(config, **changes) if name == stage else config
+        chosen = replace(chosen, **{name: config})
+    stages = STAGES if stage == "all" else (stage,)
+    run_stages(Job(output, chosen, data and str(data), device), stages)
