@@ -194,7 +194,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     ``q``, ``k``, ``v`` are (B, L, H, d); returns the heads side by side, (B, L, H·d).
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v)  # (B, L, H, d) → (B, H, L, d)
+    out = F.scaled_dot_product_attention(q, k, v)  # (B, H, L, d)
     return out.transpose(1, 2).flatten(2)  # (B, H, L, d) → (B, L, H·d)
 
 
@@ -582,17 +582,17 @@ def record_attention(
 # **4.1 Predict.** From 1024² to 2048² pixels the patches become four times as many; the
 # 333 words remain. How many times as many entries has the table?
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "exercise"]
 # def growth() -> float:
 #     raise NotImplementedError  # your answer, one decimal is enough
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "check"]
 # @check
 # def exercise_4_1() -> None:
 #     exact = (333 + 4 * 4096) ** 2 / (333 + 4096) ** 2
 #     assert abs(growth() - exact) < 0.1, "count the tokens of both sizes, then square"
 
-# %% tags=["active-ipynb", "hide-cell"]
+# %% tags=["active-ipynb", "hide-cell", "solution"]
 # def growth() -> float:
 #     return (333 + 16384) ** 2 / (333 + 4096) ** 2
 #
@@ -603,12 +603,12 @@ def record_attention(
 # $n$ tokens, the *entropy* of its row, $-\sum_j a_j \ln a_j$, is $\ln n$. Write the
 # entropy of each row; a weight of zero contributes nothing.
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "exercise"]
 # def entropy(weights: Tensor) -> Tensor:
 #     """Entropy in nats of every row of a table: (…, K) → (…)."""
 #     raise NotImplementedError
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "check"]
 # @check
 # def exercise_4_2() -> None:
 #     even = entropy(torch.full((2, 5), 0.2))
@@ -616,7 +616,7 @@ def record_attention(
 #     assert torch.allclose(even.exp(), torch.tensor(5.0)), "it should be ln 5"
 #     assert entropy(torch.eye(3)).abs().max() < 1e-6, "0 · ln 0 counts as 0"
 
-# %% tags=["active-ipynb", "hide-cell"]
+# %% tags=["active-ipynb", "hide-cell", "solution"]
 # def entropy(weights: Tensor) -> Tensor:
 #     return -torch.xlogy(weights, weights).sum(-1)  # xlogy(0, 0) = 0
 #
@@ -629,12 +629,12 @@ def record_attention(
 # `keep` (L_c,), by giving `F.scaled_dot_product_attention` an `attn_mask`: a boolean
 # that broadcasts to (B, H, L, L), False where a key is not to be read.
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "exercise"]
 # def masked(context: Heads, image: Heads, keep: Tensor) -> Tensor:
 #     """All tokens' answers, (B, L_c + L_x, H·d); only words in ``keep`` are read."""
 #     raise NotImplementedError
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "check"]
 # @check
 # def exercise_4_3() -> None:
 #     c, x = (Heads(*torch.randn(3, 2, n, 4, 8)) for n in (6, 9))
@@ -643,7 +643,7 @@ def record_attention(
 #     found = masked(c, x, torch.arange(6) < 4)[:, 6:]
 #     assert torch.allclose(found, wanted, atol=1e-5), "hidden words are still read"
 
-# %% tags=["active-ipynb", "hide-cell"]
+# %% tags=["active-ipynb", "hide-cell", "solution"]
 # def masked(context: Heads, image: Heads, keep: Tensor) -> Tensor:
 #     q, k, v = (torch.cat(t, dim=1).transpose(1, 2) for t in zip(context, image))
 #     mask = F.pad(keep, (0, image.k.shape[1]), value=True)  # (L_c,) → (L_c + L_x,)

@@ -1,14 +1,37 @@
 # %% [markdown]
 r"""
-# The diffusion transformer: MMDiT
+# The diffusion transformer
 
-This chapter builds the network that paints: from a noisy latent, a time and a text to a
-velocity.
+In this chapter you build **MMDiT**, the network that paints: it takes a noisy latent, a
+time and a text, and says in which direction the picture lies.
+
+By the end you will be able to
+
+- **cut** a latent into patches, and **place** each patch with a sin-cos table;
+- **turn** a noise level and a pooled text into shifts, scales and gates;
+- **assemble** a block of two streams, and a transformer of blocks;
+- **account** for where the parameters and the arithmetic of Tiny, Medium and Large are;
+- **predict** what happens when a block, or the sense of place, is taken away.
 """
+
+# %% [markdown]
+# ## Where we are
+#
+# Chapter 4 let words and patches read one another. This chapter builds everything
+# around that: how a latent becomes tokens, how the time reaches every layer, and how
+# the tokens become a latent again. Chapter 6 will call the result a *velocity* and
+# follow it from noise to picture; here it is enough to know that the network is a
+# function
+#
+# $$v = f(x, \sigma, \text{context}, \text{pooled}),$$
+#
+# where $x$ is a noisy latent, $\sigma \in [0, 1]$ says how much of it is noise, and $v$
+# has the shape of $x$. What is left of $x$ when the noise is taken out is $\hat x_0 = x
+# - \sigma v$.
 
 # %%
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +40,70 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minidiff.attention import Attention, Heads, JointAttention
+
+# %% tags=["active-ipynb"]
+# import minidiff
+# from minidiff import viz
+# from minidiff.support import journey
+# from minidiff.support.checkpoints import TINY, load_component
+# from minidiff.support.exercises import check
+# from minidiff.support.journey import PROMPT, SEED
+#
+# _ = torch.set_grad_enabled(False)
+# viz.show_pipeline("dit")
+
+# %% [markdown]
+# Three tensors arrive: the context and the pooled vector of our prompt, from chapter 2,
+# and pure noise in the shape of a latent, drawn from the seed.
+
+# %% tags=["active-ipynb"]
+# pipe = minidiff.load("tiny")
+# context, pooled = pipe.encode_prompt(PROMPT)
+# noise = pipe.prepare_latents(1, seed=SEED)
+# print(journey.check("context", context))
+# print(journey.check("pooled", pooled))
+# print(journey.check("noise", noise))
+
+# %% [markdown]
+# ## A picture of a block
+#
+# The transformer is one block, repeated: 7 times in Tiny, 24 in Medium, 38 in Large.
+# Each stream walks down its own column with its own weights, and they meet only in
+# joint attention. What is blue is steered from outside, by time and pooled text. “Add”
+# means: to what the stream was before, so that a block changes its tokens rather than
+# replacing them.
+
+# %% tags=["active-ipynb"]
+# viz.show_joint_block()
+
+# %% [markdown]
+# ## The mathematics
+#
+# With $c$ the condition made of time and pooled text, $m$ its modulation, LN a
+# normalisation to mean 0 and variance 1 without weights of its own, a block does to
+# each stream
+#
+# $$\begin{aligned}
+# (\beta_1, \gamma_1, \alpha_1, \beta_2, \gamma_2, \alpha_2)
+#   &= m = W\,\mathrm{SiLU}(c) + b \\
+# x &\leftarrow x + \alpha_1 \odot
+#   \mathrm{Attention}\big(\mathrm{LN}(x) \odot (1 + \gamma_1) + \beta_1\big) \\
+# x &\leftarrow x + \alpha_2 \odot
+#   \mathrm{MLP}\big(\mathrm{LN}(x) \odot (1 + \gamma_2) + \beta_2\big)
+# \end{aligned}$$
+#
+# | symbol | variable | meaning | Tiny | Medium | Large |
+# |---|---|---|---|---|---|
+# | $D$ | `width` | channels of a token | 192 | 1536 | 2432 |
+# | | `num_layers` | blocks | 7 | 24 | 38 |
+# | $p$ | `patch_size` | latent pixels along a patch | 2 | 2 | 2 |
+# | $N$ | `height * width` | patches (1024² for SD3.5) | 64 | 4096 | 4096 |
+# | $M$ | `pos_embed_max_size` | side of the position table | 16 | 384 | 192 |
+# | $c$ | `c` | condition, (B, D) | | | |
+# | $\beta, \gamma, \alpha$ | `shift`, `scale`, `gate` | each (B, 1, D) | | | |
+#
+# The sizes live in a small dataclass whose fields are the keys of the hub's
+# `config.json`, so that any published model of the family is one call away.
 
 
 # %%
@@ -41,17 +128,14 @@ class MMDiTConfig:
     qk_norm: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "dual_attention_layers", tuple(self.dual_attention_layers)
-        )
         if self.out_channels is None:
             object.__setattr__(self, "out_channels", self.in_channels)
         if self.qk_norm not in (None, "rms_norm"):
             raise ValueError(f"qk_norm {self.qk_norm!r}: expected 'rms_norm' or null")
         if self.width % 4:
             raise ValueError(
-                f"width {self.width} (num_attention_heads · attention_head_dim) is not "
-                "a multiple of 4, which the sin-cos position table needs"
+                f"width {self.width} (num_attention_heads · attention_head_dim): "
+                "expected a multiple of 4, for the position table"
             )
         if bad := [i for i in self.dual_attention_layers if i >= self.num_layers]:
             raise ValueError(
@@ -94,27 +178,26 @@ class MMDiTConfig:
         )
 
 
+# %% [markdown]
+# ## From a latent to tokens
+#
+# A patch of 2 × 2 latent pixels with 16 channels is 64 numbers. One linear map takes
+# them to $D$ channels. The official files store this map as a convolution whose stride
+# equals its kernel, which is the same thing: windows that do not overlap, each
+# multiplied by the same weights. First with loops, so that there is no doubt which
+# number goes where.
+
+
 # %%
-def sincos(position: Tensor, frequencies: Tensor) -> Tensor:
-    """Positions (N,) seen at K frequencies: [sin, cos], (N, 2·K)."""
-    angles = position[:, None] * frequencies  # (N, K)
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+def patches_loops(latents: Tensor, p: int) -> Tensor:
+    """Cut (B, C, h, w) into patches, row by row: (B, (h/p)·(w/p), C·p·p)."""
+    rows, columns = range(0, latents.shape[2], p), range(0, latents.shape[3], p)
+    cut = [latents[:, :, i : i + p, j : j + p] for i in rows for j in columns]
+    return torch.stack([patch.flatten(1) for patch in cut], dim=1)
 
 
-def position_table(size: int, width: int, base: int) -> Tensor:
-    """The sin-cos table of a size × size grid, (1, size·size, width), float32.
-
-    The first half of the channels tells the column, the second half the row. Positions
-    run from 0 to ``base``, as in diffusers; published checkpoints bring their own.
-    """
-    exponent = torch.arange(width // 4, dtype=torch.float64) / (width // 4)
-    position = torch.arange(size) / (size / base)
-    line = sincos(position.double(), 1 / 10000**exponent).float()  # (M, D/2)
-    column, row = line[None], line[:, None]
-    table = torch.cat(
-        [t.expand(size, size, -1) for t in (column, row)], dim=-1
-    )  # → (M, M, D)
-    return table.flatten(0, 1)[None]  # (M, M, D) → (1, M·M, D)
+# %% [markdown]
+# Without the loops: name every part of every dimension, reorder, and merge.
 
 
 # %%
@@ -137,12 +220,82 @@ class PatchEmbed(nn.Module):
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
 
+# %% tags=["active-ipynb"]
+# embed = PatchEmbed(2, 16, 192)
+# weight, bias = embed.proj.weight.flatten(1), embed.proj.bias
+# loops = F.linear(patches_loops(noise, 2), weight, bias)
+# convolution = embed.proj(noise).flatten(2).mT  # (B, D, h, w) → (B, N, D)
+# print("loops:", torch.allclose(embed(noise), loops, atol=1e-5))
+# print("convolution:", torch.allclose(embed(noise), convolution, atol=1e-5))
+
+# %% [markdown]
+# At the very end the way goes back. The last layer gives every token $p \cdot p \cdot
+# C$ numbers, and here lurks a trap: the input is read in the order channel, row,
+# column, but the output is written in the order row, column, channel. Both orders are
+# as good, and the trained weights know them.
+
+
+# %%
 def unpatchify(tokens: Tensor, height: int, width: int, patch_size: int) -> Tensor:
     """Tokens (B, h·w, p·p·C) of a grid height × width → latents (B, C, h·p, w·p)."""
     p = patch_size
     x = tokens.unflatten(2, (p, p, -1)).unflatten(1, (height, width))
     x = x.permute(0, 5, 1, 3, 2, 4)  # (B, h, w, p, p, C) → (B, C, h, p, w, p)
     return x.flatten(4).flatten(2, 3)  # → (B, C, h·p, w·p)
+
+
+# %% [markdown]
+# ## Where is a patch?
+#
+# Chapter 4 ended with a shuffle: attention does not know who stands where. So each
+# token is told, by adding to it a fixed row of a *position table*. The table holds, for
+# every place of an $M \times M$ grid, sines and cosines of its column (first half of
+# the channels) and of its row (second half), at $D/4$ frequencies:
+#
+# $$\big[\sin(\omega_k t), \cos(\omega_k t)\big], \qquad \omega_k = 10000^{-4k/D}.$$
+#
+# High frequencies tell neighbours apart; low ones tell left from right.
+#
+# The table is larger than any usual picture, and a picture takes the rectangle in its
+# *middle*. The model thus learns places counted from the centre: a wider picture adds
+# places at both sides, and those in the middle keep their meaning.
+#
+# The published checkpoints store their tables, 226 million numbers in Medium, a tenth
+# of the file. Always take the stored one: theirs was not made by quite the same formula
+# as the fresh table of diffusers, which is the one below.
+
+
+# %%
+def position_table(size: int, width: int, base: int) -> Tensor:
+    """The sin-cos table of a size × size grid, (1, size·size, width), float32.
+
+    The first half of the channels tells the column, the second half the row. Positions
+    run from 0 to ``base``, as in diffusers; published checkpoints bring their own.
+    """
+    k = torch.arange(width // 4, dtype=torch.float64)
+    position = torch.arange(size) / (size / base)
+    angles = position[:, None] / 10000 ** (4 * k / width)  # (M,) → (M, D/4)
+    line = torch.cat([angles.sin(), angles.cos()], dim=-1).float()  # (M, D/2)
+    column, row = line.expand(size, -1, -1), line[:, None].expand(-1, size, -1)
+    table = torch.cat([column, row], dim=-1)  # 2 × (M, M, D/2) → (M, M, D)
+    return table.flatten(0, 1)[None]  # (M, M, D) → (1, M·M, D)
+
+
+# %% tags=["active-ipynb"]
+# table = position_table(size=16, width=192, base=8)
+# crops = {"64 × 64 pixels": (8, 8), "96 × 48 pixels": (12, 6)}
+# viz.show_positions(table, crops, point=(7, 7))
+
+# %% [markdown]
+# The last panel compares one place with all others: near places have similar rows, in
+# every direction alike.
+#
+# ## What time is it?
+#
+# One network serves all noise levels, so it must be told the level. A single number
+# between 0 and 1 is a poor input for a linear map; the same trick as for places turns
+# it into 256 numbers. The time is counted as $1000\,\sigma$, a habit from models with a
+# thousand steps.
 
 
 # %%
@@ -157,6 +310,26 @@ def timestep_embedding(timestep: Tensor, width: int = 256) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+# %% tags=["active-ipynb"]
+# sigmas = torch.linspace(0, 1, 101)
+# title = "the time, written in 128 cosines and 128 sines"
+# features = timestep_embedding(1000 * sigmas)
+# viz.show_heatmap(features, None, None, "feature", "100 · sigma", title, signed=True)
+
+# %% [markdown]
+# This has to be computed in 32 bits, even in a model of 16. Between 512 and 1024 the
+# numbers of bfloat16 lie four apart: different times become one.
+
+# %% tags=["active-ipynb"]
+# print(torch.tensor([994.5, 996.0, 997.5]).bfloat16().tolist())
+
+# %% [markdown]
+# Two small networks take the time and the pooled text to $D$ channels; the sum is the
+# condition $c$. This is the second way of the prompt into the picture, beside
+# attention: one vector for the whole sentence, that all tokens share.
+
+
+# %%
 class Embedder(nn.Module):
     """Two linear layers with SiLU between: (…, in) → (…, D)."""
 
@@ -170,6 +343,16 @@ class Embedder(nn.Module):
         return self.mlp(x)
 
 
+# %% [markdown]
+# ## AdaLN-zero
+#
+# How should $c$ act on a token? It could be one more token to read. Peebles and Xie
+# (2023) compared several ways, and the best was this: let it set the *shift*, the
+# *scale* and the *gate* around attention and MLP. LayerNorm first takes the mean and
+# the size out of every token; what the condition puts in instead, all tokens of the
+# sample share.
+
+
 # %%
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x · (1 + scale) + shift: tokens (B, L, D), shift and scale (B, 1, D)."""
@@ -179,6 +362,25 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     """x + gate · update: tokens (B, L, D), gate (B, 1, D)."""
     return torch.addcmul(x, gate, update)
+
+
+# %% [markdown]
+# `addcmul` is the same sum in one pass over the memory instead of two.
+#
+# Why *zero*? The matrix that makes the modulation starts at zero. Then every gate is
+# zero, every block adds nothing, and a fresh transformer of any depth is the identity:
+# training begins with a network that does no harm, and opens the gates where it pays.
+
+
+# %%
+def layer_norm(width: int) -> nn.LayerNorm:
+    """LayerNorm without weights of its own: the modulation supplies them."""
+    return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+
+
+def adaln(width: int, chunks: int) -> nn.Sequential:
+    """c (…, D) → modulation (…, chunks·D)."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(width, chunks * width))
 
 
 # %%
@@ -194,14 +396,20 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-def layer_norm(width: int) -> nn.LayerNorm:
-    """LayerNorm without weights of its own: the modulation supplies them."""
-    return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-
-
-def adaln(width: int, chunks: int) -> nn.Sequential:
-    """c (…, D) → modulation (…, chunks·D)."""
-    return nn.Sequential(nn.SiLU(), nn.Linear(width, chunks * width))
+# %% [markdown]
+# ## One stream of a block
+#
+# A stream has two halves: what happens before joint attention (normalise, modulate,
+# make queries, keys and values) and what happens after it (project, gate, add; then the
+# MLP). The modulation comes in as an argument. The stream owns the matrix
+# `adaLN_modulation`, but does not call it: we shall see what that buys.
+#
+# Two variants of the usual six chunks exist:
+#
+# - **2 chunks.** In the last block the text is read once more and then dropped: nobody
+#   reads it afterwards. There it has no gate, no projection, no MLP.
+# - **9 chunks.** In blocks 0 to 12 of Medium (*MMDiT-X*) the patches also attend to
+#   patches alone, in a second attention with its own shift, scale and gate.
 
 
 # %%
@@ -214,10 +422,7 @@ class StreamBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        config: MMDiTConfig,
-        pre_only: bool = False,
-        dual: bool = False,
+        self, config: MMDiTConfig, pre_only: bool = False, dual: bool = False
     ) -> None:
         super().__init__()
         width = config.width
@@ -252,6 +457,10 @@ class StreamBlock(nn.Module):
         gate_msa, shift, scale, gate_mlp = parts[2:6]
         x = gated(x, gate_msa, self.attn.proj(read))
         return gated(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift, scale)))
+
+
+# %% [markdown]
+# ## Two streams, one block
 
 
 # %%
@@ -292,6 +501,13 @@ class JointBlock(nn.Module):
         return context, x
 
 
+# %% [markdown]
+# ## The last layer
+#
+# One more LayerNorm with shift and scale, and a linear map to the numbers of a patch.
+# Its weights start at zero too: a fresh model predicts the velocity zero.
+
+
 # %%
 class FinalLayer(nn.Module):
     """Tokens (B, N, D) → patches (B, N, p·p·C)."""
@@ -309,6 +525,16 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
+# %% [markdown]
+# ## Modulations, computed ahead
+#
+# Look at what the modulations depend on: on the time and on the pooled text, and on
+# nothing else. Not on the latent, not on the context. A sampler knows all its times
+# before it starts. So it can compute every block's modulation for every step, once, and
+# then the matrices that made them, a third of the model, may leave the GPU. This is why
+# blocks take their modulation as an input.
+
+
 # %%
 class Modulations(NamedTuple):
     """All that time and pooled text say to the network, per block and at the end.
@@ -323,6 +549,19 @@ class Modulations(NamedTuple):
         """Those of one step, where the leading dimension counts steps."""
         blocks = tuple((context[index], x[index]) for context, x in self.blocks)
         return Modulations(blocks, self.final[index])
+
+
+# %% [markdown]
+# ## The whole transformer
+
+
+# %%
+def expect(name: str, x: Tensor, shape: Sequence[int | str]) -> None:
+    """Raise ValueError unless ``x`` has ``shape``; a letter stands for any size."""
+    fits = [isinstance(n, str) or n == m for n, m in zip(shape, x.shape, strict=False)]
+    if x.ndim != len(shape) or not all(fits):
+        wanted = ", ".join(str(n) for n in shape)
+        raise ValueError(f"{name} {tuple(x.shape)}: expected ({wanted})")
 
 
 # %%
@@ -402,7 +641,7 @@ class MMDiT(nn.Module):
         """Velocity (B, C, h, w); given ``modulations``, ``sigma`` and ``pooled`` are
         not read. Blocks in ``skip_layers`` are left out. Raises ValueError for sizes
         that the configuration cannot take."""
-        height, width = self.check(latents, context, pooled, modulations)
+        height, width = self.check(latents, context, pooled)
         if modulations is None:
             modulations = self.modulations(sigma, pooled)
         x = self.x_embedder(latents)  # (B, C, h, w) → (B, N, D)
@@ -415,40 +654,325 @@ class MMDiT(nn.Module):
         return unpatchify(x, height, width, self.config.patch_size)
 
     def check(
-        self,
-        latents: Tensor,
-        context: Tensor,
-        pooled: Tensor | None,
-        modulations: Modulations | None,
+        self, latents: Tensor, context: Tensor, pooled: Tensor | None
     ) -> tuple[int, int]:
         """Raise ValueError for sizes that do not fit; return the grid, in patches."""
         c, p = self.config, self.config.patch_size
-        if latents.ndim != 4 or latents.shape[1] != c.in_channels:
-            raise ValueError(
-                f"latents {tuple(latents.shape)}: expected (B, {c.in_channels}, h, w)"
-            )
-        if latents.shape[2] % p or latents.shape[3] % p:
+        expect("latents", latents, ("B", c.in_channels, "h", "w"))
+        expect("context", context, (len(latents), "L", c.joint_attention_dim))
+        if pooled is not None:
+            expect("pooled", pooled, ("B", c.pooled_projection_dim))
+        largest = p * c.pos_embed_max_size
+        if any(n % p or not 0 < n <= largest for n in latents.shape[2:]):
             raise ValueError(
                 f"latents {tuple(latents.shape)}: height and width must be multiples "
-                f"of the patch size {p}"
+                f"of {p}, from {p} to {largest} (the position table's size)"
             )
-        height, width = latents.shape[2] // p, latents.shape[3] // p
-        if not 0 < max(height, width) <= c.pos_embed_max_size or not height * width:
-            raise ValueError(
-                f"latents {tuple(latents.shape)} make a grid of {height}×{width} "
-                f"patches: the position table has {c.pos_embed_max_size} a side"
-            )
-        if context.ndim != 3 or context.shape[2] != c.joint_attention_dim:
-            raise ValueError(
-                f"context {tuple(context.shape)}: expected "
-                f"(B, L, {c.joint_attention_dim})"
-            )
-        if len(context) != len(latents):
-            raise ValueError(
-                f"context holds {len(context)} samples, latents {len(latents)}"
-            )
-        if modulations is None and pooled.shape[-1] != c.pooled_projection_dim:
-            raise ValueError(
-                f"pooled {tuple(pooled.shape)}: expected (B, {c.pooled_projection_dim})"
-            )
-        return height, width
+        return latents.shape[2] // p, latents.shape[3] // p
+
+
+# %% [markdown]
+# A fresh model first: is it the identity that we promised?
+
+# %% tags=["active-ipynb"]
+# fresh, time = MMDiT(MMDiTConfig.tiny()), torch.ones(1)
+# tokens = torch.randn(1, 64, 192)
+# modulation = fresh.modulations(time, pooled).blocks[0]
+# after = fresh.joint_blocks[0](tokens, tokens, modulation)
+# print("a block changes nothing:", all(torch.equal(t, tokens) for t in after))
+# print("largest velocity:", fresh(noise, time, context, pooled).abs().max().item())
+
+# %% [markdown]
+# ## Look at it
+#
+# Now the shipped weights go into *your* classes. At pure noise, $\sigma = 1$, the
+# network is asked for the first time; and on the way, in its first block, passes the
+# very tensor that chapter 4 handed on.
+
+# %% tags=["active-ipynb"]
+# model = pipe.transformer = load_component(MMDiT, MMDiTConfig, TINY / "transformer")
+# keep = lambda _, given, read: print(journey.check("read", read[1]))
+# hook = model.joint_blocks[0].attention.register_forward_hook(keep)
+# velocity = model(noise, time, context, pooled)
+# hook.remove()
+# print(journey.check("velocity", velocity))
+
+# %% [markdown]
+# What does one call know? Take a real scene, drown it in more and more noise, and ask
+# for $\hat x_0 = x - \sigma v$, with the caption as text.
+
+# %% tags=["active-ipynb"]
+# from minidiff.support.data import sample_scenes
+#
+# images, captions = sample_scenes()
+# x0 = pipe.vae.scale(pipe.vae.encode(images[:1]).mode())
+# levels = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.97, 1.0])
+# given = [t.expand(8, *t.shape[1:]) for t in pipe.encode_prompt(captions[0])]
+# x = (1 - levels.view(-1, 1, 1, 1)) * x0 + levels.view(-1, 1, 1, 1) * noise
+
+# %% tags=["active-ipynb"]
+# estimate = x - levels.view(-1, 1, 1, 1) * model(x, levels, *given)
+# rows = {"seen": pipe.decode(x) * 2 - 1, "estimate": pipe.decode(estimate) * 2 - 1}
+# print(captions[0])
+# viz.show_trajectory(rows, levels)
+
+# %% [markdown]
+# The modulation over time: the mean size of the gates before attention and before the
+# MLP, for each block, from data (left) to noise (right).
+
+# %% tags=["active-ipynb"]
+# sigmas = torch.linspace(0, 1, 51)
+# ahead = model.modulations(sigmas[:, None], pooled)  # (51, 1, 6·D) for each stream
+# parts = torch.stack([x[:, 0].unflatten(-1, (6, -1)) for _, x in ahead.blocks])
+# sizes = parts.abs().mean(-1)  # (block, sigma, part)
+# title = "gate of the patches' attention: mean size"
+# viz.show_heatmap(sizes[..., 2], None, None, "50 · sigma", "block", title)
+
+# %% tags=["active-ipynb"]
+# names = ["shift", "scale", "gate", "shift, MLP", "scale, MLP", "gate, MLP"]
+# curves = {name: (sigmas, sizes[..., i].mean(0)) for i, name in enumerate(names)}
+# viz.show_curves(curves, "sigma", "mean size over blocks and channels")
+
+# %% [markdown]
+# ## Where the parameters are, and where the work is
+#
+# On PyTorch's *meta* device a tensor has a shape and no memory: we can build Large on
+# any laptop, and count.
+
+# %% tags=["active-ipynb"]
+# def parameters(config: MMDiTConfig) -> dict[str, float]:
+#     with torch.device("meta"):
+#         named = dict(MMDiT(config).named_parameters())
+#     kinds = {"adaLN": "AdaLN", "attn": "attention", ".mlp.f": "MLP", "": "the rest"}
+#     sizes = dict.fromkeys(kinds.values(), 0)
+#     for name, p in named.items():
+#         sizes[next(kind for key, kind in kinds.items() if key in name)] += p.numel()
+#     return sizes
+
+# %% tags=["active-ipynb"]
+# configs = {"Tiny": MMDiTConfig.tiny(), "Medium": MMDiTConfig.sd35_medium()}
+# configs["Large"] = MMDiTConfig.sd35_large()
+# counts = {name: parameters(config) for name, config in configs.items()}
+# totals = {name: sum(count.values()) for name, count in counts.items()}
+# print({name: f"{total:,}" for name, total in totals.items()})
+# shares = {name: {k: 100 * n / totals[name] for k, n in count.items()}
+#     for name, count in counts.items()}
+# viz.show_bars(shares, "% of the parameters", stacked=True)
+
+# %% [markdown]
+# A third of everything is AdaLN: 6 · $D^2$ for each stream of each block, against 4 ·
+# $D^2$ for attention and 8 · $D^2$ for the MLP. (Medium's second attention changes the
+# shares a little.) And for one vector per picture, so that a third of the parameters
+# costs next to no time. The work is elsewhere:
+
+# %% tags=["active-ipynb"]
+# from torch.utils.flop_counter import FlopCounterMode
+#
+# def flops(c: MMDiTConfig, side: int, words: int) -> dict[str, float]:
+#     shapes = (2, 16, side, side), (2,), (2, words, c.joint_attention_dim)
+#     with torch.device("meta"), FlopCounterMode(display=False) as counter:
+#         MMDiT(c)(*map(torch.empty, shapes), torch.empty(2, c.pooled_projection_dim))
+#     work = counter.get_flop_counts()["Global"]
+#     aten = torch.ops.aten
+#     return {"attention": work[aten.bmm], "linear maps": work[aten.addmm]}
+
+# %% tags=["active-ipynb"]
+# work = {"Tiny 64²": flops(configs["Tiny"], 16, 64)}
+# for name, side in [(m, s) for m in ("Medium", "Large") for s in (64, 128, 256)]:
+#     work[f"{name} {8 * side}²"] = flops(configs[name], side, 333)
+# totals_of_work = {name: sum(parts.values()) for name, parts in work.items()}
+# print({name: f"{n / 1e12:.3f} TFLOP" for name, n in totals_of_work.items()})
+# viz.show_bars({name: {k: 100 * n / totals_of_work[name] for k, n in parts.items()}
+#     for name, parts in work.items()}, "% of one step's work", stacked=True)
+
+# %% [markdown]
+# The linear maps grow with the number of tokens, the table of attention with its
+# square.
+#
+# ## Predict, then break it
+#
+# **One.** Take a single block out of the shipped model and paint. Which block can it
+# spare, which not? Write down a guess: the first, one in the middle, or the last?
+
+# %% tags=["active-ipynb"]
+# def paint() -> Tensor:
+#     return pipe(PROMPT, seed=SEED, output_type="pt")[0] * 2 - 1
+#
+# blocks, pictures = model.joint_blocks, [paint()]
+# for i in range(len(blocks)):
+#     model.joint_blocks = blocks[:i] + blocks[i + 1 :]
+#     pictures.append(paint())
+# model.joint_blocks = blocks
+
+# %% tags=["active-ipynb"]
+# titles = ["all blocks"] + [f"without {i}" for i in range(7)]
+# viz.show_images(torch.stack(pictures), titles)
+
+# %% [markdown]
+# **Two.** Exchange rows and columns of the position table: every patch is told the
+# place of its mirror image across the diagonal. What will be painted? And what if every
+# patch is told the same place?
+
+# %% tags=["active-ipynb"]
+# table = model.pos_embed.clone()
+# grid = table.unflatten(1, (16, 16))  # (1, M·M, D) → (1, M, M, D)
+# pictures = []
+# for changed in (grid, grid.transpose(1, 2), grid[:, 8:9, 8:9].expand_as(grid)):
+#     model.pos_embed.copy_(changed.flatten(1, 2))  # (1, M, M, D) → (1, M·M, D)
+#     pictures.append(paint())
+# model.pos_embed.copy_(table)
+# viz.show_images(torch.stack(pictures), ["as trained", "transposed", "all one place"])
+
+# %% [markdown]
+# ## Parity
+#
+# A random MMDiT-X of diffusers, its tensors renamed and fused by the one table that the
+# package has for this, against ours, on a latent that is not square.
+
+# %% tags=["active-ipynb"]
+# from diffusers import SD3Transformer2DModel
+# from minidiff.support.checkpoints import assemble, transformer_sources
+#
+# sizes = MMDiTConfig(16, 2, 16, 16, 3, 16, 4, 48, 24, 12, (0, 1), "rms_norm")
+# theirs = SD3Transformer2DModel(caption_projection_dim=64, **vars(sizes)).eval()
+# for p in theirs.parameters():
+#     p.add_(torch.randn_like(p), alpha=0.1)
+
+# %% tags=["active-ipynb"]
+# ours, stored = MMDiT(sizes), theirs.state_dict()
+# shapes = {name: t.shape for name, t in ours.state_dict().items()}
+# ours.load_state_dict({
+#     name: assemble(stored.__getitem__, source, shapes[name], "cpu", None)
+#     for name, source in transformer_sources(shapes).items()})
+
+# %% tags=["active-ipynb"]
+# x, s = torch.randn(2, 16, 16, 12), torch.rand(2)
+# c, y = torch.randn(2, 9, 48), torch.randn(2, 24)
+# a, b = ours(x, s, c, y), theirs(x, c, y, 1000 * s).sample
+# assert (a - b).norm() / b.norm() < 1e-5
+# print("relative error below 1e-5")
+
+# %% [markdown]
+# ## What production code does differently
+#
+# - **It computes modulations ahead**, as our pipeline does, or keeps one that fits each
+#   step in a cache.
+# - **It compiles each kind of block once.** `torch.compile` merges the norm, the
+#   modulation and the gate into the passes around them. All blocks of one kind run the
+#   same code, so three compilations serve 24 blocks.
+# - **It stores weights in 8 bits** and multiplies in 8 or 16 bits; the modulation, the
+#   embeddings and the last layer usually stay in 16.
+# - **It never trusts an order.** diffusers stores the last modulations as (scale,
+#   shift), the official files as (shift, scale). Loading without swapping gives no
+#   error message, only a worse picture. The test of this chapter exchanges them on
+#   purpose, and must fail.
+#
+# One oddity is worth knowing. In the last block the text still makes queries, although
+# their answers are thrown away. The query third of that `qkv` matrix, and its norm, are
+# weights that no gradient ever reached: they sit in the official files as they were
+# first drawn, or as weight decay left them.
+#
+# ## Exercises
+#
+# **5.1 Predict.** Which share of Large's parameters could leave the GPU once all
+# modulations are computed? Derive it from 4, 6 and 8, not from the figure.
+
+# %% tags=["active-ipynb", "exercise"]
+# def share() -> float:
+#     raise NotImplementedError  # between 0 and 1
+
+# %% tags=["active-ipynb", "check"]
+# @check
+# def exercise_5_1() -> None:
+#     exact = counts["Large"]["AdaLN"] / totals["Large"]
+#     assert abs(share() - exact) < 0.01, "of 4 + 6 + 8 parts, how many are AdaLN's?"
+
+# %% tags=["active-ipynb", "hide-cell", "solution"]
+# def share() -> float:
+#     return 6 / (4 + 6 + 8)
+#
+# exercise_5_1()
+
+# %% [markdown]
+# **5.2 Code.** Make any block the identity, without touching its weights: change only
+# the modulation that it is given (each stream's is (B, 6·D)).
+
+# %% tags=["active-ipynb", "exercise"]
+# def silenced(modulation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+#     """The modulation with which a block changes neither words nor patches."""
+#     raise NotImplementedError
+
+# %% tags=["active-ipynb", "check"]
+# @check
+# def exercise_5_2() -> None:
+#     words, patches = torch.randn(2, 1, 64, 192)
+#     modulation = silenced(model.modulations(time, pooled).blocks[3])
+#     assert [m.shape[-1] for m in modulation] == [1152, 1152], "keep the sizes"
+#     after = model.joint_blocks[3](words, patches, modulation)
+#     assert torch.equal(after[0], words), "the words have changed"
+#     assert torch.equal(after[1], patches), "the patches have changed"
+
+# %% tags=["active-ipynb", "hide-cell", "solution"]
+# def silenced(modulation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+#     keep = torch.tensor([1, 1, 0, 1, 1, 0]).repeat_interleave(192)  # gates: 2 and 5
+#     return modulation[0] * keep, modulation[1] * keep
+#
+# exercise_5_2()
+
+# %% [markdown]
+# **5.3 Code.** Write the arithmetic of one block: how many floating point operations
+# (two for a multiply-add) do its linear maps and its attention take for one sample with
+# $L_c$ words and $L_x$ patches of $D$ channels? Count no modulation.
+
+# %% tags=["active-ipynb", "exercise"]
+# def block_flops(words: int, patches: int, width: int) -> int:
+#     raise NotImplementedError
+
+# %% tags=["active-ipynb", "check"]
+# @check
+# def exercise_5_3() -> None:
+#     with torch.device("meta"), FlopCounterMode(display=False) as counter:
+#         block, m = JointBlock(MMDiTConfig.tiny()), torch.empty(1, 6 * 192)
+#         block(torch.empty(1, 40, 192), torch.empty(1, 100, 192), (m, m))
+#     found, exact = block_flops(40, 100, 192), counter.get_total_flops()
+#     assert found == exact, f"{found:,}; it should be {exact:,}"
+
+# %% tags=["active-ipynb", "hide-cell", "solution"]
+# def block_flops(words: int, patches: int, width: int) -> int:
+#     tokens = words + patches
+#     linear = 2 * tokens * (3 + 1 + 4 + 4) * width**2  # qkv, proj, fc1, fc2
+#     return linear + 2 * 2 * tokens**2 * width  # q·k and a·v, in all heads
+#
+# exercise_5_3()
+
+# %% [markdown]
+# **5.4 Explore.** Ask the shipped model for 96 × 48 pixels with `height=` and `width=`.
+# The table has room for them, but training never saw these places. What does it paint?
+#
+# ## What you did
+#
+# You cut a latent into patches and placed them with a table of sines. You turned a
+# noise level and a pooled text into shifts, scales and gates, and saw that a fresh
+# block is the identity. You assembled streams into blocks and blocks into MMDiT, loaded
+# the shipped weights into it, and found in its first block what chapter 4 had handed
+# on. You accounted for parameters and work in three sizes, and took away a block and
+# the sense of place.
+#
+# What goes on to chapter 6 is the velocity at pure noise, without guidance.
+
+# %% tags=["active-ipynb"]
+# print(journey.check("velocity", velocity))
+# print(velocity[0, 0, :2, :4].numpy().round(2))
+
+# %% [markdown]
+# ## Further reading
+#
+# - Peebles and Xie 2023, [Scalable diffusion models with
+#   transformers](https://arxiv.org/abs/2212.09748): patches, AdaLN-zero, and the
+#   comparison with other ways to condition.
+# - Esser et al. 2024, [Scaling rectified flow
+#   transformers](https://arxiv.org/abs/2403.03206): MMDiT, section 4.
+# - Perez et al. 2018, [FiLM](https://arxiv.org/abs/1709.07871): conditioning by scale
+#   and shift, before transformers.
+# - Dosovitskiy et al. 2021, [An image is worth 16×16
+#   words](https://arxiv.org/abs/2010.11929): pictures as patches.

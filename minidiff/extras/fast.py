@@ -27,7 +27,8 @@ from minidiff.extras.kernels import (
     quantize_rows,
     residual_norm,
 )
-from minidiff.vae import AttentionBlock, Decoder, ResnetBlock, Upsample
+from minidiff.extras.precision import Float8Linear
+from minidiff.vae import VAE, AttentionBlock, Decoder, ResnetBlock, Upsample
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -58,12 +59,11 @@ def linear(
     x: Rows, layer: nn.Module, gelu: bool = False, out: Tensor | None = None
 ) -> Tensor:
     """Rows (R, in) → (R, out), then tanh-GELU where asked for; written to ``out``."""
-    scale = getattr(layer, "scale", None)
     if x.scale is not None:
         return float8_product(x, layer, out)
     matrix, dtype = layer.weight, x.values.dtype
-    if scale is not None:
-        matrix = matrix.to(dtype) * scale.to(dtype)
+    if isinstance(layer, Float8Linear):
+        matrix = matrix.to(dtype) * layer.scale.to(dtype)
     if gelu and x.values.is_cuda:  # cuBLAS applies it before writing the result
         return torch._addmm_activation(layer.bias, x.values, matrix.t(), use_gelu=True)
     y = torch.addmm(layer.bias, x.values, matrix.t(), out=out)
@@ -131,7 +131,7 @@ class FastMMDiT:
     ) -> Tensor:
         """As ``MMDiT.forward``: velocity (B, C, h, w)."""
         model = self.model
-        height, width = model.check(latents, context, pooled, modulations)
+        height, width = model.check(latents, context, pooled)
         if modulations is None:
             modulations = model.modulations(sigma, pooled)
         x = model.x_embedder(latents)  # (B, C, h, w) → (B, N, D)
@@ -231,6 +231,19 @@ def self_attention(qkv: Tensor, batch: int, heads: int) -> Tensor:
     q, k, v = split.permute(2, 1, 3, 0, 4)  # (L, B, 3, H, d) → 3 × (B, H, L, d)
     out = F.scaled_dot_product_attention(q, k, v)
     return out.permute(2, 0, 1, 3).flatten(2).flatten(0, 1)  # → (L, B, H·d) → rows
+
+
+def accelerate(
+    transformer: MMDiT | None = None,
+    vae: VAE | None = None,
+    fp8: bool = False,
+    attention: str | None = None,
+) -> None:
+    """Let a pipeline's transformer and decoder run in the forms of this module."""
+    if transformer is not None:
+        transformer.forward = FastMMDiT(transformer, fp8, attention)
+    if vae is not None:
+        vae.decoder.forward = FastDecoder(vae.decoder)
 
 
 # The decoder
