@@ -16,6 +16,7 @@ import gc
 import json
 import statistics
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -32,17 +33,30 @@ from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.extras.fast import (
     FastDecoder,
     FastMMDiT,
+    accelerate,
     attention_backend,
     pixel_attention,
 )
 from minidiff.extras.kernels import quantize, quantize_rows
+from minidiff.extras.memory import Plan, place
 from minidiff.extras.precision import to_float8
+from minidiff.flow_matching import Scheduler
+from minidiff.sampling import Pipeline
 from minidiff.support.checkpoints import (
     Rename,
     assemble,
     hub_config,
+    load_component,
+    prepare_component,
     transformer_sources,
     vae_sources,
+    write_json,
+)
+from minidiff.text_encoders import (
+    CLIPTextConfig,
+    CLIPTextEncoder,
+    T5Config,
+    T5Encoder,
 )
 from minidiff.vae import VAE, VAEConfig
 
@@ -61,6 +75,7 @@ class Bench:
     device: torch.device
     tiny: bool
     repetitions: int
+    folder: Path
     compile: bool = True
 
     @property
@@ -379,11 +394,11 @@ def step(bench: Bench, name: str) -> None:
             fast = FastMMDiT(ours, attention=backend)
             run(f"fast, {backend}", lambda f=fast: f(*given, modulations=ahead))
         profile(bench, f"{name} fast cudnn", lambda: fast(*given, modulations=ahead))
-        if bench.compile:
-            compile_blocks(theirs.transformer_blocks)
+        if bench.compile and bench.left() > 50:
+            compile_blocks(theirs.transformer_blocks, None)
             run("diffusers compiled", diffusers_step, "each block")
             profile(bench, f"{name} diffusers compiled", diffusers_step)
-            compile_blocks(ours.joint_blocks)
+            compile_blocks(ours.joint_blocks, True)
             with attention_backend("cudnn"):
                 run("plain compiled, cudnn", lambda: ours(*given, modulations=ahead))
             run("fast, again", lambda: fast(*given, modulations=ahead))
@@ -407,10 +422,10 @@ def step(bench: Bench, name: str) -> None:
         profile(bench, f"{name} fast fp8", lambda: fast(*given, modulations=ahead))
 
 
-def compile_blocks(blocks: nn.ModuleList) -> None:
+def compile_blocks(blocks: nn.ModuleList, dynamic: bool | None) -> None:
     """Compile each block where it stands; blocks of a kind share the code."""
     for block in blocks:
-        block.compile(dynamic=True)
+        block.compile(dynamic=dynamic)
 
 
 def float32_reference(
@@ -481,7 +496,7 @@ def decode(bench: Bench, models: list[str]) -> None:
         profile(bench, "decode fast, cudnn search", lambda: fast(latents))
         run("diffusers, channels last, cudnn search", diffusers_decode)
         torch.backends.cudnn.benchmark = False
-        if bench.compile and bench.left() > 60:
+        if bench.compile and bench.left() > 150:
             theirs.decoder.compile()
             run("diffusers compiled, channels last", diffusers_decode)
 
@@ -514,6 +529,194 @@ def convolutions(bench: Bench, models: list[str]) -> None:
     )
 
 
+# Files, memory, whole pictures
+
+
+def write_file(file: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file, the tensors copied straight into its memory map."""
+    kinds = {torch.float32: "F32", torch.bfloat16: "BF16"}
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, t in tensors.items():
+        end = offset + t.numel() * t.element_size()
+        header[name] = {
+            "dtype": kinds[t.dtype],
+            "shape": list(t.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + offset)
+    size = 8 + len(text) + offset
+    raw = torch.from_file(str(file), shared=True, size=size, dtype=torch.uint8)
+    for name, t in tensors.items():
+        begin, end = (8 + len(text) + o for o in header[name]["data_offsets"])
+        raw[begin:end].copy_(t.contiguous().flatten().view(torch.uint8))
+
+
+def write_transformer(bench: Bench, name: str, folder: Path) -> None:
+    """Random weights in the hub's layout."""
+    config = model_config(bench, name)
+    names = hub_config(config, "SD3Transformer2DModel")
+    with torch.device("meta"):
+        theirs = SD3Transformer2DModel(
+            **{k: v for k, v in names.items() if k != "_class_name"}
+        )
+    random_weights(theirs, bench.device, bench.dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", names)
+    begin = time.perf_counter()
+    write_file(folder / "diffusion_pytorch_model.safetensors", theirs.state_dict())
+    bench.emit(stage="files", model=name, seconds=time.perf_counter() - begin)
+
+
+def anonymous_gib() -> float:
+    """This process's memory that no file backs."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) / 2**20
+    return float("nan")
+
+
+class Watch:
+    """The largest ``anonymous_gib`` above the start while the block runs."""
+
+    def __enter__(self) -> "Watch":
+        self.start, self.peak, self.on = anonymous_gib(), 0.0, True
+        self.thread = threading.Thread(target=self.look)
+        self.thread.start()
+        self.begin = time.perf_counter()
+        return self
+
+    def look(self) -> None:
+        while self.on:
+            self.peak = max(self.peak, anonymous_gib() - self.start)
+            time.sleep(0.01)
+
+    def __exit__(self, *_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - self.begin
+        self.on = False
+        self.thread.join()
+
+
+def loading(bench: Bench, name: str) -> None:
+    """Files in the page cache to weights on the device: diffusers, then ours."""
+    folder = bench.folder / name
+    if not (folder / "config.json").is_file():
+        write_transformer(bench, name, folder)
+    free()
+
+    def diffusers_load() -> nn.Module:
+        kwargs = {"torch_dtype": bench.dtype, "low_cpu_mem_usage": True}
+        return SD3Transformer2DModel.from_pretrained(folder, **kwargs).to(bench.device)
+
+    def diffusers_map() -> nn.Module:
+        kwargs = {"torch_dtype": bench.dtype, "device_map": str(bench.device)}
+        return SD3Transformer2DModel.from_pretrained(folder, **kwargs)
+
+    def ours() -> nn.Module:
+        return load_component(MMDiT, MMDiTConfig, folder, bench.device, bench.dtype)
+
+    for what, call in (
+        ("ours", ours),
+        ("diffusers, .to", diffusers_load),
+        ("diffusers, device_map", diffusers_map),
+        ("ours", ours),
+        ("diffusers, .to", diffusers_load),
+    ):
+        free()
+        with Watch() as watch:
+            model = call()
+        del model
+        bench.emit(
+            stage="load", model=name, what=what, seconds=round(watch.seconds, 3),
+            anonymous_gib=round(watch.peak, 3),
+        )  # fmt: skip
+
+
+def pipeline(bench: Bench, transformer: nn.Module, vae: nn.Module) -> Pipeline:
+    """A pipeline whose text encoders are names only."""
+    with torch.device("meta"):
+        encoders = (
+            CLIPTextEncoder(CLIPTextConfig.clip_l()),
+            CLIPTextEncoder(CLIPTextConfig.clip_g()),
+            T5Encoder(T5Config.t5_xxl()),
+        )
+        if bench.tiny:
+            encoders = (
+                CLIPTextEncoder(CLIPTextConfig.tiny_l()),
+                CLIPTextEncoder(CLIPTextConfig.tiny_g()),
+                T5Encoder(T5Config.tiny()),
+            )
+    pipe = Pipeline([None] * 3, encoders, transformer, vae, Scheduler(3.0))
+    pipe.progress = False
+    return pipe
+
+
+def memory(bench: Bench, name: str) -> None:
+    """Peak memory, time and error of a whole denoising call under each plan."""
+    folder = bench.folder / name
+    if not (folder / "config.json").is_file():
+        write_transformer(bench, name, folder)
+    free()
+    config = model_config(bench, name)
+    torch.manual_seed(1)
+    latents = random(bench, 1, 16, bench.latent, bench.latent, dtype=torch.float32)
+    context = random(bench, 2, bench.text, config.joint_attention_dim)
+    pooled = random(bench, 2, config.pooled_projection_dim)
+    streamed = Plan("streamed", "streamed", "streamed")
+    cases: list[tuple[str, Plan, bool | None]] = [
+        ("plain, everything resident", Plan(), None),
+        ("everything resident", Plan(), False),
+        ("AdaLN streamed", streamed, False),
+        ("AdaLN streamed, fp8 weights", replace(streamed, fp8=True), False),
+        ("AdaLN streamed, fp8 products", replace(streamed, fp8=True), True),
+    ]
+    plain = None
+    vae_config = VAEConfig.tiny() if bench.tiny else VAEConfig.sd35()
+    with torch.device("meta"):
+        vae = VAE(vae_config)
+    for what, plan, fp8 in cases:
+        if bench.left() < 15:
+            bench.emit(stage="memory", model=name, what=what, skipped="out of time")
+            continue
+        free()
+        model = place(
+            prepare_component(MMDiT, MMDiTConfig, folder),
+            plan,
+            bench.device,
+            bench.dtype,
+        )
+        model.requires_grad_(False)
+        if fp8 is not None:
+            accelerate(model, fp8=fp8, attention="cudnn")
+        pipe = pipeline(bench, model, vae)
+        steps = 2 if bench.tiny else 28
+        seconds = []
+        for _ in range(1 if fp8 is None else 2):
+            if bench.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            begin = time.perf_counter()
+            out = pipe.denoise(latents, context, pooled, steps, 4.5)
+            bench.synchronize()
+            seconds.append(time.perf_counter() - begin)
+        plain = out if plain is None else plain
+        peak = 0.0
+        if bench.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated() / 2**30
+        bench.emit(
+            stage="memory", model=name, what=what, plan=str(plan),
+            peak_gib=round(peak, 3), seconds=round(seconds[-1], 3),
+            first_s=round(seconds[0], 3), error=error(out, plain),
+        )  # fmt: skip
+        del pipe, model
+
+
 STAGES = {
     "card": card,
     "attention": attention,
@@ -521,6 +724,10 @@ STAGES = {
     "step-medium": lambda bench, models: step(bench, "medium"),
     "decode": decode,
     "step-large": lambda bench, models: step(bench, "large"),
+    "load-medium": lambda bench, models: loading(bench, "medium"),
+    "memory-medium": lambda bench, models: memory(bench, "medium"),
+    "load-large": lambda bench, models: loading(bench, "large"),
+    "memory-large": lambda bench, models: memory(bench, "large"),
     "convolutions": convolutions,
 }
 
@@ -534,6 +741,9 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument("--tiny", action="store_true", help="small sizes, on the CPU")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("/dev/shm/minidiff"), help="for weights"
+    )
     options = parser.parse_args()
     bench = Bench(
         options.output,
@@ -541,6 +751,7 @@ def main() -> None:
         torch.device("cpu" if options.tiny else "cuda"),
         options.tiny,
         2 if options.tiny else options.repetitions,
+        options.folder,
         not options.no_compile,
     )
     for name in options.stages:

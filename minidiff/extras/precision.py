@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minidiff.extras.kernels import quantize
+from minidiff.extras.kernels import Rows, quantize
 
 
 class Float8Linear(nn.Module):
@@ -17,11 +17,10 @@ class Float8Linear(nn.Module):
     Called, it brings the matrix back to the dtype of its input and multiplies.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, rows: Rows, bias: Tensor | None) -> None:
         super().__init__()
-        values, scale = quantize(weight.detach())
-        self.register_buffer("weight", values)
-        self.register_buffer("scale", scale)
+        self.register_buffer("weight", rows.values)
+        self.register_buffer("scale", rows.scale)
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,7 +38,9 @@ def to_float8(model: nn.Module, prefix: str = "joint_blocks") -> nn.Module:
         linear = isinstance(layer, nn.Linear) and "adaLN" not in name
         if linear and name.startswith(prefix):
             parent, _, attribute = name.rpartition(".")
-            replacement = Float8Linear(layer.weight, layer.bias)
-            setattr(model.get_submodule(parent), attribute, replacement)
-            layer.weight = layer.bias = None
+            rows = quantize(layer.weight.detach())
+            setattr(
+                model.get_submodule(parent), attribute, Float8Linear(rows, layer.bias)
+            )
+            layer.weight = None
     return model

@@ -1,0 +1,299 @@
+"""Fitting a model into a card: what stays on it, in how many bits, and what comes and
+goes.
+
+Three facts carry the plans. Text encoders run once a picture, layer after layer: their
+weights can stay in the file's memory map and visit the card one layer at a time.
+AdaLN's layers, a third of an MMDiT, read only the time and the pooled text: their
+output is computed for all steps at once, and they leave. And a weight in 8 bits takes
+half of its place in bfloat16.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minidiff.dit import MMDiT
+from minidiff.extras.kernels import Rows, quantize
+from minidiff.extras.precision import Float8Linear
+from minidiff.extras.tiling import sliced_decode, tiled_decode
+from minidiff.support.checkpoints import Prepared, Read
+from minidiff.text_encoders import T5Encoder
+from minidiff.vae import VAE
+
+GIB = 2**30
+RESERVE = 0.6 * GIB  # what CUDA itself and the allocator's gaps take
+BUDGETS = ("8GB", "12GB", "16GB", "24GB")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the parts of a pipeline live.
+
+    ``t5`` and ``clip`` are "resident" (on the device), "streamed" (layer by layer from
+    the file at each prompt) or, for T5, "none" (left out). ``modulation`` is "resident"
+    or "streamed": AdaLN's weights, read from the file once for each picture. ``fp8``
+    stores the blocks' matrices in 8 bits. ``vae_tile`` is the side of a tile in latent
+    pixels, None the whole picture; ``vae_slicing`` decodes one picture at a time.
+    """
+
+    t5: str = "resident"
+    clip: str = "resident"
+    modulation: str = "resident"
+    fp8: bool = False
+    vae_tile: int | None = None
+    vae_slicing: bool = False
+
+    def __post_init__(self) -> None:
+        choices = {
+            "t5": ("resident", "streamed", "none"),
+            "clip": ("resident", "streamed"),
+            "modulation": ("resident", "streamed"),
+        }
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
+                names = ", ".join(known)
+                raise ValueError(f"{name} is {value!r}; expected one of {names}")
+        if self.vae_tile is not None and self.vae_tile < 8:
+            raise ValueError(
+                f"vae_tile is {self.vae_tile}; expected 8 latent pixels or more"
+            )
+
+    def __str__(self) -> str:
+        changed = [
+            f"{f.name} {getattr(self, f.name)}"
+            for f in fields(self)
+            if getattr(self, f.name) != f.default
+        ]
+        return ", ".join(changed) or "everything resident"
+
+
+# From the roomiest to the tightest: each gives up what costs the least time.
+LADDER = (
+    Plan(),
+    Plan(t5="streamed"),
+    Plan(t5="streamed", clip="streamed", vae_slicing=True),
+    Plan("streamed", "streamed", "streamed", vae_slicing=True),
+    Plan("streamed", "streamed", "streamed", vae_slicing=True, vae_tile=64),
+    Plan("streamed", "streamed", "streamed", True, vae_slicing=True, vae_tile=64),
+)
+
+
+# Choosing
+
+
+def weigh(module: nn.Module, kind: Callable[[str], bool] = lambda name: True) -> int:
+    """How many numbers the parameters and buffers of the chosen names hold."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return sum(t.numel() for name, t in tensors if kind(name))
+
+
+def estimate(plan: Plan, models: Mapping[str, nn.Module], width: int = 2) -> float:
+    """About how many bytes of the device a 1024² picture with guidance takes.
+
+    ``models`` maps the hub's names of the parts to models (the meta device will do);
+    ``width`` is the number of bytes of a working value. Working memory is counted as
+    measured on one card, see the book's page on performance.
+    """
+    t = models["transformer"]
+    blocks = weigh(t, lambda n: "joint_blocks" in n and "adaLN" not in n)
+    adaln = weigh(t, lambda n: "adaLN" in n)
+    table = t.pos_embed.numel()
+    total = (weigh(t) - blocks - adaln - table) * width
+    total += blocks * (1 if plan.fp8 else width)
+    total += (adaln + table) * width * (plan.modulation == "resident")
+    total += weigh(models["vae"]) * width
+    for name, where in (
+        ("text_encoder", plan.clip),
+        ("text_encoder_2", plan.clip),
+        ("text_encoder_3", plan.t5),
+    ):
+        if where == "resident" and name in models:
+            total += weigh(models[name]) * width
+    side = plan.vae_tile or 128
+    decoding = 2.5 * GIB * (side / 128) ** 2
+    denoising = 22 * 2 * 4429 * t.config.width * width
+    return total + max(decoding, denoising)
+
+
+def choose(
+    memory: str | Plan | None, models: Mapping[str, nn.Module], **knobs: Any
+) -> Plan:
+    """The roomiest plan of the ladder that fits ``memory``, with ``knobs`` set on it.
+
+    ``memory`` is "8GB" or any other number of gigabytes, a Plan, or None (everything
+    resident). Raises ValueError for a text that is not one, or too little memory.
+    """
+    if known := knobs.keys() - {f.name for f in fields(Plan)}:
+        names = ", ".join(f.name for f in fields(Plan))
+        raise ValueError(f"{sorted(known)[0]} is no setting of memory; it has {names}")
+    if memory is None or isinstance(memory, Plan):
+        return replace(memory or Plan(), **knobs)
+    budget = parse_budget(memory)
+    plans = [replace(plan, **knobs) for plan in LADDER]
+    for plan in plans:
+        if estimate(plan, models) + RESERVE <= budget:
+            return plan
+    least = (estimate(plans[-1], models) + RESERVE) / 1e9
+    raise ValueError(f"memory is {memory}; this model needs about {least:.1f}GB")
+
+
+def parse_budget(memory: str) -> float:
+    """ "8GB" → bytes."""
+    number = str(memory).upper().removesuffix("GB").strip()
+    try:
+        return float(number) * 1e9
+    except ValueError:
+        names = ", ".join(BUDGETS)
+        raise ValueError(f"memory is {memory!r}; expected {names} or None") from None
+
+
+def check_device(plan: Plan, models: Mapping[str, nn.Module], device: Any) -> None:
+    """Raise ValueError, naming a plan that fits, where the card is too small."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    if estimate(plan, models) + RESERVE <= total:
+        return
+    need = (estimate(plan, models) + RESERVE) / 1e9
+    raise ValueError(
+        f"the card has {total / 1e9:.0f}GB and this needs about {need:.0f}GB; "
+        f"load(…, memory='{total / 1e9:.0f}GB') picks a plan that fits"
+    )
+
+
+# Layers whose weights stay in the file
+
+
+class StreamedLinear(nn.Module):
+    """A linear layer whose weights are brought to the input's device at each call.
+
+    They are not parameters: ``.to()`` leaves them where they are, in the memory map.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        bias = None if layer.bias is None else layer.bias.detach()
+        self.stored = layer.weight.detach(), bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (
+            None if t is None else t.to(x.device).to(x.dtype) for t in self.stored
+        )
+        return F.linear(x, weight, bias)
+
+
+class StreamedEmbedding(nn.Module):
+    """An embedding whose table stays in the memory map: only rows that are read move.
+
+    Ids (…) → (…, D) on the ids' device, in ``dtype``.
+    """
+
+    def __init__(self, layer: nn.Embedding, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.stored, self.dtype = layer.weight.detach(), dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.stored[ids.cpu()].to(ids.device).to(self.dtype)
+
+
+class CroppedTable:
+    """``MMDiT.positions`` for a table that stays in the map: the last crop is kept."""
+
+    def __init__(self, model: MMDiT, device: Any, dtype: torch.dtype) -> None:
+        self.model, self.to = model, {"device": device, "dtype": dtype}
+        self.size, self.crop = None, None
+
+    def __call__(self, height: int, width: int) -> Tensor:
+        if self.size != (height, width):
+            self.size = height, width
+            self.crop = MMDiT.positions(self.model, height, width).to(**self.to)
+        return self.crop
+
+
+# Placing
+
+
+def is_streamed(plan: Plan, model: nn.Module, name: str) -> bool:
+    """Whether the layer ``name`` of a model stays in its file."""
+    if isinstance(model, MMDiT):
+        return plan.modulation == "streamed" and "adaLN_modulation" in name
+    where = plan.t5 if isinstance(model, T5Encoder) else plan.clip
+    large = isinstance(model.get_submodule(name), nn.Linear) or name in (
+        "shared",
+        "text_model.embeddings.token_embedding",
+    )
+    return where == "streamed" and large
+
+
+def is_float8(plan: Plan, model: nn.Module, name: str) -> bool:
+    """Whether the layer ``name`` of a model is stored in 8 bits."""
+    blocks = plan.fp8 and isinstance(model, MMDiT) and name.startswith("joint_blocks")
+    linear = blocks and isinstance(model.get_submodule(name), nn.Linear)
+    return linear and "adaLN" not in name
+
+
+def place(prepared: Prepared, plan: Plan, device: Any, dtype: torch.dtype) -> nn.Module:
+    """Read one part of a pipeline as the plan says."""
+    model = prepared.model
+    if isinstance(model, VAE):
+        return tile(prepared(device, dtype), plan)
+    table = isinstance(model, MMDiT) and plan.modulation == "streamed"
+    small: dict[str, Rows] = {}
+
+    def put(name: str, read: Read) -> Tensor | None:
+        layer, _, kind = name.rpartition(".")
+        if is_streamed(plan, model, layer) or (table and name == "pos_embed"):
+            return read("cpu", None)
+        if kind == "weight" and is_float8(plan, model, layer):
+            small[layer] = quantize(read(device, dtype))
+            return None
+        return read(device, dtype)
+
+    prepared(device, dtype, put)
+    for name, layer in list(model.named_modules()):
+        if name in small:
+            swap(model, name, Float8Linear(small[name], layer.bias))
+        elif isinstance(layer, nn.Linear) and is_streamed(plan, model, name):
+            swap(model, name, StreamedLinear(layer))
+        elif isinstance(layer, nn.Embedding) and is_streamed(plan, model, name):
+            swap(model, name, StreamedEmbedding(layer, dtype))
+    if table:
+        model.positions = CroppedTable(model, device, dtype)
+    return model
+
+
+def swap(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put ``layer`` where ``name`` is in ``model``."""
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, layer)
+
+
+def tile(vae: VAE, plan: Plan) -> VAE:
+    """Let ``vae.decode`` work in tiles and slices as the plan says."""
+    if plan.vae_tile:
+        factor = vae.config.factor
+        vae.decode = partial(
+            tiled_decode, vae.decode, tile=plan.vae_tile, factor=factor
+        )
+    if plan.vae_slicing:
+        vae.decode = partial(sliced_decode, vae.decode)
+    return vae
+
+
+def load_parts(
+    prepared: Mapping[str, Prepared], plan: Plan, device: Any, dtype: torch.dtype
+) -> dict[str, nn.Module]:
+    """Read the parts of a pipeline, by the hub's names, as the plan says."""
+    wanted = {n: p for n, p in prepared.items() if not skipped(plan, n)}
+    return {name: place(part, plan, device, dtype) for name, part in wanted.items()}
+
+
+def skipped(plan: Plan, name: str) -> bool:
+    """Whether the part ``name`` of a pipeline is left out."""
+    return plan.t5 == "none" and name == "text_encoder_3"

@@ -1,0 +1,61 @@
+"""Decoding a large picture in overlapping tiles, or a batch one picture at a time.
+
+Tiles are cut, decoded and blended as diffusers' AutoencoderKL does it: neighbours
+overlap by a quarter, and over the overlap one fades linearly into the next. Group
+norms then see one tile at a time, so the result differs slightly from the whole.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Decode = Callable[[Tensor], Tensor]
+
+
+def tiled_decode(
+    decode: Decode, latents: Tensor, tile: int, factor: int, overlap: float = 0.25
+) -> Tensor:
+    """Latents (B, C, h, w) → images (B, 3, H, W), ``tile``² latent pixels at a time.
+
+    ``factor`` is the number of image pixels along a side of a latent pixel. Raises
+    ValueError for a tile that is too small to overlap.
+    """
+    if max(latents.shape[2:]) <= tile:
+        return decode(latents)
+    step = int(tile * (1 - overlap))
+    if not 0 < step < tile:
+        raise ValueError(f"tiles of {tile} latent pixels cannot overlap by {overlap}")
+    fade = int(tile * factor * overlap)
+    kept = tile * factor - fade
+    rows: list[list[Tensor]] = []
+    for i in range(0, latents.shape[2], step):
+        columns = range(0, latents.shape[3], step)
+        rows.append(
+            [decode(latents[:, :, i : i + tile, j : j + tile]) for j in columns]
+        )
+    bands = []
+    for i, row in enumerate(rows):
+        for j, piece in enumerate(row):
+            if i > 0:
+                blend(rows[i - 1][j], piece, fade, dim=2)
+            if j > 0:
+                blend(row[j - 1], piece, fade, dim=3)
+        bands.append(torch.cat([piece[..., :kept, :kept] for piece in row], dim=3))
+    return torch.cat(bands, dim=2)  # bands (B, 3, kept, W) → (B, 3, H, W)
+
+
+def blend(before: Tensor, after: Tensor, extent: int, dim: int) -> None:
+    """Fade the end of ``before`` into the start of ``after``, in place."""
+    extent = min(before.shape[dim], after.shape[dim], extent)
+    start = after.narrow(dim, 0, extent)
+    end = before.narrow(dim, before.shape[dim] - extent, extent)
+    shape = [1] * after.ndim
+    shape[dim] = extent
+    weight = torch.arange(extent, device=after.device) / extent  # 0 … 1
+    start.copy_(end.lerp(start, weight.to(after.dtype).view(shape)))
+
+
+def sliced_decode(decode: Decode, latents: Tensor) -> Tensor:
+    """Latents (B, C, h, w) → images (B, 3, H, W), one picture at a time."""
+    return torch.cat([decode(z) for z in latents.split(1)])
