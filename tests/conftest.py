@@ -1,4 +1,7 @@
-"""Settings of the tests, the built book and a real browser."""
+"""Settings of the tests, the built book and a real browser.
+
+The fixtures ``shared`` and ``fashion`` (where data lies) are in ../conftest.py.
+"""
 
 import shutil
 import subprocess
