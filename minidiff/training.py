@@ -198,7 +198,8 @@ def t5_loss(model: T5Training, batch: Batch) -> Tensor:
     target = batch["target"]
     answer = F.pad(target, (1, 0))[:, :-1]  # shifted by one, (B, L)
     logits = model(batch["source"], answer).float()
-    return F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=0)
+    loss = F.cross_entropy(logits.mT, target, ignore_index=0, reduction="none")
+    return (loss.sum(1) / (target != 0).sum(1)).mean()  # (B, L) → (B,) → ()
 
 
 # %% [markdown]
@@ -228,7 +229,7 @@ def drop_encoders(
     clip, t5 = context.chunk(2, dim=1)  # (B, 2·L, D) → 2 × (B, L, D)
     channel = torch.arange(clip.shape[-1], device=clip.device)
     side = (channel >= widths[0]).long()  # (D,): whose channel
-    clip = clip * keep[:, side][:, None]  # (B, 3) → (B, 1, D)
+    clip = clip * keep[:, side][:, None]  # (B, L, D)
     context = torch.cat([clip, t5 * keep[:, 2, None, None]], dim=1)
     side = side.new_zeros(pooled.shape[-1])
     side[widths[0] :] = 1

@@ -588,6 +588,8 @@ def train(
     if bad := [name for name, value in changes.items() if value < 1]:
         raise ValueError(f"{bad[0]} is {changes[bad[0]]}; expected at least 1")
     chosen = RECIPES[recipe]
+    if stage == "judge":
+        chosen = replace(chosen, judge=chosen.judge | changes)
     for name in ("clip", "t5", "vae", "transformer"):
         config = getattr(chosen, name)
         config = replace(config, compile=cuda if compile is None else compile)

@@ -42,10 +42,8 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        reason = error.strerror or error
-        raise OSError(
-            f"cannot write {path}: {reason}; the file before it is kept"
-        ) from (error)
+        reason = f"{error.strerror or error}; what was saved before is kept"
+        raise OSError(f"cannot write {path}: {reason}") from error
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: object) -> None:

@@ -1,0 +1,290 @@
+"""Every stage learns from real data; a run survives what befalls it."""
+
+import math
+import os
+import resource
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from minidiff import training
+from minidiff.extras import stages
+from minidiff.support import rng, trainer
+from minidiff.support.trainer import Run, TrainingError, read_log
+from minidiff.training import Task, TrainingConfig, fit
+
+# Objectives
+
+
+def test_spans_are_hidden_and_listed() -> None:
+    ids = torch.tensor([[5, 6, 7, 8, 9, 1, 0, 0]])
+    hidden = torch.tensor([[0, 1, 1, 0, 1, 0, 0, 0]]).bool()
+    sentinels = torch.tensor([99, 98, 97])
+    source, target = training.corrupt_spans(ids, hidden, sentinels, pad=0, eos=1)
+    assert source.tolist() == [[5, 99, 8, 98, 1, 0, 0, 0]]
+    assert target.tolist() == [[99, 6, 7, 98, 9, 1, 0, 0]]
+
+
+def test_spans_never_hide_the_end() -> None:
+    ids = torch.tensor([[5, 6, 7, 1, 0, 0]]).expand(1000, -1)
+    hidden = training.choose_spans(torch.rand(1000, 4), ids, pad=0)
+    assert hidden.any(1).all() and not hidden[:, 3:].any()
+
+
+def test_contrastive_loss_shares_between_equal_captions() -> None:
+    features = torch.eye(3)[[0, 0, 1, 2]]  # two captions that say the same
+    meaning, scale = torch.tensor([7, 7, 8, 9]), torch.tensor(50.0)
+    loss = training.contrastive_loss(features, features, scale, meaning)
+    # rows 0 and 1 cannot do better than half for each of their two positives
+    assert loss.item() == pytest.approx(math.log(2) / 2, abs=1e-4)
+
+
+def test_learning_rate_warms_up_and_falls_to_zero() -> None:
+    config = TrainingConfig(100, 1, learning_rate=2.0, warmup_steps=10)
+    rates = [training.learning_rate(step, config) for step in range(101)]
+    assert rates[0] == 0.2 and rates[9] == rates[10] == 2.0
+    assert rates[55] == pytest.approx(1.0) and rates[100] == pytest.approx(0)
+
+
+# Stages
+
+
+@pytest.fixture(scope="module")
+def job(fashion: Path, tmp_path_factory: pytest.TempPathFactory) -> stages.Job:
+    """A job at the smallest size, with its tokenizers trained."""
+    quick = TrainingConfig(
+        12, 8, 2e-3, warmup_steps=3, ema_decay=0.5, log_every=1, save_every=100
+    )
+    recipe = stages.Recipe(
+        clip=replace(quick, steps=20, batch_size=32),
+        t5=replace(quick, steps=20, batch_size=32),
+        vae=replace(quick, steps=12, batch_size=4),
+        transformer=quick,
+        pictures=64,
+        latents=32,
+        held=4,
+        captions=500,
+    )
+    job = stages.Job(tmp_path_factory.mktemp("job"), recipe, str(fashion))
+    torch.set_num_threads(1)
+    stages.train_tokenizers(job)
+    return job
+
+
+@pytest.fixture(autouse=True)
+def tables_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the tables of every caption's tokens once for all tests."""
+    make = stages.token_tables
+
+    def token_tables(job: stages.Job) -> list:
+        if job.model not in TABLES:
+            TABLES[job.model] = make(job)
+        return TABLES[job.model]
+
+    monkeypatch.setattr(stages, "token_tables", token_tables)
+
+
+TABLES: dict[Path, list] = {}
+
+
+def losses(job: stages.Job, stage: str) -> list[float]:
+    """The logged losses of a stage."""
+    records = read_log(job.output / "runs" / stage / "log.jsonl")
+    return [r["loss"] for r in records if "loss" in r]
+
+
+@pytest.mark.parametrize("stage", ["clip", "t5", "vae"])
+def test_stage_learns(job: stages.Job, stage: str) -> None:
+    few = replace(job.recipe, pictures=4) if stage == "vae" else job.recipe
+    stages.run_stages(replace(job, recipe=few), (stage,))
+    values = losses(job, stage)
+    assert sum(values[-3:]) < 0.9 * sum(values[:3]), values
+
+
+def test_transformer_learns(job: stages.Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "save_grid", lambda *_: None)
+    stages.run_stages(job, ("clip", "t5", "vae", "transformer"))
+    values = losses(job, "transformer")
+    assert sum(values[-3:]) < 0.9 * sum(values[:3]), values
+    assert (job.model / "model_index.json").exists()
+    size = sum(f.stat().st_size for f in job.model.rglob("*") if f.is_file())
+    assert size <= 25e6
+
+
+# A run and its folder
+
+
+class Regression(nn.Module):
+    """A small network with enough weights that saving them takes a while."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 256), nn.SiLU(), nn.Linear(256, 8))
+
+
+def regression(**changes) -> tuple[Task, TrainingConfig]:
+    """Learn y = x², with samples that are functions of their numbers."""
+
+    def batch(indices: torch.Tensor) -> dict:
+        x = rng.normal(5, indices, (8,))
+        return {"x": x, "y": x**2}
+
+    def loss(model: nn.Module, batch: dict) -> torch.Tensor:
+        return (model.layers(batch["x"]) - batch["y"]).square().mean()
+
+    torch.manual_seed(0)
+    config = TrainingConfig(40, 16, warmup_steps=4, log_every=5, save_every=2)
+    return Task(Regression(), loss, batch), replace(config, **changes)
+
+
+def trained(folder: Path | None = None, **changes) -> dict[str, torch.Tensor]:
+    """The averaged weights after a run in ``folder``."""
+    task, config = regression(**changes)
+    if folder is None:
+        return fit(task, config).state_dict()
+    with Run(folder, {"steps": config.steps}) as run:
+        return fit(task, config, run).state_dict()
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def in_child(action, kill_after: float | None = None) -> int:
+    """Run ``action`` in a forked process, kill it if asked; its exit status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+            os._exit(0)
+        except BaseException as error:
+            os.write(2, repr(error).encode())
+            os._exit(1)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+
+def test_a_run_killed_at_any_time_ends_with_the_same_weights(tmp_path: Path) -> None:
+    whole = trained(tmp_path / "whole")
+    start = time.time()
+    assert in_child(lambda: trained(tmp_path / "timed")) == 0
+    duration = time.time() - start
+    times = torch.rand(20, generator=torch.Generator().manual_seed(1)) * duration / 2
+    killed = [in_child(lambda: trained(tmp_path / "run"), t.item()) for t in times]
+    assert signal.SIGKILL in killed
+    assert_same(trained(tmp_path / "run"), whole)
+    logs = [read_log(tmp_path / name / "log.jsonl") for name in ("whole", "run")]
+    a, b = ([(r["step"], r["loss"]) for r in log] for log in logs)
+    assert a == b
+
+
+@pytest.mark.parametrize("moment", ["fsync", "replace", "unlink"])
+def test_a_run_killed_while_it_saves(
+    tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, calls = trained(), iter(range(1000))
+
+    def die(*arguments) -> None:
+        if next(calls) == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments)
+
+    owner = Path if moment == "unlink" else os
+    original = getattr(owner, moment)
+
+    def action() -> None:
+        setattr(owner, moment, die)
+        trained(tmp_path)
+
+    assert in_child(action) == signal.SIGKILL
+    assert list(tmp_path.glob("step-*.safetensors"))
+    assert_same(trained(tmp_path), whole)
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> None:
+    whole = trained(tmp_path)
+    newest, before = Run(tmp_path, {}).checkpoints()
+    assert (newest.stem, before.stem) == ("step-40", "step-38")
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert_same(trained(tmp_path), whole)
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    whole = trained()
+
+    def action() -> None:
+        with pytest.raises(OSError, match="what was saved before is kept"):
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            write = trainer.write_atomically
+            count = iter(range(1000))
+
+            def limited(path: Path, data: bytes) -> None:
+                if next(count) == 8:
+                    limit = len(data) // 2
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+                write(path, data)
+
+            trainer.write_atomically = limited
+            trained(tmp_path)
+
+    assert in_child(action) == 0
+    kept = Run(tmp_path, {}).checkpoints()
+    assert kept and not list(tmp_path.glob(".*.part"))
+    assert_same(trained(tmp_path), whole)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path) -> None:
+    task, config = regression(log_every=1)
+    batch = task.batch
+
+    def broken(indices: torch.Tensor) -> dict:
+        made = batch(indices)
+        bad = torch.where(indices == 7 * 16, torch.nan, 0.0)
+        return {"x": made["x"], "y": made["y"] + bad[:, None]}
+
+    with Run(tmp_path, {}) as run, pytest.raises(TrainingError) as error:
+        fit(replace(task, batch=broken), config, run)
+    message = str(error.value)
+    assert "step 8 (samples 112 to 127)" in message and "step-6" in message
+    assert (tmp_path / "step-6.safetensors").exists()
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
+    with Run(tmp_path, {}), pytest.raises(ValueError, match="another process trains"):
+        Run(tmp_path, {}).__enter__()
+
+
+def test_another_configuration_is_refused(tmp_path: Path) -> None:
+    trained(tmp_path)
+    with pytest.raises(ValueError, match="steps = 40, not 41"):
+        trained(tmp_path, steps=41)
+
+
+def test_accumulated_batches_equal_one_batch() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        whole, parts = trained(), trained(accumulation=4)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name in whole:
+        assert torch.allclose(whole[name], parts[name], rtol=0, atol=1e-9)
+
+
+def test_only_the_last_checkpoints_and_the_best_stay(tmp_path: Path) -> None:
+    with Run(tmp_path, {}, keep=3) as run:
+        for step, score in enumerate([3.0, 1.0, 2.0, 4.0]):
+            weights = {"w": torch.tensor([score])}
+            run.save(step, weights)
+            run.save_best(score, weights)
+    assert [p.stem for p in run.checkpoints()] == ["step-3", "step-2", "step-1"]
+    best = trainer.load_tensors(tmp_path / "best.safetensors")
+    assert best[0]["w"].item() == best[1]["score"] == 1.0
