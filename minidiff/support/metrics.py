@@ -44,7 +44,7 @@ def _root(matrix: Tensor) -> Tensor:
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Fréchet distance of two Gaussians fitted to features (N, D) and (M, D).
 
-    |μ₁ − μ₂|² + tr(C₁ + C₂ − 2 (C₁ C₂)^½), in float64 (Heusel et al. 2017, equation 6;
+    ‖μ₁ − μ₂‖² + tr(C₁ + C₂ − 2 (C₁ C₂)^½), in float64 (Heusel et al. 2017, equation 6;
     Dowson and Landau 1982). C₁ C₂ has the eigenvalues of the symmetric C₁^½ C₂ C₁^½,
     whose root is real and stable where that of C₁ C₂ itself need not be. The result
     depends on the features and on N and M: name all three beside it.
