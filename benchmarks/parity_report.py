@@ -1,0 +1,277 @@
+"""Measure every component against diffusers and transformers; write book/parity.md.
+
+    python benchmarks/parity_report.py [--output book/parity.md]
+
+The comparisons are those of the tests, with the same random weights. It takes about a
+minute on a CPU. The published tokenizers' files are read from MINIDIFF_SHARED; without
+them their rows are left out.
+"""
+
+import argparse
+import logging
+import os
+import platform
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+warnings.filterwarnings("ignore", message="IProgress")
+SHARED = Path(os.environ.get("MINIDIFF_SHARED", ROOT.parent / "shared"))
+PACKAGES = ("minidiff", "torch", "diffusers", "transformers", "tokenizers")
+BOUND = 1e-5
+Row = tuple[str, str, int, float]  # what, against what, how many cases, largest error
+
+INTRODUCTION = """# Parity report
+
+Every component of minidiff, given the same weights and the same input as the reference
+implementation, on a CPU in float32. All parameters are random and different from zero
+(norm weights around one, biases and gates too): a shipped model could hide a mistake
+behind a weight that happens to be zero. The error is
+$\\lVert a - b\\rVert / \\lVert b\\rVert$, and the largest over all cases stands in the
+table. The tests demand at most $10^{-5}$ in every row, and show for each component
+that a small mistake (another epsilon, scale and shift exchanged) is caught.
+
+Two float32 computations that differ only in the order of their additions agree to about
+$10^{-7}$ or $10^{-6}$: nothing better can be expected.
+
+This page is written by `python benchmarks/parity_report.py`; the digits change with the
+processor and the versions.
+"""
+
+
+def largest(error: Callable[..., float], cases) -> tuple[int, float]:
+    """How many cases, and the largest error among them."""
+    errors = []
+    for case in cases:
+        torch.manual_seed(0)
+        errors.append(error(*case) if isinstance(case, tuple) else error(case))
+    return len(errors), max(errors)
+
+
+def text_rows() -> Iterator[Row]:
+    """CLIP and T5."""
+    import test_text_encoders as t
+
+    yield (
+        "CLIP text encoder: penultimate states and pooled vector",
+        "`transformers.CLIPTextModelWithProjection`",
+        *largest(t.clip_error, t.CLIP_CONFIGS),
+    )
+    yield (
+        "T5 encoder",
+        "`transformers.T5EncoderModel`",
+        *largest(t.t5_error, t.T5_CONFIGS),
+    )
+
+
+def vae_rows() -> Iterator[Row]:
+    """Both halves of the autoencoder."""
+    import test_vae as t
+
+    reference = "`diffusers.AutoencoderKL`"
+    yield (
+        "VAE, encoder: mean, logarithm of the variance, mode, sample",
+        reference,
+        *largest(t.encode_error, t.CONFIGS),
+    )
+    yield "VAE, decoder", reference, *largest(t.decode_error, t.CONFIGS)
+
+
+@torch.no_grad()
+def transformer_rows() -> Iterator[Row]:
+    """Attention alone, and the whole transformer."""
+    import test_attention as a
+    import test_dit as t
+
+    cases = [(norm, last) for norm in ("rms_norm", None) for last in (False, True)]
+    reference = "`diffusers` `Attention`, `JointAttnProcessor2_0`"
+    yield "Joint attention", reference, *largest(a.joint_error, cases)
+    sizes = [(8, 8), (4, 6), (8, 2)]
+    cases = [(config, size) for config in t.CONFIGS.values() for size in sizes]
+    cases += [(t.DUAL, (4, 6), skip) for skip in ([1], [0, 2], [3])]
+    yield (
+        "MMDiT and MMDiT-X, sizes not square, layers skipped",
+        "`diffusers.SD3Transformer2DModel`",
+        *largest(t.parity, cases),
+    )
+
+
+def flow_rows() -> Iterator[Row]:
+    """Schedules and solvers."""
+    import test_flow_matching as t
+    from helpers import relative_error
+
+    def schedule(steps: int, shift: float) -> float:
+        ours = t.fm.sigma_schedule(steps, shift)
+        return relative_error(ours, t.diffusers_schedule(steps, shift).sigmas)
+
+    def solver(name: str, steps: int) -> float:
+        x, _ = t.pair()
+        scheduler = t.diffusers_schedule(steps, 3.0, heun=name == "heun")
+        ours = getattr(t.fm, name)(t.curved, x, t.fm.sigma_schedule(steps))
+        return relative_error(ours, t.diffusers_drawing(scheduler, x))
+
+    def dpmpp(steps: int) -> float:
+        x, _ = t.pair(torch.float64)
+        sigmas = t.fm.sigma_schedule(steps).double()
+        expected = t.reference_dpmpp_2m(t.curved, x, sigmas)
+        return relative_error(t.fm.dpmpp_2m(t.curved, x, sigmas), expected)
+
+    euler = "`diffusers.FlowMatchEulerDiscreteScheduler`"
+    cases = [(n, shift) for n in (1, 2, 4, 28, 40, 1000) for shift in (1.0, 3.0, 6.5)]
+    yield "Noise levels", euler, *largest(schedule, cases)
+    for name, reference in (("euler", euler), ("heun", euler.replace("Euler", "Heun"))):
+        cases = [(name, n) for n in (1, 4, 11)]
+        yield f"Solver: {name}", reference, *largest(solver, cases)
+    reference = "the reference's formula, in float64"
+    yield "Solver: dpmpp_2m", reference, *largest(dpmpp, [1, 2, 4, 28])
+
+
+def pipeline_rows() -> Iterator[Row]:
+    """From the prompt to latents and pictures, 8 steps with guidance."""
+    import test_sampling as t
+    from helpers import relative_error
+
+    import minidiff
+    from minidiff.support.checkpoints import TINY
+
+    found: dict[str, list[float]] = {"latent": [], "pt": []}
+    for case in t.CASES.values():
+        model, call = t.split(case)
+        options = {"dual": (), "t5": True, "shift": 3.0} | model
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            t.save_tokenizers(folder, options["t5"])
+            tokenizers = t.load_tokenizers(folder, options["t5"])
+            reference = t.reference_pipeline(tokenizers, **options)
+            reference.save_pretrained(folder / "saved")
+            pipe = minidiff.load(folder / "saved")
+        noise = t.noise_for(pipe, call)
+        for kind, errors in found.items():
+            expected = t.theirs(reference, call, noise, kind)
+            errors.append(relative_error(t.ours(pipe, call, noise, kind), expected))
+    reference = "`diffusers.StableDiffusion3Pipeline`"
+    for kind, name in (("latent", "latents"), ("pt", "pictures")):
+        errors = found[kind]
+        yield f"Whole pipeline: {name}", reference, len(errors), max(errors)
+    if (TINY / "model_index.json").exists():
+        yield "Shipped model: pictures", reference, 2, shipped_error()
+
+
+def shipped_error() -> float:
+    """The shipped folder, drawn by diffusers and by us: two prompts, 8 steps."""
+    from diffusers import StableDiffusion3Pipeline
+    from helpers import relative_error
+
+    import minidiff
+    from minidiff.support.checkpoints import TINY
+
+    theirs = StableDiffusion3Pipeline.from_pretrained(TINY, dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    ours = minidiff.load("tiny")
+    length, side = ours.max_sequence_length, ours.transformer.config.sample_size
+    noise = torch.randn(2, 16, side, side)
+    call = {
+        "prompt": [
+            "a red dress on a blue background",
+            "a green bag above a white coat",
+        ],
+        "num_inference_steps": 8,
+        "guidance_scale": 4.0,
+        "latents": noise,
+        "max_sequence_length": length,
+        "output_type": "pt",
+    }
+    return relative_error(ours(**call), theirs(**call).images)
+
+
+def tokenizer_rows(count: int = 20_000) -> Iterator[tuple[str, str, int, int]]:
+    """Strings whose ids differ, on the published vocabularies."""
+    from tokenizer_strings import strings
+    from transformers import AutoTokenizer
+
+    from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
+
+    folder = SHARED / "sd35" / "tokenizers"
+    if not folder.is_dir():
+        return
+    texts = strings(count, seed=7)
+    for part, kind, length in (
+        ("tokenizer", CLIPTokenizer, 77),
+        ("tokenizer_2", CLIPTokenizer, 77),
+        ("tokenizer_3", T5Tokenizer, 256),
+    ):
+        reference = AutoTokenizer.from_pretrained(folder / part)
+        given = {"padding": "max_length", "max_length": length, "truncation": True}
+        expected = reference(texts, **given, return_tensors="pt").input_ids
+        ours = kind.from_pretrained(folder / part)(texts, max_length=length)
+        wrong = int((ours != expected).any(1).sum())
+        name = f"`transformers.{type(reference).__name__}`"
+        yield f"SD3.5's `{part}`", name, count, wrong
+
+
+def report(rows: list[Row], tokenizers: list) -> str:
+    """The page."""
+    lines = [INTRODUCTION, "## Networks, solvers, pipeline", ""]
+    lines += ["| component | reference | cases | largest relative error |"]
+    lines += ["|---|---|---|---|"]
+    lines += [
+        f"| {a} | {b} | {n} | {f'{error:.1e}' if error else 'equal in every bit'} |"
+        for a, b, n, error in rows
+    ]
+    if tokenizers:
+        lines += ["", "## Tokenizers", ""]
+        lines += [
+            "Generated strings of every Unicode plane, scripts, emoji, control",
+            "characters, runs of spaces and special tokens' texts, padded and",
+            "truncated as the pipeline does it.",
+            "",
+            "| tokenizer | reference | strings | with other ids |",
+            "|---|---|---|---|",
+        ]
+        lines += [f"| {a} | {b} | {n:,} | {wrong} |" for a, b, n, wrong in tokenizers]
+    lines += ["", "## Versions", "", "| package | version |", "|---|---|"]
+    lines += [f"| {name} | {version(name)} |" for name in PACKAGES]
+    lines += [f"| Python | {platform.python_version()}, {platform.machine()} |", ""]
+    return "\n".join(lines)
+
+
+def quiet() -> None:
+    """Silence the warnings of the reference about the overlong prompts."""
+    import diffusers
+    import transformers
+
+    for package in (diffusers, transformers):
+        package.utils.logging.set_verbosity(logging.CRITICAL)
+        package.utils.logging.disable_progress_bar()
+
+
+def main() -> int:
+    """Measure, write, and fail where an error is above the bound."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "book" / "parity.md")
+    output = parser.parse_args().output
+    quiet()
+    parts = (text_rows, vae_rows, transformer_rows, flow_rows, pipeline_rows)
+    rows = []
+    for part in parts:
+        for row in part():
+            print(f"{row[0]}: {row[3]:.1e}", flush=True)
+            rows.append(row)
+    tokenizers = list(tokenizer_rows())
+    output.write_text(report(rows, tokenizers), encoding="utf-8")
+    print(f"wrote {output}")
+    wrong = [r[0] for r in rows if r[3] > BOUND] + [t[0] for t in tokenizers if t[3]]
+    print("above the bound:", ", ".join(wrong) or "none")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
