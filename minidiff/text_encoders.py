@@ -836,11 +836,13 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 # comparison notices a wrong epsilon, a wrong activation, a missing mask.
 
 # %% tags=["active-ipynb"]
+# import warnings
 # from dataclasses import asdict
 #
+# warnings.filterwarnings("ignore", "IProgress not found")  # there is no progress here
 # import transformers as hf
-#
-#
+
+# %% tags=["active-ipynb"]
 # def same(ours: nn.Module, theirs: nn.Module) -> bool:
 #     for p in theirs.parameters():
 #         nn.init.normal_(p, std=0.2)
@@ -855,7 +857,8 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 
 # %% tags=["active-ipynb"]
 # for config in (CLIPTextConfig.tiny_l(), CLIPTextConfig.tiny_g()):
-#     theirs = hf.CLIPTextModelWithProjection(hf.CLIPTextConfig(**asdict(config)))
+#     settings = hf.CLIPTextConfig(bos_token_id=0, **asdict(config))
+#     theirs = hf.CLIPTextModelWithProjection(settings)
 #     assert same(CLIPTextEncoder(config), theirs)
 # theirs = hf.T5EncoderModel(hf.T5Config(**asdict(T5Config.tiny())))
 # assert same(T5Encoder(T5Config.tiny()), theirs)
@@ -885,44 +888,68 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 # **2.1 Predict.** How many numbers does the context of one prompt hold in SD3.5, and
 # how many of them are padding zeros that `assemble` put there? Work it out before you
 # unfold the solution.
-#
-# **2.2 Code.** Write `mirrored`: from a table of relative positions (32, H) make the
-# one with which T5 reads a text backwards as the old one reads it forwards. Beware of
-# distance zero.
-
-# %% tags=["active-ipynb"]
-# def mirrored(table: Tensor) -> Tensor:
-#     raise NotImplementedError
-#
-#
-# @check
-# def exercise_2_2() -> None:
-#     other = copy.deepcopy(t5)
-#     table = other.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
-#     table.weight.data = mirrored(table.weight.data)
-#     difference = (other(ids_t5.flip(1)).flip(1) - t5(ids_t5)).abs().max()
-#     assert difference < 1e-4, f"the states differ by {difference:.3f}"
-
-# %% [markdown]
-# **2.3 Explore.** In `CLIPTextEncoder.forward` return `states[-1]` instead of
-# `states[-2]` and run the cells from there. Which row of the figure of turns would the
-# transformer now have to live with? Then leave `is_causal=True` out of `CLIPAttention`:
-# which captions does CLIP still tell apart?
-
-# %% [markdown]
-# ### Solutions
 
 # %% tags=["active-ipynb", "hide-cell"]
 # print("numbers:", (77 + 256) * 4096, "of them zeros:", 77 * (4096 - 768 - 1280))
 
-# %% tags=["active-ipynb", "hide-cell"]
+# %% [markdown]
+# **2.2 Code.** A pooled vector makes a search engine. Write `nearest`, which returns
+# the caption whose pooled vector points most nearly in the direction of the query's.
+# Run the check after each attempt.
+
+# %% tags=["active-ipynb", "exercise"]
+# def nearest(query: str, captions: list[str]) -> str:
+#     raise NotImplementedError
+
+# %% tags=["active-ipynb", "check"]
+# @check
+# def exercise_2_2() -> None:
+#     shelf = ["a green bag on a black background", "a pink coat on a white background"]
+#     shelf += ["a purple sneaker on a gray background"]
+#     for caption in shelf:
+#         found = nearest(f"a photo of {caption}", shelf)
+#         assert found == caption, f"you found {found} for {caption}"
+
+# %% tags=["active-ipynb", "solution", "hide-cell"]
+# def nearest(query: str, captions: list[str]) -> str:
+#     _, pooled = clip_l(tokenize_l([query, *captions]))
+#     return captions[similarity(pooled)[0, 1:].argmax()]
+#
+#
+# exercise_2_2()
+
+# %% [markdown]
+# **2.3 Code.** From a table of relative positions (32, H) make the one with which T5
+# reads a text backwards as the old one reads it forwards. Beware of distance zero.
+
+# %% tags=["active-ipynb", "exercise"]
+# def mirrored(table: Tensor) -> Tensor:
+#     raise NotImplementedError
+
+# %% tags=["active-ipynb", "check"]
+# @check
+# def exercise_2_3() -> None:
+#     other = copy.deepcopy(t5)
+#     table = other.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+#     table.weight.data = mirrored(table.weight.data)
+#     difference = (other(ids_t5.flip(1)).flip(1) - t5(ids_t5)).abs().max()
+#     assert difference < 1e-4, "read backwards, the states are others"
+
+# %% tags=["active-ipynb", "solution", "hide-cell"]
 # def mirrored(table: Tensor) -> Tensor:
 #     swapped = table.roll(16, dims=0)  # rows 0 … 15 ↔ rows 16 … 31
 #     swapped[0] = table[0]  # distance zero is neither behind nor ahead
 #     return swapped
 #
 #
-# exercise_2_2()
+# exercise_2_3()
+
+# %% [markdown]
+# **2.4 Explore.** In `CLIPTextEncoder.forward` return `states[-1]` instead of
+# `states[-2]` and run the cells from there: how does the picture of the context change?
+# Then leave `is_causal=True` out of `CLIPAttention`: which captions does CLIP still
+# tell apart? Last, put a word between two others in a caption and see which of its
+# states change, in CLIP and in T5.
 
 # %% [markdown]
 # ## Summary

@@ -47,7 +47,7 @@ from torch import Tensor, nn
 # %% tags=["active-ipynb"]
 # images, captions = sample_scenes()
 # print("images", tuple(images.shape), f"from {images.min():.2f} to {images.max():.2f}")
-# viz.show_images(images[:6], captions[:6], columns=6)
+# viz.show_images(images[:4], captions[:4])
 
 # %% [markdown]
 # ## Why not pixels
@@ -497,7 +497,7 @@ def check_image(images: Tensor, config: VAEConfig) -> None:
 # with torch.device("meta"):
 #     large, picture = VAE(VAEConfig.sd35()), torch.zeros(1, 3, 1024, 1024)
 # for layer in large.decoder.modules():
-#     if isinstance(layer, (nn.Conv2d, ResnetBlock, Upsample)):
+#     if isinstance(layer, (ResnetBlock, Upsample)):
 #         layer.register_forward_hook(report)
 # large.decode(large.encode(picture).mode());
 
@@ -689,8 +689,10 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # border on the other side or a missing scale in the attention would be noticed.
 
 # %% tags=["active-ipynb"]
+# import warnings
 # from dataclasses import asdict
 #
+# warnings.filterwarnings("ignore", "IProgress not found")  # there is no progress here
 # import diffusers
 #
 # from minidiff.support.checkpoints import vae_sources
@@ -742,42 +744,72 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # **3.1 Predict.** SD3.5 draws a picture 1344 pixels wide and 768 high. What shape is
 # its latent, and how many times fewer numbers is that? Work it out, then unfold the
 # solution.
-#
-# **3.2 Code.** Write `to_bytes`, which turns decoded pictures in [−1, 1], which may
-# stray outside a little, into bytes from 0 to 255, by rounding as diffusers does. How
-# many values change if you cut off the decimals instead?
-
-# %% tags=["active-ipynb"]
-# def to_bytes(images: Tensor) -> Tensor:
-#     raise NotImplementedError
-#
-# @check
-# def exercise_3_2() -> None:
-#     values = torch.tensor([-1.2, -1.0, 0.0, 0.01, 1.0, 1.01])
-#     expected = torch.tensor([0, 0, 128, 129, 255, 255], dtype=torch.uint8)
-#     assert to_bytes(values).dtype == torch.uint8, "bytes are torch.uint8"
-#     assert torch.equal(to_bytes(values), expected), to_bytes(values).tolist()
-
-# %% [markdown]
-# **3.3 Explore.** Exchange half of the channels between two latents before decoding:
-# whose colours and whose outline appear? Walk on beyond the second picture, with steps
-# up to 1.5. Keep every second row and column of the latent, double it, and decode.
-#
-# ### Solutions
 
 # %% tags=["active-ipynb", "hide-cell"]
 # with torch.device("meta"):
 #     latent = large.encode(torch.zeros(1, 3, 768, 1344)).mode()
 # print(tuple(latent.shape), "compression", 3 * 768 * 1344 / latent.numel())
 
-# %% tags=["active-ipynb", "hide-cell"]
+# %% [markdown]
+# **3.2 Code.** Write `divergence`, the second term of the loss: from means and
+# log-variances (B, C, h, w) the divergence from a standard normal, summed over each
+# picture's latent, (B,). Run the check after each attempt.
+
+# %% tags=["active-ipynb", "exercise"]
+# def divergence(posterior: Posterior) -> Tensor:
+#     raise NotImplementedError
+
+# %% tags=["active-ipynb", "check"]
+# from torch.distributions import Normal, kl_divergence
+#
+# @check
+# def exercise_3_2() -> None:
+#     ours = Normal(posterior.mean, (0.5 * posterior.logvar).exp())
+#     expected = kl_divergence(ours, Normal(0.0, 1.0)).sum((1, 2, 3))
+#     found = divergence(posterior)
+#     assert found.shape == expected.shape, f"a number a picture, not {found.shape}"
+#     assert torch.allclose(found, expected, rtol=1e-3), "another value is expected"
+
+# %% tags=["active-ipynb", "solution", "hide-cell"]
+# def divergence(posterior: Posterior) -> Tensor:
+#     mean, logvar = posterior.mean, posterior.logvar
+#     each = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
+#     return each.sum((1, 2, 3))  # (B, C, h, w) → (B,)
+#
+#
+# exercise_3_2()
+# print(f"on average {divergence(posterior).mean() / latents[0].numel():.1f} a number")
+
+# %% [markdown]
+# **3.3 Code.** Write `to_bytes`, which turns decoded pictures into bytes from 0 to 255
+# by rounding, as diffusers does. Decoded values may stray a little outside [−1, 1]. How
+# many values change if you cut off the decimals instead?
+
+# %% tags=["active-ipynb", "exercise"]
+# def to_bytes(images: Tensor) -> Tensor:
+#     raise NotImplementedError
+
+# %% tags=["active-ipynb", "check"]
+# @check
+# def exercise_3_3() -> None:
+#     found = to_bytes(torch.tensor([-1.2, -1.0, 0.01, 1.0, 1.01]))
+#     assert found.dtype == torch.uint8, f"torch.uint8, not {found.dtype}"
+#     assert found.tolist() == [0, 0, 129, 255, 255], f"found {found.tolist()}"
+
+# %% tags=["active-ipynb", "solution", "hide-cell"]
 # def to_bytes(images: Tensor) -> Tensor:
 #     return ((images + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
 #
 #
-# exercise_3_2()
+# exercise_3_3()
 # cut = ((restored + 1) * 127.5).clamp(0, 255).to(torch.uint8)
 # print(f"changed by cutting off: {(cut != to_bytes(restored)).float().mean():.0%}")
+
+# %% [markdown]
+# **3.4 Explore.** Exchange half of the channels between two latents before decoding:
+# whose colours and whose outline appear? Walk on beyond the second picture, with steps
+# up to 1.5. Keep every second row and column of a latent, repeat each twice, and
+# decode.
 
 # %% [markdown]
 # ## Summary
