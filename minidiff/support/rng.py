@@ -59,7 +59,7 @@ def uniform(seed: int, indices: Tensor, n: int, device=None) -> Tensor:
 
 
 def normal(seed: int, indices: Tensor, shape: tuple[int, ...], device=None) -> Tensor:
-    """Standard normal float32 numbers ``(B, *shape)``, by Box and Muller's method (1958).
+    """Standard normal float32 numbers ``(B, *shape)``; Box and Muller (1958).
 
     One 64-bit hash gives a radius, a direction, and so two normal numbers. Devices
     agree up to the rounding of their logarithm, sine and cosine.
