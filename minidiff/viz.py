@@ -404,7 +404,7 @@ def show_heatmap(
     ax, limit = axes[0, 0], np.abs(values).max()
     scale = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit} if signed else {}
     shown = ax.imshow(values, **scale)
-    figure.colorbar(shown, shrink=0.8)
+    figure.colorbar(shown, cax=ax.inset_axes([1.03, 0, 0.03, 1]))
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if rows is not None:
         ax.set_yticks(range(len(rows)), rows)
