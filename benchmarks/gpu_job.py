@@ -48,6 +48,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, help="of the transformer")
     parser.add_argument("--evaluate", type=int, default=2000, help="pictures a row")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="on a CPU too")
+    parser.add_argument("--bfloat16", action="store_true", help="on a CPU too")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--sequential", action="store_true", help="one stage at a time")
     parser.add_argument("--cache", type=Path, help="folder for encoded scenes")
     parser.add_argument("--probe", action="store_true")
     return parser.parse_args()
@@ -65,8 +69,8 @@ def make_job(args: argparse.Namespace):
         if stage == "transformer":
             changes["learning_rate"] = args.learning_rate
         changes = {k: v for k, v in changes.items() if v is not None}
-        if cuda:
-            changes |= {"compile": not args.no_compile, "bfloat16": stage != "clip"}
+        changes["compile"] = not args.no_compile if cuda else args.compile
+        changes["bfloat16"] = stage != "clip" if cuda else args.bfloat16
         if args.probe:
             changes |= {"steps": 60, "warmup_steps": 10, "log_every": 10}
             changes |= {"save_every": 60, "validate_every": 60}
@@ -215,7 +219,9 @@ def main() -> int:
     os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
     if args.stage:  # several compile at once
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "6")
-    os.environ.setdefault("OMP_NUM_THREADS", "4" if args.device != "cpu" else "1")
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "4" if args.device != "cpu" else str(args.threads)
+    )
     import torch
 
     from minidiff.extras.stages import run_stages
@@ -223,6 +229,8 @@ def main() -> int:
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     start, job = time.time(), make_job(args)
+    if args.device == "cpu":
+        torch.set_num_threads(args.threads)
     if args.stage == "evaluate":
         evaluate(args)
         return 0
@@ -234,7 +242,8 @@ def main() -> int:
         run_stages(job, ("tokenizers",))
         runs = args.output / "runs"
         todo = [s for s in SIDE_BY_SIDE if not (runs / f"{s}.done").exists()]
-        done = spawn(args, tuple(todo), job.deadline)
+        groups = [(s,) for s in todo] if args.sequential else [tuple(todo)]
+        done = all([spawn(args, group, job.deadline) for group in groups])
         print(f"side by side: {time.time() - start:.0f} s so far", flush=True)
         if done and args.until != "parallel":
             run_stages(job, ("transformer",))
