@@ -1,0 +1,107 @@
+"""Time minidiff's pipeline against diffusers' on the same tiny weights, on the CPU.
+
+    python benchmarks/pipeline_cpu.py [--model FOLDER] [--threads 2] [--rounds 5]
+
+Both run in this process, one after the other in every round: 8 pictures of one prompt,
+28 steps, guidance 4, text and decoding included, the same starting latents. Printed:
+the median time of each, their ratio, and how far the pictures are apart. Without
+``--model`` the shipped model is used, or random weights of its sizes without it.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from minidiff.dit import MMDiT, MMDiTConfig
+from minidiff.flow_matching import Scheduler
+from minidiff.sampling import Pipeline, load
+from minidiff.support.checkpoints import TINY
+from minidiff.support.data import all_captions
+from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
+from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
+from minidiff.vae import VAE, VAEConfig
+
+PROMPT = "a red dress on a blue background"
+
+
+def random_model(folder: Path) -> None:
+    """A model of the shipped sizes with random weights, gates and biases included."""
+    texts = all_captions()[:500]
+    tokenizers = [
+        CLIPTokenizer.train(texts, 514 + 6, model_max_length=32, pad_token=pad)
+        for pad in ("<|endoftext|>", "!")
+    ]
+    tokenizers.append(T5Tokenizer.train(texts, 300, model_max_length=32))
+    clips = [
+        CLIPTextEncoder(CLIPTextConfig(600, w, 4 * w, 3, h, 32, act, 1e-5, w, 2))
+        for w, h, act in ((64, 4, "quick_gelu"), (96, 6, "gelu"))
+    ]
+    parts = [*clips, T5Encoder(T5Config.tiny()), MMDiT(MMDiTConfig.tiny())]
+    parts.append(VAE(VAEConfig.tiny()))
+    for parameter in (p for part in parts for p in part.parameters()):
+        scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
+        torch.nn.init.normal_(parameter, 0, scale)
+    encoders, (transformer, vae) = parts[:3], parts[3:]
+    pipe = Pipeline(tokenizers, encoders, transformer, vae, Scheduler(1.0))
+    pipe.save_pretrained(folder)
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """The time of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    folder = options.model or TINY
+    if not (folder / "model_index.json").is_file():
+        folder = Path(tempfile.mkdtemp())
+        random_model(folder)
+    compare(folder, options.rounds)
+
+
+def compare(folder: Path, rounds: int) -> None:
+    """Time both pipelines on ``folder`` and print the result."""
+    import diffusers
+
+    ours = load(folder)
+    theirs = diffusers.StableDiffusion3Pipeline.from_pretrained(
+        folder, dtype=torch.float32
+    )
+    theirs.set_progress_bar_config(disable=True)
+    ours.progress = False
+    call = {"num_inference_steps": 28, "guidance_scale": 4.0, "output_type": "pt"}
+    call |= {"num_images_per_prompt": 8, "latents": ours.prepare_latents(8)}
+    call["max_sequence_length"] = ours.max_sequence_length
+
+    def run_ours() -> torch.Tensor:
+        return ours(PROMPT, **call)
+
+    def run_theirs() -> torch.Tensor:
+        return theirs(PROMPT, **call).images
+
+    a, b = run_ours(), run_theirs()  # the warm-up
+    pairs = [(seconds(run_ours), seconds(run_theirs)) for _ in range(rounds)]
+    mine, other = (statistics.median(times) for times in zip(*pairs, strict=True))
+    ratio = statistics.median(x / y for x, y in pairs)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"minidiff  {mine:.2f} s")
+    print(f"diffusers {other:.2f} s ({diffusers.__version__})")
+    print(f"ratio     {ratio:.3f} (median of {rounds} rounds; at most 0.8 is the aim)")
+    print(f"pictures differ by {((a - b).norm() / b.norm()).item():.1e}")
+
+
+if __name__ == "__main__":
+    main()
