@@ -49,8 +49,8 @@ from torch import Tensor, nn
 # tokenize_t5 = T5Tokenizer.from_pretrained(TINY / "tokenizer_3")
 # ids_l, ids_g, ids_t5 = (f([PROMPT]) for f in (tokenize_l, tokenize_g, tokenize_t5))
 # print(PROMPT)
-# for name, ids in {"CLIP-L": ids_l, "CLIP-G": ids_g, "T5": ids_t5}.items():
-#     print(f"{name:6} {tuple(ids.shape)} {ids[0, :12].tolist()} …")
+# for name, ids in {"ids_l": ids_l, "ids_g": ids_g, "ids_t5": ids_t5}.items():
+#     print(journey.check(name, ids), ids[0, :12].tolist(), "…")
 
 # %% [markdown]
 # ## Three readers of one sentence
