@@ -120,7 +120,7 @@ def attend_loops(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     length, d = q.shape
     out = torch.zeros_like(v)
     for i in range(length):
-        scores = [sum(q[i] * k[j]) / d**0.5 for j in range(length)]
+        scores = [q[i] @ k[j] / d**0.5 for j in range(length)]
         total = sum(score.exp() for score in scores)
         for j in range(length):
             out[i] += scores[j].exp() / total * v[j]
@@ -460,9 +460,9 @@ def record_attention(
 # %% [markdown]
 # The upper left field is words reading words, the lower left patches reading words.
 #
-# Now the words themselves. T5's tokens stand behind CLIP's 32. For every word we ask
-# in which patches it is read from, and lay the answer over the finished picture: one
-# row a block, in the middle of the way from noise to picture.
+# Now the words themselves. T5's tokens stand behind CLIP's 32. For every word we ask how
+# much each patch reads it, and lay the answer over the finished picture: one row a
+# word, one column a block, in the middle of the way from noise to picture.
 
 # %% tags=["active-ipynb"]
 # t5 = pipe.tokenizers[2]
@@ -470,14 +470,16 @@ def record_attention(
 # words = ["red", "dress", "blue", "background"]
 # rows = [pipe.tokenizers[0].model_max_length + names.index(word) for word in words]
 # maps = table[..., 64:, rows].mT.unflatten(-1, (8, 8))  # (block, step, word, 8, 8)
-# viz.show_attention(maps[:, 14], words, image, [f"block {i}" for i in range(7)])
+# by_block = maps[:, 14].transpose(0, 1)  # (block, word, 8, 8) → (word, block, 8, 8)
+# viz.show_attention(by_block, [f"block {i}" for i in range(7)], image, rows=words)
 
 # %% [markdown]
 # And block 3 over the steps.
 
 # %% tags=["active-ipynb"]
 # steps = [0, 4, 9, 14, 20, 27]
-# viz.show_attention(maps[3, steps], words, image, [f"step {i}" for i in steps])
+# by_step = maps[3, steps].transpose(0, 1)  # (step, word, 8, 8) → (word, step, 8, 8)
+# viz.show_attention(by_step, [f"step {i}" for i in steps], image, rows=words)
 
 # %% [markdown]
 # Touch it: choose a word and see where it is read; choose a block and a step; click a
@@ -536,7 +538,7 @@ def record_attention(
 #
 # theirs = reference.Attention(
 #     query_dim=192, added_kv_proj_dim=192, heads=6, dim_head=32, out_dim=192,
-#     context_pre_only=False, qk_norm="rms_norm", eps=1e-6,
+#     context_pre_only=False, bias=True, qk_norm="rms_norm", eps=1e-6,
 #     processor=reference.JointAttnProcessor2_0())
 # streams = {"to_{}": Attention(192, 6), "add_{}_proj": Attention(192, 6)}
 # norms, proj = ("norm_{}", "norm_added_{}"), (theirs.to_out[0], theirs.to_add_out)
@@ -646,7 +648,7 @@ def record_attention(
 # %% tags=["active-ipynb", "hide-cell", "solution"]
 # def masked(context: Heads, image: Heads, keep: Tensor) -> Tensor:
 #     q, k, v = (torch.cat(t, dim=1).transpose(1, 2) for t in zip(context, image))
-#     mask = F.pad(keep, (0, image.k.shape[1]), value=True)  # (L_c,) → (L_c + L_x,)
+#     mask = F.pad(keep, (0, image.k.shape[1]), value=True)[None]  # → (1, L_c + L_x)
 #     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 #     return out.transpose(1, 2).flatten(2)  # (B, H, L, d) → (B, L, H·d)
 #

@@ -841,9 +841,10 @@ class MMDiT(nn.Module):
 # %% tags=["active-ipynb"]
 # ours, stored = MMDiT(sizes), theirs.state_dict()
 # shapes = {name: t.shape for name, t in ours.state_dict().items()}
-# ours.load_state_dict({
+# renamed = {
 #     name: assemble(stored.__getitem__, source, shapes[name], "cpu", None)
-#     for name, source in transformer_sources(shapes).items()})
+#     for name, source in transformer_sources(shapes).items()}
+# print(ours.load_state_dict(renamed))
 
 # %% tags=["active-ipynb"]
 # x, s = torch.randn(2, 16, 16, 12), torch.rand(2)

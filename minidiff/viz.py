@@ -446,9 +446,12 @@ def show_bars(
             x, heights, width * 0.95, base if stacked else 0, color=color, label=part
         )
         base += heights
-    ax.set_xticks(range(len(nested)), [_wrapped(name, 16) for name in nested])
+    room = max(6, 72 // len(nested))  # letters below a bar
+    ax.set_xticks(range(len(nested)), [_wrapped(name, room) for name in nested])
     ax.set(ylabel=ylabel, title=title, yscale="log" if logy else "linear")
-    if len(parts) > 1:
+    if stacked:
+        figure.legend(loc="outside upper center", ncols=len(parts))
+    elif len(parts) > 1:
         ax.legend()
     return figure
 
