@@ -694,7 +694,7 @@ def memory(bench: Bench, name: str) -> None:
         )
         model.requires_grad_(False)
         if fp8 is not None:
-            accelerate(model, fp8=fp8, attention="cudnn")
+            accelerate(model, fp8=fp8)
         pipe = pipeline(bench, model, vae)
         steps = 2 if bench.tiny else 28
         seconds = []

@@ -10,21 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minidiff.dit import MMDiT, MMDiTConfig, Modulations
 from minidiff.flow_matching import Scheduler, Velocity, dpmpp_2m, euler, guide, heun
-from minidiff.support import checkpoints as cp
-from minidiff.support import hub
-from minidiff.text_encoders import (
-    CLIPTextConfig,
-    CLIPTextEncoder,
-    T5Config,
-    T5Encoder,
-    assemble,
-)
+from minidiff.support import checks
+from minidiff.text_encoders import CLIPTextEncoder, T5Encoder, assemble
 from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
-from minidiff.vae import VAE, VAEConfig
+from minidiff.vae import VAE
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -103,7 +96,7 @@ class Pipeline:
         self.name = recognize(name, transformer.config)
         self.defaults = DEFAULTS[self.name]
         self.progress = True
-        check_parts(self.text_encoders, transformer, vae)
+        checks.check_parts(self.text_encoders, transformer, vae)
 
     @property
     def device(self) -> torch.device:
@@ -137,12 +130,12 @@ class Pipeline:
         for tokenize, encode in zip(
             self.tokenizers[:2], self.text_encoders, strict=False
         ):
-            ids = tokenize(prompts, max_length=longest)  # (B, 77)
+            ids = tokenize(prompts, max_length=longest)  # (B, L)
             states, vector = encode(ids.to(self.device))
             hidden.append(states)
             pooled.append(vector)
         t5 = self._encode_t5(prompts, max_sequence_length or self.max_sequence_length)
-        context = assemble(*hidden, t5)  # → (B, 77 + M, D)
+        context = assemble(*hidden, t5)  # → (B, L + M, D)
         return context.to(self.dtype), torch.cat(pooled, dim=-1).to(self.dtype)
 
     def _encode_t5(self, prompts: Sequence[str], length: int) -> Tensor:
@@ -252,15 +245,15 @@ class Pipeline:
         in [0, 1]; with "latent" the scaled latents. Raises ValueError or TypeError,
         before any work, for what cannot be drawn.
         """
-        prompts, negatives = as_prompts(prompt, negative_prompt)
+        prompts, negatives = checks.as_prompts(prompt, negative_prompt)
         steps = or_default(num_inference_steps, self.defaults.num_inference_steps)
         scale = or_default(guidance_scale, self.defaults.guidance_scale)
-        check_choice("sampler", sampler, SAMPLERS)
-        check_choice("output_type", output_type, ("pil", "pt", "latent"))
-        check_range("num_inference_steps", steps, 1, 1000)
-        check_range("num_images_per_prompt", num_images_per_prompt, 1)
+        checks.check_choice("sampler", sampler, SAMPLERS)
+        checks.check_choice("output_type", output_type, ("pil", "pt", "latent"))
+        checks.check_range("num_inference_steps", steps, 1, 1000)
+        checks.check_range("num_images_per_prompt", num_images_per_prompt, 1)
         if max_sequence_length is not None:
-            check_range("max_sequence_length", max_sequence_length, 1, 512)
+            checks.check_range("max_sequence_length", max_sequence_length, 1, 512)
         count = len(prompts) * num_images_per_prompt
         latents = self.prepare_latents(count, height, width, seed, latents)
 
@@ -305,7 +298,7 @@ class Pipeline:
         sizes = [h or g or usual for h, g in zip((height, width), given, strict=True)]
         grid = factor * config.patch_size
         for name, size in zip(("height", "width"), sizes, strict=True):
-            check_size(name, size, grid, config.pos_embed_max_size * grid)
+            checks.check_size(name, size, grid, config.pos_embed_max_size * grid)
         shape = (config.in_channels, *(size // factor for size in sizes))
         if latents is None:
             first = secrets.randbelow(2**32) if seed is None else seed
@@ -320,6 +313,8 @@ class Pipeline:
         self, folder: Path | str, dtype: torch.dtype | None = None
     ) -> None:
         """Write a folder in the hub's diffusers layout, in ``dtype`` (None: as is)."""
+        from minidiff.extras.loading import save_pipeline
+
         save_pipeline(self, Path(folder), dtype)
 
 
@@ -346,230 +341,49 @@ def to_pil(pictures: Tensor) -> "list[Image]":
 
 
 # %% [markdown]
-# ## Refusing early
-
-
-# %%
-def as_prompts(
-    prompt: str | Sequence[str], negative: str | Sequence[str]
-) -> tuple[list[str], list[str]]:
-    """Prompts and as many negative prompts; one negative prompt serves for all."""
-    prompts = as_texts("prompt", prompt)
-    negatives = as_texts("negative_prompt", negative or "")
-    if isinstance(negative, str) or not negative:
-        negatives = negatives * len(prompts)
-    if len(negatives) != len(prompts):
-        raise ValueError(
-            f"negative_prompt has {len(negatives)} texts; expected 1 or {len(prompts)}"
-        )
-    return prompts, negatives
-
-
-def as_texts(name: str, value: str | Sequence[str]) -> list[str]:
-    """A list of one or more strings."""
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list | tuple) or not all(
-        isinstance(t, str) for t in texts
-    ):
-        found = type(value).__name__
-        raise TypeError(f"{name} is a {found}; expected a string or a list of strings")
-    if not texts:
-        raise ValueError(f"{name} is an empty list; expected at least one string")
-    return list(texts)
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raise ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
-
-
-def check_range(name: str, value: int, low: int, high: int | None = None) -> None:
-    """Raise ValueError unless ``value`` is a whole number from ``low`` to ``high``."""
-    if not isinstance(value, int) or value < low or (high and value > high):
-        limits = f"at least {low}" if high is None else f"{low} to {high}"
-        raise ValueError(f"{name} is {value}; expected a whole number, {limits}")
-
-
-def check_size(name: str, size: int, grid: int, largest: int) -> None:
-    """Raise ValueError unless ``size`` pixels are whole patches that fit the table."""
-    if not isinstance(size, int) or size % grid or not 0 < size <= largest:
-        nearest = min(max(round(size / grid), 1) * grid, largest)
-        raise ValueError(
-            f"{name} is {size}; expected a multiple of {grid} up to {largest} pixels "
-            f"(the nearest is {nearest})"
-        )
-
-
-def check_parts(
-    text_encoders: Sequence[CLIPTextEncoder | T5Encoder | None],
-    transformer: MMDiT,
-    vae: VAE,
-) -> None:
-    """Raise ValueError where the parts of a pipeline do not fit each other."""
-    clip_l, clip_g, t5 = (encoder and encoder.config for encoder in text_encoders)
-    c = transformer.config
-    pairs = [
-        ("pooled_projection_dim", clip_l.projection_dim + clip_g.projection_dim),
-        ("joint_attention_dim", t5.d_model if t5 else c.joint_attention_dim),
-        ("in_channels", vae.config.latent_channels),
-    ]
-    for name, expected in pairs:
-        if (found := getattr(c, name)) != expected:
-            raise ValueError(
-                f"the transformer's {name} is {found}; the other parts need {expected}"
-            )
-
-
-# %% [markdown]
 # ## Loading and saving
 
 
 # %%
-PARTS = {
-    "text_encoder": ("CLIPTextModelWithProjection", CLIPTextEncoder, CLIPTextConfig),
-    "text_encoder_2": ("CLIPTextModelWithProjection", CLIPTextEncoder, CLIPTextConfig),
-    "text_encoder_3": ("T5EncoderModel", T5Encoder, T5Config),
-    "transformer": ("SD3Transformer2DModel", MMDiT, MMDiTConfig),
-    "vae": ("AutoencoderKL", VAE, VAEConfig),
-}
-TOKENIZERS = {
-    "tokenizer": ("CLIPTokenizer", CLIPTokenizer),
-    "tokenizer_2": ("CLIPTokenizer", CLIPTokenizer),
-    "tokenizer_3": ("T5TokenizerFast", T5Tokenizer),
-}
-# Settings of diffusers' scheduler that no SD3 model uses, and that we do not honour.
-DYNAMIC = (
-    "use_dynamic_shifting",
-    "shift_terminal",
-    "use_karras_sigmas",
-    "use_exponential_sigmas",
-    "use_beta_sigmas",
-    "invert_sigmas",
-    "stochastic_sampling",
-)
-
-
 def load(
     model: Path | str = "tiny",
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    *,
+    text_encoders: Path | str | None = None,
+    memory: Any = None,
+    compile: bool = False,
+    **knobs: Any,
 ) -> Pipeline:
     """A pipeline, ready to draw.
 
-    ``model``: "tiny", "sd3.5-medium", "sd3.5-large", "sd3.5-large-turbo", a hub id, or
-    a folder in the hub's diffusers layout. ``device`` None is the CPU; ``dtype`` None
-    is float32 on a CPU and bfloat16 elsewhere. Every file is checked before the first
-    weight is read: ValueError and FileNotFoundError name what does not fit.
+    ``model``: "tiny", "sd3.5-medium", "sd3.5-large", "sd3.5-large-turbo", a hub id, a
+    folder in the hub's diffusers layout, or an official single file; then
+    ``text_encoders`` is the folder with the encoders and the tokenizers. ``device``
+    None is the CPU; ``dtype`` None is float32 on a CPU and bfloat16 elsewhere.
+
+    ``memory``: "8GB", "12GB", … picks a plan that fits, says so, and holds to it;
+    ``knobs`` are the settings of ``minidiff.extras.memory.Plan``. ``compile`` compiles
+    each kind of block when it first runs. Every file is checked before the first weight
+    is read: ValueError and FileNotFoundError name what does not fit.
     """
-    folder = find_model(model)
-    index = cp.read_json(folder / "model_index.json")
-    if not str(index.get("_class_name")).startswith("StableDiffusion3"):
-        found = index.get("_class_name")
-        raise ValueError(f"{folder} is a {found}; expected a StableDiffusion3Pipeline")
-    scheduler = read_scheduler(folder / "scheduler")
-    present = [n for n in (*PARTS, *TOKENIZERS) if (index.get(n) or [None])[0]]
-    required = [n for n in (*PARTS, *TOKENIZERS) if not n.endswith("_3")]
-    if missing := [name for name in required if name not in present]:
-        raise ValueError(f"{folder}/model_index.json names no {', '.join(missing)}")
-    ready = {
-        name: cp.prepare_component(*classes, folder / name)
-        for name, (_, *classes) in PARTS.items()
-        if name in present
-    }
-    tokenizers = [
-        cls.from_pretrained(folder / name) if name in present else None
-        for name, (_, cls) in TOKENIZERS.items()
-    ]
+    from minidiff.extras import loading
+
+    opened = loading.open_model(model, text_encoders)
     device = torch.device(device or "cpu")
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    parts = {name: read(device, dtype) for name, read in ready.items()}
-    encoders = [parts.get(name) for name in list(PARTS)[:3]]
-    name = f"{model} {index.get('_name_or_path', '')}"
+    if memory is None and not knobs and device.type != "cuda":
+        parts = {name: read(device, dtype) for name, read in opened.parts.items()}
+    else:
+        from minidiff.extras.memory import load_parts
+
+        parts = load_parts(opened.parts, device, dtype, memory, **knobs)
+    encoders = [parts.get(name) for name in loading.ENCODERS]
+    transformer, vae = parts["transformer"], parts["vae"]
+    if compile or device.type == "cuda":
+        from minidiff.extras.fast import accelerate
+
+        accelerate(transformer, vae, compile)
     return Pipeline(
-        tokenizers, encoders, parts["transformer"], parts["vae"], scheduler, name
+        opened.tokenizers, encoders, transformer, vae, opened.scheduler, opened.name
     )
-
-
-# %%
-PUBLISHED = {
-    "sd3.5-medium": MMDiTConfig.sd35_medium,
-    "sd3.5-large": MMDiTConfig.sd35_large,
-    "sd3.5-large-turbo": MMDiTConfig.sd35_large,
-}
-
-
-def blueprint(model: Path | str = "tiny") -> dict[str, nn.Module]:
-    """The models of a pipeline on the meta device: shapes, and not one weight.
-
-    The published names need no network; a folder's config.json files are read.
-    """
-    if model in PUBLISHED:
-        with torch.device("meta"):
-            return {
-                "text_encoder": CLIPTextEncoder(CLIPTextConfig.clip_l()),
-                "text_encoder_2": CLIPTextEncoder(CLIPTextConfig.clip_g()),
-                "text_encoder_3": T5Encoder(T5Config.t5_xxl()),
-                "transformer": MMDiT(PUBLISHED[model]()),
-                "vae": VAE(VAEConfig.sd35()),
-            }
-    folder = find_model(model)
-    return {
-        name: cp.load_component(*classes, folder / name, device="meta")
-        for name, (_, *classes) in PARTS.items()
-        if (folder / name).is_dir()
-    }
-
-
-def find_model(model: Path | str) -> Path:
-    """The folder that ``model`` names; downloaded if it is on the hub."""
-    if str(model) == "tiny":
-        return cp.TINY
-    if str(model) and Path(model).is_dir():
-        return Path(model)
-    if Path(model).is_file():
-        raise ValueError(f"{model} is a file; expected a folder in the hub's layout")
-    if str(model) in hub.REPOSITORIES or str(model).count("/") == 1:
-        return hub.download(str(model))
-    known = ", ".join(["tiny", *hub.REPOSITORIES])
-    raise ValueError(f"model is {str(model)!r}; expected {known} or a folder")
-
-
-def read_scheduler(folder: Path) -> Scheduler:
-    """The schedule of a folder; ValueError for settings that would draw otherwise."""
-    content = cp.read_json(cp.config_file(folder))
-    if used := [name for name in DYNAMIC if content.get(name)]:
-        raise ValueError(f"{folder} asks for {used[0]}, which minidiff does not have")
-    return cp.read_config(Scheduler, folder)
-
-
-# %%
-def save_pipeline(pipe: Pipeline, folder: Path, dtype: torch.dtype | None) -> None:
-    """Write every part of ``pipe`` and the index that names them."""
-    index = {"_class_name": "StableDiffusion3Pipeline", "_name_or_path": pipe.name}
-    parts = (*pipe.text_encoders, pipe.transformer, pipe.vae)
-    for (name, (hub_class, *_)), part in zip(PARTS.items(), parts, strict=True):
-        library = "diffusers" if name in ("transformer", "vae") else "transformers"
-        index[name] = [library, hub_class] if part else [None, None]
-        if part:
-            cp.save_component(part, folder / name, hub_class, dtype)
-    for (name, (hub_class, _)), part in zip(
-        TOKENIZERS.items(), pipe.tokenizers, strict=True
-    ):
-        index[name] = ["transformers", hub_class] if part else [None, None]
-        if part:
-            part.save_pretrained(folder / name)
-    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
-    save_scheduler(pipe.scheduler, folder / "scheduler")
-    cp.write_json(folder / "model_index.json", index)
-
-
-def save_scheduler(scheduler: Scheduler, folder: Path) -> None:
-    """Write the hub's scheduler_config.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "shift": scheduler.shift,
-        "num_train_timesteps": scheduler.num_train_timesteps,
-    }
-    cp.write_json(folder / "scheduler_config.json", content)

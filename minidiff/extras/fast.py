@@ -61,6 +61,10 @@ def linear(
     """Rows (R, in) → (R, out), then tanh-GELU where asked for; written to ``out``."""
     if x.scale is not None:
         return float8_product(x, layer, out)
+    if layer._forward_hooks:  # LoRA that is not fused
+        y = layer(x.values)
+        y = y if out is None else out.copy_(y)
+        return F.gelu(y, approximate="tanh") if gelu else y
     matrix, dtype = layer.weight, x.values.dtype
     if isinstance(layer, Float8Linear):
         matrix = matrix.to(dtype) * layer.scale.to(dtype)
@@ -100,9 +104,9 @@ class FastMMDiT:
 
     Works on the model's own layers and has its ``forward``'s interface. With ``fp8``
     the products of the blocks take 8-bit inputs, scaled for each row of tokens and
-    each output channel; those layers must then be ``Float8Linear``. Hooks and wrapped
-    layers (attention maps, LoRA that is not fused) do not run here. Raises ValueError
-    for a model without q/k norms.
+    each output channel; those layers must then be ``Float8Linear``. Where gradients
+    are wanted or attention is recorded, the model's own forward pass runs. Raises
+    ValueError for a model without q/k norms.
     """
 
     def __init__(
@@ -118,7 +122,6 @@ class FastMMDiT:
             dual = head_norms(image.attn2, image.attn2) if image.chunks == 9 else None
             self.norms.append((head_norms(text.attn, image.attn), dual))
 
-    @torch.no_grad()
     def __call__(
         self,
         latents: Tensor,
@@ -131,6 +134,17 @@ class FastMMDiT:
     ) -> Tensor:
         """As ``MMDiT.forward``: velocity (B, C, h, w)."""
         model = self.model
+        recorded = any(b.attention._forward_pre_hooks for b in model.joint_blocks)
+        if recorded or torch.is_grad_enabled():
+            return MMDiT.forward(
+                model,
+                latents,
+                sigma,
+                context,
+                pooled,
+                skip_layers=skip_layers,
+                modulations=modulations,
+            )
         height, width = model.check(latents, context, pooled)
         if modulations is None:
             modulations = model.modulations(sigma, pooled)
@@ -236,11 +250,19 @@ def self_attention(qkv: Tensor, batch: int, heads: int) -> Tensor:
 def accelerate(
     transformer: MMDiT | None = None,
     vae: VAE | None = None,
+    compile: bool = False,
     fp8: bool = False,
-    attention: str | None = None,
+    attention: str | None = "cudnn",
 ) -> None:
-    """Let a pipeline's transformer and decoder run in the forms of this module."""
-    if transformer is not None:
+    """Let a transformer and an autoencoder's decoder run in the forms of this module.
+
+    With ``compile`` the chapters' own blocks run instead, compiled: each kind of block
+    once, for all sizes.
+    """
+    if transformer is not None and compile:
+        for block in transformer.joint_blocks:
+            block.compile(dynamic=True)
+    elif transformer is not None:
         transformer.forward = FastMMDiT(transformer, fp8, attention)
     if vae is not None:
         vae.decoder.forward = FastDecoder(vae.decoder)
@@ -274,9 +296,10 @@ class FastDecoder:
         levels = [u["upsample"] for u in decoder.up if "upsample" in u]
         self.folded = {u: folded_kernel(u) for u in levels} if fold else {}
 
-    @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
         d = self.decoder
+        if torch.is_grad_enabled():
+            return Decoder.forward(d, latents)
         x = latents.contiguous(memory_format=torch.channels_last)
         x = self.resnet(Pending(d.conv_in(x)), d.mid["block_1"])
         x = self.attention(x, d.mid["attn_1"])

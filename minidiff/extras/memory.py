@@ -287,13 +287,23 @@ def tile(vae: VAE, plan: Plan) -> VAE:
 
 
 def load_parts(
-    prepared: Mapping[str, Prepared], plan: Plan, device: Any, dtype: torch.dtype
+    prepared: Mapping[str, Prepared],
+    device: Any,
+    dtype: torch.dtype,
+    memory: str | Plan | None = None,
+    **knobs: Any,
 ) -> dict[str, nn.Module]:
-    """Read the parts of a pipeline, by the hub's names, as the plan says."""
-    wanted = {n: p for n, p in prepared.items() if not skipped(plan, n)}
-    return {name: place(part, plan, device, dtype) for name, part in wanted.items()}
+    """Read the parts of a pipeline, by the hub's names, as a plan says (``choose``).
 
-
-def skipped(plan: Plan, name: str) -> bool:
-    """Whether the part ``name`` of a pipeline is left out."""
-    return plan.t5 == "none" and name == "text_encoder_3"
+    A plan that was asked for is printed in one line. Raises ValueError where the card
+    is too small, naming a plan that fits.
+    """
+    models = {name: part.model for name, part in prepared.items()}
+    plan = choose(memory, models, **knobs)
+    if plan.t5 == "none":
+        models.pop("text_encoder_3", None)
+    check_device(plan, models, device)
+    if memory is not None or knobs:
+        need = estimate(plan, models) / GIB
+        print(f"memory plan: {plan}; about {need:.1f} GiB for a 1024×1024 picture")
+    return {name: place(prepared[name], plan, device, dtype) for name in models}

@@ -88,7 +88,8 @@ class Source:
     """The stored tensors that make one of ours, and how.
 
     ``how``: "copy"; "stack" (their rows, one below the other); "swap" (the halves of
-    the rows change places); "conv" (a matrix that we hold as a 1×1 convolution).
+    the rows change places); "conv" (a matrix that we hold as a 1×1 convolution);
+    "identity" (an identity matrix that is not stored).
     """
 
     names: tuple[str, ...]
@@ -309,12 +310,23 @@ class Prepared:
 
 
 def prepare_weights(
-    model: nn.Module, files: Iterable[Path], rename: Rename | None = None
+    model: nn.Module,
+    files: Iterable[Path],
+    rename: Rename | None = None,
+    prefix: str = "",
 ) -> Prepared:
-    """The two halves of :func:`load_weights`: check now, read when called."""
+    """The two halves of :func:`load_weights`: check now, read when called.
+
+    Of the files only the tensors whose names begin with ``prefix`` count.
+    """
     expected = model.state_dict()
     sources = (rename or _identity)(expected)
-    found = {name: (f, shape) for f in files for name, shape in read_header(f).items()}
+    found = {
+        name: (file, shape)
+        for file in files
+        for name, shape in read_header(file).items()
+        if name.startswith(prefix)
+    }
     check_names(sources, found)
     check_shapes(sources, found, expected)
     return Prepared(model, sources, found)
@@ -354,7 +366,7 @@ def check_shapes(
     """Raise ValueError at the first stored tensor that has not the shape it needs."""
     for ours, source in sources.items():
         rows, *rest = expected[ours].shape
-        parts = len(source.names)
+        parts = max(1, len(source.names))
         shape = (rows // parts, *(rest[:1] if source.how == "conv" else rest))
         for name in source.names:
             file, stored = found[name]
@@ -372,6 +384,8 @@ def assemble(
     dtype: torch.dtype | None,
 ) -> Tensor:
     """One of our tensors, of ``shape``, from the stored tensors of its ``source``."""
+    if source.how == "identity":
+        return torch.eye(*shape, device=device, dtype=dtype)
     first = read(source.names[0])
     if source.how == "stack":
         whole = torch.empty(shape, device=device, dtype=dtype or first.dtype)

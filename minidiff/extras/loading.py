@@ -1,0 +1,200 @@
+"""Pipelines on disk: hub folders and single files, checked before they are read."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import nn
+
+from minidiff.dit import MMDiT, MMDiTConfig
+from minidiff.flow_matching import Scheduler
+from minidiff.support import checkpoints as cp
+from minidiff.support import hub, single_file
+from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
+from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
+from minidiff.vae import VAE, VAEConfig
+
+if TYPE_CHECKING:
+    from minidiff.sampling import Pipeline
+
+PARTS = {
+    "text_encoder": ("CLIPTextModelWithProjection", CLIPTextEncoder, CLIPTextConfig),
+    "text_encoder_2": ("CLIPTextModelWithProjection", CLIPTextEncoder, CLIPTextConfig),
+    "text_encoder_3": ("T5EncoderModel", T5Encoder, T5Config),
+    "transformer": ("SD3Transformer2DModel", MMDiT, MMDiTConfig),
+    "vae": ("AutoencoderKL", VAE, VAEConfig),
+}
+TOKENIZERS = {
+    "tokenizer": ("CLIPTokenizer", CLIPTokenizer),
+    "tokenizer_2": ("CLIPTokenizer", CLIPTokenizer),
+    "tokenizer_3": ("T5TokenizerFast", T5Tokenizer),
+}
+# Settings of diffusers' scheduler that no SD3 model uses, and that we do not honour.
+DYNAMIC = (
+    "use_dynamic_shifting",
+    "shift_terminal",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "invert_sigmas",
+    "stochastic_sampling",
+)
+
+
+ENCODERS = tuple(PARTS)[:3]
+
+
+class Opened(NamedTuple):
+    """A pipeline's files, checked; of the models nothing has been read yet."""
+
+    name: str
+    parts: dict[str, cp.Prepared]
+    tokenizers: list[CLIPTokenizer | T5Tokenizer | None]
+    scheduler: Scheduler
+
+
+def open_model(model: Path | str, text_encoders: Path | str | None) -> Opened:
+    """Check the files of ``minidiff.load``'s ``model``: a single file or a folder."""
+    if Path(model).is_file():
+        return open_single_file(Path(model), text_encoders)
+    return open_folder(model)
+
+
+def open_folder(model: Path | str) -> Opened:
+    """Check a folder in the hub's layout, or a name that stands for one."""
+    folder = find_model(model)
+    index = cp.read_json(folder / "model_index.json")
+    if not str(index.get("_class_name")).startswith("StableDiffusion3"):
+        found = index.get("_class_name")
+        raise ValueError(f"{folder} is a {found}; expected a StableDiffusion3Pipeline")
+    scheduler = read_scheduler(folder / "scheduler")
+    present = [n for n in (*PARTS, *TOKENIZERS) if (index.get(n) or [None])[0]]
+    required = [n for n in (*PARTS, *TOKENIZERS) if not n.endswith("_3")]
+    if missing := [name for name in required if name not in present]:
+        raise ValueError(f"{folder}/model_index.json names no {', '.join(missing)}")
+    parts = {
+        name: cp.prepare_component(*classes, folder / name)
+        for name, (_, *classes) in PARTS.items()
+        if name in present
+    }
+    name = f"{model} {index.get('_name_or_path', '')}"
+    return Opened(name, parts, read_tokenizers(folder, present), scheduler)
+
+
+def open_single_file(file: Path, text_encoders: Path | str | None) -> Opened:
+    """Check an official single file, and the folder of its encoders and tokenizers.
+
+    The encoders may be single files too, or folders of the hub's layout.
+    """
+    if text_encoders is None:
+        raise ValueError(f"{file} has no text encoders; expected text_encoders=folder")
+    folder = Path(text_encoders)
+    parts = {
+        name: single_file.prepare_part(name, *PARTS[name][1:], file)
+        for name in ("transformer", "vae")
+    }
+    hub_layout = [name for name in ENCODERS if (folder / name).is_dir()]
+    if hub_layout:
+        parts |= {
+            name: cp.prepare_component(*PARTS[name][1:], folder / name)
+            for name in hub_layout
+        }
+    else:
+        files = single_file.find_text_encoders(folder)
+        parts |= {
+            name: single_file.prepare_part(name, *PARTS[name][1:], encoder)
+            for name, encoder in files.items()
+        }
+    present = [n for n in TOKENIZERS if (folder / n).is_dir() or not n.endswith("_3")]
+    return Opened(file.stem, parts, read_tokenizers(folder, present), Scheduler(3.0))
+
+
+def read_tokenizers(
+    folder: Path, present: Sequence[str]
+) -> list[CLIPTokenizer | T5Tokenizer | None]:
+    """The three tokenizers, None for one that is not ``present``."""
+    return [
+        cls.from_pretrained(folder / name) if name in present else None
+        for name, (_, cls) in TOKENIZERS.items()
+    ]
+
+
+PUBLISHED = {
+    "sd3.5-medium": MMDiTConfig.sd35_medium,
+    "sd3.5-large": MMDiTConfig.sd35_large,
+    "sd3.5-large-turbo": MMDiTConfig.sd35_large,
+}
+
+
+def blueprint(model: Path | str = "tiny") -> dict[str, nn.Module]:
+    """The models of a pipeline on the meta device: shapes, and not one weight.
+
+    The published names need no network; a folder's config.json files are read.
+    """
+    if model in PUBLISHED:
+        with torch.device("meta"):
+            return {
+                "text_encoder": CLIPTextEncoder(CLIPTextConfig.clip_l()),
+                "text_encoder_2": CLIPTextEncoder(CLIPTextConfig.clip_g()),
+                "text_encoder_3": T5Encoder(T5Config.t5_xxl()),
+                "transformer": MMDiT(PUBLISHED[model]()),
+                "vae": VAE(VAEConfig.sd35()),
+            }
+    folder = find_model(model)
+    return {
+        name: cp.load_component(*classes, folder / name, device="meta")
+        for name, (_, *classes) in PARTS.items()
+        if (folder / name).is_dir()
+    }
+
+
+def find_model(model: Path | str) -> Path:
+    """The folder that ``model`` names; downloaded if it is on the hub."""
+    if str(model) == "tiny":
+        return cp.TINY
+    if str(model) and Path(model).is_dir():
+        return Path(model)
+    if str(model) in hub.REPOSITORIES or str(model).count("/") == 1:
+        return hub.download(str(model))
+    known = ", ".join(["tiny", *hub.REPOSITORIES])
+    raise ValueError(f"model is {str(model)!r}; expected {known} or a folder")
+
+
+def read_scheduler(folder: Path) -> Scheduler:
+    """The schedule of a folder; ValueError for settings that would draw otherwise."""
+    content = cp.read_json(cp.config_file(folder))
+    if used := [name for name in DYNAMIC if content.get(name)]:
+        raise ValueError(f"{folder} asks for {used[0]}, which minidiff does not have")
+    return cp.read_config(Scheduler, folder)
+
+
+def save_pipeline(pipe: "Pipeline", folder: Path, dtype: torch.dtype | None) -> None:
+    """Write every part of ``pipe`` and the index that names them."""
+    index = {"_class_name": "StableDiffusion3Pipeline", "_name_or_path": pipe.name}
+    parts = (*pipe.text_encoders, pipe.transformer, pipe.vae)
+    for (name, (hub_class, *_)), part in zip(PARTS.items(), parts, strict=True):
+        library = "diffusers" if name in ("transformer", "vae") else "transformers"
+        index[name] = [library, hub_class] if part else [None, None]
+        if part:
+            cp.save_component(part, folder / name, hub_class, dtype)
+    for (name, (hub_class, _)), part in zip(
+        TOKENIZERS.items(), pipe.tokenizers, strict=True
+    ):
+        index[name] = ["transformers", hub_class] if part else [None, None]
+        if part:
+            part.save_pretrained(folder / name)
+    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    save_scheduler(pipe.scheduler, folder / "scheduler")
+    cp.write_json(folder / "model_index.json", index)
+
+
+def save_scheduler(scheduler: Scheduler, folder: Path) -> None:
+    """Write the hub's scheduler_config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "shift": scheduler.shift,
+        "num_train_timesteps": scheduler.num_train_timesteps,
+    }
+    cp.write_json(folder / "scheduler_config.json", content)
