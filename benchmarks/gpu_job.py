@@ -219,9 +219,8 @@ def main() -> int:
     os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
     if args.stage:  # several compile at once
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "6")
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", "4" if args.device != "cpu" else str(args.threads)
-    )
+    threads = args.threads if args.device == "cpu" else 4
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     import torch
 
     from minidiff.extras.stages import run_stages

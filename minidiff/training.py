@@ -6,7 +6,6 @@ r"""
 # %%
 import copy
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +13,18 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from minidiff.dit import MMDiT
 from minidiff.flow_matching import interpolate, velocity_target
-from minidiff.support.trainer import Run, TrainingError
+from minidiff.support import parallel
+from minidiff.support.trainer import (
+    Monitor,
+    Run,
+    check_batch,
+    checkpoint,
+    compiled,
+    restore,
+)
 from minidiff.text_encoders import CLIPTextEncoder, T5Encoder
 from minidiff.vae import VAE
 
@@ -92,17 +98,21 @@ class CLIPTraining(nn.Module):
         self.log_scale = nn.Parameter(torch.full((2,), math.log(1 / 0.07)))
 
 
-def contrastive_loss(text: Tensor, image: Tensor, scale: Tensor, meaning: Tensor):
+def contrastive_loss(
+    text: Tensor, image: Tensor, scale: Tensor, meaning: Tensor
+) -> Tensor:
     """Which caption belongs to which picture; Radford et al. 2021, figure 3.
 
-    ``text``, ``image`` (B, P); captions with the same ``meaning`` (B,) say the same, so
-    each picture has all of them as its positives, in equal parts.
+    ``text``, ``image`` (B, P); captions of one ``meaning`` (B,) say the same, so that
+    each picture has all of them as its positives, in equal parts. On many devices a
+    row is compared with the rows of all of them, N.
     """
     text, image = F.normalize(text.float(), dim=-1), F.normalize(image.float(), dim=-1)
-    logits = scale * text @ image.mT  # (B, P) · (P, B) → (B, B)
-    same = (meaning[:, None] == meaning).float()
+    same = (meaning[:, None] == parallel.gather(meaning)).to(text.dtype)  # → (B, N)
     target = same / same.sum(1, keepdim=True)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.mT, target)) / 2
+    to_image = F.cross_entropy(scale * text @ parallel.gather(image).mT, target)
+    to_text = F.cross_entropy(scale * image @ parallel.gather(text).mT, target)
+    return (to_image + to_text) / 2
 
 
 def clip_loss(model: CLIPTraining, batch: Batch) -> Tensor:
@@ -243,7 +253,7 @@ def drop_encoders(
 # %%
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How long and how fast to learn; schedules count steps."""
+    """How long and how fast to learn. Schedules count steps, never seconds."""
 
     steps: int
     batch_size: int
@@ -260,111 +270,96 @@ class TrainingConfig:
     save_every: int = 1000
     validate_every: int = 0
 
+    def __post_init__(self) -> None:
+        check_batch(self.steps, self.batch_size, self.accumulation * parallel.size())
 
+
+@dataclass
+class Task:
+    """Something to learn: a model, its loss, and batches that indices determine.
+
+    ``batch(indices)`` must depend on the samples' numbers alone, and ``loss`` be a mean
+    over samples: then a run can be stopped, resumed and split over devices.
+    """
+
+    model: nn.Module
+    loss: Callable[[nn.Module, Batch], Tensor]
+    batch: Callable[[Tensor], Batch]
+    validate: Callable[[nn.Module], dict] | None = None
+
+
+# %%
 def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Linear warm-up, then half a cosine down to zero; Loshchilov & Hutter 2017."""
+    """Linear warm-up, then half a cosine to zero; Loshchilov & Hutter 2017, eq. 5."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     return config.learning_rate * (1 + math.cos(math.pi * done)) / 2
 
 
+# %%
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Move the averaged weights towards the model's; younger averages move faster."""
+    """Move the averaged weights towards the model's; a young average moves faster."""
     decay = min(decay, (1 + step) / (10 + step))
     averaged, current = list(ema.parameters()), list(model.parameters())
-    torch._foreach_lerp_(averaged, current, 1 - decay)
+    torch._foreach_lerp_(averaged, current, 1 - decay)  # all tensors in one call
 
 
 # %%
-@dataclass
-class Task:
-    """Something to learn: a model, a loss, and batches that are functions of indices.
+class Objective(nn.Module):
+    """A loss as a module's forward: what compilers and many-device engines wrap."""
 
-    ``batch(indices)`` must depend on the samples' numbers alone: then a run can be
-    stopped, resumed and split over devices without changing what is learned.
-    """
+    def __init__(self, task: Task, bfloat16: bool) -> None:
+        super().__init__()
+        self.model, self.loss, self.bfloat16 = task.model, task.loss, bfloat16
 
-    model: nn.Module
-    loss: Callable[[nn.Module, Batch], Tensor]
-    batch: Callable[[Tensor], Batch]
-    validate: Callable[[nn.Module], dict[str, float]] | None = None
+    def forward(self, batch: Batch) -> Tensor:
+        kind = next(iter(batch.values())).device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=self.bfloat16):
+            return self.loss(self.model, batch)
 
 
 # %%
 class Learner:
-    """The state of a run: weights, their average and the optimiser's moments."""
+    """The state of a run: the weights, their average, the optimiser's moments."""
 
     def __init__(self, task: Task, config: TrainingConfig, device: str) -> None:
-        self.task, self.config = task, config
-        self.device = torch.device(device)
+        self.task, self.config, self.device = task, config, torch.device(device)
         self.model = task.model.to(self.device).train()
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
-            lr=config.learning_rate,
             betas=(0.9, config.beta2),
             weight_decay=config.weight_decay,
             fused=self.device.type == "cuda",
         )
-        self.objective = torch.compile(self._loss) if config.compile else self._loss
-        self.compiled = not config.compile  # whether it has run once
+        self.objective = parallel.wrap(Objective(task, config.bfloat16))
+        if config.compile:
+            self.objective = compiled(self.objective)
 
-    def _loss(self, batch: Batch) -> Tensor:
-        enabled = self.config.bfloat16
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
-            return self.task.loss(self.model, batch)
+    def samples(self, step: int, part: int) -> Tensor:
+        """The numbers of the samples that this process sees in a part of a step."""
+        shares = self.config.accumulation * parallel.size()
+        size = self.config.batch_size // shares
+        share = part * parallel.size() + parallel.rank()
+        first = step * self.config.batch_size + share * size
+        return torch.arange(first, first + size, device=self.device)
 
-    def _backward(self, batch: Batch) -> Tensor:
-        try:
-            loss = self.objective(batch)
-            (loss / self.config.accumulation).backward()
-        except Exception as error:
-            if self.compiled:
-                raise
-            print(f"compilation failed, going on without: {error}", file=sys.stderr)
-            self.objective, self.compiled = self._loss, True
-            self.optimizer.zero_grad()
-            return self._backward(batch)
-        self.compiled = True
-        return loss.detach()
-
-    def step(self, number: int) -> Tensor:
-        """One step of the optimiser on the samples of step ``number``; its loss."""
-        c, parts = self.config, []
-        size = c.batch_size // c.accumulation
+    def step(self, step: int) -> Tensor:
+        """One step of the optimiser; the mean loss of its samples."""
+        c, losses = self.config, []
         for part in range(c.accumulation):
-            first = number * c.batch_size + part * size
-            indices = torch.arange(first, first + size, device=self.device)
-            parts.append(self._backward(self.task.batch(indices)))
+            loss = self.objective(self.task.batch(self.samples(step, part)))
+            (loss / c.accumulation).backward()
+            losses.append(loss.detach())
         nn.utils.clip_grad_norm_(self.model.parameters(), c.max_grad_norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(number, c)
+            group["lr"] = learning_rate(step, c)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        update_ema(self.ema, self.model, c.ema_decay, number)
-        return torch.stack(parts).mean()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint holds, by name."""
-        named = {f"model/{n}": p for n, p in self.model.state_dict().items()}
-        named |= {f"ema/{n}": p for n, p in self.ema.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
-            for key, value in self.optimizer.state[parameter].items():
-                named[f"optimizer/{key}/{name}"] = value
-        return named
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what ``tensors()`` gave."""
-        for part, module in (("model/", self.model), ("ema/", self.ema)):
-            weights = {k.removeprefix(part): v for k, v in tensors.items()}
-            module.load_state_dict({n: weights[n] for n in module.state_dict()})
-        state = self.optimizer.state_dict()
-        for i, (name, _) in enumerate(self.model.named_parameters()):
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            state["state"][i] = {k: tensors[f"optimizer/{k}/{name}"] for k in keys}
-        self.optimizer.load_state_dict(state)
+        update_ema(self.ema, self.model, c.ema_decay, step)
+        return parallel.average(torch.stack(losses).mean())
 
 
 # %%
@@ -373,66 +368,29 @@ def fit(
     config: TrainingConfig,
     run: Run | None = None,
     device: str = "cpu",
-    deadline: float | None = None,
+    deadline: float = math.inf,
 ) -> nn.Module:
-    """Train, from the run's last checkpoint if it has one; return the averaged model.
+    """Train from the run's last checkpoint, if it has one; return the averaged model.
 
-    ``deadline`` (seconds since the epoch) stops the process, not the schedule: the
-    state is saved and TimeoutError raised. A loss that is not a number stops too:
-    TrainingError names the step, its samples and the last good checkpoint.
+    At ``deadline`` (seconds since the epoch) the state is saved and TimeoutError
+    raised: the process ends, the schedule does not change. TrainingError stops a run
+    whose loss is not a number.
     """
     learner = Learner(task, config, device)
-    saved = run.restore() if run else None
-    start = saved[1] if saved else 0
-    if saved:
-        learner.load(saved[0])
-    losses, begun = [], time.time()
-    bar = tqdm(
-        total=config.steps, initial=start, disable=not sys.stderr.isatty(), unit="step"
-    )
-    for number in range(start, config.steps):
-        losses.append(learner.step(number))
-        done = number + 1
-        stop = deadline is not None and time.time() > deadline
-        last = done == config.steps or stop
-        if done % config.log_every == 0 or last or done % config.save_every == 0:
-            loss = check_losses(losses, done, config, run)
-            rate = len(losses) * config.batch_size / (time.time() - begun)
-            bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{rate:.0f}")
-            bar.update(len(losses))
-            if run:
-                lr = learning_rate(number, config)
-                run.log({"step": done, "loss": loss, "lr": lr, "samples_per_s": rate})
-            losses, begun = [], time.time()
+    start = restore(run, learner.model, learner.ema, learner.optimizer)
+    monitor = Monitor(config.steps, start, config.batch_size, run)
+    for step in range(start, config.steps):
+        monitor.add(learner.step(step))
+        done, late = step + 1, time.time() > deadline
+        last = done == config.steps or late
+        if last or done % config.log_every == 0 or done % config.save_every == 0:
+            monitor.flush(lr=learning_rate(step, config))
         if task.validate and config.validate_every:
-            if done % config.validate_every == 0 or done == config.steps:
-                record = {"step": done, **task.validate(learner.ema)}
-                if run:
-                    run.log(record)
-                begun = time.time()
-        if run and (done % config.save_every == 0 or last):
-            run.save(done, learner.tensors())
-            if bar.disable:
-                print(f"step {done} of {config.steps}: loss {loss:.4f}, {rate:.0f}/s")
-            begun = time.time()
-        if stop and done < config.steps:
+            if last or done % config.validate_every == 0:
+                monitor.log(**task.validate(learner.ema))
+        if run and (last or done % config.save_every == 0):
+            checkpoint(run, done, learner.model, learner.ema, learner.optimizer)
+            monitor.restart()
+        if late and done < config.steps:
             raise TimeoutError(f"stopped after step {done} of {config.steps}")
-    bar.close()
     return learner.ema
-
-
-def check_losses(
-    losses: list[Tensor], done: int, config: TrainingConfig, run: Run | None
-) -> float:
-    """The mean of the last losses; raises TrainingError where one is not finite."""
-    values = torch.stack(losses).tolist()
-    for i, value in enumerate(values):
-        if not math.isfinite(value):
-            step = done - len(values) + i
-            first = step * config.batch_size
-            raise TrainingError(
-                f"the loss is {value} at step {step + 1} (samples {first} to "
-                f"{first + config.batch_size - 1}); "
-                + (run.last_good() if run else "nothing was saved")
-            )
-    return sum(values) / len(values)

@@ -7,15 +7,19 @@ and a lock that the operating system frees when the process ends, however it end
 
 import hashlib
 import json
+import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
 
 try:
     import fcntl
@@ -166,6 +170,124 @@ class Run:
         if path.exists():
             text = "".join(json.dumps(line) + "\n" for line in kept)
             write_atomically(path, text.encode())
+
+
+def checkpoint(
+    run: Run, step: int, model: nn.Module, ema: nn.Module, optimizer: Optimizer
+) -> None:
+    """Save all that a run needs to go on after ``step`` steps."""
+    tensors = {f"model/{n}": p for n, p in model.state_dict().items()}
+    tensors |= {f"ema/{n}": p for n, p in ema.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{key}/{name}"] = value
+    run.save(step, tensors)
+
+
+def restore(
+    run: Run | None, model: nn.Module, ema: nn.Module, optimizer: Optimizer
+) -> int:
+    """Take back what the last :func:`checkpoint` saved; the steps that are done."""
+    saved = run.restore() if run else None
+    if saved is None:
+        return 0
+    tensors, step = saved
+    for part, module in (("model/", model), ("ema/", ema)):
+        module.load_state_dict({n: tensors[part + n] for n in module.state_dict()})
+    state, keys = optimizer.state_dict(), ("step", "exp_avg", "exp_avg_sq")
+    for i, (name, _) in enumerate(model.named_parameters()):
+        state["state"][i] = {key: tensors[f"{key}/{name}"] for key in keys}
+    optimizer.load_state_dict(state)
+    return step
+
+
+def compiled(module: nn.Module) -> Callable:
+    """``module`` through torch.compile, or as it is where that fails (it says so)."""
+    fast = torch.compile(module)
+
+    def call(batch: dict[str, Tensor]) -> Tensor:
+        nonlocal fast
+        try:
+            return fast(batch)
+        except Exception as error:
+            if fast is module:
+                raise
+            print(f"compilation failed, going on without: {error}", file=sys.stderr)
+            fast = module
+            return module(batch)
+
+    return call
+
+
+def check_batch(steps: int, batch_size: int, shares: int) -> None:
+    """Raise ValueError for numbers of steps or samples that cannot be."""
+    if steps < 1 or batch_size < 1 or shares < 1:
+        raise ValueError(
+            f"steps {steps}, batch size {batch_size}, parts {shares}: expected at "
+            "least 1 of each"
+        )
+    if batch_size % shares:
+        raise ValueError(
+            f"a batch of {batch_size} samples cannot be cut into {shares} equal parts "
+            "(accumulation times processes)"
+        )
+
+
+class Monitor:
+    """Losses on their way to the log: checked, averaged, shown with their speed.
+
+    They stay on the device until ``flush``, so that no step waits for the last one.
+
+    Args:
+        steps, start: of the run, and how many of them are done.
+        batch_size: samples a step.
+        run: where to log; None only shows.
+    """
+
+    def __init__(
+        self, steps: int, start: int, batch_size: int, run: Run | None = None
+    ) -> None:
+        self.steps, self.batch_size, self.run = steps, batch_size, run
+        self.done, self.waiting = start, []
+        quiet = not sys.stderr.isatty()
+        self.bar = tqdm(total=steps, initial=start, disable=quiet, unit="step")
+        self.since = time.time()
+
+    def add(self, loss: Tensor) -> None:
+        """Take the loss of the next step, a tensor without axes."""
+        self.waiting.append(loss)
+
+    def flush(self, **facts: float) -> None:
+        """Log the mean of the losses that wait, with ``facts``.
+
+        Raises TrainingError for one that is not finite, naming its step and samples.
+        """
+        losses = torch.stack(self.waiting).tolist()
+        for step, loss in enumerate(losses, self.done):
+            if not math.isfinite(loss):
+                raise TrainingError(self._broken(step, loss))
+        loss, self.waiting = sum(losses) / len(losses), []
+        self.done += len(losses)
+        speed = len(losses) * self.batch_size / (time.time() - self.since)
+        self.bar.set_postfix(loss=f"{loss:.4f}", samples_per_s=f"{speed:.0f}")
+        self.bar.update(len(losses))
+        self.log(loss=loss, samples_per_s=round(speed, 1), **facts)
+
+    def log(self, **record: object) -> None:
+        """Log ``record`` at the present step; what follows is timed from here."""
+        if self.run:
+            self.run.log({"step": self.done, **record})
+        self.restart()
+
+    def restart(self) -> None:
+        """Time what follows from here."""
+        self.since = time.time()
+
+    def _broken(self, step: int, loss: float) -> str:
+        first = step * self.batch_size
+        samples = f"samples {first} to {first + self.batch_size - 1}"
+        kept = self.run.last_good() if self.run else "nothing was saved"
+        return f"the loss is {loss} at step {step + 1} ({samples}); {kept}"
 
 
 def read_log(path: Path | str) -> list[dict]:
