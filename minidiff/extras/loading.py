@@ -87,18 +87,26 @@ def open_single_file(file: Path, text_encoders: Path | str | None) -> Opened:
 
     The encoders may be single files too, or folders of the hub's layout.
     """
+    if file.suffix != ".safetensors":
+        raise ValueError(
+            f"{file} is a file; expected a folder in the hub's layout, or an official "
+            "single file, *.safetensors"
+        )
     if text_encoders is None:
-        raise ValueError(f"{file} has no text encoders; expected text_encoders=folder")
+        raise ValueError(
+            f"{file} holds no text encoders; expected text_encoders=folder, with "
+            "clip_l.safetensors, clip_g.safetensors, … and the tokenizers"
+        )
     folder = Path(text_encoders)
     parts = {
         name: single_file.prepare_part(name, *PARTS[name][1:], file)
         for name in ("transformer", "vae")
     }
-    hub_layout = [name for name in ENCODERS if (folder / name).is_dir()]
-    if hub_layout:
+    if (folder / ENCODERS[0]).is_dir():
         parts |= {
             name: cp.prepare_component(*PARTS[name][1:], folder / name)
-            for name in hub_layout
+            for name in ENCODERS
+            if (folder / name).is_dir() or not name.endswith("_3")
         }
     else:
         files = single_file.find_text_encoders(folder)
