@@ -31,6 +31,11 @@ from minidiff.vae import VAE
 Batch = dict[str, Tensor]
 
 
+def precise(x: Tensor) -> Tensor:
+    """``x`` in float32 at least: losses are not computed in bfloat16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 # %% [markdown]
 # ## The autoencoder's loss
 
@@ -56,9 +61,9 @@ def vae_loss(vae: VAE, batch: Batch, kl_weight: float = 5e-4) -> Tensor:
     ``batch``: images (B, 3, H, W) in [−1, 1], noise (B, C, h, w).
     """
     posterior = vae.encode(batch["images"])
-    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    mean, logvar = precise(posterior.mean), precise(posterior.logvar)
     z = mean + torch.exp(0.5 * logvar) * batch["noise"]
-    error = vae.decode(z).float() - batch["images"]
+    error = precise(vae.decode(z)) - batch["images"]
     edges = gradient_difference(error, torch.zeros_like(error))
     reconstruction = error.abs().mean() + 2 * error.square().mean() + 0.5 * edges
     return reconstruction + kl_weight * kl_divergence(mean, logvar)
@@ -107,7 +112,7 @@ def contrastive_loss(
     each picture has all of them as its positives, in equal parts. On many devices a
     row is compared with the rows of all of them, N.
     """
-    text, image = F.normalize(text.float(), dim=-1), F.normalize(image.float(), dim=-1)
+    text, image = (F.normalize(precise(x), dim=-1) for x in (text, image))
     same = (meaning[:, None] == parallel.gather(meaning)).to(text.dtype)  # → (B, N)
     target = same / same.sum(1, keepdim=True)
     to_image = F.cross_entropy(scale * text @ parallel.gather(image).mT, target)
@@ -207,7 +212,7 @@ def t5_loss(model: T5Training, batch: Batch) -> Tensor:
     """
     target = batch["target"]
     answer = F.pad(target, (1, 0))[:, :-1]  # shifted by one, (B, L)
-    logits = model(batch["source"], answer).float()
+    logits = precise(model(batch["source"], answer))
     loss = F.cross_entropy(logits.mT, target, ignore_index=0, reduction="none")
     return (loss.sum(1) / (target != 0).sum(1)).mean()  # (B, L) → (B,) → ()
 
@@ -225,7 +230,7 @@ def transformer_loss(model: MMDiT, batch: Batch) -> Tensor:
     x0, noise, sigma = batch["x0"], batch["noise"], batch["sigma"]
     x = interpolate(x0, noise, sigma)
     v = model(x, sigma, batch["context"], batch["pooled"])
-    return (v.float() - velocity_target(x0, noise)).square().mean()
+    return (precise(v) - velocity_target(x0, noise)).square().mean()
 
 
 def drop_encoders(

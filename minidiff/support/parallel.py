@@ -51,13 +51,25 @@ def wrap(module: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(module)
 
 
+class _Gather(torch.autograd.Function):
+    """The rows of all processes; backward, each gets the sum of what all ask of it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(size())[rank()]
+
+
 def gather(x: Tensor) -> Tensor:
     """The rows (B, …) of all processes, (N, …); gradients flow back to each."""
-    if not active():
-        return x
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.cat(all_gather(x.contiguous()))
+    return _Gather.apply(x) if active() else x
 
 
 @torch.no_grad()
