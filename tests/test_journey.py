@@ -1,4 +1,6 @@
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,3 +36,18 @@ def test_another_tensor_does_not(record, change):
     }
     with pytest.raises(AssertionError, match="journey"):
         journey.check("latents", changed[change])
+
+
+@pytest.mark.skipif(not journey.RECORD.exists(), reason="no journey is on record yet")
+def test_the_shipped_model_makes_the_journey_on_record():
+    """All of it, so that the chapters' own checks can only fail by their own fault."""
+    import minidiff
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    import record_journey
+
+    found = record_journey.journey(minidiff.load("tiny"))
+    known = json.loads(journey.RECORD.read_text())["tensors"]
+    assert found.keys() == known.keys()
+    for name, x in found.items():
+        assert journey.check(name, x).endswith("the same in every chapter")
