@@ -165,7 +165,8 @@ def info(
     model: Annotated[str, typer.Argument(help=f"{MODEL}.")] = "tiny",
 ) -> None:
     """Print a model's parts, their parameters and their size in 16-bit numbers."""
-    from minidiff.sampling import DEFAULTS, blueprint, recognize
+    from minidiff.extras.loading import blueprint
+    from minidiff.sampling import DEFAULTS, recognize
     from minidiff.support.checkpoints import count_parameters
 
     parts = blueprint(model)

@@ -352,6 +352,7 @@ def load(
     *,
     text_encoders: Path | str | None = None,
     memory: Any = None,
+    fast: bool = False,
     compile: bool = False,
     **knobs: Any,
 ) -> Pipeline:
@@ -363,9 +364,10 @@ def load(
     None is the CPU; ``dtype`` None is float32 on a CPU and bfloat16 elsewhere.
 
     ``memory``: "8GB", "12GB", … picks a plan that fits, says so, and holds to it;
-    ``knobs`` are the settings of ``minidiff.extras.memory.Plan``. ``compile`` compiles
-    each kind of block when it first runs. Every file is checked before the first weight
-    is read: ValueError and FileNotFoundError name what does not fit.
+    ``knobs`` are the settings of ``minidiff.extras.memory.Plan``. ``fast`` runs
+    ``minidiff.extras.fast`` for the blocks, ``compile`` compiles each kind of block.
+    Every file is checked before the first weight is read: ValueError and
+    FileNotFoundError name what does not fit.
     """
     from minidiff.extras import loading
 
@@ -380,10 +382,10 @@ def load(
         parts = load_parts(opened.parts, device, dtype, memory, **knobs)
     encoders = [parts.get(name) for name in loading.ENCODERS]
     transformer, vae = parts["transformer"], parts["vae"]
-    if compile or device.type == "cuda":
+    if fast or compile:
         from minidiff.extras.fast import accelerate
 
-        accelerate(transformer, vae, compile)
+        accelerate(transformer, vae, fast, compile)
     return Pipeline(
         opened.tokenizers, encoders, transformer, vae, opened.scheduler, opened.name
     )
