@@ -165,12 +165,12 @@ class MMDiTConfig:
 
     @classmethod
     def tiny(cls) -> "MMDiTConfig":
-        """The model that ships with the package: 64×64 pictures, 9 M parameters."""
+        """The model that ships with the package: 64×64 pictures, 5 M parameters."""
         return cls(
             sample_size=16,
-            num_layers=7,
+            num_layers=5,
             attention_head_dim=32,
-            num_attention_heads=6,
+            num_attention_heads=5,
             joint_attention_dim=192,
             pooled_projection_dim=160,
             pos_embed_max_size=16,

@@ -135,8 +135,8 @@ class VAEConfig:
     def tiny(cls) -> "VAEConfig":
         """The shipped model's autoencoder, before its scale and shift are measured."""
         return cls(
-            block_out_channels=(32, 64, 64),
-            norm_num_groups=16,
+            block_out_channels=(16, 32, 64),
+            norm_num_groups=8,
             scaling_factor=1.0,
             shift_factor=0.0,
         )
