@@ -396,6 +396,7 @@ class CLIPTokenizer(Tokenizer):
             raise ValueError(f"pad_token {pad_token!r} is not in the vocabulary")
         names = cls.DEFAULTS.names | {"pad_token": pad_token}
         added = {t.content: t for t in (AddedToken(pad_token), *cls.DEFAULTS.added)}
+        added = dict(sorted(added.items(), key=lambda item: vocab[item[0]]))
         return cls(
             vocab, merges, Settings(names, tuple(added.values()), model_max_length)
         )

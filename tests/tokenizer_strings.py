@@ -45,7 +45,8 @@ RANGES = [
 WORDS = (
     "a red dress on blue background photo of t-shirt it's they're I'd WE'LL don't 'S "
     "naïve Straße ΣΊΣΥΦΟΣ İstanbul Ǆ ﬀ ① ½ ١٢٣ 12345 3.14 (word:1.2) \\( [x] {y} $5 #1 "
-    "שלום عَرَبِيّ हिन्दी ไทย 日本語 中文 한국어 русский ｆｕｌｌ ㍿ ℌ x² a_b don''t !!! ... ?!"
+    "שלום عَرَبِيّ हिन्दी ไทย 日本語 中文 한국어 русский ｆｕｌｌ ㍿ ℌ x² a_b "
+    "don''t !!! ... ?!"
 ).split()
 
 

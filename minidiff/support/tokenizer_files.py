@@ -89,8 +89,11 @@ def read_settings(folder: str | Path, defaults: Settings) -> Settings:
         name: merged[name] if merged.get(name) else text
         for name, text in defaults.names.items()
     }
-    extra = merged.get("additional_special_tokens") or merged.get(
-        "extra_special_tokens", []
+    sentinels = config.get("extra_ids", defaults.extra_ids)
+    extra = (
+        merged.get("additional_special_tokens")
+        or merged.get("extra_special_tokens")
+        or [f"<extra_id_{number}>" for number in range(sentinels)]
     )
     added = {token.content: token for token in known}
     for entry in (*named.values(), *extra):
@@ -102,7 +105,7 @@ def read_settings(folder: str | Path, defaults: Settings) -> Settings:
         tuple(added.values()),
         # Some folders state 1e30 for "not known".
         length if length < 1_000_000 else defaults.model_max_length,
-        config.get("extra_ids", defaults.extra_ids),
+        sentinels,
         config.get("clean_up_tokenization_spaces", defaults.clean_up),
     )
 

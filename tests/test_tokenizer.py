@@ -1,0 +1,498 @@
+"""Chapter 1: the same ids as transformers', on real and on trained vocabularies."""
+
+import json
+import shutil
+import time
+import unicodedata
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizer_strings import strings
+
+from minidiff import tokenizer as chapter
+from minidiff.support import sentencepiece, unicode
+from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer, Tokenizer
+
+transformers = pytest.importorskip("transformers")
+transformers.logging.set_verbosity_error()
+
+OURS = {
+    "tokenizer": CLIPTokenizer,
+    "tokenizer_2": CLIPTokenizer,
+    "tokenizer_3": T5Tokenizer,
+}
+CAPTIONS = [
+    "a red dress on a blue background",
+    "a photo of a t-shirt on a white background",
+    "an orange bag left of a green ankle boot on a black background",
+    "a yellow sneaker above a pink sandal on a gray background",
+    "a picture of purple trousers against a red background",
+] * 3
+
+
+@pytest.fixture(scope="module")
+def folders(shared: Path) -> Path:
+    return shared / "sd35" / "tokenizers"
+
+
+@pytest.fixture(scope="module")
+def references(folders: Path) -> dict:
+    return {
+        name: transformers.AutoTokenizer.from_pretrained(folders / name)
+        for name in OURS
+    }
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    return strings(20_000, seed=0)
+
+
+def ours(folders: Path, name: str) -> Tokenizer:
+    return OURS[name].from_pretrained(folders / name)
+
+
+def differences(tokenizer: Tokenizer, reference, texts: list[str]) -> list[tuple]:
+    """Return (text, our ids, the reference's ids) wherever ids differ."""
+    theirs = reference(texts)["input_ids"]
+    pairs = (
+        (text, tokenizer.encode(text), i) for text, i in zip(texts, theirs, strict=True)
+    )
+    return [case for case in pairs if case[1] != case[2]]
+
+
+# Parity on the published vocabularies
+
+
+def test_strings_are_many_and_varied(texts):
+    assert len(set(texts)) > 15_000
+    planes = {ord(char) >> 16 for text in texts for char in text}
+    assert planes == set(range(17))
+    categories = {unicodedata.category(char) for text in texts for char in text}
+    assert categories >= {"Mn", "Cc", "Cf", "Lo", "Zs", "So", "Cn", "Nd"}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_ids_equal_the_reference(folders, references, texts, name):
+    assert not differences(ours(folders, name), references[name], texts)[:3]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_decoded_text_equals_the_reference(folders, references, texts, name):
+    tokenizer, reference = ours(folders, name), references[name]
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(tokenizer.vocab_size, (500, 9), generator=generator).tolist()
+    for ids in reference(texts[:5000])["input_ids"] + noise:
+        assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
+
+
+def pipeline_ids(reference, texts: list[str], length: int) -> torch.Tensor:
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    return reference(texts, max_length=length, **options).input_ids
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_padding_and_truncation_equal_the_reference(folders, references, texts, name):
+    tokenizer, reference = ours(folders, name), references[name]
+    texts = texts[:400] + ["long " * 600, "", "wow! cat"]
+    for length in (256, 77, 3, 2):
+        ids = tokenizer(texts, max_length=length)
+        assert ids.dtype == torch.int64 and ids.shape == (len(texts), length)
+        assert torch.equal(ids, pipeline_ids(reference, texts, length))
+    default = tokenizer(texts)
+    assert torch.equal(
+        default, pipeline_ids(reference, texts, reference.model_max_length)
+    )
+
+
+def test_facts_of_the_three_tokenizers(folders):
+    clip_l, clip_g, t5 = (ours(folders, name) for name in OURS)
+    assert clip_l(["wow! cat"])[0, :6].tolist() == [
+        49406,
+        2781,
+        256,
+        2368,
+        49407,
+        49407,
+    ]
+    assert clip_g(["wow! cat"])[0, :6].tolist() == [49406, 2781, 0, 2368, 49407, 0]
+    assert (clip_l.bos_token_id, clip_l.eos_token_id) == (49406, 49407)
+    assert (clip_l.pad_token_id, clip_g.pad_token_id, t5.pad_token_id) == (49407, 0, 0)
+    assert (t5.bos_token_id, t5.eos_token_id, t5.unk_token_id) == (None, 1, 2)
+    assert (clip_l.vocab_size, t5.vocab_size) == (49408, 32100)
+    assert (clip_g.model_max_length, t5.model_max_length) == (77, 512)
+    assert t5.sentinel_id(0) == 32099 and t5([""], 3).tolist() == [[1, 0, 0]]
+
+
+# Each parity test catches its mutants
+
+
+def keep_capitals(text: str) -> str:
+    return chapter.regex.sub(r"\s+", " ", unicode.nfc(text))
+
+
+def without_nfc(text: str) -> str:
+    return unicode.lowercase(chapter.regex.sub(r"\s+", " ", text))
+
+
+def pythons_tables(text: str) -> str:
+    text = unicodedata.normalize("NFC", text)
+    return chapter.regex.sub(r"\s+", " ", text).lower()
+
+
+def without_end_of_word(word: str) -> tuple[str, ...]:
+    return tuple(chapter.BYTE_TO_CHARACTER[byte] for byte in word.encode())
+
+
+JOINED_DIGITS = chapter.regex.compile(chapter.WORD.pattern.replace("]]|[^", "]]+|[^"))
+CLIP_MUTANTS = {
+    "capitals kept": ("clean", keep_capitals),
+    "accents not composed": ("clean", without_nfc),
+    "Python's own tables": ("clean", pythons_tables),
+    "no end of word": ("word_symbols", without_end_of_word),
+    "digits joined": ("WORD", JOINED_DIGITS),
+    "markers not split again": ("split_words", lambda text: chapter.WORD.findall(text)),
+    "no merges": ("merge", lambda symbols, ranks: list(symbols)),
+}
+
+
+@pytest.mark.parametrize("mutant", CLIP_MUTANTS)
+def test_ids_catch_mutants_of_clip(folders, references, texts, mutant, monkeypatch):
+    monkeypatch.setattr(chapter, *CLIP_MUTANTS[mutant])
+    tokenizer = ours(folders, "tokenizer")
+    assert differences(tokenizer, references["tokenizer"], texts[:3000])
+
+
+def greedy(text: str, trie: dict, unknown: float) -> list[str]:
+    pieces, start = [], 0
+    while start < len(text):
+        *_, (end, _) = chapter.edges(text, start, trie, unknown)
+        pieces.append(text[start:end])
+        start = end
+    return pieces
+
+
+T5_MUTANTS = {
+    "no character map": (T5Tokenizer, "normalize", lambda self, text: text),
+    "letters instead of graphemes": (
+        sentencepiece.CharacterMap,
+        "__call__",
+        lambda self, text: "".join(self._lookup(c) or c for c in text),
+    ),
+    "longest piece first": (chapter, "best_path", greedy),
+    "unknown letters apart": (
+        T5Tokenizer,
+        "_word_ids",
+        lambda self, word: [
+            self.vocab.get(piece, 2)
+            for piece in chapter.best_path(word, self._trie, self._unknown)
+        ],
+    ),
+    "no mark before a word": (
+        chapter,
+        "spaced_words",
+        lambda text: chapter.regex.findall("▁?[^▁]+", text),
+    ),
+}
+
+
+@pytest.mark.parametrize("mutant", T5_MUTANTS)
+def test_ids_catch_mutants_of_t5(folders, references, texts, mutant, monkeypatch):
+    monkeypatch.setattr(*T5_MUTANTS[mutant])
+    tokenizer = ours(folders, "tokenizer_3")
+    assert differences(tokenizer, references["tokenizer_3"], texts[:3000])
+
+
+def test_ids_catch_merges_in_the_wrong_order(folders, references, texts):
+    tokenizer = ours(folders, "tokenizer")
+    tokenizer.ranks = {pair: -rank for pair, rank in tokenizer.ranks.items()}
+    assert differences(tokenizer, references["tokenizer"], texts[:3000])
+
+
+def test_ids_catch_a_forgotten_exclamation_mark(folders, references, texts):
+    mutant = ours(folders, "tokenizer")
+    assert differences(mutant, references["tokenizer_2"], texts[:2000])
+
+
+def test_decoding_catches_its_mutants(folders, references, texts, monkeypatch):
+    def decoded_alike(name: str) -> bool:
+        tokenizer, reference = ours(folders, name), references[name]
+        rows = reference(texts[:3000])["input_ids"]
+        return all(
+            tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
+            for ids in rows
+        )
+
+    monkeypatch.setattr(chapter, "END_OF_WORD", "")
+    assert not decoded_alike("tokenizer")
+    monkeypatch.setattr(chapter, "TIDY", ())
+    assert not decoded_alike("tokenizer_3")
+
+
+@pytest.mark.parametrize("mutant", ["pad_token_id", "eos_token_id"])
+def test_padding_catches_mutants(folders, references, texts, mutant):
+    tokenizer = ours(folders, "tokenizer_2")
+    setattr(tokenizer, mutant, 7)
+    ids = tokenizer(texts[:50], max_length=77)
+    assert not torch.equal(ids, pipeline_ids(references["tokenizer_2"], texts[:50], 77))
+
+
+# Files
+
+
+def copy(folder: Path, target: Path, *names: str) -> Path:
+    target.mkdir(exist_ok=True)
+    for name in names:
+        shutil.copy(folder / name, target)
+    return target
+
+
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+
+
+def test_t5_reads_the_same_from_either_file(folders, texts, tmp_path):
+    folder = folders / "tokenizer_3"
+    proto = T5Tokenizer.from_pretrained(
+        copy(folder, tmp_path / "proto", "spiece.model", *SETTINGS)
+    )
+    text = T5Tokenizer.from_pretrained(
+        copy(folder, tmp_path / "text", "tokenizer.json", *SETTINGS)
+    )
+    assert proto.scores == text.scores and proto.charsmap == text.charsmap
+    assert proto.settings == text.settings
+    assert all(proto.encode(t) == text.encode(t) for t in texts[:3000])
+
+
+def without_decoder(folder: Path) -> Path:
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["added_tokens_decoder"]
+    path.write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_reads_what_older_versions_wrote(folders, texts, tmp_path, name):
+    """Without added_tokens_decoder, special_tokens_map.json says what is special."""
+    names = {"tokenizer_3": ("spiece.model",)}.get(name, ("vocab.json", "merges.txt"))
+    folder = without_decoder(copy(folders / name, tmp_path / "old", *names, *SETTINGS))
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = OURS[name].from_pretrained(folder)
+    assert not differences(tokenizer, reference, texts[:2000])
+    assert tokenizer.pad_token_id == reference.pad_token_id
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_reads_what_transformers_writes(references, texts, tmp_path, name):
+    references[name].save_pretrained(tmp_path)
+    tokenizer = OURS[name].from_pretrained(tmp_path)
+    assert not differences(tokenizer, references[name], texts[:2000])
+    assert tokenizer.pad_token_id == references[name].pad_token_id
+
+
+def trained() -> dict[str, Tokenizer]:
+    return {
+        "tokenizer": CLIPTokenizer.train(CAPTIONS, 1024, model_max_length=32),
+        "tokenizer_2": CLIPTokenizer.train(CAPTIONS, 1024, 32, pad_token="!"),
+        "tokenizer_3": T5Tokenizer.train(CAPTIONS, 512, 32, model_max_length=32),
+    }
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("published", [False, True])
+def test_transformers_reads_what_is_saved(folders, texts, tmp_path, name, published):
+    tokenizer = ours(folders, name) if published else trained()[name]
+    tokenizer.save_pretrained(tmp_path)
+    kind = "T5TokenizerFast" if name == "tokenizer_3" else "CLIPTokenizer"
+    for reader in (transformers.AutoTokenizer, getattr(transformers, kind)):
+        reference = reader.from_pretrained(tmp_path)
+        assert not differences(tokenizer, reference, texts[:2000])
+        length = reference.model_max_length
+        ids = pipeline_ids(reference, texts[:300], length)
+        assert torch.equal(tokenizer(texts[:300]), ids)
+    again = type(tokenizer).from_pretrained(tmp_path)
+    assert again.vocab == tokenizer.vocab and again.settings == tokenizer.settings
+
+
+# Training
+
+
+def test_fast_training_learns_the_same_merges():
+    words = {}
+    for caption in CAPTIONS + ["banana bandana anagram naan aaaaaaa"] * 2:
+        for word in chapter.split_words(caption):
+            symbols = chapter.word_symbols(word)
+            words[symbols] = words.get(symbols, 0) + 1
+    for limit in (0, 1, 30, 10_000):
+        naive = chapter.learn_merges_naively(words, limit)
+        assert chapter.learn_merges(words, limit) == naive
+    assert len(naive) > 100
+
+
+def test_heap_merges_as_the_naive_loop():
+    ranks = {p: i for i, p in enumerate(CLIPTokenizer.train(CAPTIONS, 1024).ranks)}
+    for text in strings(800, seed=1):
+        for word in chapter.split_words(chapter.clean(text)):
+            symbols = chapter.word_symbols(word)
+            *_, last = chapter.merge_naively(symbols, ranks)
+            assert chapter.merge(symbols, ranks) == list(last)
+    repeated = {("a", "a"): 0, ("aa", "aa"): 1, ("aa", "a"): 2, ("aaaa", "a"): 3}
+    for length in range(1, 20):
+        *_, last = chapter.merge_naively("a" * length, repeated)
+        assert chapter.merge("a" * length, repeated) == list(last)
+
+
+def test_trained_vocabularies_suit_captions():
+    clip, clip_g, t5 = trained().values()
+    pieces = clip.tokens(clip.encode("a red dress on a blue background"))
+    assert pieces[1:-1] == [
+        w + "</w>" for w in "a red dress on a blue background".split()
+    ]
+    assert clip.vocab_size <= 1024 and clip.eos_token_id == clip.vocab_size - 1
+    assert clip.bos_token_id == clip.vocab_size - 2
+    assert clip_g.pad_token_id == 0 and clip_g.vocab["!"] == 0
+    assert (
+        clip_g.encode("red!")[2] == 0 and clip.encode("red!")[2] == clip.vocab["!</w>"]
+    )
+    assert t5.tokens(t5.encode("red dress")) == ["▁red", "▁dress", "</s>"]
+    assert t5.vocab_size <= 512 and t5.sentinel_id(0) == t5.vocab_size - 1
+    assert t5.sentinel_id(31) == t5.vocab_size - 32
+    assert t5.encode("<extra_id_3> dress")[0] == t5.sentinel_id(3)
+
+
+def test_any_text_survives_the_trained_byte_vocabulary():
+    clip = trained()["tokenizer"]
+    for text in strings(600, seed=2):
+        wanted = "".join(chapter.split_words(chapter.clean(text)))
+        if not any(marker in wanted for marker in ("<|", "</w>")):
+            assert "".join(clip.decode(clip.encode(text)).split()) == "".join(
+                wanted.split()
+            )
+
+
+def test_any_printable_ascii_survives_the_trained_pieces():
+    t5 = trained()["tokenizer_3"]
+    for text in ("Hello, World? (1 + 2) = {3}", "a [b] c\\d ~ ^ | `"):
+        assert (
+            t5.unk_token_id not in t5.encode(text)
+            and t5.decode(t5.encode(text)) == text
+        )
+
+
+def test_training_is_the_same_each_time():
+    for one, two in zip(trained().values(), trained().values(), strict=True):
+        assert one.vocab == two.vocab
+
+
+def test_best_path_is_the_best_of_all():
+    scores = {"a": -2.0, "b": -2.5, "ab": -3.0, "ba": -3.2, "aba": -5.1, "bab": -4.4}
+    trie = chapter.build_trie(scores)
+
+    def all_paths(text: str) -> list[list[str]]:
+        if not text:
+            return [[]]
+        heads = (p for p in scores if text.startswith(p))
+        return [
+            [head, *tail] for head in heads for tail in all_paths(text[len(head) :])
+        ]
+
+    for text in ("ab", "abab", "babba", "aabbab"):
+        best = max(all_paths(text), key=lambda path: sum(map(scores.get, path)))
+        found = chapter.best_path(text, trie, -100.0)
+        assert sum(map(scores.get, found)) == sum(map(scores.get, best))
+
+
+def test_expected_counts_equal_enumeration():
+    scores = {"a": -1.0, "b": -1.5, "ab": -2.0, "ba": -2.2}
+    counts = chapter.expected_counts({"aba": 2}, scores)
+    paths = [["a", "b", "a"], ["ab", "a"], ["a", "ba"]]
+    weights = torch.tensor([sum(scores[p] for p in path) for path in paths]).softmax(0)
+    for piece in scores:
+        wanted = sum(
+            2 * w * path.count(piece) for w, path in zip(weights, paths, strict=True)
+        )
+        assert counts[piece] == pytest.approx(float(wanted), rel=1e-5)
+
+
+# Speed
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_3"])
+def test_ten_thousand_letters_in_a_tenth_of_a_second(folders, name):
+    tokenizer = ours(folders, name)
+    tokenizer.encode("warm")
+    letters = torch.randint(97, 123, (10_000,), dtype=torch.uint8)
+    seconds = []
+    for shift in range(5):
+        text = bytes(letters.roll(shift).tolist()).decode()
+        start = time.thread_time()
+        tokenizer.encode(text)
+        seconds.append(time.thread_time() - start)
+    assert min(seconds) < 0.1
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("kind", [CLIPTokenizer, T5Tokenizer])
+def test_an_empty_folder_is_named(tmp_path, kind):
+    with pytest.raises(FileNotFoundError, match="expected tokenizer.json or"):
+        kind.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        kind.from_pretrained(tmp_path / "nowhere")
+
+
+def test_damaged_files_are_named(tmp_path):
+    clip, _, t5 = trained().values()
+    clip.save_pretrained(tmp_path / "clip")
+    t5.save_pretrained(tmp_path / "t5")
+    merges = tmp_path / "clip" / "merges.txt"
+    for line, message in (("a b c", "two symbols"), ("zq qz", "not in the vocabulary")):
+        text = merges.read_text()
+        merges.write_text(text + line + "\n")
+        with pytest.raises(ValueError, match=message):
+            CLIPTokenizer.from_pretrained(tmp_path / "clip")
+        merges.write_text(text)
+    merges.unlink()
+    with pytest.raises(FileNotFoundError, match="merges.txt"):
+        CLIPTokenizer.from_pretrained(tmp_path / "clip")
+    (tmp_path / "clip" / "vocab.json").write_text('{"a": ')
+    with pytest.raises(ValueError, match="vocab.json is not readable"):
+        CLIPTokenizer.from_pretrained(tmp_path / "clip")
+    shutil.copy(tmp_path / "t5" / "tokenizer.json", tmp_path / "clip")
+    with pytest.raises(ValueError, match="expected a BPE vocabulary"):
+        CLIPTokenizer.from_pretrained(tmp_path / "clip")
+    (tmp_path / "t5" / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
+    with pytest.raises(ValueError, match="expected a Unigram model"):
+        T5Tokenizer.from_pretrained(tmp_path / "t5")
+
+
+@pytest.mark.parametrize("data", [b"", b"\x0a\xff", b"not a model at all", bytes(100)])
+def test_a_damaged_spiece_model_is_named(tmp_path, data):
+    (tmp_path / "spiece.model").write_bytes(data)
+    with pytest.raises(ValueError, match="spiece.model"):
+        T5Tokenizer.from_pretrained(tmp_path)
+
+
+def test_a_cut_spiece_model_is_named(folders, tmp_path):
+    data = (folders / "tokenizer_3" / "spiece.model").read_bytes()
+    (tmp_path / "spiece.model").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match="spiece.model"):
+        T5Tokenizer.from_pretrained(tmp_path)
+
+
+def test_bad_calls_say_what_was_expected():
+    clip, _, t5 = trained().values()
+    for call, error, message in (
+        (lambda: clip("a red dress"), TypeError, "list of strings"),
+        (lambda: clip([3]), TypeError, "found int"),
+        (lambda: t5.encode("\ud800"), ValueError, "surrogates"),
+        (lambda: clip(["a"], max_length=1), ValueError, "max_length 1"),
+        (lambda: clip.decode([99_999]), ValueError, "99999"),
+        (lambda: CLIPTokenizer.train(CAPTIONS, 100), ValueError, "vocab_size is 100"),
+        (lambda: T5Tokenizer.train(CAPTIONS, 100), ValueError, "vocab_size is 100"),
+        (lambda: CLIPTokenizer.train([], 600, pad_token="no"), ValueError, "'no'"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
