@@ -3,7 +3,6 @@
 The fixtures ``shared`` and ``fashion`` (where data lies) are in ../conftest.py.
 """
 
-import os
 import shutil
 import subprocess
 import sys
@@ -27,15 +26,6 @@ def settings() -> None:
     """One thread and a fixed seed for every test."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder of reference data: MINIDIFF_SHARED, or ``shared`` beside the tree."""
-    folder = Path(os.environ.get("MINIDIFF_SHARED", ROOT.parent / "shared"))
-    if not folder.is_dir():
-        pytest.skip(f"no reference data at {folder}: set MINIDIFF_SHARED")
-    return folder
 
 
 @pytest.fixture(scope="session")
