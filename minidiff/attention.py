@@ -210,16 +210,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # the same input are one map with a taller matrix: the official files store it as `qkv`,
 # its rows in thirds. One large product keeps a GPU busier than three small ones.
 #
-# Then comes a step that SD3 did not have and SD3.5 has: each head's query and key are
-# divided by their root mean square, and multiplied by learned weights $g$:
+# Then comes a step that SD3 Medium did without and SD3.5 has: each head's query and key
+# are divided by their root mean square, and multiplied by learned weights $g$:
 #
 # $$\hat q = g_q \odot \frac{q}{\sqrt{\tfrac1d \sum_c q_c^2 + \epsilon}},
 #   \qquad \epsilon = 10^{-6}$$
 #
 # and likewise $\hat k$. Without it, scores can grow during training as far as the
 # weights of `qkv` do, the softmax saturates, and in 16-bit arithmetic training becomes
-# unstable (Esser et al. 2024, section 5.3.2). With it, $\lVert \hat q \rVert$ is
-# at most $\sqrt d \max|g_q|$, so by Cauchy and Schwarz
+# unstable (Esser et al. 2024, section 5.3.2). With it, $\lVert \hat q \rVert$ is at
+# most $\sqrt d \max|g_q|$, so by Cauchy and Schwarz
 #
 # $$|s_{ij}| \le \sqrt d \, \max|g_q| \, \max|g_k|,$$
 #
@@ -281,7 +281,7 @@ class Attention(nn.Module):
 # %% [markdown]
 # Two checks. First, the fused matrix is three matrices: its middle third alone gives
 # the keys. Second, the norm at work: with the `qkv` weights ten times as large,
-# unnormalised scores grow a hundredfold and normalised scores do not move.
+# unnormalised scores grow about a hundredfold and normalised scores do not move.
 
 # %% tags=["active-ipynb"]
 # layer, x = Attention(192, 6, qk_norm=None), torch.randn(2, 10, 192)
@@ -460,8 +460,8 @@ def record_attention(
 # %% [markdown]
 # The upper left field is words reading words, the lower left patches reading words.
 #
-# Now the words themselves. T5's tokens stand behind CLIP's 32. For every word we ask how
-# much each patch reads it, and lay the answer over the finished picture: one row a
+# Now the words themselves. T5's tokens stand behind CLIP's 32. For every word we ask
+# how much each patch reads it, and lay the answer over the finished picture: one row a
 # word, one column a block, in the middle of the way from noise to picture.
 
 # %% tags=["active-ipynb"]
@@ -666,8 +666,8 @@ def record_attention(
 # their own weights, put your classes into the shipped model, recorded what its words
 # and patches read, and broke it by cutting the table.
 #
-# The journey goes on: this is what the 64 patches have read in the first block.
-# Chapter 5 builds the block around it, and the same tensor appears there again.
+# The journey goes on: this is what the 64 patches have read in the first block. Chapter
+# 5 builds the block around it, and the same tensor appears there again.
 
 # %% tags=["active-ipynb"]
 # print(journey.check("read", read_patches))
@@ -678,9 +678,11 @@ def record_attention(
 #
 # - Vaswani et al. 2017, [Attention is all you need](https://arxiv.org/abs/1706.03762):
 #   section 3.2, where all of this begins.
-# - Esser et al. 2024, [Scaling rectified flow transformers](https://arxiv.org/abs/2403.03206):
-#   section 4 for the two streams, section 5.3.2 for the norm of queries and keys.
-# - Zhang and Sennrich 2019, [Root mean square layer normalization](https://arxiv.org/abs/1910.07467).
+# - Esser et al. 2024, [Scaling rectified flow
+#   transformers](https://arxiv.org/abs/2403.03206): section 4 for the two streams,
+#   section 5.3.2 for the norm of queries and keys.
+# - Zhang and Sennrich 2019, [Root mean square layer
+#   normalization](https://arxiv.org/abs/1910.07467).
 # - Dao et al. 2022, [FlashAttention](https://arxiv.org/abs/2205.14135): how to never
 #   write the table.
 # - Hertz et al. 2022, [Prompt-to-prompt](https://arxiv.org/abs/2208.01626): editing a
