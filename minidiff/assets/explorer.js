@@ -132,6 +132,9 @@
       event.stopPropagation();
       draw();
     };
+    // JupyterLab must not take the arrow keys for its own
+    for (const element of figure.querySelectorAll("input, button, canvas"))
+      element.dataset.lmSuppressShortcuts = "true";
     figure.querySelector(".minidiff-strip").style.display = "none";
     draw();
   };
