@@ -136,11 +136,8 @@ def _article(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
-@functools.cache
-def _caption(layout: int, names: tuple[str, ...], ground: str, template: int) -> str:
-    a, b = names[0], names[-1]
-    pattern = TEMPLATES[LAYOUTS[layout]][template]
-    return pattern.format(a=a, b=b, A=_article(a), B=_article(b), background=ground)
+NOUNS = [[f"{color} {garment}" for garment in CLASSES] for color in COLORS]
+GROUNDS = [f"a {name} background" for name in BACKGROUNDS]
 
 
 def captions(attributes: Attributes, templates: Tensor) -> list[str]:
@@ -150,11 +147,12 @@ def captions(attributes: Attributes, templates: Tensor) -> list[str]:
 
 
 def _words(layout: int, garments, colors, background: int, template: int) -> str:
-    count = 1 if layout == 0 else 2
-    pairs = list(zip(colors, garments, strict=True))[:count]
-    names = tuple(f"{list(COLORS)[c]} {CLASSES[g]}" for c, g in pairs)
-    ground = f"a {list(BACKGROUNDS)[background]} background"
-    return _caption(layout, names, ground, template)
+    a, b = (
+        NOUNS[color][number] for color, number in zip(colors, garments, strict=True)
+    )
+    return TEMPLATES[LAYOUTS[layout]][template].format(
+        a=a, b=b, A=_article(a), B=_article(b), background=GROUNDS[background]
+    )
 
 
 def all_captions() -> list[str]:
@@ -170,20 +168,25 @@ def token_table(tokenizer) -> Tensor:
     """
     texts, length = all_captions(), tokenizer.model_max_length
     ends = tokenizer.encode("")  # the special tokens alone
-    start, end = ends[:-1], ends[-1:]
+    start, end, pad = ends[:-1], ends[-1:], tokenizer.pad_token_id
     vocabulary = {word for text in texts for word in text.split()}
     ids = {w: tokenizer.encode(w)[len(start) : -1] for w in sorted(vocabulary)}
-    table = torch.full((len(texts), length), tokenizer.pad_token_id, dtype=torch.int32)
-    rows = [start + [i for w in t.split() for i in ids[w]] + end for t in texts]
-    lengths = torch.tensor([len(row) for row in rows])
-    if lengths.max() > length:
-        raise ValueError(f"a caption has {lengths.max()} tokens, more than {length}")
-    values = torch.tensor([i for row in rows for i in row], dtype=torch.int32)
-    table[torch.arange(length) < lengths[:, None]] = values
-    sample = torch.arange(0, len(texts), 997)
-    if not torch.equal(table[sample].long(), tokenizer([texts[i] for i in sample])):
+
+    def table(texts: list[str]) -> Tensor:
+        rows = [start + [i for w in t.split() for i in ids[w]] + end for t in texts]
+        lengths = torch.tensor([len(row) for row in rows])
+        if lengths.max() > length:
+            raise ValueError(
+                f"a caption has {lengths.max()} tokens, more than {length}"
+            )
+        filled = torch.full((len(rows), length), pad, dtype=torch.int32)
+        values = torch.tensor([i for row in rows for i in row], dtype=torch.int32)
+        filled[torch.arange(length) < lengths[:, None]] = values
+        return filled
+
+    if not torch.equal(table(texts[::997]).long(), tokenizer(texts[::997])):
         raise ValueError("the tokenizer does not encode captions word by word")
-    return table
+    return table(texts)
 
 
 # Scenes
