@@ -480,8 +480,8 @@ def similarity(vectors: Tensor) -> Tensor:
 # ## T5
 #
 # T5 is a transformer for text alone, of which SD3.5 uses the encoder. There is no mask:
-# every token reads the whole sentence, forwards and backwards. Four details differ from
-# CLIP.
+# every token reads the whole sentence, forwards and backwards. Three parts differ from
+# those of CLIP.
 
 
 # %%

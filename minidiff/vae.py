@@ -94,8 +94,8 @@ from torch import Tensor, nn
 # standard normal:
 #
 # $$
-# \mathcal L = \lVert x - D(z) \rVert
-# + \beta \sum \tfrac12 \left( \mu^2 + s^2 - 1 - \ln s^2 \right).
+# \mathcal L = \lVert x - D(z) \rVert +
+# \beta \sum \tfrac12 \left( \mu^2 + s^2 - 1 - \ln s^2 \right).
 # $$
 #
 # The sum is the Kullback–Leibler divergence from $\mathcal N(\mu, s^2)$ to $\mathcal
