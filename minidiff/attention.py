@@ -99,8 +99,8 @@ from minidiff.text_encoders import RMSNorm
 #
 # | symbol | variable | meaning | Tiny | Medium | Large |
 # |---|---|---|---|---|---|
-# | $D$ | `dim` | channels of a token | 192 | 1536 | 2432 |
-# | $H$ | `num_heads` | heads | 6 | 24 | 38 |
+# | $D$ | `dim` | channels of a token | 160 | 1536 | 2432 |
+# | $H$ | `num_heads` | heads | 5 | 24 | 38 |
 # | $d$ | `dim // num_heads` | channels of a head | 32 | 64 | 64 |
 # | $L_c$ | `context.q.shape[1]` | text tokens | 64 | 333 | 333 |
 # | $L_x$ | `image.q.shape[1]` | patches (1024² for SD3.5) | 64 | 4096 | 4096 |
@@ -159,7 +159,7 @@ def attend_matrices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 # %% tags=["active-ipynb"]
 # torch.manual_seed(0)
-# q, k, v = torch.randn(3, 2, 6, 10, 32)  # B = 2, H = 6, L = 10, d = 32
+# q, k, v = torch.randn(3, 2, 5, 10, 32)  # B = 2, H = 5, L = 10, d = 32
 # flat = (t.flatten(0, 1) for t in (q, k, v))  # (B, H, L, d) → (B·H, L, d)
 # loops = torch.stack([attend_loops(*head) for head in zip(*flat)])
 # same = torch.allclose(loops.view(q.shape), attend_matrices(q, k, v), atol=1e-6)
@@ -284,15 +284,15 @@ class Attention(nn.Module):
 # unnormalised scores grow about a hundredfold and normalised scores do not move.
 
 # %% tags=["active-ipynb"]
-# layer, x = Attention(192, 6, qk_norm=None), torch.randn(2, 10, 192)
+# layer, x = Attention(160, 5, qk_norm=None), torch.randn(2, 10, 160)
 # weight, bias = (t.chunk(3)[1] for t in (layer.qkv.weight, layer.qkv.bias))
-# keys = F.linear(x, weight, bias).unflatten(-1, (6, 32))  # (B, L, D) → (B, L, H, d)
+# keys = F.linear(x, weight, bias).unflatten(-1, (5, 32))  # (B, L, D) → (B, L, H, d)
 # print("the middle third is k:", torch.allclose(keys, layer.heads(x).k, atol=1e-6))
 
 # %% tags=["active-ipynb"]
 # for qk_norm in (None, "rms_norm"):
 #     torch.manual_seed(0)
-#     layer, largest = Attention(192, 6, qk_norm), []
+#     layer, largest = Attention(160, 5, qk_norm), []
 #     for factor in (1, 10):
 #         q, k, _ = (t.transpose(1, 2) for t in layer.heads(factor * x))
 #         largest.append((q @ k.mT / 32**0.5).abs().max().item())
@@ -354,7 +354,7 @@ class JointAttention(nn.Module):
 # %% tags=["active-ipynb"]
 # for block in pipe.transformer.joint_blocks:
 #     for stream in (block.context_block, block.x_block):
-#         mine = Attention(192, 6, pre_only=not hasattr(stream.attn, "proj"))
+#         mine = Attention(160, 5, pre_only=not hasattr(stream.attn, "proj"))
 #         mine.load_state_dict(stream.attn.state_dict())
 #         stream.attn = mine
 #     block.attention = JointAttention()
@@ -454,8 +454,8 @@ def record_attention(
 # print(tuple(table.shape), "block, step, reading token, token read")
 
 # %% tags=["active-ipynb"]
-# viz.show_heatmap(table[3, 14] ** 0.5, xlabel="token read", ylabel="reading token",
-#     title="block 3, step 14: square root of the weights; 0–63 text, 64–127 patches")
+# viz.show_heatmap(table[2, 14] ** 0.5, xlabel="token read", ylabel="reading token",
+#     title="block 2, step 14: square root of the weights; 0–63 text, 64–127 patches")
 
 # %% [markdown]
 # The upper left field is words reading words, the lower left patches reading words.
@@ -471,14 +471,14 @@ def record_attention(
 # rows = [pipe.tokenizers[0].model_max_length + names.index(word) for word in words]
 # maps = table[..., 64:, rows].mT.unflatten(-1, (8, 8))  # (block, step, word, 8, 8)
 # by_block = maps[:, 14].transpose(0, 1)  # (block, word, 8, 8) → (word, block, 8, 8)
-# viz.show_attention(by_block, [f"block {i}" for i in range(7)], image, rows=words)
+# viz.show_attention(by_block, [f"block {i}" for i in range(5)], image, rows=words)
 
 # %% [markdown]
-# And block 3 over the steps.
+# And block 2 over the steps.
 
 # %% tags=["active-ipynb"]
 # steps = [0, 4, 9, 14, 20, 27]
-# by_step = maps[3, steps].transpose(0, 1)  # (step, word, 8, 8) → (word, step, 8, 8)
+# by_step = maps[2, steps].transpose(0, 1)  # (step, word, 8, 8) → (word, step, 8, 8)
 # viz.show_attention(by_step, [f"step {i}" for i in steps], image, rows=words)
 
 # %% [markdown]
@@ -487,7 +487,7 @@ def record_attention(
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # explorer = viz.attention_explorer(maps[:, steps], words, image,
-#     blocks=[f"block {i}" for i in range(7)], steps=[f"step {i}" for i in steps])
+#     blocks=[f"block {i}" for i in range(5)], steps=[f"step {i}" for i in steps])
 # explorer
 
 # %% [markdown]
@@ -537,10 +537,10 @@ def record_attention(
 # from diffusers.models import attention_processor as reference
 #
 # theirs = reference.Attention(
-#     query_dim=192, added_kv_proj_dim=192, heads=6, dim_head=32, out_dim=192,
+#     query_dim=160, added_kv_proj_dim=160, heads=5, dim_head=32, out_dim=160,
 #     context_pre_only=False, bias=True, qk_norm="rms_norm", eps=1e-6,
 #     processor=reference.JointAttnProcessor2_0())
-# streams = {"to_{}": Attention(192, 6), "add_{}_proj": Attention(192, 6)}
+# streams = {"to_{}": Attention(160, 5), "add_{}_proj": Attention(160, 5)}
 # norms, proj = ("norm_{}", "norm_added_{}"), (theirs.to_out[0], theirs.to_add_out)
 
 # %% tags=["active-ipynb"]
@@ -555,7 +555,7 @@ def record_attention(
 
 # %% tags=["active-ipynb"]
 # image_attn, text_attn = streams.values()
-# x, c = torch.randn(2, 64, 192), torch.randn(2, 77, 192)
+# x, c = torch.randn(2, 64, 160), torch.randn(2, 77, 160)
 # read_c, read_x = JointAttention()(text_attn.heads(c), image_attn.heads(x))
 # pairs = zip((image_attn.proj(read_x), text_attn.proj(read_c)), theirs(x, c))
 # errors = [((a - b).norm() / b.norm()).item() for a, b in pairs]
@@ -581,8 +581,10 @@ def record_attention(
 #
 # ## Exercises
 #
-# **4.1 Predict.** From 1024² to 2048² pixels the patches become four times as many; the
-# 333 words remain. How many times as many entries has the table?
+# ### Exercise 4.1 · Predict the growth
+#
+# From 1024² to 2048² pixels the patches become four times as many; the 333 words
+# remain. How many times as many entries has the table?
 
 # %% tags=["active-ipynb", "exercise"]
 # def growth() -> float:
@@ -601,9 +603,11 @@ def record_attention(
 # exercise_4_1()
 
 # %% [markdown]
-# **4.2 Code.** How many tokens does a token read? If it spreads its weights evenly over
-# $n$ tokens, the *entropy* of its row, $-\sum_j a_j \ln a_j$, is $\ln n$. Write the
-# entropy of each row; a weight of zero contributes nothing.
+# ### Exercise 4.2 · How many tokens does a token read?
+#
+# How many tokens does a token read? If it spreads its weights evenly over $n$ tokens,
+# the *entropy* of its row, $-\sum_j a_j \ln a_j$, is $\ln n$. Write the entropy of each
+# row; a weight of zero contributes nothing.
 
 # %% tags=["active-ipynb", "exercise"]
 # def entropy(weights: Tensor) -> Tensor:
@@ -623,13 +627,17 @@ def record_attention(
 #     return -torch.xlogy(weights, weights).sum(-1)  # xlogy(0, 0) = 0
 #
 # exercise_4_2()
+
+# %% tags=["active-ipynb", "hide-cell"]
 # reach = entropy(table[:, 14, 64:]).exp().mean(-1)  # patches of each block at step 14
 # print("tokens read by a patch, block by block:", reach.round().int().tolist())
 
 # %% [markdown]
-# **4.3 Code.** Write a joint attention in which nobody reads the words marked False in
-# `keep` (L_c,), by giving `F.scaled_dot_product_attention` an `attn_mask`: a boolean
-# that broadcasts to (B, H, L, L), False where a key is not to be read.
+# ### Exercise 4.3 · Hide some words
+#
+# Write a joint attention in which nobody reads the words marked False in `keep` (L_c,),
+# by giving `F.scaled_dot_product_attention` an `attn_mask`: a boolean that broadcasts
+# to (B, H, L, L), False where a key is not to be read.
 
 # %% tags=["active-ipynb", "exercise"]
 # def masked(context: Heads, image: Heads, keep: Tensor) -> Tensor:
@@ -655,8 +663,10 @@ def record_attention(
 # exercise_4_3()
 
 # %% [markdown]
-# **4.4 Explore.** Change the prompt to one with two garments and look at the explorer
-# again. Do the two colours go to their own garments? From which block on?
+# ### Exercise 4.4 · Explore
+#
+# Change the prompt to one with two garments and look at the explorer again. Do the two
+# colours go to their own garments? From which block on?
 #
 # ## What you did
 #

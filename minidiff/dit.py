@@ -67,7 +67,7 @@ from minidiff.attention import Attention, Heads, JointAttention
 # %% [markdown]
 # ## A picture of a block
 #
-# The transformer is one block, repeated: 7 times in Tiny, 24 in Medium, 38 in Large.
+# The transformer is one block, repeated: 5 times in Tiny, 24 in Medium, 38 in Large.
 # Each stream walks down its own column with its own weights, and they meet only in
 # joint attention. What is blue is steered from outside, by time and pooled text. “Add”
 # means: to what the stream was before, so that a block changes its tokens rather than
@@ -94,8 +94,8 @@ from minidiff.attention import Attention, Heads, JointAttention
 #
 # | symbol | variable | meaning | Tiny | Medium | Large |
 # |---|---|---|---|---|---|
-# | $D$ | `width` | channels of a token | 192 | 1536 | 2432 |
-# | | `num_layers` | blocks | 7 | 24 | 38 |
+# | $D$ | `width` | channels of a token | 160 | 1536 | 2432 |
+# | | `num_layers` | blocks | 5 | 24 | 38 |
 # | $p$ | `patch_size` | latent pixels along a patch | 2 | 2 | 2 |
 # | $N$ | `height * width` | patches (1024² for SD3.5) | 64 | 4096 | 4096 |
 # | $M$ | `pos_embed_max_size` | side of the position table | 16 | 384 | 192 |
@@ -133,10 +133,7 @@ class MMDiTConfig:
         if self.qk_norm not in (None, "rms_norm"):
             raise ValueError(f"qk_norm {self.qk_norm!r}: expected 'rms_norm' or null")
         if self.width % 4:
-            raise ValueError(
-                f"width {self.width} (num_attention_heads · attention_head_dim): "
-                "expected a multiple of 4, for the position table"
-            )
+            raise ValueError(f"width {self.width} (heads · channels): expected 4 · n")
         if bad := [i for i in self.dual_attention_layers if i >= self.num_layers]:
             raise ValueError(
                 f"dual_attention_layers {bad}: the model has {self.num_layers} layers"
@@ -221,7 +218,7 @@ class PatchEmbed(nn.Module):
 
 
 # %% tags=["active-ipynb"]
-# embed = PatchEmbed(2, 16, 192)
+# embed = PatchEmbed(2, 16, 160)
 # weight, bias = embed.proj.weight.flatten(1), embed.proj.bias
 # loops = F.linear(patches_loops(noise, 2), weight, bias)
 # convolution = embed.proj(noise).flatten(2).mT  # (B, D, h, w) → (B, N, D)
@@ -260,9 +257,9 @@ def unpatchify(tokens: Tensor, height: int, width: int, patch_size: int) -> Tens
 # *middle*. The model thus learns places counted from the centre: a wider picture adds
 # places at both sides, and those in the middle keep their meaning.
 #
-# The published checkpoints store their tables, 226 million numbers in Medium, a tenth
-# of the file. Always take the stored one: theirs was not made by quite the same formula
-# as the fresh table of diffusers, which is the one below.
+# The published checkpoints store their tables, 226 million numbers in Medium, almost a
+# tenth of its file. Always take the stored one: nothing promises that it was made by
+# the formula for a fresh table, which is diffusers' and stands below.
 
 
 # %%
@@ -282,7 +279,7 @@ def position_table(size: int, width: int, base: int) -> Tensor:
 
 
 # %% tags=["active-ipynb"]
-# table = position_table(size=16, width=192, base=8)
+# table = position_table(size=16, width=160, base=8)
 # crops = {"64 × 64 pixels": (8, 8), "96 × 48 pixels": (12, 6)}
 # viz.show_positions(table, crops, point=(7, 7))
 
@@ -553,6 +550,10 @@ class Modulations(NamedTuple):
 
 # %% [markdown]
 # ## The whole transformer
+#
+# What is left to add is one linear map for the context, from the width of the text
+# encoders' output (192 in Tiny, 4096 in SD3.5) to $D$. Then: embed, walk through the
+# blocks, and write the tokens back as a latent.
 
 
 # %%
@@ -676,7 +677,7 @@ class MMDiT(nn.Module):
 
 # %% tags=["active-ipynb"]
 # fresh, time = MMDiT(MMDiTConfig.tiny()), torch.ones(1)
-# tokens = torch.randn(1, 64, 192)
+# tokens = torch.randn(1, 64, 160)
 # modulation = fresh.modulations(time, pooled).blocks[0]
 # after = fresh.joint_blocks[0](tokens, tokens, modulation)
 # print("a block changes nothing:", all(torch.equal(t, tokens) for t in after))
@@ -695,7 +696,6 @@ class MMDiT(nn.Module):
 # hook = model.joint_blocks[0].attention.register_forward_hook(keep)
 # velocity = model(noise, time, context, pooled)
 # hook.remove()
-# print(journey.check("velocity", velocity))
 
 # %% [markdown]
 # What does one call know? Take a real scene, drown it in more and more noise, and ask
@@ -787,7 +787,10 @@ class MMDiT(nn.Module):
 
 # %% [markdown]
 # The linear maps grow with the number of tokens, the table of attention with its
-# square.
+# square. At 1024² attention is 38 % of Medium's work and 23 % of Large's; at 2048² it
+# is more than half of either. Medium has the larger share because its first 13 blocks
+# attend twice, and because its tokens are narrower: a linear map costs $D^2$ for each
+# token, attention only $D$ for each pair of tokens.
 #
 # ## Predict, then break it
 #
@@ -805,7 +808,7 @@ class MMDiT(nn.Module):
 # model.joint_blocks = blocks
 
 # %% tags=["active-ipynb"]
-# titles = ["all blocks"] + [f"without {i}" for i in range(7)]
+# titles = ["all blocks"] + [f"without {i}" for i in range(len(blocks))]
 # viz.show_images(torch.stack(pictures), titles)
 
 # %% [markdown]
@@ -875,8 +878,10 @@ class MMDiT(nn.Module):
 #
 # ## Exercises
 #
-# **5.1 Predict.** Which share of Large's parameters could leave the GPU once all
-# modulations are computed? Derive it from 4, 6 and 8, not from the figure.
+# ### Exercise 5.1 · Predict the share
+#
+# Which share of Large's parameters could leave the GPU once all modulations are
+# computed? Derive it from 4, 6 and 8, not from the figure.
 
 # %% tags=["active-ipynb", "exercise"]
 # def share() -> float:
@@ -895,8 +900,10 @@ class MMDiT(nn.Module):
 # exercise_5_1()
 
 # %% [markdown]
-# **5.2 Code.** Make any block the identity, without touching its weights: change only
-# the modulation that it is given (each stream's is (B, 6·D)).
+# ### Exercise 5.2 · Silence a block
+#
+# Make any block the identity, without touching its weights: change only the modulation
+# that it is given (each stream's is (B, 6·D)).
 
 # %% tags=["active-ipynb", "exercise"]
 # def silenced(modulation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -906,24 +913,26 @@ class MMDiT(nn.Module):
 # %% tags=["active-ipynb", "check"]
 # @check
 # def exercise_5_2() -> None:
-#     words, patches = torch.randn(2, 1, 64, 192)
+#     words, patches = torch.randn(2, 1, 64, 160)
 #     modulation = silenced(model.modulations(time, pooled).blocks[3])
-#     assert [m.shape[-1] for m in modulation] == [1152, 1152], "keep the sizes"
+#     assert [m.shape[-1] for m in modulation] == [960, 960], "keep the sizes"
 #     after = model.joint_blocks[3](words, patches, modulation)
 #     assert torch.equal(after[0], words), "the words have changed"
 #     assert torch.equal(after[1], patches), "the patches have changed"
 
 # %% tags=["active-ipynb", "hide-cell", "solution"]
 # def silenced(modulation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-#     keep = torch.tensor([1, 1, 0, 1, 1, 0]).repeat_interleave(192)  # gates: 2 and 5
+#     keep = torch.tensor([1, 1, 0, 1, 1, 0]).repeat_interleave(160)  # gates: 2 and 5
 #     return modulation[0] * keep, modulation[1] * keep
 #
 # exercise_5_2()
 
 # %% [markdown]
-# **5.3 Code.** Write the arithmetic of one block: how many floating point operations
-# (two for a multiply-add) do its linear maps and its attention take for one sample with
-# $L_c$ words and $L_x$ patches of $D$ channels? Count no modulation.
+# ### Exercise 5.3 · The work of a block
+#
+# Write the arithmetic of one block: how many floating point operations (two for a
+# multiply-add) do its linear maps and its attention take for one sample with $L_c$
+# words and $L_x$ patches of $D$ channels? Count no modulation.
 
 # %% tags=["active-ipynb", "exercise"]
 # def block_flops(words: int, patches: int, width: int) -> int:
@@ -933,9 +942,9 @@ class MMDiT(nn.Module):
 # @check
 # def exercise_5_3() -> None:
 #     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-#         block, m = JointBlock(MMDiTConfig.tiny()), torch.empty(1, 6 * 192)
-#         block(torch.empty(1, 40, 192), torch.empty(1, 100, 192), (m, m))
-#     found, exact = block_flops(40, 100, 192), counter.get_total_flops()
+#         block, m = JointBlock(MMDiTConfig.tiny()), torch.empty(1, 6 * 160)
+#         block(torch.empty(1, 40, 160), torch.empty(1, 100, 160), (m, m))
+#     found, exact = block_flops(40, 100, 160), counter.get_total_flops()
 #     assert found == exact, f"{found:,}; it should be {exact:,}"
 
 # %% tags=["active-ipynb", "hide-cell", "solution"]
@@ -947,8 +956,10 @@ class MMDiT(nn.Module):
 # exercise_5_3()
 
 # %% [markdown]
-# **5.4 Explore.** Ask the shipped model for 96 × 48 pixels with `height=` and `width=`.
-# The table has room for them, but training never saw these places. What does it paint?
+# ### Exercise 5.4 · Explore
+#
+# Ask the shipped model for 96 × 48 pixels with `height=` and `width=`. The table has
+# room for them, but training never saw these places. What does it paint?
 #
 # ## What you did
 #
