@@ -4,14 +4,18 @@ The fixtures ``shared`` and ``fashion`` (where data lies) are in ../conftest.py.
 """
 
 import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import request
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,3 +61,42 @@ def chromium() -> Iterator[Any]:
         browser = play.chromium.launch(executable_path=path, args=FLAGS.split())
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def jupyterlab(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Path], AbstractContextManager[str]]:
+    """Starts JupyterLab in a folder, on a free port: the server's URL, token "t"."""
+    home = tmp_path_factory.mktemp("home")
+    for name in ("CONFIG_DIR", "DATA_DIR", "RUNTIME_DIR"):
+        monkeypatch.setenv(f"JUPYTER_{name}", str(home / name))
+
+    @contextmanager
+    def start(folder: Path) -> Iterator[str]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+        command += [f"--port={port}", "--IdentityProvider.token=t", "--ip=127.0.0.1"]
+        with (home / "log").open("w") as log:
+            process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+        try:
+            wait_for(f"http://127.0.0.1:{port}/api", process, home / "log")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait(20)
+
+    return start
+
+
+def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
+    for _ in range(120):
+        try:
+            request(url)
+            return
+        except OSError:
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.5)
+    raise TimeoutError(log.read_text())

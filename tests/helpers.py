@@ -1,5 +1,8 @@
 """What several tests need."""
 
+import json
+import urllib.request
+
 import torch
 from torch import Tensor, nn
 
@@ -32,3 +35,13 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
                 values = 0.1 * values
             parameter.copy_(values)
     return module.eval()
+
+
+def request(url: str, model: dict | None = None) -> dict:
+    """The JSON answer of a JupyterLab server; PUTs ``model`` if there is one."""
+    data = None if model is None else json.dumps(model).encode()
+    headers = {"Authorization": "token t", "Content-Type": "application/json"}
+    method = "PUT" if model else "GET"
+    asked = urllib.request.Request(url, data, headers, method=method)
+    with urllib.request.urlopen(asked, timeout=20) as answer:
+        return json.load(answer)

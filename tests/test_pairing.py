@@ -1,21 +1,21 @@
 """A chapter is one text: the module, its notebook, and what JupyterLab saves."""
 
 import ast
-import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
 import tokenize
-import urllib.request
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import jupytext
 import nbformat
 import pytest
+from helpers import request
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -91,50 +91,19 @@ def test_import_prints_draws_and_reads_nothing() -> None:
 # Saving in JupyterLab
 
 
-@pytest.fixture
-def server(tmp_path: Path):
-    """A JupyterLab server at the root of a copy of the repository: (folder, URL)."""
+def test_saving_in_jupyterlab_changes_the_module(
+    tmp_path: Path, jupyterlab: Callable[[Path], AbstractContextManager[str]]
+) -> None:
     folder = tmp_path / "repository"
     for name in ("notebooks", "minidiff"):
         skip = shutil.ignore_patterns("pretrained", "__pycache__")
         shutil.copytree(ROOT / name, folder / name, ignore=skip)
     shutil.copy(ROOT / "jupytext.toml", folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}/api/contents/"
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
-    options = [f"--port={port}", "--IdentityProvider.token=t", "--ip=127.0.0.1"]
-    homes = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "HOME")
-    env = os.environ | {name: str(tmp_path / name) for name in homes}
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            command + options, cwd=folder, env=env, stdout=log, stderr=log
-        )
-    try:
-        for _ in range(120):
-            try:
-                request(url)
-                break
-            except OSError:
-                assert process.poll() is None, (tmp_path / "log").read_text()
-                time.sleep(0.5)
-        yield folder, url
-    finally:
-        process.terminate()
-        process.wait(20)
+    with jupyterlab(folder) as server:
+        save_and_open(folder, f"{server}/api/contents/")
 
 
-def request(url: str, model: dict | None = None) -> dict:
-    data = None if model is None else json.dumps(model).encode()
-    headers = {"Authorization": "token t", "Content-Type": "application/json"}
-    asked = urllib.request.Request(url, data, headers, method="PUT" if model else "GET")
-    with urllib.request.urlopen(asked, timeout=20) as answer:
-        return json.load(answer)
-
-
-def test_saving_in_jupyterlab_changes_the_module(server: tuple[Path, str]) -> None:
-    folder, url = server
+def save_and_open(folder: Path, url: str) -> None:
     path = "notebooks/04_attention.ipynb"
     source = folder / "minidiff/attention.py"
     before = source.read_text()
@@ -216,3 +185,23 @@ def test_length(path: Path) -> None:
     count = words(path)
     assert 1500 <= count <= 3000, f"{count} words"
     assert lines <= 400, f"{lines} lines of code"
+
+
+# One prompt's journey
+
+
+def test_the_journey_agrees_from_chapter_to_chapter() -> None:
+    """Each chapter's output says that its tensors are those on record."""
+    claim = re.compile(r"^(\w+): (\([\d, ]+\))(, the same in every chapter)?", re.M)
+    seen: dict[str, list[tuple[str, str]]] = {}
+    for path in NOTEBOOKS:
+        for cell in nbformat.read(path, 4).cells:
+            if "journey.check(" in cell.source and cell.cell_type == "code":
+                for name, shape, agrees in claim.findall(printed(cell)):
+                    assert agrees, f"{path.stem}: {name} is not on record"
+                    seen.setdefault(name, []).append((path.stem, shape))
+    assert {"context", "pooled", "noise", "latents"} <= seen.keys()
+    for name, places in seen.items():
+        assert len({shape for _, shape in places}) == 1, f"{name}: {places}"
+    met = {chapter for places in seen.values() for chapter, _ in places}
+    assert {path.stem for path in NOTEBOOKS} - met <= {"07_training"}

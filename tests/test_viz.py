@@ -4,9 +4,11 @@ import io
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -183,3 +185,28 @@ def test_without_scripts_there_is_a_strip_of_frames(
     assert strip.is_visible() and page.locator("canvas").count() == 0
     assert displayed(strip, 8, 8).std() > 0
     page.close()
+
+
+def test_figures_work_in_jupyterlab(
+    chromium: Any,
+    tmp_path: Path,
+    jupyterlab: Callable[[Path], AbstractContextManager[str]],
+) -> None:
+    """As saved outputs of a trusted notebook, without a kernel's help."""
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
+    for figure in (scrubber(), explorer()):
+        data = {"text/html": figure._repr_html_(), "text/plain": repr(figure)}
+        output = nbformat.v4.new_output("display_data", data)
+        notebook.cells.append(nbformat.v4.new_code_cell("figure", outputs=[output]))
+    nbformat.write(notebook, tmp_path / "figures.ipynb")
+    command = [sys.executable, "-m", "jupyter", "trust", "figures.ipynb"]
+    with jupyterlab(tmp_path) as url:
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+        page = chromium.new_page(viewport={"width": 1200, "height": 1400})
+        page.goto(f"{url}/lab/tree/figures.ipynb?token=t")
+        page.wait_for_selector(".minidiff-figure canvas", timeout=90_000)
+        page.wait_for_timeout(1000)
+        check_scrubber(page.locator("[data-kind=scrubber]"))
+        check_explorer(page.locator("[data-kind=explorer]"))
+        page.close()
