@@ -11,7 +11,7 @@ from pipelines import save_tokenizers
 from shapes import Claim, Tracer, unify
 
 from minidiff import attention, dit, sampling, text_encoders, tokenizer, training, vae
-from minidiff.flow_matching import Scheduler, dpmpp_2m, flow_matching_loss
+from minidiff import flow_matching as fm
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = ("tokenizer", "text_encoders", "vae", "attention", "dit", "flow_matching")
@@ -62,7 +62,7 @@ def pipeline(folder: Path) -> sampling.Pipeline:
     parts = [dit.MMDiT(config), vae.VAE(vae.VAEConfig.tiny())]
     for part in encoders + parts:
         randomize(part)
-    return sampling.Pipeline(tokenizers, encoders, *parts, Scheduler(shift=3.0))
+    return sampling.Pipeline(tokenizers, encoders, *parts, fm.Scheduler(shift=3.0))
 
 
 def draw(pipe: sampling.Pipeline) -> None:
@@ -104,8 +104,10 @@ def compare(pipe: sampling.Pipeline) -> None:
     dit.position_table(6, 32, 4)
     dit.patches_loops(torch.randn(2, 16, 8, 12), 2)
     x0, noise = torch.randn(2, 2, 16, 4, 4)
-    flow_matching_loss(lambda x, sigma: x, x0, noise, torch.rand(2))
-    dpmpp_2m(lambda x, sigma: x, x0, torch.tensor([1.0, 0.5, 0.0]))
+    fm.flow_matching_loss(lambda x, sigma: x, x0, noise, torch.rand(2))
+    fm.dpmpp_2m(lambda x, sigma: x, x0, torch.tensor([1.0, 0.5, 0.0]))
+    exact = fm.exact_velocity(torch.randn(5, 2))
+    fm.euler_loops(exact, torch.randn(3, 2), torch.tensor([1.0, 0.5]))
 
 
 @pytest.fixture(scope="module")
