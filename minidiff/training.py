@@ -1,7 +1,29 @@
 # %% [markdown]
 r"""
 # Training: from data to weights
+
+In this chapter you make the weights. Every network of this book began as random
+numbers; here you see what turns them into a tokenizer's partner, an autoencoder, a
+painter: five losses and one loop.
+
+By the end you will be able to
+
+- **write** the loss of each part: autoencoder, CLIP, T5, transformer;
+- **make** batches that depend on nothing but the numbers of their samples;
+- **train** a small text-to-image model in half a minute, and read its curves;
+- **average** weights, and say what it is good for;
+- **stop** a run anywhere and go on with exactly the same result;
+- **recognise** overfitting and a wrong target, one by its curves, the other not.
 """
+
+# %% [markdown]
+# ## Where we are
+#
+# The chapters before took their weights from the folder that ships with the package.
+# This one explains where that folder comes from. It is the only chapter that needs the
+# data set, Fashion-MNIST (30 MB). If the next cells find none, they download it once
+# from the hub; without a network, let the environment variable `MINIDIFF_DATA` name a
+# folder that holds its two parquet files, and start again.
 
 # %%
 import copy
@@ -16,7 +38,8 @@ from torch import Tensor, nn
 
 from minidiff.dit import MMDiT
 from minidiff.flow_matching import interpolate, velocity_target
-from minidiff.support import parallel
+from minidiff.support import parallel, rng
+from minidiff.support.towers import AnswerDecoder, ImageTower
 from minidiff.support.trainer import (
     Monitor,
     Run,
@@ -30,24 +53,106 @@ from minidiff.vae import VAE
 
 Batch = dict[str, Tensor]
 
+# %% tags=["active-ipynb"]
+# import tempfile
+# from pathlib import Path
+#
+# import minidiff
+# from minidiff import viz
+# from minidiff.dit import MMDiTConfig
+# from minidiff.flow_matching import euler, guide, sigma_schedule
+# from minidiff.support import data, journey
+# from minidiff.support.exercises import check
+# from minidiff.support.trainer import read_log
+#
+# viz.show_pipeline("training")
 
+# %% [markdown]
+# The prompt of our journey passes through unchanged: its context is what the
+# transformer reads in every step of its training too.
+
+# %% tags=["active-ipynb"]
+# pipe = minidiff.load("tiny")
+# print(journey.check("context", pipe.encode_prompt(journey.PROMPT)[0]))
+
+# %% [markdown]
+# ## A picture of the data
+#
+# A garment of Fashion-MNIST is a grey picture of 28 × 28. We tint it, place it on a
+# coloured ground and say in words what we did. That gives as many captioned scenes as
+# we like. Eight pairs of colour and garment are kept out of training, so that one can
+# later ask for something never seen: a green dress, an orange bag.
+
+# %% tags=["active-ipynb"]
+# scenes = data.Scenes("train", two_garments=0.3)
+# batch = scenes.batch(torch.arange(8))
+# viz.show_images(batch.images, batch.captions, columns=4)
+
+# %% [markdown]
+# ## Samples have numbers
+#
+# A loop that draws from *one* random generator has a memory: its thousandth sample
+# depends on the 999 before. Stop it, split it over two devices, change the batch size,
+# and it learns from other data. So nothing here has such a memory. Sample $i$ is a
+# function of the seed and of $i$: its scene, its noise, its time, whether its prompt is
+# dropped. `minidiff.support.rng` hashes $i$ into random bits. Ask for sample 5 alone or
+# among others: it is the same.
+
+# %% tags=["active-ipynb"]
+# alone = rng.normal(seed=0, indices=torch.tensor([5]), shape=(3,))
+# among = rng.normal(seed=0, indices=torch.tensor([9, 2, 5]), shape=(3,))
+# print("sample 5 alone and among others:", torch.equal(alone[0], among[2]))
+
+# %% [markdown]
+# ## Five things to learn
+#
+# | part | it sees | it must say | loss |
+# |---|---|---|---|
+# | tokenizers | captions | pieces that shorten them | none: counting, chapter 1 |
+# | CLIP | pictures, captions | which belong together | cross-entropy over a batch |
+# | T5 | a damaged caption | what is missing | cross-entropy over words |
+# | VAE | a picture | the same picture | distance, and a little KL |
+# | transformer | a noisy latent, a time, a prompt | the velocity | squared distance |
+#
+# They are learned in this order, because the transformer needs the others finished:
+# its data are the VAE's latents, its prompts the encoders' output.
+#
+# One remark on precision. Products of matrices run in bfloat16 on a GPU: it is fast,
+# and its three decimal digits are enough there. A loss adds many small numbers, where
+# three digits are not enough.
+
+
+# %%
 def precise(x: Tensor) -> Tensor:
     """``x`` in float32 at least: losses are not computed in bfloat16."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # %% [markdown]
-# ## The autoencoder's loss
+# ### The autoencoder: the same picture again
+#
+# The encoder gives a mean $\mu$ and a variance $\varsigma^2$ for each latent number;
+# the decoder gets a sample $z = \mu + \varsigma\,\epsilon$ and answers with $\hat x$.
+# With $e = \hat x - x$, the loss is
+#
+# $$\mathcal L = \overline{|e|} + 2\,\overline{e^2} + \tfrac12\,\overline{|\nabla e|}
+# + w \cdot \tfrac12\,\overline{\mu^2 + \varsigma^2 - 1 - \ln \varsigma^2}$$
+#
+# where a bar is a mean over all numbers. The first two terms ask for the right colours.
+# The third, with $\nabla$ the difference of neighbouring pixels, asks for the right
+# edges: a blurred picture has small errors everywhere, but they change quickly. The
+# last is the Kullback–Leibler divergence to $\mathcal N(0, 1)$; its weight
+# $w = 0.0005$ is small, just enough to keep the latents near one scale and to make them
+# tolerate noise.
 
 
 # %%
-def gradient_difference(a: Tensor, b: Tensor) -> Tensor:
-    """Mean difference of neighbouring-pixel steps of two pictures (B, C, H, W).
+def gradient_difference(error: Tensor) -> Tensor:
+    """Mean step between neighbouring pixels of ``error`` (B, C, H, W).
 
-    Mathieu et al. 2016, equation 6, with exponent 1: it asks for the same edges.
+    Mathieu et al. 2016, equation 6, with exponent 1 and the sign kept.
     """
-    d = a - b
-    return (d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()) / 2
+    return (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()) / 2
 
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
@@ -56,41 +161,99 @@ def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
 
 
 def vae_loss(vae: VAE, batch: Batch, kl_weight: float = 5e-4) -> Tensor:
-    """L1, L2 and edges of the reconstruction, and a small pull towards N(0, 1).
-
-    ``batch``: images (B, 3, H, W) in [−1, 1], noise (B, C, h, w).
-    """
+    """The loss above. ``batch``: images (B, 3, H, W) in [−1, 1], noise (B, C, h, w)."""
     posterior = vae.encode(batch["images"])
     mean, logvar = precise(posterior.mean), precise(posterior.logvar)
-    z = mean + torch.exp(0.5 * logvar) * batch["noise"]
+    z = mean + torch.exp(logvar / 2) * batch["noise"]
     error = precise(vae.decode(z)) - batch["images"]
-    edges = gradient_difference(error, torch.zeros_like(error))
-    reconstruction = error.abs().mean() + 2 * error.square().mean() + 0.5 * edges
-    return reconstruction + kl_weight * kl_divergence(mean, logvar)
+    distance = error.abs().mean() + 2 * error.square().mean()
+    edges = gradient_difference(error)
+    return distance + edges / 2 + kl_weight * kl_divergence(mean, logvar)
 
 
 # %% [markdown]
-# ## CLIP's loss
+# What does each term notice? We damage a picture in three ways whose squared error is
+# made equal, and look at the other terms. The blur costs most in edges; a shift of all
+# colours costs none.
+
+# %% tags=["active-ipynb"]
+# images = batch.images
+# blur = F.avg_pool2d(F.pad(images, [2] * 4, mode="replicate"), 5, 1) - images
+# damage = {"blur": blur, "noise": rng.normal(1, torch.arange(8), images.shape[1:])}
+# damage["shift"] = torch.ones_like(images)
+# damage = {k: 0.1 * e / e.square().mean().sqrt() for k, e in damage.items()}
+# for name, e in damage.items():
+#     terms = e.abs().mean(), e.square().mean(), gradient_difference(e)
+#     print(f"{name:6} L1 {terms[0]:.3f}  L2 {terms[1]:.3f}  edges {terms[2]:.3f}")
+
+# %% [markdown]
+# ### CLIP: who belongs to whom
+#
+# CLIP's text encoders learn beside a network for pictures; here a small convolutional
+# one, which is thrown away afterwards. Both give unit vectors, $t_i$ for caption $i$
+# and $v_j$ for picture $j$. In a batch of $B$ pairs, the true picture of caption $i$
+# must score highest among all $B$:
+#
+# $$\ell_i = -\sum_j y_{ij} \ln \frac{e^{\tau\, t_i \cdot v_j}}
+# {\sum_k e^{\tau\, t_i \cdot v_k}}$$
+#
+# and likewise the true caption of each picture. The scale $\tau$ is learned. Usually
+# $y$ is the identity matrix. Our captions repeat: “a red dress on a blue background”
+# and “a photo of a red dress on a blue background” are both right for one picture, and
+# calling one of them wrong would teach CLIP to hear the words “a photo of”. So $y_{ij}$
+# is shared in equal parts by all that mean the same. First with loops:
 
 
 # %%
-class ImageTower(nn.Module):
-    """A small convolutional network: pictures (B, 3, 64, 64) → features (B, F)."""
-
-    def __init__(self, widths: tuple[int, ...] = (32, 64, 128, 128)) -> None:
-        super().__init__()
-        layers, inputs = [], 3
-        for width in widths:
-            layers += [nn.Conv2d(inputs, width, 3, stride=2, padding=1)]
-            layers += [nn.GroupNorm(8, width), nn.SiLU()]
-            inputs = width
-        self.layers = nn.Sequential(*layers, nn.Flatten())
-        self.features = widths[-1] * (64 // 2 ** len(widths)) ** 2
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)  # (B, 3, 64, 64) → (B, 128, 4, 4) → (B, F)
+def contrastive_loops(
+    text: Tensor, image: Tensor, scale: float, meaning: Tensor
+) -> Tensor:
+    """Mean loss of the captions (B, P) against the pictures (B, P), row by row."""
+    total = torch.zeros(())
+    for i in range(len(text)):
+        same = [j for j in range(len(image)) if meaning[j] == meaning[i]]
+        scores = torch.stack([scale * text[i] @ v for v in image])
+        for j in same:
+            total -= (scores[j] - scores.logsumexp(0)) / len(same) / len(text)
+    return total
 
 
+# %% [markdown]
+# PyTorch's cross-entropy takes such shared targets as a matrix. On several devices, a
+# row is compared with the rows of all of them: `gather` collects these, and is the
+# identity on one.
+
+
+# %%
+def contrastive_loss(
+    text: Tensor, image: Tensor, scale: Tensor, meaning: Tensor
+) -> Tensor:
+    """Which caption belongs to which picture; Radford et al. 2021, figure 3.
+
+    ``text``, ``image`` (B, P); captions of one ``meaning`` (B,) say the same.
+    """
+    text, image = (F.normalize(precise(x), dim=-1) for x in (text, image))
+    same = (meaning[:, None] == parallel.gather(meaning)).to(text.dtype)  # → (B, N)
+    target = same / same.sum(1, keepdim=True)
+    to_image = F.cross_entropy(scale * text @ parallel.gather(image).mT, target)
+    to_text = F.cross_entropy(scale * image @ parallel.gather(text).mT, target)
+    return (to_image + to_text) / 2
+
+
+# %% tags=["active-ipynb"]
+# text, image = rng.normal(2, torch.arange(12), (16,)).split(6)
+# meaning = torch.tensor([0, 0, 1, 2, 1, 3])
+# unit = F.normalize(text, dim=-1), F.normalize(image, dim=-1)
+# slow = [contrastive_loops(*pair, 5, meaning) for pair in (unit, unit[::-1])]
+# fast = contrastive_loss(text, image, torch.tensor(5.0), meaning)
+# print("loops and cross-entropy agree:", torch.isclose(sum(slow) / 2, fast).item())
+
+# %% [markdown]
+# SD3.5's two CLIPs were trained apart, on other data. Ours share the tower for
+# pictures. It and T5's decoder are ordinary networks: `minidiff.support.towers`.
+
+
+# %%
 class CLIPTraining(nn.Module):
     """Both text encoders with the picture tower that they share while they learn."""
 
@@ -103,23 +266,6 @@ class CLIPTraining(nn.Module):
         self.log_scale = nn.Parameter(torch.full((2,), math.log(1 / 0.07)))
 
 
-def contrastive_loss(
-    text: Tensor, image: Tensor, scale: Tensor, meaning: Tensor
-) -> Tensor:
-    """Which caption belongs to which picture; Radford et al. 2021, figure 3.
-
-    ``text``, ``image`` (B, P); captions of one ``meaning`` (B,) say the same, so that
-    each picture has all of them as its positives, in equal parts. On many devices a
-    row is compared with the rows of all of them, N.
-    """
-    text, image = (F.normalize(precise(x), dim=-1) for x in (text, image))
-    same = (meaning[:, None] == parallel.gather(meaning)).to(text.dtype)  # → (B, N)
-    target = same / same.sum(1, keepdim=True)
-    to_image = F.cross_entropy(scale * text @ parallel.gather(image).mT, target)
-    to_text = F.cross_entropy(scale * image @ parallel.gather(text).mT, target)
-    return (to_image + to_text) / 2
-
-
 def clip_loss(model: CLIPTraining, batch: Batch) -> Tensor:
     """Sum of both encoders' losses.
 
@@ -127,17 +273,22 @@ def clip_loss(model: CLIPTraining, batch: Batch) -> Tensor:
     """
     features = model.tower(batch["images"])
     scales, loss = model.log_scale.exp().clamp(max=100), 0.0
-    ids = batch["ids_l"], batch["ids_g"]
-    for i, encoder, head, scale in zip(
-        ids, model.text, model.heads, scales, strict=True
-    ):
-        pooled = encoder(i)[1]
-        loss += contrastive_loss(pooled, head(features), scale, batch["meaning"])
+    for i, ids in enumerate((batch["ids_l"], batch["ids_g"])):
+        text, image = model.text[i](ids)[1], model.heads[i](features)
+        loss += contrastive_loss(text, image, scales[i], batch["meaning"])
     return loss
 
 
 # %% [markdown]
-# ## T5's loss
+# ### T5: fill the gaps
+#
+# T5 never sees a picture. It reads a caption in which runs of words are hidden, each
+# behind one *sentinel*, and a decoder must write what they hid. The decoder is small
+# and is thrown away; what stays is an encoder that has to know which words go together.
+#
+# Hiding is pure bookkeeping: mark the tokens, put a sentinel where each run begins, and
+# move what is kept to the front. `argsort` of a row of zeros and ones does the moving
+# for a whole batch at once, if it is stable.
 
 
 # %%
@@ -147,83 +298,94 @@ def compact(values: Tensor, keep: Tensor, pad: int, length: int) -> Tensor:
     return values.masked_fill(~keep, pad).gather(1, order)[:, :length]
 
 
-def choose_spans(u: Tensor, ids: Tensor, pad: int, longest: int = 3) -> Tensor:
-    """A mask (B, L) of two random spans of 1 to ``longest`` tokens, from u (B, 4)."""
-    n = (ids != pad).sum(1, keepdim=True) - 1  # the end token is never hidden
-    start = (u[:, :2] * n).long()  # (B, 2)
-    end = start + 1 + (u[:, 2:] * longest).long()
-    place = torch.arange(ids.shape[1], device=ids.device)[:, None]  # (L, 1)
-    inside = (place >= start[:, None]) & (place < end[:, None])  # → (B, L, 2)
-    return inside.any(-1) & (place[:, 0] < n)
-
-
 def corrupt_spans(
     ids: Tensor, hidden: Tensor, sentinels: Tensor, pad: int, eos: int
 ) -> tuple[Tensor, Tensor]:
-    """T5's span corruption: Raffel et al. 2020, section 3.1.4 and figure 2.
+    """T5's span corruption; Raffel et al. 2020, section 3.1.4 and figure 2.
 
     Each run of ``hidden`` (B, L) tokens becomes one sentinel in the source (B, L); the
     target (B, L) lists every sentinel with the tokens that it stands for, then ``eos``.
     """
-    first = hidden & ~F.pad(hidden, (1, 0))[:, :-1]  # (B, L): the start of each run
+    first = hidden & ~F.pad(hidden, (1, 0))[:, :-1]  # the start of each run
     names = sentinels[(first.cumsum(1) - 1).clamp(min=0)]
     source = compact(names.where(first, ids), first | ~hidden, pad, ids.shape[1])
-    pairs = torch.stack([names, ids], 2).flatten(1)  # (B, L, 2) → (B, 2·L)
+    pairs = torch.stack([names, ids], 2).flatten(1)  # (B, L) → (B, 2·L)
     keep = torch.stack([first, hidden], 2).flatten(1)
     end = torch.full_like(ids[:, :1], eos)
     pairs, keep = torch.cat([pairs, end], 1), F.pad(keep, (0, 1), value=True)
     return source, compact(pairs, keep, pad, ids.shape[1])
 
 
-class T5Training(nn.Module):
-    """T5's encoder with a small decoder that writes the answer while it learns."""
+def choose_spans(u: Tensor, ids: Tensor, pad: int, longest: int = 3) -> Tensor:
+    """A mask (B, L) of two random spans of 1 to ``longest`` tokens, from u (B, 4)."""
+    n = (ids != pad).sum(1, keepdim=True) - 1  # the end token is never hidden
+    start = (u[:, :2] * n).long()
+    end = start + 1 + (u[:, 2:] * longest).long()
+    place = torch.arange(ids.shape[1], device=ids.device)[:, None]
+    inside = (place >= start[:, None]) & (place < end[:, None])
+    return inside.any(-1) & (place[:, 0] < n)
 
-    def __init__(self, encoder: T5Encoder, layers: int = 2, length: int = 32) -> None:
+
+# %% tags=["active-ipynb"]
+# t5 = pipe.tokenizers[2]
+# ids = t5(["a red dress left of a green bag on a white background"])
+# sentinels = torch.tensor([t5.vocab[f"<extra_id_{i}>"] for i in range(3)])
+# u = rng.uniform(4, torch.arange(1), 4)
+# pair = corrupt_spans(ids, choose_spans(u, ids, 0), sentinels, 0, t5.eos_token_id)
+# for name, row in zip(("caption", "source", "target"), (ids, *pair), strict=True):
+#     print(f"{name}: " + " ".join(t5.tokens(row[0][row[0] != 0].tolist())))
+
+# %% [markdown]
+# Our captions are so regular that a hidden colour cannot be guessed from the rest: the
+# colours are independent. Half of the samples therefore ask for something else: the
+# same scene in the words of another template. To write “b below a” from “a above b” the
+# encoder must carry every word across, with what it belongs to.
+
+
+# %%
+class T5Training(nn.Module):
+    """T5's encoder with a small decoder that writes the answer while it learns.
+
+    Called on ``source`` and ``answer`` (B, L): logits (B, L, V) of each next token.
+    """
+
+    def __init__(self, encoder: T5Encoder, length: int = 32) -> None:
         super().__init__()
         c = encoder.config
         self.encoder = encoder
-        self.embed = nn.Embedding(c.vocab_size, c.d_model)
-        self.positions = nn.Parameter(torch.randn(length, c.d_model) * 0.1)
-        layer = nn.TransformerDecoderLayer(
-            c.d_model,
-            c.num_heads,
-            2 * c.d_model,
-            0.0,
-            batch_first=True,
-            norm_first=True,
-        )
-        self.decoder = nn.TransformerDecoder(layer, layers, nn.LayerNorm(c.d_model))
-        self.head = nn.Linear(c.d_model, c.vocab_size)
+        self.decoder = AnswerDecoder(c.vocab_size, c.d_model, c.num_heads, length)
 
     def forward(self, source: Tensor, answer: Tensor) -> Tensor:
-        """Logits (B, L, V) of each next token: ``source``, ``answer`` (B, L)."""
-        n = answer.shape[1]
-        ahead = torch.ones(n, n, dtype=torch.bool, device=answer.device).triu(1)
-        x = self.embed(answer) + self.positions[:n]
-        x = self.decoder(x, self.encoder(source), ahead, tgt_is_causal=True)
-        return self.head(x)
+        return self.decoder(answer, self.encoder(source))
 
 
 def t5_loss(model: T5Training, batch: Batch) -> Tensor:
     """Cross-entropy of the target, given the source and the target so far.
 
     ``batch``: source, target (B, L); padding (id 0) starts the decoder and is not
-    scored, as in T5.
+    scored, as in T5. The mean is over samples, each the mean over its words.
     """
     target = batch["target"]
-    answer = F.pad(target, (1, 0))[:, :-1]  # shifted by one, (B, L)
+    answer = F.pad(target, (1, 0))[:, :-1]  # what has been written so far
     logits = precise(model(batch["source"], answer))
     loss = F.cross_entropy(logits.mT, target, ignore_index=0, reduction="none")
-    return (loss.sum(1) / (target != 0).sum(1)).mean()  # (B, L) → (B,) → ()
+    return (loss.sum(1) / (target != 0).sum(1)).mean()
 
 
 # %% [markdown]
-# ## The transformer's loss
+# ### The transformer: the velocity
+#
+# [Chapter 6](06_flow_matching.ipynb) derived this loss. Take a latent $x_0$, noise
+# $\epsilon$, a level $\sigma$; stand at $x_\sigma = (1-\sigma)\,x_0 + \sigma\,\epsilon$
+# and ask for the direction of the straight path:
+#
+# $$\mathcal L = \overline{\left(v_\theta(x_\sigma, \sigma, \text{prompt}) -
+# (\epsilon - x_0)\right)^2}$$
 
 
 # %%
 def transformer_loss(model: MMDiT, batch: Batch) -> Tensor:
-    """Rectified flow; Esser et al. 2024, equation 5 in velocity form.
+    """Rectified flow; Esser et al. 2024, section 2.
 
     ``batch``: x0, noise (B, C, h, w), sigma (B,), context (B, L, D), pooled (B, P).
     """
@@ -233,29 +395,115 @@ def transformer_loss(model: MMDiT, batch: Batch) -> Tensor:
     return (precise(v) - velocity_target(x0, noise)).square().mean()
 
 
+# %% [markdown]
+# Levels are drawn so that their logit is normal: the middle, where the picture is
+# decided, more often than the ends. Here too each sample's level is a function of its
+# number: a uniform number through the normal distribution's quantile function.
+
+
+# %%
+def noise_and_levels(
+    indices: Tensor, shape: tuple[int, ...], seed: int
+) -> tuple[Tensor, Tensor]:
+    """Noise (B, *shape) and logit-normal levels (B,) of the samples ``indices``."""
+    u = rng.uniform(rng.fold_in(seed, 1), indices, 1)[:, 0].clamp(1e-6, 1 - 1e-6)
+    return rng.normal(seed, indices, shape), torch.special.ndtri(u).sigmoid()
+
+
+# %% [markdown]
+# Guidance ([chapter 6](06_flow_matching.ipynb)) compares the velocity with a prompt to
+# the velocity without one, so the network must know both. In one of ten samples the
+# prompt is replaced by the empty one. SD3.5 goes further and drops each encoder by
+# itself, putting zeros in its place: that is why the pipeline still works when the huge
+# T5 is left out.
+
+
+# %%
 def drop_encoders(
     context: Tensor, pooled: Tensor, keep: Tensor, widths: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """Zeros in place of the encoders whose ``keep`` (B, 3) is False.
 
     ``context`` (B, 2·L, D): L rows of both CLIPs side by side, L of T5. ``widths``: of
-    CLIP-L and CLIP-G. A pipeline without T5 puts zeros there too.
+    CLIP-L and CLIP-G. Esser et al. 2024, appendix B.3.
     """
     clip, t5 = context.chunk(2, dim=1)  # (B, 2·L, D) → 2 × (B, L, D)
-    channel = torch.arange(clip.shape[-1], device=clip.device)
-    side = (channel >= widths[0]).long()  # (D,): whose channel
-    clip = clip * keep[:, side][:, None]  # (B, L, D)
+    channel = torch.arange(max(clip.shape[-1], pooled.shape[-1]), device=clip.device)
+    side = (channel >= widths[0]).long()  # whose channel: 0 for L, 1 for G
+    clip = clip * keep[:, side[: clip.shape[-1]]][:, None]
     context = torch.cat([clip, t5 * keep[:, 2, None, None]], dim=1)
-    side = side.new_zeros(pooled.shape[-1])
-    side[widths[0] :] = 1
-    return context, pooled * keep[:, side]
+    return context, pooled * keep[:, side[: pooled.shape[-1]]]
+
+
+# %% [markdown]
+# How far has it come? The training loss cannot tell: it jumps with the levels that a
+# batch happened to get, because the loss differs much between levels. So we validate
+# on fixed scenes, with fixed noise, on a fixed grid of levels.
+
+
+# %%
+@torch.no_grad()
+def loss_by_level(model: MMDiT, batch: Batch, levels: int = 8) -> list[float]:
+    """The loss on a fixed ``batch`` at evenly spaced levels, in the grid's middles."""
+    losses = []
+    for i in range(levels):
+        sigma = torch.full_like(batch["x0"][:, 0, 0, 0], (i + 0.5) / levels)
+        losses.append(transformer_loss(model, batch | {"sigma": sigma}).item())
+    return losses
 
 
 # %% [markdown]
 # ## One loop for all
+#
+# The loop in its smallest form is six lines, here for a toy that learns $y = x^2$ from
+# 8 numbers to 8 numbers, with a learning rate that climbs in a straight line.
+# Everything after it makes the same six lines quick, safe and general.
+
+# %% tags=["active-ipynb"]
+# def toy_batch(indices):
+#     x = rng.normal(5, indices, (8,))
+#     return {"x": x, "y": x**2}
+#
+#
+# def toy_loss(model, batch):
+#     return (model(batch["x"]) - batch["y"]).square().mean()
+#
+#
+# def toy_model():
+#     torch.manual_seed(0)
+#     return nn.Sequential(nn.Linear(8, 64), nn.SiLU(), nn.Linear(64, 8))
+
+
+# %% tags=["active-ipynb"]
+# plain = toy_model()
+# optimizer = torch.optim.AdamW(plain.parameters(), betas=(0.9, 0.99))
+# for step in range(60):
+#     optimizer.param_groups[0]["lr"] = 1e-2 * (step + 1) / 60
+#     toy_loss(plain, toy_batch(torch.arange(32 * step, 32 * step + 32))).backward()
+#     optimizer.step()
+#     optimizer.zero_grad()
+# print(f"loss {toy_loss(plain, toy_batch(torch.arange(1000))).item():.2f}")
+
+# %% [markdown]
+# First, what is learned and how long. The batch may depend on the samples' numbers
+# only, and the loss must be a mean over samples. These two rules buy everything below.
 
 
 # %%
+@dataclass
+class Task:
+    """Something to learn: a model, its loss, and batches that indices determine.
+
+    ``batch(indices)`` must depend on the samples' numbers alone, and ``loss`` be a mean
+    over samples: then a run can be stopped, resumed and split over devices.
+    """
+
+    model: nn.Module
+    loss: Callable[[nn.Module, Batch], Tensor]
+    batch: Callable[[Tensor], Batch]
+    validate: Callable[[nn.Module], dict] | None = None
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """How long and how fast to learn. Schedules count steps, never seconds."""
@@ -279,18 +527,9 @@ class TrainingConfig:
         check_batch(self.steps, self.batch_size, self.accumulation * parallel.size())
 
 
-@dataclass
-class Task:
-    """Something to learn: a model, its loss, and batches that indices determine.
-
-    ``batch(indices)`` must depend on the samples' numbers alone, and ``loss`` be a mean
-    over samples: then a run can be stopped, resumed and split over devices.
-    """
-
-    model: nn.Module
-    loss: Callable[[nn.Module, Batch], Tensor]
-    batch: Callable[[Tensor], Batch]
-    validate: Callable[[nn.Module], dict] | None = None
+# %% [markdown]
+# The learning rate climbs while Adam's averages are still young, then falls along half
+# a cosine, so that the noise of the steps dies out at the end.
 
 
 # %%
@@ -302,6 +541,17 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     return config.learning_rate * (1 + math.cos(math.pi * done)) / 2
 
 
+# %% [markdown]
+# Second, the average. The weights $\theta$ tremble around where they are going. Their
+# exponential moving average
+#
+# $$\bar\theta \leftarrow d\,\bar\theta + (1-d)\,\theta$$
+#
+# trembles less, and pictures are drawn with $\bar\theta$. A long memory ($d = 0.999$
+# remembers about 1,000 steps) is a burden in the beginning, when it remembers random
+# weights: so $d$ starts small.
+
+
 # %%
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
@@ -309,6 +559,13 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
     decay = min(decay, (1 + step) / (10 + step))
     averaged, current = list(ema.parameters()), list(model.parameters())
     torch._foreach_lerp_(averaged, current, 1 - decay)  # all tensors in one call
+
+
+# %% [markdown]
+# Third, the step. The batch comes in parts: `accumulation` parts one after the other
+# where memory is short, and one part for each process where there are several devices.
+# Because the loss is a mean and the samples have numbers, the parts together give the
+# gradient of the whole batch.
 
 
 # %%
@@ -325,7 +582,6 @@ class Objective(nn.Module):
             return self.loss(self.model, batch)
 
 
-# %%
 class Learner:
     """The state of a run: the weights, their average, the optimiser's moments."""
 
@@ -367,13 +623,21 @@ class Learner:
         return parallel.average(torch.stack(losses).mean())
 
 
+# %% [markdown]
+# Last, the run: log, validate, save, and go on from what was saved. A checkpoint holds
+# weights, average, both moments of Adam and the number of steps. It needs no state of a
+# random generator, because there is none. It is written beside the old one and takes
+# its name when it is complete, so that a run killed while saving still has the one
+# before. (`minidiff.support.trainer` does the files.)
+
+
 # %%
 def fit(
     task: Task,
     config: TrainingConfig,
     run: Run | None = None,
     device: str = "cpu",
-    deadline: float = math.inf,
+    deadline: float | None = None,
 ) -> nn.Module:
     """Train from the run's last checkpoint, if it has one; return the averaged model.
 
@@ -386,7 +650,7 @@ def fit(
     monitor = Monitor(config.steps, start, config.batch_size, run)
     for step in range(start, config.steps):
         monitor.add(learner.step(step))
-        done, late = step + 1, time.time() > deadline
+        done, late = step + 1, time.time() > (deadline or math.inf)
         last = done == config.steps or late
         if last or done % config.log_every == 0 or done % config.save_every == 0:
             monitor.flush(lr=learning_rate(step, config))
@@ -399,3 +663,402 @@ def fit(
         if late and done < config.steps:
             raise TimeoutError(f"stopped after step {done} of {config.steps}")
     return learner.ema
+
+
+# %% [markdown]
+# With a warm-up that never ends, no clipping and no average, `fit` is the plain loop.
+
+# %% tags=["active-ipynb"]
+# fitted = toy_model()
+# never = TrainingConfig(60, 32, 1e-2, 60, max_grad_norm=1e9, ema_decay=0.0)
+# fit(Task(fitted, toy_loss, toy_batch), never)
+# same = [torch.equal(*p) for p in zip(plain.parameters(), fitted.parameters())]
+# print("fit and the plain loop give the same weights:", all(same))
+
+# %% [markdown]
+# ## A real run
+#
+# Now a text-to-image model, from nothing, while you wait. To fit half a minute of a
+# laptop's CPU it paints 16 × 16 pixels instead of latents, one garment only, with a
+# transformer of two blocks. Everything else is the real thing: MMDiT, the shipped text
+# encoders, the loss above, dropped prompts, the loop.
+
+# %% tags=["active-ipynb"]
+# def small_set(split: str, n: int) -> Batch:
+#     batch = data.Scenes(split, two_garments=0.0).batch(torch.arange(n))
+#     context, pooled = pipe.encode_prompt(batch.captions)
+#     x0 = F.avg_pool2d(batch.images, 4)  # → (B, 3, H/4, W/4)
+#     return {"x0": x0, "context": context, "pooled": pooled}
+#
+#
+# train_set, test_set = small_set("train", 512), small_set("test", 32)
+# empty = pipe.encode_prompt("")
+
+# %% tags=["active-ipynb"]
+# def flow_batch(indices: Tensor, source: Batch) -> Batch:
+#     place = indices % len(source["x0"])
+#     noise, sigma = noise_and_levels(indices, (3, 16, 16), seed=6)
+#     told = (rng.uniform(7, indices, 1) >= 0.1)[:, :, None]  # (B, 1, 1)
+#     context = torch.where(told, source["context"][place], empty[0])
+#     pooled = torch.where(told[:, 0], source["pooled"][place], empty[1])
+#     known = {"x0": source["x0"][place], "context": context, "pooled": pooled}
+#     return known | {"noise": noise, "sigma": sigma}
+
+# %% tags=["active-ipynb"]
+# def small_model() -> MMDiT:
+#     torch.manual_seed(0)
+#     sizes = {"sample_size": 16, "in_channels": 3, "out_channels": 3, "num_layers": 2}
+#     heads = {"attention_head_dim": 16, "num_attention_heads": 4}
+#     text = {"joint_attention_dim": empty[0].shape[-1]}
+#     text["pooled_projection_dim"] = empty[1].shape[-1]
+#     rest = {"pos_embed_max_size": 8, "qk_norm": "rms_norm"}
+#     return MMDiT(MMDiTConfig(**sizes, **heads, **text, **rest))
+#
+#
+# fixed = test_set | {"noise": rng.normal(8, torch.arange(32), (3, 16, 16))}
+
+# %% [markdown]
+# Before the first step the network answers zero, by its initialisation (chapter 5). Its
+# loss is then the mean square of $\epsilon - x_0$, which is $1 + \overline{x_0^2}$: 1
+# from the noise, the rest from the pictures. Checking this costs one line and finds
+# many mistakes.
+
+# %% tags=["active-ipynb"]
+# expected = 1 + test_set["x0"].square().mean()
+# found = sum(loss_by_level(small_model(), fixed)) / 8
+# print("the first loss is what it must be:", abs(found / expected - 1).item() < 0.03)
+
+# %% tags=["active-ipynb"]
+# def learn(source: Batch, steps: int, loss=transformer_loss) -> tuple:
+#     model = small_model()
+#     grid = {"trained": model}
+#
+#     def validate(ema: nn.Module) -> dict:
+#         grid["average"] = ema
+#         return {k: sum(loss_by_level(m, fixed)) / 8 for k, m in grid.items()}
+#
+#     config = TrainingConfig(
+#         steps, 32, 4e-3, 20, ema_decay=0.95, log_every=10, validate_every=30
+#     )
+#     task = Task(model, loss, lambda i: flow_batch(i, source), validate)
+#     with tempfile.TemporaryDirectory() as folder, Run(folder, {}) as run:
+#         return fit(task, config, run), read_log(Path(folder) / "log.jsonl")
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# start = time.time()
+# model, log = learn(train_set, 300)
+# print(f"{time.time() - start:.0f} seconds")
+# def points(log: list, key: str) -> tuple:
+#     return tuple(zip(*[(r["step"], r[key]) for r in log if key in r], strict=True))
+#
+#
+# names = {"loss": "training batches", "trained": "validation, trained weights"}
+# names["average"] = "validation, averaged weights"
+# curves = {name: points(log, key) for key, name in names.items()}
+# viz.show_curves(curves, "step", "loss", logy=True)
+
+# %% [markdown]
+# Three things to read. The training loss jumps, the validation loss does not. Both fall
+# fast, then slowly: colours come first, shapes take longer. And while the learning rate
+# is high, the average is better than the weights that it averages; as the rate falls to
+# zero, the weights stop trembling and the two meet.
+
+# %% tags=["active-ipynb"]
+# levels = [r for r in log if "average" in r]
+# assert levels[-1]["average"] < 0.5 * levels[0]["average"]
+# early = levels[3]
+# print("average better in mid-run:", early["average"] < early["trained"])
+
+# %% [markdown]
+# And the proof of the pudding: eight prompts, twenty steps, guidance 3. The pictures
+# are what 16 × 16 pixels and half a minute allow, but look at the colours: the model
+# has understood which belongs to the garment and which to the ground. The green
+# t-shirt is not in its data more often than any other colour; the blue one is not in it
+# at all.
+
+# %% tags=["active-ipynb"]
+# PROMPTS = """a red dress on a blue background
+# a yellow bag on a black background
+# a white coat on a green background
+# a purple bag on a white background
+# a pink dress on a gray background
+# a green shirt on a red background
+# a blue t-shirt on a yellow background
+# an orange ankle boot on a purple background""".split("\n")
+# context, pooled = pipe.encode_prompt(PROMPTS)
+# both = torch.cat([empty[0].expand_as(context), context])
+# pooled = torch.cat([empty[1].expand_as(pooled), pooled])
+
+# %% tags=["active-ipynb"]
+# @torch.no_grad()
+# def draw(model: MMDiT) -> Tensor:
+#     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+#         v = model(torch.cat([x, x]), sigma.expand(16), both, pooled)
+#         return guide(*v.chunk(2), 3.0)
+#
+#     noise = rng.normal(9, torch.arange(8), (3, 16, 16))
+#     return euler(velocity, noise, sigma_schedule(20, shift=1.0)).clamp(-1, 1)
+#
+#
+# pictures = draw(model)
+# viz.show_images(pictures, PROMPTS, columns=4)
+
+# %% tags=["active-ipynb"]
+# corner = pictures[:, :, ::15, ::15].mean((2, 3))  # (B, 3, H, W) → (B, 3)
+# names = [p.split()[-2] for p in PROMPTS]
+# grounds = torch.tensor([data.BACKGROUNDS[n] for n in names]) / 127.5 - 1
+# right = (corner - grounds).abs().mean(1) < 0.35
+# print("most grounds have the colour that was asked for:", (right.sum() >= 6).item())
+
+# %% [markdown]
+# ## Predict, then break it
+#
+# **Sixteen pictures.** The same model, the same number of steps, but only 16 scenes to
+# learn from, each seen 300 times. Which curve will tell you, the training loss or the
+# validation loss? And in which direction?
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# few = {name: values[:16] for name, values in train_set.items()}
+# memorised, few_log = learn(few, 150)
+# runs = {"512 scenes": log[: len(log) // 2], "16 scenes": few_log}
+# names = {"loss": "training", "average": "validation"}
+# pairs = [(n, k) for n in runs for k in names]
+# curves = {f"{n}, {names[k]}": points(runs[n], k) for n, k in pairs}
+# viz.show_curves(curves, "step", "loss", logy=True)
+
+# %% [markdown]
+# The training loss of the few looks no worse than that of the many. Only scenes that it
+# has never seen give it away: there its loss is far higher, and from some step on it
+# rises while the other still falls. That gap is overfitting. A training loss alone says
+# nothing about it.
+
+# %% tags=["active-ipynb"]
+# many = sum(loss_by_level(model, fixed)) / 8
+# gap = sum(loss_by_level(memorised, fixed)) / 8
+# print("unseen scenes cost the memoriser more:", gap > 1.15 * many)
+
+# %% [markdown]
+# **A wrong sign.** Now the target is $\epsilon + x_0$ instead of $\epsilon - x_0$, a
+# typical slip. Before you run it: will the loss show it?
+
+# %% tags=["active-ipynb"]
+# def wrong_loss(model: MMDiT, batch: Batch) -> Tensor:
+#     x = interpolate(batch["x0"], batch["noise"], batch["sigma"])
+#     v = model(x, batch["sigma"], batch["context"], batch["pooled"])
+#     return (v - (batch["noise"] + batch["x0"])).square().mean()
+#
+#
+# wrong, wrong_log = learn(train_set, 150, wrong_loss)
+# ends = [[r["loss"] for r in rows if "loss" in r][14] for rows in (log, wrong_log)]
+# print("the wrong loss falls as far as the right one:", ends[1] < 1.3 * ends[0])
+# viz.show_images(draw(wrong), PROMPTS, columns=4)
+
+# %% [markdown]
+# It falls just as nicely. Predicting $\epsilon + x_0$ is a task like any other, and the
+# network learns it; only it is not the velocity of any path to a picture. Following it
+# leads away from the scene that was asked for: black turns to white, red to cyan. The
+# loss tells how well a task is learned, not whether it is the right one. Draw pictures
+# early.
+#
+# ## Stop anywhere
+#
+# A deadline stops the toy in the middle of its run. Starting the same command again
+# finishes it. The result is compared, bit for bit, with a run that was never stopped.
+
+# %% tags=["active-ipynb"]
+# def toy_run(folder: str, deadline: float | None = None) -> dict:
+#     with Run(folder, {"steps": 60}) as run:
+#         task = Task(toy_model(), toy_loss, toy_batch)
+#         return fit(task, TrainingConfig(60, 32), run, "cpu", deadline).state_dict()
+#
+#
+# with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+#     whole = toy_run(one)
+#     try:
+#         toy_run(other, deadline=time.time() + 0.02)
+#     except TimeoutError:
+#         pass
+#     resumed = toy_run(other)
+# print("bit for bit the same:", all(torch.equal(whole[k], resumed[k]) for k in whole))
+
+# %% [markdown]
+# The tests do it less politely: they send SIGKILL at twenty random moments, and at
+# chosen ones in the middle of a save.
+#
+# ## Against the reference
+#
+# The pieces of this chapter that exist elsewhere, next to ours: diffusers' moving
+# average and its KL divergence, and the loss of transformers' CLIP. (A test compares
+# the schedule too.)
+
+# %% tags=["active-ipynb"]
+# from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+# from diffusers.training_utils import EMAModel
+# from transformers.models.clip.modeling_clip import clip_loss as reference_clip_loss
+#
+# moving, ours = toy_model(), toy_model()
+# theirs = EMAModel(moving.parameters(), decay=0.9)
+# theirs.step(moving.parameters())  # its first step copies
+# for step in range(20):
+#     moving.load_state_dict({k: 1.1 * v for k, v in moving.state_dict().items()})
+#     theirs.step(moving.parameters())
+#     update_ema(ours, moving, 0.9, step + 1)
+# pairs = zip(ours.parameters(), theirs.shadow_params, strict=True)
+# errors = {"average": max(((a - b).norm() / b.norm()).item() for a, b in pairs)}
+
+# %% tags=["active-ipynb"]
+# moments = rng.normal(3, torch.arange(4), (8, 6, 6))
+# kl = DiagonalGaussianDistribution(moments).kl().mean() / (4 * 6 * 6)
+# errors["KL"] = (kl_divergence(*moments.chunk(2, 1)) / kl - 1).abs().item()
+# fast = contrastive_loss(text, image, torch.tensor(5.0), torch.arange(6))
+# reference = reference_clip_loss(5 * unit[0] @ unit[1].mT)
+# errors["CLIP"] = (fast / reference - 1).abs().item()
+# for name, error in errors.items():
+#     assert error <= 1e-5, (name, error)
+#     print(f"{name} differs by at most 1e-5")
+
+# %% [markdown]
+# ## What production code does differently
+#
+# - **Encode once.** The frozen encoders give the same answer for the same scene every
+#   time. `minidiff train` encodes all its scenes and captions before the transformer's
+#   first step and keeps them on the device; its step is then a gather, not an encoder.
+# - **Compile, and never wait.** A compiled step fuses norms, modulations and gates into
+#   their neighbours. `Monitor` leaves the losses on the device and fetches fifty at a
+#   time: reading a number makes the CPU wait for the GPU.
+# - **Many devices.** Under `torchrun` each process takes its share of every batch;
+#   `DistributedDataParallel` averages the gradients while they are still being
+#   computed. Two processes give the weights of one up to rounding, for every loss of
+#   this chapter: a test compares them in float64. Models that exceed one device shard
+#   the weights too.
+# - **Better data.** SD3 was trained on pictures whose captions were half rewritten by a
+#   vision model, filtered and deduplicated; that changes more than most losses do
+#   ([Esser et al. 2024](https://arxiv.org/abs/2403.03206), section 5.2.2). Its
+#   autoencoder also has an adversarial and a perceptual loss, and its last stage is
+#   tuned to human preferences.
+#
+# To train the whole tiny model yourself, in a terminal:
+# `minidiff train --output my-model`. Stop it when you like; the same line goes on.
+
+# %% [markdown]
+# ## Exercises
+#
+# ### Exercise 7.1 · How long does it remember?
+#
+# Predict: after how many steps does a moving average with decay $d$ give an old weight
+# half of its first influence? Compute it for $d = 0.999$.
+#
+# <details><summary>Answer</summary>
+#
+# The influence after $n$ steps is $d^n$. It is one half at $n = \ln 2 / -\ln d \approx
+# 0.69 / (1-d)$: for 0.999 about 693 steps.
+#
+# </details>
+
+# %% [markdown]
+# ### Exercise 7.2 · Uniform levels
+#
+# Write `uniform_levels`, which gives each sample a level that is uniform in [0, 1), as
+# a function of its number.
+
+# %% tags=["active-ipynb", "exercise"]
+# def uniform_levels(indices: Tensor, seed: int) -> Tensor:
+#     """Levels (B,) of the samples ``indices`` (B,)."""
+#     raise NotImplementedError  # your code
+
+# %% tags=["active-ipynb", "check"]
+# @check
+# def exercise_7_2() -> None:
+#     levels = uniform_levels(torch.arange(4000), 0)
+#     assert levels.shape == (4000,), f"(4000,), not {tuple(levels.shape)}"
+#     assert abs(levels.mean() - 0.5) < 0.02, "the mean should be near one half"
+#     again = uniform_levels(torch.tensor([7, 3]), 0)
+#     assert torch.equal(again, levels[[7, 3]]), "a level depends on its number only"
+
+# %% tags=["active-ipynb", "solution", "hide-cell"]
+# def uniform_levels(indices: Tensor, seed: int) -> Tensor:
+#     return rng.uniform(seed, indices, 1)[:, 0]
+#
+#
+# exercise_7_2()
+
+# %% [markdown]
+# ### Exercise 7.3 · A constant rate with a cooldown
+#
+# Many trainers keep the rate constant and let it fall only at the end, because then
+# nobody has to know the length of the run in advance. Write it: warm-up as before,
+# constant until the last `cooldown` steps, then a straight line to zero at
+# `config.steps`.
+
+# %% tags=["active-ipynb", "exercise"]
+# def with_cooldown(step: int, config: TrainingConfig, cooldown: int) -> float:
+#     """The learning rate at ``step``."""
+#     raise NotImplementedError  # your code
+
+# %% tags=["active-ipynb", "check"]
+# @check
+# def exercise_7_3() -> None:
+#     c = TrainingConfig(100, 1, 2.0, warmup_steps=10)
+#     rates = [with_cooldown(step, c, 20) for step in range(101)]
+#     assert rates[4] == 1.0, "half of the warm-up gives half of the rate"
+#     assert rates[10] == rates[80] == 2.0, "constant in the middle"
+#     assert abs(rates[90] - 1.0) < 1e-9, "half of the rate in the middle of the end"
+#     assert rates[100] == 0.0, "zero at the end"
+
+# %% tags=["active-ipynb", "solution", "hide-cell"]
+# def with_cooldown(step: int, config: TrainingConfig, cooldown: int) -> float:
+#     warm = min(1.0, (step + 1) / config.warmup_steps)
+#     return config.learning_rate * min(warm, (config.steps - step) / cooldown)
+#
+#
+# exercise_7_3()
+
+# %% [markdown]
+# ### Exercise 7.4 · Parts of a batch
+#
+# Predict, then try on the toy: does `accumulation=4` change the weights after a run?
+# Would it change CLIP's?
+#
+# <details><summary>Answer</summary>
+#
+# The toy's weights change by rounding only: a mean of four means is the mean. CLIP's
+# loss is a mean over rows, but each row is compared with its own part only, so that a
+# part of a quarter has a quarter of the wrong pictures to tell apart: it is another,
+# easier loss. On several devices the rows are gathered, and nothing changes.
+#
+# </details>
+
+# %% [markdown]
+# ### Exercise 7.5 · Explore
+#
+# Train the small model with `kl`-free pixels as above, but with prompts dropped in half
+# of the samples, or never. What does guidance do to the pictures in each case? Then set
+# `ema_decay` to 0.999 in `learn`: why is the average now worse than the weights?
+
+# %% [markdown]
+# ## Summary
+#
+# You **wrote** four losses, each a mean over samples, and saw what their terms notice.
+# You **made** batches from nothing but numbers. You **trained** a text-to-image model
+# in half a minute and read from its curves that validation needs fixed levels. You
+# **averaged** weights, and saw the average win while the rate was high. You **stopped**
+# a run and finished it to the same bit. You **recognised** overfitting by the gap
+# between two curves, and learned that no curve shows a wrong target. The last chapter
+# puts all the parts together and draws.
+
+# %% tags=["active-ipynb"]
+# print(journey.check("context", pipe.encode_prompt(journey.PROMPT)[0]))
+
+# %% [markdown]
+# ## Further reading
+#
+# - Esser et al. 2024, [Scaling Rectified Flow
+#   Transformers](https://arxiv.org/abs/2403.03206): how SD3 was trained, sections 5
+#   and appendix B.
+# - Radford et al. 2021, [Learning Transferable Visual
+#   Models](https://arxiv.org/abs/2103.00020), and Raffel et al. 2020, [Exploring the
+#   Limits of Transfer Learning](https://arxiv.org/abs/1910.10683): CLIP and T5.
+# - Karras et al. 2024, [Analyzing and Improving the Training Dynamics of Diffusion
+#   Models](https://arxiv.org/abs/2312.02696): averages of weights, chosen afterwards.
+# - Loshchilov and Hutter 2019, [Decoupled Weight Decay
+#   Regularization](https://arxiv.org/abs/1711.05101): AdamW.

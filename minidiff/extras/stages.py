@@ -38,6 +38,8 @@ from minidiff.training import (
     corrupt_spans,
     drop_encoders,
     fit,
+    loss_by_level,
+    noise_and_levels,
     t5_loss,
     transformer_loss,
     vae_loss,
@@ -376,27 +378,28 @@ def train_transformer(job: Job) -> None:
     tests = job.scenes(split="test")
     held = Features(replace(job, cache=None), tests, job.recipe.held)
     widths = tuple(e.config.hidden_size for e in features.encoders[:2])
-    seeds = [key(job, purpose) for purpose in ("noise", "times and dropout")]
-    shape = tuple(features.latents.shape[1:])
+    shape, seed = tuple(features.latents.shape[1:]), key(job, "noise")
+    drops = key(job, "dropout")
 
     def batch(indices: Tensor) -> dict[str, Tensor]:
         place = shuffled(indices, len(features.latents))
-        u = rng.uniform(seeds[1], indices, 5)
-        row = torch.where(u[:, 0] < 0.1, 0, features.place[place])  # 10 %: ""
+        u = rng.uniform(drops, indices, 4)
+        row = torch.where(u[:, 0] < 0.1, 0, features.place[place])  # row 0 is ""
         context, pooled = drop_encoders(
-            features.context[row], features.pooled[row], u[:, 1:4] >= 0.05, widths
+            features.context[row], features.pooled[row], u[:, 1:] >= 0.05, widths
         )
-        normal = torch.special.ndtri(u[:, 4].clamp(1e-6, 1 - 1e-6))
-        return {
-            "x0": features.latents[place].float(),
-            "noise": rng.normal(seeds[0], indices, shape),
-            "sigma": normal.sigmoid(),
-            "context": context.float(),
-            "pooled": pooled.float(),
-        }
+        known = {"x0": features.latents[place].float(), "context": context.float()}
+        noise, sigma = noise_and_levels(indices, shape, seed)
+        return known | {"pooled": pooled.float(), "noise": noise, "sigma": sigma}
 
-    def validate(model: MMDiT) -> dict[str, float]:
-        return validation_loss(model, held, key(job, "validation"))
+    fixed = {"x0": held.latents.float(), "context": held.context[held.place].float()}
+    fixed["pooled"] = held.pooled[held.place].float()
+    numbers = torch.arange(len(fixed["x0"]), device=job.device)
+    fixed["noise"] = rng.normal(key(job, "validation"), numbers, shape)
+
+    def validate(model: MMDiT) -> dict:
+        losses = loss_by_level(model, fixed)
+        return {"validation": sum(losses) / len(losses), "by_level": losses}
 
     task = Task(MMDiT(MMDiTConfig.tiny()), transformer_loss, batch, validate)
     try:
@@ -421,23 +424,6 @@ def export_unfinished(job: Job) -> None:
     model.load_state_dict(averaged)
     export(job, model, "transformer", "SD3Transformer2DModel")
     finish(job)
-
-
-@torch.no_grad()
-def validation_loss(model: MMDiT, held: Features, seed: int) -> dict[str, float]:
-    """The loss on held-out scenes with fixed noise, at eight fixed noise levels."""
-    n, losses = len(held.latents), {}
-    x0 = held.latents.float()
-    noise = rng.normal(seed, torch.arange(n, device=x0.device), tuple(x0.shape[1:]))
-    fixed = {"x0": x0, "noise": noise, "context": held.context[held.place].float()}
-    fixed["pooled"] = held.pooled[held.place].float()
-    for i in range(8):
-        level = (2 * i + 1) / 16
-        sigma = torch.full((n,), level, device=x0.device)
-        losses[f"{level:.4f}"] = transformer_loss(
-            model, fixed | {"sigma": sigma}
-        ).item()
-    return {"validation": sum(losses.values()) / 8, "by_sigma": losses}
 
 
 @torch.no_grad()
