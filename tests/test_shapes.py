@@ -106,6 +106,9 @@ def compare(pipe: sampling.Pipeline) -> None:
     x0, noise = torch.randn(2, 2, 16, 4, 4)
     fm.flow_matching_loss(lambda x, sigma: x, x0, noise, torch.rand(2))
     fm.dpmpp_2m(lambda x, sigma: x, x0, torch.tensor([1.0, 0.5, 0.0]))
+    given = torch.randn(1, 5, 192), torch.randn(1, 160)
+    levels, guided = torch.tensor([1.0, 0.5]), (given, given)
+    sampling.denoise_naively(pipe.transformer, x0[:1], *guided, levels, 2.0)
     exact = fm.exact_velocity(torch.randn(5, 2))
     fm.euler_loops(exact, torch.randn(3, 2), torch.tensor([1.0, 0.5]))
 
