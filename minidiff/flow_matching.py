@@ -1,7 +1,27 @@
 # %% [markdown]
 r"""
-# Flow matching: the path, the loss, the solvers
+# Flow matching: from noise to data along a velocity
+
+In this chapter you build the **flow**: the path that joins noise and pictures, the loss
+that teaches a network its direction, and the solvers that walk it backwards.
+
+By the end you will be able to
+
+- **mix** a picture with noise and **name** the velocity of the mixture;
+- **derive** the loss, and **convert** between velocity, noise and DDPM's coordinates;
+- **choose** the noise levels to train on and the levels to stop at;
+- **solve** the flow with Euler, Heun and DPM++ 2M, and **measure** their error;
+- **steer** it with classifier-free guidance, and **break** it.
 """
+
+# %% [markdown]
+# ## Where we are
+#
+# Chapter 5 built a network that takes a noisy latent, a noise level and a text, and
+# answers with a velocity. A velocity of what, and what do we do with it? This chapter
+# answers both. It needs no new network: everything here works on any function
+# `velocity(x, sigma)`. We try it first in the plane, where the right answer is known
+# exactly, and then on the latents of the shipped model.
 
 # %%
 from collections.abc import Callable
@@ -13,9 +33,79 @@ from torch import Tensor
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
+# %% tags=["active-ipynb"]
+# import minidiff
+# from minidiff import viz
+# from minidiff.support import journey
+# from minidiff.support.exercises import check
+# from minidiff.support.journey import PROMPT, SEED
+#
+# _ = torch.set_grad_enabled(False)
+# viz.show_pipeline("flow_matching")
 
 # %% [markdown]
-# ## The straight path
+# What arrives: the noise of our seed, and the velocity that the network of chapter 5
+# gives for it at the highest noise level. Both have the shape of a latent.
+
+# %% tags=["active-ipynb"]
+# pipe = minidiff.load("tiny")
+# context, pooled = pipe.encode_prompt(PROMPT)
+# noise = pipe.prepare_latents(1, seed=SEED)
+# velocity = pipe.transformer(noise, torch.ones(1), context, pooled)
+# print(journey.check("noise", noise))
+# print(journey.check("velocity", velocity))
+
+# %% [markdown]
+# ## A picture in the plane
+#
+# Let the data be points in the plane: two moons, 120 points in all. Give every data
+# point its own draw of noise and join the two by a straight line. That is the whole
+# forward process of rectified flow: no chain of small steps, no formula to remember.
+
+# %% tags=["active-ipynb"]
+# angle = torch.linspace(0, torch.pi, 60)
+# moon = torch.stack([angle.cos(), angle.sin()], dim=-1)
+# moons = torch.cat([moon, torch.tensor([1.0, 0.5]) - moon])
+# moons = (moons - moons.mean(0)) / moons.std(0)
+# z = torch.randn(120, 2, generator=torch.Generator().manual_seed(SEED))
+# lines = torch.stack([z, moons])
+# viz.show_points({"noise": z, "data": moons}, paths=lines, limits=(-3.2, 3.2))
+
+# %% [markdown]
+# The lines cross. At a crossing two travellers stand at the same place at the same time
+# and want to go in different directions. A function `velocity(x, sigma)` can give only
+# one answer there. The network learns the *average* of the directions, and following
+# the averages gives paths that never cross. We shall see them below.
+#
+# ## The mathematics
+#
+# Time is the noise level $\sigma$, from 0 (data) to 1 (noise). On the line from a
+# picture $x_0$ to noise $n$ we are at
+#
+# $$x_\sigma = (1-\sigma)\, x_0 + \sigma\, n, \qquad n \sim \mathcal N(0, 1),$$
+#
+# and the velocity along the line does not depend on $\sigma$:
+#
+# $$v = \frac{dx_\sigma}{d\sigma} = n - x_0.$$
+#
+# Whoever knows $x_\sigma$ and $v$ knows both ends:
+#
+# $$\hat x_0 = x_\sigma - \sigma v, \qquad \hat n = x_\sigma + (1-\sigma)\, v.$$
+#
+# | symbol | variable | meaning | shape in Tiny | in SD3.5 at 1024² |
+# |---|---|---|---|---|
+# | $\sigma$ | `sigma` | noise level, 0 to 1 | () or (B,) | the same |
+# | $x_0$ | `x0` | data: a scaled latent | (B, 16, 16, 16) | (B, 16, 128, 128) |
+# | $n$ | `noise` | Gaussian noise | as $x_0$ | as $x_0$ |
+# | $x_\sigma$ | `x` | the mixture | as $x_0$ | as $x_0$ |
+# | $v$ | `v` | velocity, what the network predicts | as $x_0$ | as $x_0$ |
+# | $\hat x_0$ | `x0_hat` | the data that $v$ points to | as $x_0$ | as $x_0$ |
+# | $s$ | `shift` | moves levels towards 1 | 1.0 | 3.0 |
+#
+# ## Build it: the path
+#
+# A batch may have one noise level for all, or one for each picture. In the second case
+# the levels need trailing axes before they can multiply the pictures.
 
 
 # %%
@@ -24,6 +114,10 @@ def expand(sigma: Tensor | float, x: Tensor) -> Tensor | float:
     if not isinstance(sigma, Tensor) or sigma.ndim == 0:
         return sigma
     return sigma.reshape(-1, *(1 for _ in x.shape[1:]))  # (B,) → (B, 1, 1, 1)
+
+
+# %% [markdown]
+# The mixture $x_\sigma = (1-\sigma)\,x_0 + \sigma\,n$ and its velocity $n - x_0$:
 
 
 # %%
@@ -42,6 +136,10 @@ def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
     return noise - x0
 
 
+# %% [markdown]
+# Backwards, from a point and a velocity to the two ends of the line:
+
+
 # %%
 def denoised(x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
     """The data x̂₀ that velocity ``v`` at ``x`` and level ``sigma`` points back to."""
@@ -51,6 +149,31 @@ def denoised(x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
 def predicted_noise(x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
     """The noise ε̂ that velocity ``v`` at ``x`` points forward to."""
     return x + (1 - expand(sigma, x)) * v
+
+
+# %% tags=["active-ipynb"]
+# from minidiff.support.data import sample_scenes
+#
+# images, captions = sample_scenes()
+# levels = torch.tensor([0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0])
+# scene = images[:1].expand(8, -1, -1, -1)
+# static = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(SEED))
+# viz.show_trajectory({"x": interpolate(scene, static, levels)}, levels)
+
+# %% [markdown]
+# This is a real scene, mixed with noise pixel by pixel, only for the eye: the model
+# mixes latents. Notice how late it disappears. At $\sigma = 0.6$ there is more noise
+# than picture in every pixel, and the garment is still plain to see, because the eye
+# averages over many pixels. We shall need this observation.
+#
+# ### The same thing in DDPM's words
+#
+# Older models (DDPM, Stable Diffusion 1 and 2) mix with other weights,
+# $\sqrt{\bar\alpha}\,x_0 + \sqrt{1-\bar\alpha}\,\varepsilon$, chosen so that the
+# variance stays constant, and their network predicts $\varepsilon$, the noise. Divide
+# our mixture by $\sqrt{(1-\sigma)^2 + \sigma^2}$ and it is of that form, with
+#
+# $$\bar\alpha = \frac{(1-\sigma)^2}{(1-\sigma)^2 + \sigma^2}.$$
 
 
 # %%
@@ -66,7 +189,27 @@ def to_variance_preserving(x: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 # %% [markdown]
+# So a velocity model is a noise model in other coordinates, and a step of the one is a
+# step of the other. DDIM, the deterministic sampler of the older models, rebuilds the
+# mixture at the next level from $\hat x_0$ and $\hat n$. Compare it with one straight
+# step along the velocity, from 0.8 to 0.5:
+
+# %% tags=["active-ipynb"]
+# x = interpolate(images[:1], static, 0.8)
+# v = 0.3 * x.roll(1, -1) + 0.1  # any prediction will do
+# straight = to_variance_preserving(x + (0.5 - 0.8) * v, 0.5)
+# bar = alpha_bar(0.5)
+# ddim = bar**0.5 * denoised(x, v, 0.8) + (1 - bar) ** 0.5 * predicted_noise(x, v, 0.8)
+# print("a straight step is a DDIM step:", torch.allclose(straight, ddim, atol=1e-5))
+
+# %% [markdown]
 # ## The loss
+#
+# Draw data, draw noise, draw a level; ask the network for the velocity at the mixture;
+# compare with $n - x_0$:
+#
+# $$L = \mathbb E_{x_0, n, \sigma}\, \lVert v_\theta(x_\sigma, \sigma) - (n - x_0)
+# \rVert^2 .$$
 
 
 # %%
@@ -83,7 +226,67 @@ def flow_matching_loss(
 
 
 # %% [markdown]
+# Which function makes this loss smallest? Squared error is minimised by the mean: the
+# best velocity at $(x, \sigma)$ is the average of $n - x_0$ over all lines that pass
+# there. Since $n = (x - (1-\sigma) x_0)/\sigma$ on every such line,
+#
+# $$v^*(x, \sigma) = \mathbb E[n - x_0 \mid x]
+# = \frac{x - \mathbb E[x_0 \mid x]}{\sigma}.$$
+#
+# For a finite data set the expectation is a sum. Point $i$ is the origin of $x$ with a
+# probability proportional to the Gaussian density
+# $\exp(-\lVert x - (1-\sigma)x_i\rVert^2 / 2\sigma^2)$: a softmax. So in the plane
+# we can write down the perfect network.
+
+
+# %%
+def exact_velocity(points: Tensor) -> Velocity:
+    """The velocity of least loss for a data set ``points`` (M, D), for x (N, D)."""
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        distance = torch.cdist(x, (1 - sigma) * points)  # (N, D) → (N, M)
+        weights = (-(distance**2) / (2 * sigma**2)).softmax(-1)
+        return (x - weights @ points) / sigma  # (N, M) · (M, D) → (N, D)
+
+    return velocity
+
+
+# %% tags=["active-ipynb"]
+# perfect = exact_velocity(moons)
+# many = moons.repeat(500, 1)
+# mixed = torch.randn(many.shape, generator=torch.Generator().manual_seed(1))
+# for level in (0.9, 0.5, 0.1):
+#     sigma = torch.tensor(level)
+#     loss = flow_matching_loss(perfect, many, mixed, sigma)
+#     print(f"sigma {level}: the smallest possible loss is {loss:.1f}")
+
+# %% [markdown]
+# The smallest loss is not zero, and no training can make it so: it is the spread of the
+# directions that cross at a point. Do not judge a flow model by the size of its loss;
+# only differences mean something.
+#
+# Here is the perfect field. Arrows point where $\sigma$ *falls*, which is the way we
+# shall walk. At $\sigma = 0.9$ all arrows aim at the middle of the data: from almost
+# pure noise the best guess is the mean. At 0.5 the field begins to choose a moon. At
+# 0.15 each arrow aims at the nearest data.
+
+# %% tags=["active-ipynb"]
+# side = torch.linspace(-3, 3, 13)
+# grid = torch.cartesian_prod(side, side)
+# fields = {}
+# for level in (0.9, 0.5, 0.15):
+#     arrows = -perfect(grid, torch.tensor(level))
+#     fields[f"σ = {level}"] = ((1 - level) * moons, grid, arrows)
+# viz.show_fields(fields)
+
+# %% [markdown]
 # ## Which noise levels to train on
+#
+# Drawing $\sigma$ uniformly spends equal effort everywhere. But at the two ends there
+# is little to learn: near 1 the answer is the mean of the data, near 0 the picture is
+# already there. SD3 draws levels whose *logit* $\ln\frac{\sigma}{1-\sigma}$ is normal,
+# which puts most of them in the middle. In the comparison of the SD3 paper (section
+# 5.1) this choice, with mean 0 and standard deviation 1, did best overall.
 
 
 # %%
@@ -113,14 +316,66 @@ def logit_normal_density(sigma: Tensor, mean: float = 0.0, std: float = 1.0) -> 
     return (-(z**2) / 2).exp() / (std * (2 * torch.pi) ** 0.5 * sigma * (1 - sigma))
 
 
+# %% tags=["active-ipynb"]
+# x0 = pipe.vae.scale(pipe.vae.encode(images[:8]).mode())
+# texts = pipe.encode_prompt(captions[:8])
+# drown = torch.randn(x0.shape, generator=torch.Generator().manual_seed(SEED))
+# network = lambda x, sigma: pipe.transformer(x, sigma, *texts)
+# levels = torch.linspace(0.02, 0.98, 17)
+# losses = [flow_matching_loss(network, x0, drown, s.expand(8)) for s in levels]
+
+# %% tags=["active-ipynb"]
+# curves = {"loss of the shipped model": (levels, torch.stack(losses)),
+#     "logit-normal density": (levels, logit_normal_density(levels))}
+# viz.show_curves(curves, xlabel="noise level σ", markers=True)
+
+# %% [markdown]
+# On real held-out scenes the shipped model's loss is highest towards the data end.
+# There the velocity $(x - \hat x_0)/\sigma$ divides by a small number, so that the last
+# detail of texture counts for much. The logit-normal density deliberately does not
+# follow it: those details are cheap to be wrong about, while the middle levels decide
+# what is in the picture.
+#
+# ### Shift: larger pictures need more noise
+#
+# Remember the garment that was plain to see at $\sigma = 0.6$. Averaging $s \times s$
+# pixels divides the noise by $s$ and leaves the picture. So on a picture with $s$ times
+# the side, the same $\sigma$ destroys less. To destroy equally much, the odds
+# $\sigma / (1-\sigma)$ must be multiplied by $s$:
+#
+# $$\sigma' = \frac{s\,\sigma}{1 + (s-1)\,\sigma}.$$
+
+
 # %%
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
     """Noise levels moved towards 1 by ``shift``; Esser et al. 2024, equation 23."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
+# %% tags=["active-ipynb"]
+# pool = torch.nn.functional.avg_pool2d
+# large, small = images[:1], pool(images[:1], 4)
+# sigma = torch.tensor(0.6)
+# calm = shift_sigma(sigma, 1 / 4)
+# noises = [static, static[..., :16, :16]]
+# mixes = [pool(interpolate(large, noises[0], sigma), 4) / (1 - sigma)]
+# mixes += [interpolate(small, noises[1], s) / (1 - s) for s in (sigma, calm)]
+
+# %% tags=["active-ipynb"]
+# titles = ["64², σ 0.60, averaged", "16², σ 0.60", f"16², σ {calm:.2f}"]
+# pictures = torch.cat(mixes).clamp(-1, 1)
+# viz.show_images(pictures, titles, columns=3)
+
 # %% [markdown]
-# ## The published schedule
+# The first picture had the noise of the second, and is as clear as the third. SD3.5 was
+# trained at 1024² with $s = 3$; the tiny model, at 64², with $s = 1$, no shift at all.
+#
+# ## Which noise levels to stop at
+#
+# A drawing in $N$ steps visits $N + 1$ levels from 1 down to 0. SD3.5's list has a
+# quirk that must be kept, because everyone's defaults were tuned with it: the shift is
+# applied twice at the low end. The even spacing runs down to the *shifted* lowest
+# training level, and the result is shifted again.
 
 
 # %%
@@ -143,6 +398,23 @@ def sigma_schedule(
     return torch.cat([shifted, torch.zeros(1)])  # (steps,) → (steps + 1,)
 
 
+# %% tags=["active-ipynb"]
+# lowest = 3 * 0.001 / (1 + 2 * 0.001)
+# even = [1 + (lowest - 1) * i / 3 for i in range(4)]
+# by_hand = [3 * t / (1 + 2 * t) for t in even] + [0]
+# print("by hand:", [round(sigma, 4) for sigma in by_hand])
+# print("the same:", torch.allclose(torch.tensor(by_hand), sigma_schedule(4)))
+# print("shifted once, the last level would be", round(lowest, 4))
+
+# %% tags=["active-ipynb"]
+# curves = {f"shift {shift}": sigma_schedule(28, shift) for shift in (1.0, 3.0, 6.0)}
+# viz.show_curves(curves, xlabel="step", ylabel="noise level σ")
+
+# %% [markdown]
+# With shift 3 half of the steps are spent above $\sigma = 0.75$, where the layout of
+# the picture is decided. A folder on the hub fixes its schedule by two numbers:
+
+
 # %%
 @dataclass(frozen=True)
 class Scheduler:
@@ -158,6 +430,29 @@ class Scheduler:
 
 # %% [markdown]
 # ## Solvers
+#
+# To draw, start from noise at $\sigma = 1$ and solve $dx/d\sigma = v(x, \sigma)$ down
+# to $\sigma = 0$. The naive way: one traveller at a time, and from each level a
+# straight line to the next.
+
+
+# %%
+def euler_loops(velocity: Velocity, x: Tensor, sigmas: Tensor) -> Tensor:
+    """Euler's method, one row of ``x`` (N, D) at a time."""
+    rows = []
+    for row in x.split(1):  # N × (1, D)
+        for i in range(len(sigmas) - 1):
+            v = velocity(row, sigmas[i])
+            row = row + (sigmas[i + 1] - sigmas[i]) * v
+        rows.append(row)
+    return torch.cat(rows)  # N × (1, D) → (N, D)
+
+
+# %% [markdown]
+# Rows do not meet, so the inner loop can move all of them at once, and that is all the
+# vectorising there is. The class of functions that the package exports adds one thing:
+# after every step a callback may look at the state, or replace it. Progress bars,
+# previews and inpainting are such callbacks.
 
 # %%
 Callback = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
@@ -188,6 +483,32 @@ def euler(
     return x
 
 
+# %% tags=["active-ipynb"]
+# sigmas = sigma_schedule(32, shift=1.0)
+# one_by_one = euler_loops(perfect, z, sigmas)
+# at_once = z
+# for i in range(32):
+#     v = perfect(at_once, sigmas[i])
+#     at_once = at_once + (sigmas[i + 1] - sigmas[i]) * v
+# track = [z]
+# drawn = euler(perfect, z, sigmas, lambda step, sigma, x, x0_hat: track.append(x))
+
+# %% tags=["active-ipynb"]
+# print("loops and batch agree:", torch.allclose(one_by_one, at_once, atol=1e-4))
+# print("batch and euler agree:", torch.allclose(at_once, drawn, atol=1e-4))
+# points = {"noise": z, "drawn": drawn}
+# viz.show_points(points, paths=torch.stack(track), limits=(-3.2, 3.2))
+
+# %% [markdown]
+# The same noise and the same data as in the first figure, and no line crosses another.
+# All travellers first head for the middle; then they part. The paths are bent, which is
+# why one step is not enough, and why better solvers exist.
+#
+# **Heun** looks ahead: it makes the Euler step, asks for the velocity at the far end,
+# and walks along the mean of the two. Its error falls with the *square* of the step,
+# at the price of two calls a step.
+
+
 # %%
 def heun(
     velocity: Velocity, x: Tensor, sigmas: Tensor, callback: Callback | None = None
@@ -204,6 +525,20 @@ def heun(
             v = (v + ahead) / 2
         x = end_step(callback, step, sigma, x + (sigma_next - sigma) * v, x0_hat)
     return x
+
+
+# %% [markdown]
+# **DPM++ 2M**, the default of the reference code, gets its second order for nothing: it
+# remembers. Write the flow as $dx/d\sigma = (x - \hat x_0)/\sigma$. If $\hat x_0$ were
+# constant, the solution would be exact in one stroke,
+#
+# $$x' = \frac{\sigma'}{\sigma}\,x + \Bigl(1 - \frac{\sigma'}{\sigma}\Bigr)\hat x_0,$$
+#
+# which is Euler's step, written differently. Now let $\hat x_0$ change linearly in
+# $t = -\ln\sigma$. With $h = \ln(\sigma/\sigma')$ for this step and $h_-$ for the last
+# one, its value half-way is $\hat x_0 + \frac{h}{2 h_-}(\hat x_0 - \hat x_{0,-})$, and
+# that value takes the place of $\hat x_0$. The first step has no memory, and the last
+# goes to $\sigma' = 0$, where $h$ is infinite: both are plain Euler steps.
 
 
 # %%
@@ -228,7 +563,70 @@ def dpmpp_2m(
 
 
 # %% [markdown]
+# ### Error over steps
+#
+# In the plane first. The measure is the distance from a very fine solution; a step of
+# Heun costs two calls, so we count calls. We stop at $\sigma = 0.3$: close to the data
+# the perfect field of a finite set becomes a jump from point to point, which says
+# nothing about solvers.
+
+# %% tags=["active-ipynb"]
+# def errors(velocity, x, levels: dict[int, Tensor], exact: Tensor) -> dict:
+#     curves = {}
+#     for solve, calls in ((euler, 1), (heun, 2), (dpmpp_2m, 1)):
+#         found = [solve(velocity, x, sigmas) - exact for sigmas in levels.values()]
+#         size = [error.norm() / exact.norm() for error in found]
+#         curves[solve.__name__] = ([calls * n for n in levels], torch.stack(size))
+#     return curves
+
+# %% tags=["active-ipynb"]
+# levels = {n: torch.linspace(1, 0.3, n + 1).double() for n in (4, 8, 16, 32, 64)}
+# precise, start = exact_velocity(moons.double()), z.double()
+# exact = heun(precise, start, torch.linspace(1, 0.3, 1001).double())
+# plane = errors(precise, start, levels, exact)
+# axes = {"xlabel": "calls of the velocity", "ylabel": "relative error"}
+# viz.show_curves(plane, **axes, logx=True, logy=True, markers=True)
+
+# %% tags=["active-ipynb"]
+# for name, (calls, error) in plane.items():
+#     order = torch.log2(error[-2] / error[-1])
+#     print(f"{name:9} halving the step divides the error by {2**order.item():.1f}")
+
+# %% [markdown]
+# Euler's error falls in proportion to the step, that of the other two with its square.
+# Now the same on latents, with the shipped model as the velocity and the schedule that
+# it is drawn with. The fine solution is Heun in 60 steps.
+
+# %% tags=["active-ipynb"]
+# def model(x: Tensor, sigma: Tensor) -> Tensor:
+#     return pipe.transformer(x, sigma.expand(len(x)), context, pooled)
+#
+# levels = {n: sigma_schedule(n, shift=1.0) for n in (4, 8, 16)}
+# exact = heun(model, noise, sigma_schedule(60, shift=1.0))
+# latent = errors(model, noise, levels, exact)
+# viz.show_curves(latent, **axes, logx=True, logy=True, markers=True)
+
+# %% tags=["active-ipynb"]
+# for name, (calls, error) in latent.items():
+#     order = torch.log2(error[0] / error[-1]) / 2
+#     assert order > 0.5, name
+# best = min(latent, key=lambda name: latent[name][1][1].item())
+# print("all three come closer; with 8 steps the closest is", best)
+
+# %% [markdown]
+# A network is less smooth than a formula, and the schedule ends with a long last stroke
+# to zero, so the orders are not as clean. In practice a drawing stops where pictures no
+# longer change to the eye, long before the error is small.
+#
 # ## Guidance
+#
+# Drawn as it is, a model follows its prompt only loosely. *Classifier-free guidance*
+# asks twice, with the prompt and with an empty (or negative) one, and exaggerates the
+# difference:
+#
+# $$v = v_- + g\,(v_+ - v_-).$$
+#
+# With $g = 1$ the empty prompt cancels out, and there is no need to ask it.
 
 
 # %%
@@ -238,3 +636,242 @@ def guide(v_neg: Tensor, v_pos: Tensor, scale: float) -> Tensor:
     Ho and Salimans 2022, equation 6, with ``scale`` = 1 + w.
     """
     return v_neg + scale * (v_pos - v_neg)
+
+
+# %% [markdown]
+# In the plane the “prompt” is *upper moon*: the perfect velocity for its 60 points. The
+# empty prompt is the velocity for all 120. At one place, the three arrows (again
+# pointing where $\sigma$ falls):
+
+# %% tags=["active-ipynb"]
+# upper = exact_velocity(moons[:60])
+# place, sigma = torch.tensor([[0.8, 1.2]]), torch.tensor(0.7)
+# v_neg, v_pos = perfect(place, sigma), upper(place, sigma)
+# arrows = {"empty": -v_neg[0], "prompt": -v_pos[0]}
+# arrows |= {f"guided, {g}": -guide(v_neg, v_pos, g)[0] for g in (2.0, 3.0)}
+# seen = 0.3 * moons  # where the data lie on the way, at this level
+# viz.show_vectors(place[0], arrows, {"upper": seen[:60], "lower": seen[60:]})
+
+# %% [markdown]
+# The guided arrow leaves the segment between its parents: it points *away* from what
+# the empty prompt would draw. What does that do to a whole drawing?
+
+# %% tags=["active-ipynb"]
+# panels = {}
+# for g in (1.0, 2.0, 6.0):
+#     guided = lambda x, sigma: guide(perfect(x, sigma), upper(x, sigma), g)
+#     drawn = euler(guided, z, sigma_schedule(64, shift=1.0))
+#     panels[f"guidance {g:g}"] = {"data": moons, "drawn": drawn}
+# viz.show_points(panels, limits=(-3.2, 3.2))
+
+# %% [markdown]
+# With $g = 1$ the drawn points cover the upper moon. As $g$ grows they leave the part
+# that lies near the other moon and gather where the prompt is least in doubt. Guidance
+# buys clarity and pays with variety. On pictures it also drives colours to extremes
+# when it is too strong.
+#
+# ## Look at it
+#
+# The shipped model, guided: both prompts in one batch, Euler, the model's own defaults.
+# These few lines are the heart of chapter 8, and their result is what we hand on.
+
+# %% tags=["active-ipynb"]
+# both = pipe.encode_prompt(["", PROMPT])
+#
+# def guided(x: Tensor, sigma: Tensor) -> Tensor:
+#     v = pipe.transformer(x.repeat(2, 1, 1, 1), sigma.expand(2), *both)
+#     return guide(*v.chunk(2), pipe.defaults.guidance_scale)
+
+# %% tags=["active-ipynb"]
+# track = []
+# keep = lambda step, sigma, x, x0_hat: track.append((sigma, x, x0_hat))
+# sigmas = pipe.scheduler.sigmas(pipe.defaults.num_inference_steps)
+# latents = euler(guided, noise, sigmas, keep)
+# sigmas, states, guesses = map(torch.stack, zip(*track))
+# rows = {"x": states[:, 0], "x̂₀": guesses[:, 0]}
+# viz.show_trajectory(rows | {"x̂₀ decoded": pipe.decode(guesses[:, 0]) * 2 - 1}, sigmas)
+
+# %% [markdown]
+# The state $x$ looks like noise for most of the way, while $\hat x_0$, the place where
+# the velocity points, is a blurred picture from the first step and only sharpens.
+#
+# ## Predict, then break it
+#
+# **One.** Take a single step from $\sigma = 1$ straight to 0. In the plane, where do
+# all points land? And what does the shipped model draw? Decide before you look.
+
+# %% tags=["active-ipynb"]
+# one = torch.tensor([1.0, 0.0])
+# landed = euler(perfect, z, one)
+# print("spread of 120 points after one step:", round(landed.std(0).max().item(), 4))
+# jump = pipe.decode(torch.cat([euler(guided, noise, one), latents])) * 2 - 1
+# viz.show_images(jump, ["one step", "all steps"])
+
+# %% [markdown]
+# All of them land on one point, the mean of the data. At $\sigma = 1$ the state is pure
+# noise and says nothing about its origin, so the best guess is the same for all. The
+# model does the same as far as it can: one step gives the average picture *of this
+# prompt*. (Distilled models such as Large Turbo are trained so that few steps suffice.)
+#
+# **Two.** Turn the sign: give the solver $-v$. Where do the points go?
+
+# %% tags=["active-ipynb"]
+# wrong = euler(lambda x, sigma: -perfect(x, sigma), z, sigma_schedule(64, 1.0)[:-1])
+# print("largest coordinate at the start:", round(z.abs().max().item(), 1))
+# print("at the end it is more than 100:", (wrong.abs().max() > 100).item())
+
+# %% [markdown]
+# They flee. The velocity points towards noise; walking down in $\sigma$ we go against
+# it, and the factor $\sigma' - \sigma < 0$ in the step is what turns us round.
+# Codebases disagree about this sign and about the direction of time; most bugs in
+# ported samplers are one of the two.
+#
+# ## Parity
+#
+# The reference is diffusers' two flow-matching schedulers, driven with the shipped
+# model on the journey's noise.
+
+# %% tags=["active-ipynb"]
+# import diffusers
+#
+# def reference(scheduler, x: Tensor) -> Tensor:
+#     for t in scheduler.timesteps:
+#         x = scheduler.step(model(x, t / 1000), t, x).prev_sample
+#     return x
+
+# %% tags=["active-ipynb"]
+# for name, solve in (("Euler", euler), ("Heun", heun)):
+#     scheduler = getattr(diffusers, f"FlowMatch{name}DiscreteScheduler")(shift=3.0)
+#     scheduler.set_timesteps(8)
+#     theirs, ours = reference(scheduler, noise), solve(model, noise, sigma_schedule(8))
+#     error = (ours - theirs).norm() / theirs.norm()
+#     assert error < 1e-5, error
+#     print(f"{name}: relative error below 1e-5 after 8 steps with shift 3")
+
+# %% [markdown]
+# DPM++ 2M has no counterpart in diffusers: its multistep solver takes
+# $\ln\frac{1-\sigma}{\sigma}$ as time where the reference code of SD3.5 takes
+# $-\ln\sigma$. The package's tests compare ours with the reference's formula, written a
+# second time.
+#
+# ## What production code does differently
+#
+# - **Solvers as classes with state.** A scheduler object in diffusers remembers where
+#   it is, so that one pipeline can take any of them. A function over one velocity call
+#   is easier to read and to test, and our pipelines need no more.
+# - **Precision.** diffusers keeps the state between steps in the model's precision,
+#   bfloat16, and computes each step in float32. Our pipeline keeps the state in float32
+#   throughout; it is small.
+# - **Guidance in one batch or two.** One batch of two is faster; two calls need less
+#   memory. Some pipelines guide only the middle steps, where it matters most.
+# - **Resolution-dependent shift.** Newer models compute the shift from the number of
+#   patches (“dynamic shifting”). SD3.5's is fixed at 3.
+#
+# ## Exercises
+#
+# **6.1 Predict.** With shift 3, at which noise level do signal and noise have equal
+# weight *before* the shift, and where does the shift move that level?
+
+# %% tags=["active-ipynb", "exercise"]
+# def moved() -> float:
+#     raise NotImplementedError  # the level that σ = ½ becomes
+
+# %% tags=["active-ipynb", "check"]
+# @check
+# def exercise_6_1() -> None:
+#     assert abs(moved() - 0.75) < 1e-6, "the odds ½ : ½ are multiplied by 3"
+
+# %% tags=["active-ipynb", "hide-cell", "solution"]
+# def moved() -> float:
+#     return shift_sigma(torch.tensor(0.5), 3.0).item()
+#
+# exercise_6_1()
+
+# %% [markdown]
+# **6.2 Code.** The *midpoint* method goes half a step with Euler, asks for the velocity
+# there, and makes the whole step with it. Write it. Its order is 2. (The check
+# follows $dx/d\sigma = \sigma x$ from $x = 1$; it ends at $e^{-1/2}$.)
+
+# %% tags=["active-ipynb", "exercise"]
+# def midpoint(velocity: Velocity, x: Tensor, sigmas: Tensor) -> Tensor:
+#     """From sigmas[0] to sigmas[-1] by the midpoint method."""
+#     raise NotImplementedError
+
+# %% tags=["active-ipynb", "check"]
+# @check
+# def exercise_6_2() -> None:
+#     grow, one = lambda x, sigma: sigma * x, torch.ones(1).double()
+#     levels = [torch.linspace(1, 0, n + 1).double() for n in (20, 40)]
+#     coarse, fine = (midpoint(grow, one, s) - torch.exp(-one / 2) for s in levels)
+#     assert coarse.abs() < 0.01, "it does not arrive at e^(−1/2)"
+#     assert 3.5 < coarse / fine < 4.5, "half the step should leave a quarter"
+
+# %% tags=["active-ipynb", "hide-cell", "solution"]
+# def midpoint(velocity: Velocity, x: Tensor, sigmas: Tensor) -> Tensor:
+#     for sigma, sigma_next in pairwise(sigmas):
+#         half = (sigma_next - sigma) / 2
+#         between = x + half * velocity(x, sigma)
+#         x = x + 2 * half * velocity(between, sigma + half)
+#     return x
+#
+# exercise_6_2()
+
+# %% [markdown]
+# **6.3 Code.** Go *up* again: from a state at level $\sigma$ make one at a higher level
+# $\sigma'$, with fresh noise. The data must then have weight $1-\sigma'$ and all noise
+# together the standard deviation $\sigma'$. (Variances of independent noises add.)
+
+# %% tags=["active-ipynb", "exercise"]
+# def renoise(x: Tensor, fresh: Tensor, sigma: float, higher: float) -> Tensor:
+#     """The state ``x`` of level ``sigma``, taken up to the level ``higher``."""
+#     raise NotImplementedError
+
+# %% tags=["active-ipynb", "check"]
+# @check
+# def exercise_6_3() -> None:
+#     data, old, fresh = torch.full((3, 200_000), 5.0), *torch.randn(2, 3, 200_000)
+#     x = renoise(interpolate(data, old, 0.3), fresh, 0.3, 0.7)
+#     assert abs(x.mean() - 0.3 * 5) < 0.01, "the data should have weight 1 − 0.7"
+#     assert abs(x.std() - 0.7) < 0.01, "all noise together should have deviation 0.7"
+
+# %% tags=["active-ipynb", "hide-cell", "solution"]
+# def renoise(x: Tensor, fresh: Tensor, sigma: float, higher: float) -> Tensor:
+#     keep = (1 - higher) / (1 - sigma)
+#     return keep * x + (higher**2 - (keep * sigma) ** 2) ** 0.5 * fresh
+#
+# exercise_6_3()
+
+# %% [markdown]
+# **6.4 Explore.** Draw the journey's prompt with `dpmpp_2m` in 4, 6 and 10 steps and
+# compare with Euler. From how many steps on can you not tell them apart?
+#
+# ## What you did
+#
+# You mixed pictures with noise along a straight line and named its velocity. You
+# derived the loss and the function that makes it smallest, and saw that a straight step
+# is a DDIM step. You chose levels to train on, moved them by a shift, and rebuilt the
+# published schedule with its quirk. You solved the flow with three solvers and measured
+# their orders, steered it with guidance, and broke it with one step and with a sign.
+#
+# What goes on to chapter 8: the finished latent of our prompt. Chapter 7 first shows
+# where the weights came from.
+
+# %% tags=["active-ipynb"]
+# print(journey.check("latents", latents))
+# print(latents[0, 0, :2, :4].numpy().round(2))
+
+# %% [markdown]
+# ## Further reading
+#
+# - Liu, Gong and Liu 2023, [Flow straight and fast](https://arxiv.org/abs/2209.03003):
+#   rectified flow, and how to straighten the paths.
+# - Lipman et al. 2023, [Flow matching for generative
+#   modeling](https://arxiv.org/abs/2210.02747): the loss and why it works.
+# - Esser et al. 2024, [Scaling rectified flow
+#   transformers](https://arxiv.org/abs/2403.03206): sections 2, 3 and 5.1.
+# - Karras et al. 2022, [Elucidating the design space of diffusion-based generative
+#   models](https://arxiv.org/abs/2206.00364): solvers and schedules, compared.
+# - Lu et al. 2022, [DPM-Solver++](https://arxiv.org/abs/2211.01095): the solver with a
+#   memory.
+# - Ho and Salimans 2022, [Classifier-free diffusion
+#   guidance](https://arxiv.org/abs/2207.12598).

@@ -1,7 +1,26 @@
 # %% [markdown]
 r"""
 # Sampling: from a prompt to a picture
+
+In this chapter you build the **pipeline**: seven chapters, put together, turn words
+into pictures.
+
+By the end you will be able to
+
+- **assemble** tokenizers, encoders, transformer, solver and autoencoder by hand;
+- **batch** and **precompute** what the naive loop does again and again;
+- **watch** a picture appear, step by step;
+- **compare** guidance scales, step counts and solvers;
+- **run** the same lines on Stable Diffusion 3.5 Medium, Large and Large Turbo.
 """
+
+# %% [markdown]
+# ## Where we are
+#
+# At the end. Every part exists: tokenizers (chapter 1), text encoders (2), the
+# autoencoder (3), attention (4) inside the transformer (5), the flow and its solvers
+# (6), and trained weights (7). What is left is to call them in the right order, with
+# the right defaults, and to refuse early what cannot be drawn.
 
 # %%
 import secrets
@@ -25,8 +44,180 @@ if TYPE_CHECKING:
 SAMPLERS = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
 
 
+# %% tags=["active-ipynb"]
+# from itertools import pairwise
+#
+# import minidiff
+# from minidiff import viz
+# from minidiff.support import journey
+# from minidiff.support.checkpoints import TINY, load_component
+# from minidiff.support.exercises import check
+# from minidiff.support.journey import PROMPT, SEED
+
+# %% tags=["active-ipynb"]
+# _ = torch.set_grad_enabled(False)
+# viz.show_pipeline("sampling")
+
 # %% [markdown]
-# ## What suits each model
+# ## A picture of the whole
+#
+# The map shows the order; this table shows what travels. Nothing but sizes differs
+# between the tiny model and the large ones.
+#
+# | step | what comes out | Tiny, 64² | SD3.5, 1024² |
+# |---|---|---|---|
+# | tokenizers | ids, three rows | 32, 32, 32 | 77, 77, 256 |
+# | text encoders | `context` | 64 × 192 | 333 × 4096 |
+# | | `pooled` | 160 | 2048 |
+# | seed | `latents`: noise | 16 × 16 × 16 | 16 × 128 × 128 |
+# | transformer, N times | velocity | as the latents | as the latents |
+# | solver | `latents`: data | as before | as before |
+# | autoencoder | picture | 3 × 64 × 64 | 3 × 1024 × 1024 |
+#
+# ## The mathematics
+#
+# Write $E$ for the text encoders, $v_\theta$ for the transformer, $D$ for the decoder.
+# The picture of a prompt $p$, with negative prompt $p_-$, seed $s$ and guidance $g$ is
+#
+# $$\text{picture} = D\Bigl(\tfrac{x_0}{\text{scale}} + \text{shift}\Bigr), \qquad
+# x_0 = x_1 + \int_1^0 \bigl[v_- + g\,(v_+ - v_-)\bigr]\, d\sigma,$$
+#
+# $$x_1 = \text{noise}(s), \qquad
+# v_\pm = v_\theta\bigl(x_\sigma, \sigma, E(p_\pm)\bigr).$$
+#
+# | symbol | variable | meaning | Tiny | SD3.5 |
+# |---|---|---|---|---|
+# | $p$, $p_-$ | `prompt`, `negative_prompt` | what to draw, what to avoid | | |
+# | $s$ | `seed` | chooses the noise | 0 | 0 |
+# | $g$ | `guidance_scale` | how much to exaggerate | see below | 3.5 to 4.5 |
+# | $N$ | `num_inference_steps` | steps of the solver | 28 | 4 to 40 |
+# | scale, shift | `vae.config` | of chapter 3 | measured | 1.5305, 0.0609 |
+#
+# ## Build it by hand
+#
+# First without any pipeline. Each part is loaded into the class of its own chapter.
+
+# %% tags=["active-ipynb"]
+# from minidiff.text_encoders import CLIPTextConfig, T5Config
+# from minidiff.vae import VAEConfig
+#
+# load_tokens = lambda cls, name: cls.from_pretrained(TINY / name)
+# tokenizers = [load_tokens(CLIPTokenizer, n) for n in ("tokenizer", "tokenizer_2")]
+# tokenizers.append(load_tokens(T5Tokenizer, "tokenizer_3"))
+# ids = [tokenize([PROMPT]) for tokenize in tokenizers]
+# print([tuple(x.shape) for x in ids])
+
+# %% tags=["active-ipynb"]
+# kinds = [(CLIPTextEncoder, CLIPTextConfig)] * 2 + [(T5Encoder, T5Config)]
+# folders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+# encoders = [load_component(*k, TINY / f) for k, f in zip(kinds, folders)]
+# transformer = load_component(MMDiT, MMDiTConfig, TINY / "transformer")
+# vae = load_component(VAE, VAEConfig, TINY / "vae")
+
+# %% [markdown]
+# Words to numbers, for the prompt and for the empty prompt:
+
+# %% tags=["active-ipynb"]
+# def encode(text: str) -> tuple[Tensor, Tensor]:
+#     l, g, t5 = [f(t([text])) for f, t in zip(encoders, tokenizers)]
+#     return assemble(l[0], g[0], t5), torch.cat([l[1], g[1]], dim=-1)
+#
+# positive, negative = encode(PROMPT), encode("")
+# print(journey.check("context", positive[0]))
+# print(journey.check("pooled", positive[1]))
+
+# %% [markdown]
+# ### Noise: one seed, one picture
+#
+# Every picture gets a random generator of its own: picture $i$ of a call uses seed
+# $s + i$. Drawn in one batch or one by one, a picture then starts from the same noise.
+# The numbers are drawn on the CPU, because the generators of different devices give
+# different numbers for the same seed.
+
+
+# %%
+def starting_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Gaussian noise of ``shape`` (C, h, w) for every seed: (B, C, h, w), float32.
+
+    Drawn on the CPU, so that a seed means the same noise on every device.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = [torch.randn(*shape, generator=g) for g in generators]
+    return torch.stack(noise)  # B × (C, h, w) → (B, C, h, w)
+
+
+# %% [markdown]
+# ### The naive loop
+#
+# For every step, ask the transformer twice, guide, and take Euler's step.
+
+
+# %%
+def denoise_naively(
+    transformer: MMDiT,
+    x: Tensor,
+    negative: tuple[Tensor, Tensor],
+    positive: tuple[Tensor, Tensor],
+    sigmas: Tensor,
+    scale: float,
+) -> Tensor:
+    """One picture (1, C, h, w), one prompt at a time, nothing computed ahead."""
+    for i in range(len(sigmas) - 1):
+        level = sigmas[i : i + 1]  # (1,)
+        v_neg = transformer(x, level, *negative)
+        v_pos = transformer(x, level, *positive)
+        x = x + (sigmas[i + 1] - sigmas[i]) * guide(v_neg, v_pos, scale)
+    return x
+
+
+# %% tags=["active-ipynb"]
+# shipped = minidiff.load("tiny")
+# steps, scale = shipped.defaults
+# sigmas = shipped.scheduler.sigmas(steps)
+# noise = starting_noise([SEED], (16, 16, 16))
+# naive = denoise_naively(transformer, noise, negative, positive, sigmas, scale)
+# print(journey.check("noise", noise))
+# print(journey.check("latents", naive))
+
+# %% [markdown]
+# That is the latent which chapter 6 handed on. The last step is chapter 3's: undo scale
+# and shift, decode, and move the values from [−1, 1] to [0, 1].
+
+# %% tags=["active-ipynb"]
+# picture = (vae.decode(vae.unscale(naive)) / 2 + 0.5).clamp(0, 1)
+# viz.show_images(picture, [PROMPT], low=0)
+
+# %% [markdown]
+# Words have become a picture, by code that you have seen line by line.
+#
+# ## Batch it, compute ahead
+#
+# The naive loop repeats work.
+#
+# - The two prompts go through the same weights: put them into one batch. The empty
+#   prompt's text is also the same for all pictures, so every distinct text is encoded
+#   once.
+# - The modulations of all blocks depend on $\sigma$ and the pooled text, and on nothing
+#   else. All levels are known before the loop, so all modulations can be computed at
+#   once. In Medium and Large their weights are about a third of the transformer; once
+#   computed, those weights could leave the GPU. (Chapter 5 made `forward` accept them
+#   for this reason.)
+
+# %% tags=["active-ipynb"]
+# context, pooled = (torch.cat(pair) for pair in zip(negative, positive))
+# ahead = transformer.modulations(sigmas[:-1, None], pooled)
+# x = noise
+# for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+#     twice = x.repeat(2, 1, 1, 1)
+#     v = transformer(twice, None, context, None, modulations=ahead.step(i))
+#     x = x + (sigma_next - sigma) * guide(*v.chunk(2), scale)
+# print("batched and naive agree:", torch.allclose(x, naive, atol=1e-3))
+
+# %% [markdown]
+# ## The pipeline
+#
+# Now the form that the package exports. First, how each model wants to be drawn from.
+# Large Turbo is distilled: four steps, and guidance is already in its weights.
 
 
 # %%
@@ -55,22 +246,10 @@ def recognize(name: str, config: MMDiTConfig) -> str:
 
 
 # %% [markdown]
-# ## Noise: one seed, one picture
-
-
-# %%
-def starting_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Gaussian noise of ``shape`` (C, h, w) for every seed: (B, C, h, w), float32.
-
-    Drawn on the CPU, so that a seed means the same noise on every device.
-    """
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    noise = [torch.randn(*shape, generator=g) for g in generators]
-    return torch.stack(noise)  # B × (C, h, w) → (B, C, h, w)
-
-
-# %% [markdown]
-# ## The pipeline
+# The pipeline holds the parts, and has three steps that can also be used alone:
+# `encode_prompt`, `denoise` and `decode`. Calling it runs all three. It computes in the
+# precision of the weights but keeps the state of the solver in float32, and it refuses
+# what cannot be drawn before any work begins: a wrong size costs a line, not a minute.
 
 
 # %%
@@ -341,7 +520,11 @@ def to_pil(pictures: Tensor) -> "list[Image]":
 
 
 # %% [markdown]
-# ## Loading and saving
+# ### Loading
+#
+# One function for every model of the family, however it is stored. All files are
+# checked before the first weight is read; what the checks are is not a matter of this
+# chapter and stands in `minidiff.extras.loading`.
 
 
 # %%
@@ -389,3 +572,363 @@ def load(
     return Pipeline(
         opened.tokenizers, encoders, transformer, vae, opened.scheduler, opened.name
     )
+
+
+# %% [markdown]
+# ## The pipeline equals the loop
+#
+# By hand, in steps, and in one call:
+
+# %% tags=["active-ipynb"]
+# pipe = Pipeline(tokenizers, encoders, transformer, vae, shipped.scheduler)
+# context, pooled = pipe.encode_prompt(["", PROMPT])
+# steps = pipe.denoise(pipe.prepare_latents(1, seed=SEED), context, pooled)
+# called = pipe(PROMPT, seed=SEED, output_type="latent")
+# print("naive and in steps agree:", torch.allclose(naive, steps, atol=1e-3))
+# print("in steps and called agree:", torch.allclose(steps, called, atol=1e-3))
+
+# %% [markdown]
+# And what it refuses:
+
+# %% tags=["active-ipynb"]
+# for wrong in ({"height": 50}, {"num_inference_steps": 0}, {"sampler": "ddim"}):
+#     try:
+#         pipe(PROMPT, **wrong)
+#     except ValueError as error:
+#         print(error)
+
+# %% [markdown]
+# ## Look at it
+#
+# A callback sees every step: the state and the estimate $\hat x_0$. Both go through the
+# decoder, which is not meant to see noise, but shows what there is to see. Move the
+# slider.
+
+# %% tags=["active-ipynb"]
+# track = []
+#
+# def keep(pipe: Pipeline, step: int, time: Tensor, tensors: dict) -> None:
+#     track.append((time / 1000, tensors["latents"][0], tensors["denoised"][0]))
+#
+# final = pipe(PROMPT, seed=SEED, callback_on_step_end=keep, output_type="pt")
+# times, states, guesses = map(torch.stack, zip(*track))
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# pictures = pipe.decode(guesses) * 2 - 1
+# viz.denoising_scrubber(states, guesses, pictures, times, PROMPT)
+
+# %% [markdown]
+# The background and the garment's colour stand within the first steps; then comes the
+# outline, and texture last. How much does each step still change the estimate?
+
+# %% tags=["active-ipynb"]
+# change = (guesses[1:] - guesses[:-1]).flatten(1).norm(dim=1)  # (S − 1,)
+# curve = {"change of x̂₀": (times[1:], change / guesses[-1].norm())}
+# viz.show_curves(curve, xlabel="noise level σ", ylabel="relative", markers=True)
+
+# %% [markdown]
+# ### Prompts
+#
+# Eight prompts, one seed each. The last two ask for pairs of garment and colour that
+# were never in the training data.
+
+# %% tags=["active-ipynb"]
+# things = ["yellow bag", "purple ankle boot", "white t-shirt", "green coat",
+#     "orange sneaker", "pink dress", "blue t-shirt", "red trousers"]
+# prompts = [f"a {thing} on a black background" for thing in things]
+# drawn = pipe(prompts, output_type="pt")
+# viz.show_images(drawn, things, columns=4, low=0)
+
+# %% [markdown]
+# ### Guidance
+#
+# One row for each guidance scale, the same four seeds in each. The first row is the
+# model without guidance.
+
+# %% tags=["active-ipynb"]
+# scales = (1.0, 2.0, 4.0, 8.0)
+# draw = lambda **how: pipe(PROMPT, num_images_per_prompt=4, output_type="pt", **how)
+# grid = torch.cat([draw(guidance_scale=g) for g in scales])
+# viz.show_images(grid, [f"g = {g:g}" for g in scales for _ in range(4)], 4, low=0)
+
+# %% tags=["active-ipynb"]
+# rows = grid.unflatten(0, (4, 4))  # (16, 3, 64, 64) → (4, 4, 3, 64, 64)
+# spread = rows.std(1).mean((1, 2, 3))
+# print("the spread of four pictures shrinks:", (spread[0] > spread[2]).item())
+
+# %% [markdown]
+# Guidance makes the prompt's garment plainer, and the four pictures more alike.
+#
+# ### Steps
+#
+# One row for each solver, from one step to sixteen.
+
+# %% tags=["active-ipynb"]
+# counts = (1, 2, 4, 8, 16)
+# how = {"prompt": PROMPT, "output_type": "pt"}
+# one = lambda n, name: pipe(**how, num_inference_steps=n, sampler=name)
+# grid = torch.cat([one(n, name) for name in SAMPLERS for n in counts])
+# titles = [f"{name}, {n}" for name in SAMPLERS for n in counts]
+# viz.show_images(grid, titles, columns=5, low=0)
+
+# %% [markdown]
+# One step gives the average of what the prompt allows, as chapter 6 predicted; DPM++
+# 2M and Euler make the same first step, so their first pictures are equal. Heun asks
+# twice per step, and is ahead at equal steps, not at equal work.
+#
+# ## Predict, then break it
+#
+# **One.** Keep the seed and change the words. What stays the same in the picture: the
+# place of the garment, its size, nothing?
+
+# %% tags=["active-ipynb"]
+# words = ["red dress on a blue", "green dress on a blue", "red dress on a white"]
+# words += ["red coat on a blue", "red bag on a blue"]
+# changed = pipe([f"a {w} background" for w in words], latents=noise.repeat(5, 1, 1, 1),
+#     output_type="pt")
+# viz.show_images(changed, words, columns=5, low=0)
+
+# %% [markdown]
+# The noise fixes what the prompt leaves open. That is why one draws a prompt with
+# several seeds, and why a small change of words with the same seed is a small change
+# of the picture.
+#
+# **Two.** Take T5 away: its rows of the context become zeros, as in SD3.5 when T5 is
+# left out to save memory. What suffers first, the colour, the garment, or the order of
+# two garments?
+
+# %% tags=["active-ipynb"]
+# two = "a red bag left of a yellow coat on a white background"
+# bare = Pipeline([*tokenizers[:2], None], [*encoders[:2], None], transformer, vae,
+#     shipped.scheduler)
+# how = {"num_images_per_prompt": 4, "output_type": "pt", "max_sequence_length": 32}
+# pair = torch.cat([pipe(two, **how), bare(two, **how)])
+# viz.show_images(pair, ["with T5"] * 4 + ["without"] * 4, columns=4, low=0)
+
+# %% [markdown]
+# The sentence with two garments needs to know which colour belongs to which. CLIP's
+# pooled vector and its 32 rows carry what is in the picture better than who is where.
+# (In training each encoder was left out in one of ten scenes, so zeros are no surprise
+# to the model.)
+#
+# ## The same lines, full size
+#
+# Nothing above knows how large the model is. First without weights: all three models
+# on PyTorch's *meta* device, where tensors have a shape and no memory.
+
+# %% tags=["active-ipynb"]
+# from torch.utils.flop_counter import FlopCounterMode
+#
+# from minidiff.extras.loading import PUBLISHED, blueprint
+# from minidiff.support.checkpoints import count_parameters
+#
+# for name in PUBLISHED:
+#     counts = {n: count_parameters(m) for n, m in blueprint(name).items()}
+#     print(f"{name}: {sum(counts.values()):,} parameters")
+#     print("  transformer {transformer:,}, T5 {text_encoder_3:,}".format(**counts))
+
+# %% tags=["active-ipynb"]
+# def work(name: str) -> tuple[float, float]:
+#     """GB of 16-bit weights with tables, TFLOP of a guided step at 1024²."""
+#     parts, meta = blueprint(name), {"device": "meta"}
+#     size = sum(2 * t.numel() for m in parts.values() for t in m.state_dict().values())
+#     given = (2, 16, 128, 128), (2,), (2, 333, 4096), (2, 2048)
+#     with FlopCounterMode(display=False) as counter:
+#         parts["transformer"](*(torch.empty(s, **meta) for s in given))
+#     return size / 1e9, counter.get_total_flops() / 1e12
+
+# %% tags=["active-ipynb"]
+# for name, usual in list(DEFAULTS.items())[1:]:
+#     size, flops = work(name)
+#     passes = usual.num_inference_steps * (1 if usual.guidance_scale > 1 else 0.5)
+#     print(f"{name}: {size:.1f} GB, {flops:.1f} TFLOP a guided step, "
+#         f"{passes * flops:.0f} TFLOP a picture")
+
+# %% [markdown]
+# Turbo has Large's weights in number and size, and needs a fourteenth of its work: a
+# seventh of the steps, and no second pass for guidance.
+#
+# Now with weights, where there is a CUDA device and the licence has been accepted (the
+# set-up page says how). Elsewhere the cell says so in one line.
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# def full_size(name: str) -> None:
+#     if not torch.cuda.is_available():
+#         return print(f"{name}: needs a CUDA device and access to the weights")
+#     try:
+#         large = minidiff.load(name, device="cuda", memory="auto")
+#     except OSError:
+#         return print(f"{name}: needs a CUDA device and access to the weights")
+#     display(large("a red dress on a blue background, studio photograph")[0])
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# for name in PUBLISHED:
+#     full_size(name)
+
+# %% [markdown]
+# ## Parity
+#
+# diffusers opens the same folder with its own classes. Same prompt, same negative
+# prompt, same noise, 28 guided steps: the pictures must be equal.
+
+# %% tags=["active-ipynb"]
+# import logging
+# import os
+#
+# os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+# logging.disable(logging.WARNING)
+# import diffusers
+# from diffusers.utils.logging import disable_progress_bar
+# from transformers.utils.logging import disable_progress_bar as disable_another
+
+# %% tags=["active-ipynb"]
+# disable_progress_bar()
+# disable_another()
+# Reference = diffusers.StableDiffusion3Pipeline
+# reference = Reference.from_pretrained(TINY, dtype=torch.float32)
+# reference.set_progress_bar_config(disable=True)
+# how = {"prompt": two, "negative_prompt": "a dress", "num_inference_steps": 28}
+# how |= {"guidance_scale": 4.0, "latents": noise, "output_type": "pt"}
+# ours, theirs = pipe(**how), reference(**how, max_sequence_length=32).images
+
+# %% tags=["active-ipynb"]
+# error = ((ours - theirs).norm() / theirs.norm()).item()
+# assert error < 1e-5, error
+# print("relative error of the picture below 1e-5")
+
+# %% [markdown]
+# ## What production code does differently
+#
+# - **Memory.** The encoders run once, then only occupy memory: production code moves
+#   them away, streams T5 layer by layer, or stores weights in 8 bits.
+#   `minidiff.load(..., memory="12GB")` does so; the plans live in `minidiff.extras`.
+# - **Compilation.** `compile=True` compiles each kind of block once. The first picture
+#   waits for it, the others are faster.
+# - **Large pictures** are decoded in overlapping tiles, because the decoder's first
+#   feature maps need more memory than the whole transformer.
+# - **Many users** share a batch, with their own prompts, seeds and guidance scales, and
+#   texts are cached.
+# - **Distillation** changes the weights rather than the code. Large Turbo is the
+#   example at hand: the same transformer, four steps, no guidance.
+#
+# ## Exercises
+#
+# **8.1 Predict.** Four pictures of one prompt, 28 steps of Heun, guidance 4.5: for how
+# many samples does the transformer compute a velocity? (Heun's last step asks once.)
+
+# %% tags=["active-ipynb", "exercise"]
+# def samples() -> int:
+#     raise NotImplementedError
+
+# %% tags=["active-ipynb", "check"]
+# @check
+# def exercise_8_1() -> None:
+#     rows, forward = [], transformer.forward
+#     count = lambda x, *a, **k: rows.append(len(x)) or torch.zeros_like(x)
+#     wanted = samples()
+#     transformer.forward = count
+#     pipe("", num_images_per_prompt=4, guidance_scale=4.5, sampler="heun")
+#     transformer.forward = forward
+#     assert wanted == sum(rows), "pictures × prompts × calls"
+
+# %% tags=["active-ipynb", "hide-cell", "solution"]
+# def samples() -> int:
+#     return 4 * 2 * (27 * 2 + 1)
+#
+# exercise_8_1()
+
+# %% [markdown]
+# **8.2 Code.** *Image to image*: encode a picture, add the noise of a level, and solve
+# only the rest of the way. Of the schedule's 28 steps take the last
+# `int(28 * strength)`; `velocity` is the guided velocity, `sigmas` the whole schedule.
+
+# %% tags=["active-ipynb", "exercise"]
+# def repaint(velocity: Velocity, x0: Tensor, sigmas: Tensor, strength: float):
+#     """From data ``x0`` (1, C, h, w) up to a level, with ``noise``, and back down."""
+#     raise NotImplementedError
+
+# %% tags=["active-ipynb", "check"]
+# @check
+# def exercise_8_2() -> None:
+#     velocity = pipe.velocity(context, pooled, sigmas, scale)
+#     kept = repaint(velocity, naive, sigmas, 0.0)
+#     assert torch.equal(kept, naive), "strength 0 should change nothing"
+#     full = repaint(velocity, naive, sigmas, 1.0)
+#     assert torch.allclose(full, naive, atol=1e-3), "strength 1 should draw anew"
+#     seen = []
+#     repaint(lambda x, s: seen.append(s.item()) or x, naive, sigmas, 0.5)
+#     assert len(seen) == 14, "strength ½ should take the last 14 steps"
+
+# %% tags=["active-ipynb", "hide-cell", "solution"]
+# def repaint(velocity: Velocity, x0: Tensor, sigmas: Tensor, strength: float):
+#     rest = sigmas[len(sigmas) - 1 - int(28 * strength) :]
+#     x = (1 - rest[0]) * x0 + rest[0] * noise
+#     return euler(velocity, x, rest)
+#
+# exercise_8_2()
+
+# %% [markdown]
+# **8.3 Code.** Walk from one seed to another. The straight line between two noises
+# leads through points that are too small to be noise: half-way, independent noises have
+# lost a factor $\sqrt 2$. Go along the arc instead: weights $\cos\varphi$ and
+# $\sin\varphi$, with $\varphi$ from 0 to $\pi/2$.
+
+# %% tags=["active-ipynb", "exercise"]
+# def between(a: Tensor, b: Tensor, t: float) -> Tensor:
+#     """Noise on the way from ``a`` (t = 0) to ``b`` (t = 1), of the same size."""
+#     raise NotImplementedError
+
+# %% tags=["active-ipynb", "check"]
+# @check
+# def exercise_8_3() -> None:
+#     a, b = torch.randn(2, 100_000, generator=torch.Generator().manual_seed(0))
+#     first, middle, last = (between(a, b, t) for t in (0, 0.5, 1))
+#     assert torch.allclose(first, a), "it should begin at a"
+#     assert torch.allclose(last, b, atol=1e-5), "it should end at b"
+#     assert abs(middle.std() - 1) < 0.02, "half-way it is no longer noise"
+
+# %% tags=["active-ipynb", "hide-cell", "solution"]
+# import math
+#
+# def between(a: Tensor, b: Tensor, t: float) -> Tensor:
+#     return math.cos(t * math.pi / 2) * a + math.sin(t * math.pi / 2) * b
+#
+# exercise_8_3()
+# a, b = starting_noise([0, 1], (16, 16, 16)).split(1)
+# walk = torch.cat([between(a, b, t / 7) for t in range(8)])
+# viz.show_images(pipe([PROMPT] * 8, latents=walk, output_type="pt"), low=0)
+
+# %% [markdown]
+# **8.4 Explore.** Draw “a dress on a blue background” with the negative prompt “a red
+# dress”, and with “red”. Which one does the model understand, and why? Chapter 7 tells
+# which sentences it has seen.
+#
+# ## What you did
+#
+# You assembled tokenizers, encoders, transformer, solver and autoencoder by hand, and
+# drew a picture with a loop of four lines. You batched the prompts and computed the
+# modulations ahead, and saw that nothing changed. You watched the picture appear,
+# compared guidance scales, step counts and solvers, took T5 away, and set up the three
+# published models with the same lines.
+#
+# The journey ends where it wanted to go: the prompt of chapter 1 is a picture.
+
+# %% tags=["active-ipynb"]
+# print(journey.check("latents", called))
+# print(journey.check("picture", final))
+# pipe(PROMPT, seed=SEED)[0].resize((256, 256))
+
+# %% [markdown]
+# ## Further reading
+#
+# - Rombach et al. 2022, [High-resolution image synthesis with latent diffusion
+#   models](https://arxiv.org/abs/2112.10752): the shape of all such pipelines.
+# - Esser et al. 2024, [Scaling rectified flow
+#   transformers](https://arxiv.org/abs/2403.03206): the model, and what leaving T5 out
+#   costs (section 5.3.3).
+# - Sauer et al. 2024, [Fast high-resolution image synthesis with latent adversarial
+#   diffusion distillation](https://arxiv.org/abs/2403.12015): how Turbo models are
+#   made.
+# - Meng et al. 2022, [SDEdit](https://arxiv.org/abs/2108.01073): image to image.
+# - The documentation of [diffusers](https://huggingface.co/docs/diffusers), whose
+#   vocabulary this package speaks.

@@ -36,6 +36,7 @@ __all__ = [
     "show_attention",
     "show_bars",
     "show_curves",
+    "show_fields",
     "show_heatmap",
     "show_histogram",
     "show_images",
@@ -49,6 +50,7 @@ __all__ = [
     "show_quadrants",
     "show_tokens",
     "show_trajectory",
+    "show_vectors",
     "to_pictures",
 ]
 
@@ -685,4 +687,43 @@ def show_positions(
         for ax in axes.flat:
             ax.add_patch(_rectangle((left, top), crop[1], crop[0], style))
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center")
+    return figure
+
+
+# Chapters 6 and 8: the flow
+
+
+@_drawn
+def show_fields(fields: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> "Figure":
+    """Vector fields side by side: title → (points (N, 2), places (M, 2), arrows)."""
+    side = WIDTH / len(fields)
+    figure, axes = _axes(1, len(fields), (WIDTH, side + 0.3))
+    for ax, (title, (points, places, arrows)) in zip(
+        axes.flat, fields.items(), strict=True
+    ):
+        ax.scatter(*_numpy(points).T, s=5, c=_colors(1)[0], lw=0, zorder=3)
+        style = {"color": "#777b83", "width": 0.006, "angles": "xy"}
+        ax.quiver(*_numpy(places).T, *_numpy(arrows).T, **style)
+        ax.set(title=title, aspect="equal")
+    return figure
+
+
+@_drawn
+def show_vectors(
+    origin: Tensor, vectors: Mapping[str, Tensor], points: Points | None = None
+) -> "Figure":
+    """Named arrows (2,) from one place (2,), among sets of ``points`` (N, 2)."""
+    figure, axes = _axes(1, 1, (5.0, 3.8), grid=True)
+    ax, points = axes[0, 0], points or {}
+    colors = _colors(len(points) + len(vectors))
+    for color, (name, xy) in zip(colors, points.items(), strict=False):
+        ax.scatter(*_numpy(xy).T, s=7, c=color, lw=0, alpha=0.6, label=name)
+    style = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.007}
+    for color, (name, v) in zip(colors[len(points) :], vectors.items(), strict=True):
+        ax.quiver(*_numpy(origin), *_numpy(v), color=color, label=name, **style)
+    ends = np.stack([_numpy(origin)] + [_numpy(origin + v) for v in vectors.values()])
+    ends = np.concatenate([ends, *(_numpy(xy) for xy in points.values())])
+    low, high = ends.min(0) - 0.2, ends.max(0) + 0.2
+    ax.set(aspect="equal", xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
