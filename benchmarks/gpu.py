@@ -33,7 +33,6 @@ from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.extras.fast import (
     FastDecoder,
     FastMMDiT,
-    accelerate,
     attention_backend,
     pixel_attention,
 )
@@ -694,7 +693,7 @@ def memory(bench: Bench, name: str) -> None:
         )
         model.requires_grad_(False)
         if fp8 is not None:
-            accelerate(model, fp8=fp8)
+            model.forward = FastMMDiT(model, fp8)
         pipe = pipeline(bench, model, vae)
         steps = 2 if bench.tiny else 28
         seconds = []

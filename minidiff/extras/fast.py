@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from minidiff.attention import Attention
 from minidiff.dit import MLP, MMDiT, Modulations, unpatchify
 from minidiff.extras.kernels import (
+    FLOAT8,
     Rows,
     group_norm_silu,
     norm_heads,
@@ -110,7 +111,7 @@ class FastMMDiT:
     """
 
     def __init__(
-        self, model: MMDiT, fp8: bool = False, attention: str | None = None
+        self, model: MMDiT, fp8: bool = False, attention: str | None = "cudnn"
     ) -> None:
         if model.config.qk_norm != "rms_norm":
             raise ValueError(f"qk_norm {model.config.qk_norm!r}: expected 'rms_norm'")
@@ -248,24 +249,29 @@ def self_attention(qkv: Tensor, batch: int, heads: int) -> Tensor:
 
 
 def accelerate(
-    transformer: MMDiT | None = None,
-    vae: VAE | None = None,
-    compile: bool = False,
-    fp8: bool = False,
-    attention: str | None = "cudnn",
+    transformer: MMDiT, vae: VAE, fast: bool = True, compile: bool = False
 ) -> None:
     """Let a transformer and an autoencoder's decoder run in the forms of this module.
 
-    With ``compile`` the chapters' own blocks run instead, compiled: each kind of block
-    once, for all sizes.
+    A transformer whose blocks are in fp8 then also multiplies in fp8, where the device
+    can. With ``compile`` the chapters' own blocks are compiled instead, each kind of
+    block once for all sizes; ``fast`` then serves the decoder alone.
     """
-    if transformer is not None and compile:
+    if compile:
         for block in transformer.joint_blocks:
             block.compile(dynamic=True)
-    elif transformer is not None:
-        transformer.forward = FastMMDiT(transformer, fp8, attention)
-    if vae is not None:
+    elif fast:
+        transformer.forward = FastMMDiT(transformer, multiplies_in_fp8(transformer))
+    if fast:
         vae.decoder.forward = FastDecoder(vae.decoder)
+
+
+def multiplies_in_fp8(model: MMDiT) -> bool:
+    """Whether the model's blocks are in fp8, on a device with fp8 products."""
+    weight = model.joint_blocks[0].x_block.mlp.fc1.weight
+    if weight.dtype != FLOAT8:
+        return False
+    return not weight.is_cuda or torch.cuda.get_device_capability() >= (8, 9)
 
 
 # The decoder

@@ -199,7 +199,8 @@ class StreamedEmbedding(nn.Module):
         self.stored, self.dtype = layer.weight.detach(), dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.stored[ids.cpu()].to(ids.device).to(self.dtype)
+        rows = self.stored[ids.to(self.stored.device)]  # (…) → (…, D)
+        return rows.to(ids.device).to(self.dtype)
 
 
 class CroppedTable:

@@ -1,0 +1,190 @@
+"""Count the memory of a whole denoising call at full size, without a GPU.
+
+    python benchmarks/memory_count.py
+
+The models run on PyTorch's meta device, where tensors have shapes and no numbers. Each
+storage counts from its first appearance until Python lets it go, as an allocator would
+see it. Not counted: rounding and gaps in the allocator, workspaces of the libraries,
+and what CUDA itself takes. Attention counts its output only, as in a fused kernel.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from minidiff.dit import MMDiT, MMDiTConfig
+from minidiff.extras.memory import GIB, Plan, place
+from minidiff.flow_matching import Scheduler
+from minidiff.sampling import Pipeline
+from minidiff.support.checkpoints import Prepared, Source
+from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
+from minidiff.vae import VAE, VAEConfig
+
+STREAMED = Plan("streamed", "streamed", "streamed")
+
+
+class Count(TorchDispatchMode):
+    """Bytes of live storages on the meta device: ``live`` now, ``peak`` at most."""
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        super().__init__()
+        self.known: set[int] = set()
+        for tensor in in_files(model, plan):
+            self.known.add(tensor.untyped_storage()._cdata)
+        self.live = self.peak = 0
+        for tensor in [*model.parameters(), *model.buffers()]:
+            self.add(tensor)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.device.type == "meta":
+                self.add(leaf)
+        return out
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.drop, key, size)
+
+    def drop(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Attention that allocates its output alone."""
+    original = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = lambda q, *_, **__: torch.empty_like(q)
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
+
+
+def prepared(model: nn.Module) -> Prepared:
+    """A checkpoint of ``model`` whose tensors are on the meta device, in float16."""
+    found: dict[str, Any] = {}
+    sources = {name: Source((name,)) for name in model.state_dict()}
+    return MetaFile(model, sources, found)
+
+
+class MetaFile(Prepared):
+    """Reads every tensor of its model as an empty one of the stored dtype."""
+
+    def __call__(self, device: Any, dtype: torch.dtype, put: Any = None) -> nn.Module:
+        expected = self.model.state_dict()
+
+        def read(name: str) -> Callable[[Any, torch.dtype | None], Tensor]:
+            shape = expected[name].shape
+            return lambda device, dtype: torch.empty(
+                shape, dtype=dtype or torch.float16, device="meta"
+            )
+
+        state = {n: put(n, read(n)) if put else read(n)(None, dtype) for n in expected}
+        kept = {n: t for n, t in state.items() if t is not None}
+        self.model.load_state_dict(kept, assign=True, strict=put is None)
+        return self.model.eval()
+
+
+def on_meta(model_class: type, config: Any, plan: Plan) -> nn.Module:
+    """A model placed by ``plan``, in bfloat16, on the meta device."""
+    with torch.device("meta"):
+        model = model_class(config)
+    model = place(prepared(model), plan, "meta", torch.bfloat16)
+    return model.requires_grad_(False)
+
+
+def in_files(model: nn.Module, plan: Plan) -> Iterator[Tensor]:
+    """The tensors of a model that the plan leaves in the files."""
+    for module in model.modules():
+        stored = getattr(module, "stored", ())
+        yield from (t for t in tree_leaves(stored) if isinstance(t, Tensor))
+    if plan.modulation == "streamed" and isinstance(model, MMDiT):
+        yield model.pos_embed
+
+
+def pipeline(transformer: MMDiT, vae: VAE) -> Pipeline:
+    """A pipeline around a transformer; its text encoders are shapes only."""
+    with torch.device("meta"):
+        encoders = (
+            CLIPTextEncoder(CLIPTextConfig.clip_l()),
+            CLIPTextEncoder(CLIPTextConfig.clip_g()),
+            T5Encoder(T5Config.t5_xxl()),
+        )
+    pipe = Pipeline([None] * 3, encoders, transformer, vae, Scheduler(3.0))
+    pipe.progress = False
+    return pipe
+
+
+def denoising_peak(config: MMDiTConfig, plan: Plan, steps: int = 28) -> float:
+    """GiB of a denoising call with guidance at 1024², weights included.
+
+    Of the steps, which all take the same memory, two are run.
+    """
+    with torch.device("meta"):
+        vae = VAE(VAEConfig.sd35())
+    model = on_meta(MMDiT, config, plan)
+    pipe = pipeline(model, vae)
+    x = torch.empty(1, 16, 128, 128, device="meta")
+    context = torch.empty(2, 333, 4096, device="meta", dtype=torch.bfloat16)
+    pooled = torch.empty(2, 2048, device="meta", dtype=torch.bfloat16)
+    sigmas = pipe.scheduler.sigmas(steps)
+    with fused_attention(), Count(model, plan) as count, torch.no_grad():
+        velocity = pipe.velocity(context, pooled, sigmas, 4.5)
+        for sigma, following in zip(sigmas[:2], sigmas[1:3], strict=True):
+            x = x + (following - sigma) * velocity(x, sigma)
+    return count.peak / GIB
+
+
+def t5_peak(where: str) -> float:
+    """GiB of T5-XXL encoding two prompts of 256 tokens, weights included."""
+    plan = Plan(t5=where)
+    model = on_meta(T5Encoder, T5Config.t5_xxl(), plan)
+    with fused_attention(), Count(model, plan) as count, torch.no_grad():
+        model(torch.zeros(2, 256, dtype=torch.long, device="meta"))
+    return count.peak / GIB
+
+
+def decoding_peak(side: int) -> float:
+    """GiB of decoding ``side``² latent pixels, weights included."""
+    model = on_meta(VAE, VAEConfig.sd35(), Plan())
+    latents = torch.empty(1, 16, side, side, device="meta", dtype=torch.bfloat16)
+    with fused_attention(), Count(model, Plan()) as count, torch.no_grad():
+        model.decode(latents)
+    return count.peak / GIB
+
+
+def main() -> None:
+    configs = {"Medium": MMDiTConfig.sd35_medium(), "Large": MMDiTConfig.sd35_large()}
+    plans = {
+        "everything resident": Plan(),
+        "AdaLN streamed": STREAMED,
+        "AdaLN streamed, fp8 weights": Plan("streamed", "streamed", "streamed", True),
+    }
+    print("denoising, 28 steps, 1024×1024, guidance, bfloat16: GiB counted")
+    for name, config in configs.items():
+        for what, plan in plans.items():
+            print(f"  {name:<8}{what:<30}{denoising_peak(config, plan):6.2f}")
+    for where in ("resident", "streamed"):
+        print(f"  T5-XXL  {where:<30}{t5_peak(where):6.2f}")
+    for side in (128, 64):
+        print(f"  decode  {side} latent pixels a side{decoding_peak(side):16.2f}")
+
+
+if __name__ == "__main__":
+    main()
