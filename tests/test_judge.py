@@ -9,8 +9,11 @@ from minidiff.support.judge import (
     Judge,
     JudgeConfig,
     accuracy,
+    choose_windows,
     load_judge,
     train_judge,
+    windows,
+    with_silhouette,
 )
 
 SMALL = JudgeConfig((16, 24, 32), (1, 1, 1), 48)
@@ -22,16 +25,32 @@ def test_shapes_and_size():
     images = torch.randn(2, 3, 64, 64)
     shapes = [tuple(x.shape) for x in judge(images)]
     assert shapes == [(2, 3), (2, 2, 10), (2, 2, 8), (2, 8)]
-    assert judge.features(images).shape == (2, 192)
+    assert judge.read(images)[0].shape == (2, 192)
 
 
-def test_judge_tells_left_from_right_and_above_from_below():
-    judge, images = Judge().eval(), torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        feature, *others = (
-            judge.features(x) for x in (images, images.flip(3), images.flip(2))
-        )
-    assert all((feature - other).norm() > 0.01 * feature.norm() for other in others)
+def test_silhouette_knows_no_colour():
+    """The same garment in other colours, of the same distance to the background."""
+    image = -torch.ones(1, 3, 64, 64)
+    image[:, 0, 20:40, 20:40] = 0.5
+    extra = with_silhouette(image)[:, 3:]
+    assert torch.equal(extra, with_silhouette(image.roll(1, 1))[:, 3:])
+    assert extra[0, 0, 30, 30] == 1.5 and extra[0, 0, 0, 0] == 0
+
+
+def test_windows_are_where_garments_lie(fashion):
+    """Each garment's opacity is largest in its own window of the map."""
+    batch = Scenes("test", fashion, two_garments=1).batch(torch.arange(50))
+    maps = torch.nn.functional.avg_pool2d(batch.masks, 8)  # (B, 2, 8, 8)
+    inside = windows(maps).unflatten(2, (2, 16)).mean(3)  # (B, 5, 2)
+    own = torch.stack([batch.attributes.layout * 2 - 1] * 2, 1) + torch.arange(2)
+    assert (inside[:, 1:].argmax(1) + 1 == own).all()
+
+
+def test_layout_chooses_the_windows():
+    x = torch.randn(3, 5, 7)
+    chosen = choose_windows(x, torch.eye(3))
+    for row, numbers in enumerate([(0, 0), (1, 2), (3, 4)]):
+        assert torch.equal(chosen[row], x[row, list(numbers)])
 
 
 def test_training_learns_and_saves(fashion, tmp_path):

@@ -131,7 +131,7 @@ class Echo:
 def test_evaluate(fashion):
     torch.manual_seed(0)
     judge, pipe = Judge(JudgeConfig((8, 8, 8), (1, 1, 1), 12)).eval(), Echo()
-    judge.hidden.weight.data *= 100  # untrained features hardly differ
+    judge.window.weight.data *= 100  # untrained features hardly differ
     found = metrics.evaluate(
         pipe, judge, 24, guidance_scale=2.0, folder=fashion, batch=16
     )

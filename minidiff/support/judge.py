@@ -33,11 +33,11 @@ EVALUATION_SEED = 2  # scenes that training (seed 0) never draws
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """Widths and residual blocks at 32, 16 and 8 pixels; the size of the features."""
+    """Widths and residual blocks at 32, 16 and 8 pixels; features of each garment."""
 
-    widths: tuple[int, ...] = (64, 96, 128)
-    blocks: tuple[int, ...] = (2, 2, 1)
-    features: int = 192
+    widths: tuple[int, ...] = (24, 48, 96)
+    blocks: tuple[int, ...] = (1, 1, 1)
+    features: int = 96
 
 
 class Residual(nn.Module):
@@ -59,15 +59,19 @@ class Residual(nn.Module):
 
 
 class Judge(nn.Module):
-    """Pictures (B, 3, 64, 64) in [−1, 1] → logits of every attribute."""
+    """Pictures (B, 3, 64, 64) in [−1, 1] → logits of every attribute.
 
-    sizes = (len(LAYOUTS), 2 * len(CLASSES), 2 * len(COLORS), len(BACKGROUNDS))
+    A convolutional trunk gives an 8 × 8 map. Five windows of it, each brought to 4 × 4,
+    go through one linear layer: the whole picture, and where a garment lies if it is on
+    the left, on the right, above or below. The layout, read from all five, says which
+    of them are the two garments.
+    """
 
     def __init__(self, config: JudgeConfig = JudgeConfig()) -> None:  # noqa: B008
         super().__init__()
         self.config = config
         width = config.widths[0]
-        self.stem = nn.Conv2d(12, width, 3, 1, 1)
+        self.stem = nn.Conv2d(20, width, 3, 1, 1)
         blocks = []
         for level, (new, count) in enumerate(
             zip(config.widths, config.blocks, strict=True)
@@ -76,30 +80,56 @@ class Judge(nn.Module):
                 blocks += [Residual(width, new, 2 if level and i == 0 else 1)]
                 width = new
         self.blocks = nn.Sequential(*blocks)
-        self.hidden = nn.Linear(5 * width, config.features)
-        self.heads = nn.Linear(config.features, sum(self.sizes))
-
-    def features(self, images: Tensor) -> Tensor:
-        """The last hidden layer (B, features)."""
-        # (B, 3, 64, 64) → (B, 12, 32, 32): no detail of a small garment is averaged
-        x = self.blocks(F.relu(self.stem(F.pixel_unshuffle(images, 2))))
-        columns, rows = x.mean(2), x.mean(3)  # 2 × (B, W, 8)
-        halves = [v.mean(2) for y in (columns, rows) for v in y.chunk(2, dim=2)]
-        # Whole, left, right, top, bottom: 5 × (B, W) → (B, 5·W)
-        return F.relu(self.hidden(torch.cat([x.mean((2, 3)), *halves], 1)))
+        self.window = nn.Linear(16 * width, config.features)
+        self.layout = nn.Linear(5 * config.features, len(LAYOUTS))
+        self.background = nn.Linear(5 * config.features, len(BACKGROUNDS))
+        self.garment = nn.Linear(config.features, len(CLASSES))
+        self.color = nn.Linear(config.features, len(COLORS))
 
     def forward(self, images: Tensor) -> Attributes:
         """Logits: (B, 3), (B, 2, 10), (B, 2, 8) and (B, 8)."""
-        return self.read(self.features(images))
+        return self.read(images)[1]
 
-    def read(self, features: Tensor) -> Attributes:
-        """The logits that follow from the features (B, features)."""
-        layout, garments, colors, background = (
-            self.heads(features).float().split(self.sizes, dim=1)
-        )
-        # (B, 2·K) → (B, 2, K)
-        garments, colors = garments.unflatten(1, (2, -1)), colors.unflatten(1, (2, -1))
-        return Attributes(layout, garments, colors, background)
+    def read(self, images: Tensor) -> tuple[Tensor, Attributes]:
+        """Features of both garments side by side (B, 2·features), and the logits."""
+        # (B, 5, 64, 64) → (B, 20, 32, 32): no detail of a small garment is averaged
+        x = F.pixel_unshuffle(with_silhouette(images), 2)
+        x = windows(self.blocks(F.relu(self.stem(x))))
+        x = F.relu(self.window(x))  # (B, 5, 16·W) → (B, 5, F)
+        layout = self.layout(x.flatten(1))
+        garments = choose_windows(x, layout.float().softmax(1))  # → (B, 2, F)
+        heads = layout, self.garment(garments), self.color(garments)
+        logits = Attributes(*heads, self.background(x.flatten(1)))
+        return garments.flatten(1), Attributes(*(logit.float() for logit in logits))
+
+
+def with_silhouette(images: Tensor) -> Tensor:
+    """The pictures with two more channels, (B, 5, H, W), that know no colour.
+
+    The distance to the background, the median of the border, shows the shape whatever
+    its colour; the brightest channel shows the shading.
+    """
+    top, bottom = images[:, :, 0], images[:, :, -1]
+    left, right = images[..., 0], images[..., -1]
+    border = torch.cat([top, bottom, left, right], 2)  # 4 × (B, 3, 64) → (B, 3, 256)
+    ground = border.median(2).values[..., None, None]
+    distance = (images - ground).abs().amax(1, keepdim=True)
+    return torch.cat([images, distance, images.amax(1, keepdim=True)], 1)
+
+
+def windows(x: Tensor) -> Tensor:
+    """Five windows of the map (B, W, 8, 8), each 4 × 4 and flat: (B, 5, 16·W)."""
+    whole = F.avg_pool2d(x, 2)
+    beside = x[:, :, 2:6, :4], x[:, :, 2:6, 4:]
+    stacked = x[:, :, :4, 2:6], x[:, :, 4:, 2:6]
+    return torch.stack([whole, *beside, *stacked], 1).flatten(2)
+
+
+def choose_windows(x: Tensor, layout: Tensor) -> Tensor:
+    """Both garments' windows (B, 2, F) of ``x`` (B, 5, F), weighted by ``layout``."""
+    first, second = x[:, [0, 1, 3]], x[:, [0, 2, 4]]  # single, beside, stacked
+    pair = torch.stack([first, second], 1)  # 2 × (B, 3, F) → (B, 2, 3, F)
+    return (pair * layout[:, None, :, None].to(x.dtype)).sum(2)
 
 
 def judge_loss(logits: Attributes, target: Attributes) -> Tensor:
@@ -159,8 +189,8 @@ def train_judge(
 ) -> dict:
     """Train the judge on real training scenes, measure it on test scenes, save both.
 
-    AdamW, 5 % warm-up, cosine to zero; bfloat16 on CUDA. It takes about a minute on a
-    large GPU and does not resume: a run that was stopped starts again.
+    AdamW, 5 % warm-up, cosine to zero, bfloat16. It does not resume: a run that was
+    stopped starts again.
 
     Returns:
         The accuracies on test scenes, as they stand in ``output``/config.json.
@@ -180,7 +210,7 @@ def train_judge(
         first = step * batch_size
         batch = scenes.batch(torch.arange(first, first + batch_size, device=device))
         images = batch.images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16):
             loss = judge_loss(judge(images), batch.attributes)
         optimizer.zero_grad()
         loss.backward()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidiff.support.data import IMAGE_SIZE, Attributes, Scenes, captions, prompts
+from minidiff.support.data import IMAGE_SIZE, Scenes, captions, prompts
 from minidiff.support.judge import EVALUATION_SEED, Judge, load_judge, score
 from minidiff.support.rng import fold_in, normal
 
@@ -88,13 +88,6 @@ def _scenes(kind: str, held_out: bool, split: str, folder, device, seed: int) ->
     return Scenes(split, folder, device, seed, float(kind == "two"), held_out)
 
 
-@torch.no_grad()
-def read(judge: Judge, images: Tensor) -> tuple[Tensor, Attributes]:
-    """The judge's features and logits of pictures in [−1, 1]."""
-    features = judge.features(images.float())
-    return features, judge.read(features)
-
-
 def _average(scores: list[dict[str, Tensor]]) -> dict[str, float]:
     """Shares of right pictures; position is right where the layout is."""
     means = {k: torch.cat([s[k] for s in scores]).double().mean() for k in scores[0]}
@@ -112,6 +105,7 @@ def generate(pipe, texts: list[str], indices: Tensor, seed: int, **options) -> T
     return images.float() * 2 - 1
 
 
+@torch.no_grad()
 def evaluate_row(
     pipe, judge: Judge, row: str, n: int, seed: int, folder, batch: int, **options
 ) -> tuple[dict, dict[str, Tensor]]:
@@ -130,7 +124,7 @@ def evaluate_row(
             "model": generate(pipe, part, i, seed, **options).to(device),
         }
         for name, images in pictures.items():
-            feature, logits = read(judge, images)
+            feature, logits = judge.read(images)
             scores[name].append(score(logits, wanted.select(i).to(device)))
             features[name].append(feature)
     means = {name: _average(s) for name, s in scores.items()}
@@ -152,19 +146,18 @@ def reconstructions(
             decoded = decoded.float().clamp(-1, 1)
             ratios.append(psnr(decoded, images))
             judged = decoded.to(next(judge.parameters()).device)
-            features.append(read(judge, judged)[0])
+            features.append(judge.read(judged)[0])
     return torch.cat(ratios).mean().item(), torch.cat(features)
 
 
+@torch.no_grad()
 def training_features(judge: Judge, n: int, seed: int, folder, batch: int) -> Tensor:
     """Features of n real training scenes, half with one garment: the reference."""
     device = next(judge.parameters()).device
     parts = []
     for kind in ("one", "two"):
         scenes = _scenes(kind, False, "train", folder, device, fold_in(seed, 2))
-        parts += [
-            read(judge, scenes.batch(i).images)[0] for i in _chunks(n // 2, batch)
-        ]
+        parts += [judge.read(scenes.batch(i).images)[0] for i in _chunks(n // 2, batch)]
     return torch.cat(parts)
 
 
