@@ -208,15 +208,41 @@ def train(
     compile: Annotated[
         bool | None, typer.Option(help="By default on a GPU only.")
     ] = None,
+    from_model: Annotated[
+        str | None,
+        typer.Option("--from", help="Fine-tune this model on the pictures in --data."),
+    ] = None,
+    lora: Annotated[
+        bool, typer.Option(help="Fine-tune small corrections only.")
+    ] = False,
+    rank: Annotated[int, typer.Option(help="Of the corrections.")] = 8,
+    alpha: Annotated[
+        float | None, typer.Option(help="Their strength; by default the rank.")
+    ] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="Layers to correct: to_q,to_k,…")
+    ] = None,
+    learning_rate: Annotated[float, typer.Option(help="Of fine-tuning.")] = 1e-4,
     device: Annotated[
         str | None,
         typer.Option(help="cpu, cuda, mps; by default a GPU if there is one."),
     ] = None,
 ) -> None:
-    """Train the tiny model, stage by stage; run it again to go on after a stop."""
+    """Train the tiny model, stage by stage; run it again to go on after a stop.
+
+    With --from, fine-tune a model on a folder of pictures, each with its caption in a
+    .txt beside it or in metadata.jsonl.
+    """
+    device = find_device(device)
+    if from_model:
+        from minidiff.extras import finetune
+
+        chosen = (rank, alpha, targets) if lora else None
+        size = (steps or 500, batch_size or 1, learning_rate)
+        print(finetune.train(from_model, data, output, size, chosen, device, compile))
+        return
     from minidiff.extras import stages
 
-    device = find_device(device)
     stages.train(stage, output, data, device, recipe, steps, batch_size, compile)
 
 

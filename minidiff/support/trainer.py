@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from minidiff.support import parallel
+
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
@@ -73,6 +75,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
 class Run:
     """A folder that holds one training run. A context manager: it holds the lock.
 
+    Of several processes the first writes, and all read.
+
     Args:
         folder: made if missing.
         settings: what must be equal for the run to go on (JSON values); a folder begun
@@ -85,6 +89,12 @@ class Run:
         self.settings = json.loads(json.dumps(settings))
 
     def __enter__(self) -> "Run":
+        if parallel.rank() == 0:
+            self._open()
+        parallel.wait()
+        return self
+
+    def _open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.folder / "lock", "w")
         try:
@@ -102,10 +112,10 @@ class Run:
             raise
         for part in self.folder.glob(".*.part"):  # what a killed save left behind
             part.unlink()
-        return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        if parallel.rank() == 0:
+            self._lock.close()
 
     def _check_settings(self) -> None:
         path = self.folder / "run.json"
@@ -128,6 +138,8 @@ class Run:
 
     def save(self, step: int, tensors: dict[str, Tensor]) -> None:
         """Checkpoint after ``step`` steps; older ones than the last ``keep`` go."""
+        if parallel.rank():
+            return
         save_tensors(self.folder / f"step-{step}.safetensors", tensors, step=step)
         for path in self.checkpoints()[self.keep :]:
             path.unlink()
@@ -155,16 +167,22 @@ class Run:
     def save_best(self, score: float, tensors: dict[str, Tensor]) -> None:
         """Keep ``tensors`` as ``best.safetensors`` unless a lower score was kept."""
         path = self.folder / "best.safetensors"
+        if parallel.rank():
+            return
         if path.exists() and load_tensors(path)[1]["score"] <= score:
             return
         save_tensors(path, tensors, score=score)
 
     def log(self, record: dict) -> None:
         """Append ``record`` to ``log.jsonl``, with the time of day."""
+        if parallel.rank():
+            return
         with open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps({**record, "time": round(time.time(), 2)}) + "\n")
 
     def _rewind_log(self, step: int) -> None:
+        if parallel.rank():
+            return
         path = self.folder / "log.jsonl"
         kept = [line for line in read_log(path) if line.get("step", 0) <= step]
         if path.exists():

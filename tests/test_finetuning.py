@@ -1,0 +1,128 @@
+"""Fine-tuning on a folder of captioned pictures; LoRA files that diffusers loads."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import relative_error
+from PIL import Image
+from pipelines import load_tokenizers, reference_pipeline, save_tokenizers
+from safetensors.torch import load_file
+
+import minidiff
+from minidiff.extras import finetune
+from minidiff.extras.finetune import LoraConfig
+from minidiff.extras.lora import load_lora
+from minidiff.support.captioned import captions_of, read_folder
+from minidiff.training import TrainingConfig
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Four plain pictures of 20 × 14 pixels with their captions."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("red", "green", "blue", "white"):
+        Image.new("RGB", (20, 14), name).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"a {name} background\n")
+    return folder
+
+
+def test_captions_beside_pictures_and_in_one_file(pictures: Path) -> None:
+    images, captions = read_folder(pictures, 8)
+    assert images.shape == (4, 3, 8, 8)
+    red = captions.index("a red background")
+    assert torch.allclose(images[red, :, 4, 4], torch.tensor([1.0, -1.0, -1.0]))
+    line = {"file_name": "red.png", "text": "from one file"}
+    (pictures / "metadata.jsonl").write_text(json.dumps(line) + "\n")
+    assert captions_of(pictures)["red.png"] == "from one file"
+
+
+def test_crop_takes_the_middle_and_resize_all(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (30, 10), "black")
+    picture.paste(Image.new("RGB", (10, 10), "white"), (10, 0))
+    picture.save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("stripes")
+    assert read_folder(tmp_path, 8)[0].min() == 1
+    assert read_folder(tmp_path, 8, crop=False)[0].min() == -1
+
+
+def test_what_is_wrong_with_a_folder_is_named(
+    pictures: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (pictures / "red.png").write_bytes(b"no picture")
+    assert len(read_folder(pictures, 8)[1]) == 3
+    assert "red.png is left out" in capsys.readouterr().err
+    (pictures / "ghost.txt").write_text("nothing")
+    with pytest.raises(ValueError, match=r"the caption of ghost.png has no picture"):
+        read_folder(pictures, 8)
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        read_folder(pictures / "elsewhere", 8)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A random pipeline of diffusers in the hub's layout."""
+    folder = tmp_path / "model"
+    save_tokenizers(folder)
+    reference_pipeline(load_tokenizers(folder)).save_pretrained(folder)
+    return folder
+
+
+CONFIG = TrainingConfig(12, 4, 1e-2, warmup_steps=2, ema_decay=0.5, save_every=5)
+
+
+def gain(model: Path, pictures: Path, change) -> float:
+    """The loss after ``change`` of the pipeline, relative to before."""
+    pipe = minidiff.load(model)
+    side = pipe.transformer.config.sample_size * pipe.vae.config.factor
+    encoded = finetune.encode_folder(pipe, pictures, side)
+    before = sum(finetune.level_losses(pipe, encoded))
+    return sum(finetune.level_losses(change(pipe), encoded)) / before
+
+
+def test_lora_learns_and_diffusers_loads_it(
+    model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "lora"
+    file = finetune.finetune(model, pictures, output, CONFIG, LoraConfig(rank=4))
+
+    def with_lora(pipe):
+        load_lora(pipe, file)
+        return pipe
+
+    assert gain(model, pictures, with_lora) < 0.98
+    from diffusers import StableDiffusion3Pipeline
+
+    theirs = StableDiffusion3Pipeline.from_pretrained(model)
+    theirs.load_lora_weights(str(output))
+    ours = with_lora(minidiff.load(model))
+    c = ours.transformer.config
+    x = torch.randn(2, c.in_channels, c.sample_size, c.sample_size)
+    context, pooled = ours.encode_prompt(["a red dress", "a blue bag"])
+    sigma = torch.tensor([0.3, 0.8])
+    with torch.no_grad():
+        a = ours.transformer(x, sigma, context, pooled)
+        b = theirs.transformer(x, context, pooled, 1000 * sigma).sample
+    assert relative_error(a, b) <= 1e-5
+
+
+def test_a_whole_model_learns(model: Path, pictures: Path, tmp_path: Path) -> None:
+    folder = finetune.finetune(model, pictures, tmp_path / "full", CONFIG)
+    assert gain(model, pictures, lambda _: minidiff.load(folder)) < 0.95
+
+
+def test_a_stopped_fine_tuning_goes_on(
+    model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = finetune.finetune(model, pictures, tmp_path / "a", CONFIG, LoraConfig(2))
+    fit = finetune.fit
+    monkeypatch.setattr(finetune, "fit", lambda *a: fit(*a, deadline=1.0))
+    for _ in range(3):
+        with pytest.raises(TimeoutError):
+            finetune.finetune(model, pictures, tmp_path / "b", CONFIG, LoraConfig(2))
+    monkeypatch.setattr(finetune, "fit", fit)
+    again = finetune.finetune(model, pictures, tmp_path / "b", CONFIG, LoraConfig(2))
+    a, b = load_file(whole), load_file(again)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
