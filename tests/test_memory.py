@@ -1,0 +1,214 @@
+"""Memory plans: the same pictures from less memory, and the memory counted."""
+
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import randomize, relative_error
+from small import small_pipeline
+
+import minidiff
+from benchmarks.memory_count import STREAMED, denoising_peak, t5_peak
+from minidiff.dit import MMDiTConfig
+from minidiff.extras import memory, tiling
+from minidiff.extras.loading import blueprint
+from minidiff.extras.memory import GIB, Plan, choose, estimate
+from minidiff.extras.precision import Float8Linear
+from minidiff.support import checkpoints as cp
+from minidiff.vae import VAE, VAEConfig
+
+CALL = {
+    "prompt": ["a red dress", "a green bag"],
+    "num_inference_steps": 3,
+    "guidance_scale": 3.0,
+    "output_type": "pt",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    small_pipeline(folder / "tokenizers").save_pretrained(folder / "saved")
+    return folder / "saved"
+
+
+def draw(folder, **settings):
+    pipe = minidiff.load(folder, **settings)
+    pipe.progress = False
+    return pipe(**CALL), pipe
+
+
+# The same pictures
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"t5": "streamed"},
+        {"clip": "streamed"},
+        {"modulation": "streamed"},
+        {"vae_slicing": True},
+        {"t5": "streamed", "clip": "streamed", "modulation": "streamed"},
+    ],
+    ids=lambda k: "+".join(k),
+)
+def test_a_plan_changes_no_picture(folder, knobs):
+    expected, _ = draw(folder)
+    pictures, _ = draw(folder, **knobs)
+    assert relative_error(pictures, expected) < 1e-6
+
+
+def test_streamed_weights_are_not_on_the_device(folder):
+    _, whole = draw(folder)
+    _, pipe = draw(folder, t5="streamed", clip="streamed", modulation="streamed")
+    kept = dict(pipe.transformer.named_parameters())
+    assert not [name for name in kept if "adaLN" in name]
+    assert len(kept) < len(dict(whole.transformer.named_parameters()))
+    for encoder in pipe.text_encoders:
+        largest = max(p.numel() for p in encoder.parameters())
+        assert largest <= 12 * 48  # positions and norms; no matrix, no vocabulary
+    pipe.transformer.to(torch.float64)
+    layer = pipe.transformer.joint_blocks[0].x_block.adaLN_modulation[1]
+    assert layer.stored[0].dtype == torch.float32  # still the file's
+
+
+def test_fp8_weights_halve_bf16_and_stay_close(folder):
+    expected, _ = draw(folder)
+    pictures, pipe = draw(folder, fp8=True)
+    linear = pipe.transformer.joint_blocks[0].x_block.attn.qkv
+    assert isinstance(linear, Float8Linear) and linear.weight.element_size() == 1
+    assert 1e-4 < relative_error(pictures, expected) < 0.15
+    whole = cp.load_component(
+        type(pipe.transformer), MMDiTConfig, folder / "transformer"
+    )
+    matrix = whole.joint_blocks[0].x_block.attn.qkv.weight
+    restored = linear.weight.float() * linear.scale
+    assert ((restored - matrix).abs() <= matrix.abs() / 16 + linear.scale / 512).all()
+
+
+def test_without_t5_its_rows_are_zeros(folder):
+    _, pipe = draw(folder, t5="none")
+    assert pipe.text_encoders[2] is None
+    context, _ = pipe.encode_prompt("a red dress")
+    assert not context[:, 12:].any() and context[:, :12].any()
+
+
+# Tiles
+
+
+@pytest.fixture(scope="module")
+def autoencoders():
+    diffusers = pytest.importorskip("diffusers")
+    config = VAEConfig.tiny()
+    ours = randomize(VAE(config))
+    names = cp.hub_config(config, "AutoencoderKL")
+    names.pop("_class_name")
+    theirs = diffusers.AutoencoderKL(**names)
+    theirs.load_state_dict(cp.stored_tensors(ours.state_dict(), cp.vae_sources))
+    theirs.eval().enable_tiling()
+    theirs.tile_latent_min_size, theirs.tile_sample_min_size = 8, 32
+    return theirs, ours
+
+
+@pytest.mark.parametrize("size", [(14, 14), (9, 20), (8, 8)])
+def test_tiles_as_diffusers_blends_them(autoencoders, size):
+    theirs, ours = autoencoders
+    latents = torch.randn(1, 16, *size)
+    with torch.no_grad():
+        expected = theirs.decode(latents, return_dict=False)[0]
+        tiles = tiling.tiled_decode(ours.decode, latents, 8, 4)
+        other = tiling.tiled_decode(ours.decode, latents, 8, 4, overlap=0.5)
+    assert relative_error(tiles, expected) < 1e-5
+    if max(size) > 8:  # a mutant: another overlap
+        assert other.shape != expected.shape or relative_error(other, expected) > 1e-3
+
+
+def test_a_tile_too_small_to_overlap():
+    with pytest.raises(ValueError, match="tiles of 1 latent pixels cannot overlap"):
+        tiling.tiled_decode(lambda z: z, torch.zeros(1, 16, 4, 4), 1, 4)
+
+
+# Choosing a plan
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {name: blueprint(f"sd3.5-{name}") for name in ("medium", "large")}
+
+
+@pytest.mark.parametrize("name", ["medium", "large"])
+@pytest.mark.parametrize("budget", memory.BUDGETS)
+def test_every_published_model_fits_every_card(models, name, budget):
+    plan = choose(budget, models[name])
+    assert estimate(plan, models[name]) <= float(budget[:-2]) * 1e9
+    assert choose("999GB", models[name]) == Plan()
+
+
+def test_more_memory_never_means_a_tighter_plan(models):
+    for parts in models.values():
+        ranks = [memory.LADDER.index(choose(b, parts)) for b in memory.BUDGETS]
+        assert ranks == sorted(ranks, reverse=True)
+
+
+def test_knobs_hold_whatever_the_budget(models):
+    plan = choose("24GB", models["medium"], t5="none", vae_tile=32)
+    assert plan.t5 == "none" and plan.vae_tile == 32
+    assert choose(Plan(fp8=True), models["medium"], clip="streamed") == Plan(
+        fp8=True, clip="streamed"
+    )
+
+
+def test_the_plan_is_one_line(folder, capsys):
+    draw(folder, memory="8GB")
+    out = capsys.readouterr().out
+    assert re.fullmatch(r"memory plan: .*; about \d+\.\d GiB for a .*\n", out)
+    draw(folder)
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"memory": "lots"}, "memory is 'lots'; expected 8GB"),
+        ({"memory": "1GB"}, "memory is 1GB; this model needs about"),
+        ({"t5": "gone"}, "t5 is 'gone'; expected one of resident, streamed, none"),
+        ({"vae_tile": 2}, "vae_tile is 2; expected 8 latent pixels or more"),
+        ({"nonsense": 1}, "nonsense is no setting of memory; it has t5, clip"),
+    ],
+)
+def test_bad_settings(folder, settings, message):
+    with pytest.raises(ValueError, match=message):
+        minidiff.load(folder, **settings)
+
+
+def test_a_card_that_is_too_small_is_told_before_loading(models, monkeypatch):
+    card = SimpleNamespace(total_memory=16e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    with pytest.raises(ValueError, match="card has 16GB .* load.*memory='16GB'"):
+        memory.check_device(Plan(), models["large"], "cuda")
+    memory.check_device(choose("16GB", models["large"]), models["large"], "cuda")
+
+
+# What it comes to, counted on the meta device at full size
+
+
+@pytest.mark.parametrize(
+    ("config", "plan", "most"),
+    [
+        (MMDiTConfig.sd35_medium(), STREAMED, 4),
+        (MMDiTConfig.sd35_large(), STREAMED, 11.5),
+        (MMDiTConfig.sd35_large(), replace(STREAMED, fp8=True), 6.5),
+    ],
+    ids=["Medium", "Large", "Large, fp8"],
+)
+def test_counted_peak_of_a_denoising_call(models, config, plan, most):
+    peak = denoising_peak(config, plan)
+    assert peak < most
+    parts = models["medium" if config.dual_attention_layers else "large"]
+    assert peak < estimate(plan, parts) / GIB
+
+
+def test_counted_peak_of_streamed_t5():
+    assert t5_peak("streamed") < 2 < t5_peak("resident")
