@@ -33,7 +33,7 @@ from torch import Tensor
 
 from minidiff.dit import MMDiT, MMDiTConfig, Modulations
 from minidiff.flow_matching import Scheduler, Velocity, dpmpp_2m, euler, guide, heun
-from minidiff.support import checks
+from minidiff.support import checks, output
 from minidiff.text_encoders import CLIPTextEncoder, T5Encoder, assemble
 from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
 from minidiff.vae import VAE
@@ -246,6 +246,10 @@ def recognize(name: str, config: MMDiTConfig) -> str:
 
 
 # %% [markdown]
+# A model is recognised by its configuration: dual attention means Medium. Large and
+# Large Turbo have one and the same configuration, so only a name tells them apart;
+# folders that we save remember it.
+#
 # The pipeline holds the parts, and has three steps that can also be used alone:
 # `encode_prompt`, `denoise` and `decode`. Calling it runs all three. It computes in the
 # precision of the weights but keeps the state of the solver in float32, and it refuses
@@ -372,11 +376,11 @@ class Pipeline:
         the negative prompts first. ``callback_on_step_end(pipe, step, timestep,
         {"latents": …, "denoised": x̂₀})`` may return {"latents": …} to replace them.
         """
-        steps = or_default(num_inference_steps, self.defaults.num_inference_steps)
-        scale = or_default(guidance_scale, self.defaults.guidance_scale)
+        steps = checks.given(num_inference_steps, self.defaults.num_inference_steps)
+        scale = checks.given(guidance_scale, self.defaults.guidance_scale)
         sigmas = self.scheduler.sigmas(steps)
         velocity = self.velocity(context, pooled, sigmas, scale)
-        with progress_bar(steps, self.progress) as bar:
+        with output.progress_bar(steps, self.progress) as bar:
 
             def end(step: int, sigma: Tensor, x: Tensor, x0: Tensor) -> Tensor | None:
                 bar.update()
@@ -425,8 +429,8 @@ class Pipeline:
         before any work, for what cannot be drawn.
         """
         prompts, negatives = checks.as_prompts(prompt, negative_prompt)
-        steps = or_default(num_inference_steps, self.defaults.num_inference_steps)
-        scale = or_default(guidance_scale, self.defaults.guidance_scale)
+        steps = checks.given(num_inference_steps, self.defaults.num_inference_steps)
+        scale = checks.given(guidance_scale, self.defaults.guidance_scale)
         checks.check_choice("sampler", sampler, SAMPLERS)
         checks.check_choice("output_type", output_type, ("pil", "pt", "latent"))
         checks.check_range("num_inference_steps", steps, 1, 1000)
@@ -452,7 +456,7 @@ class Pipeline:
         if output_type == "latent":
             return latents
         pictures = self.decode(latents)
-        return pictures if output_type == "pt" else to_pil(pictures)
+        return pictures if output_type == "pt" else output.to_pil(pictures)
 
     def prepare_latents(
         self,
@@ -497,29 +501,19 @@ class Pipeline:
         save_pipeline(self, Path(folder), dtype)
 
 
-# %%
-def or_default(value: Any, default: Any) -> Any:
-    """``value``, or ``default`` where it is None."""
-    return default if value is None else value
-
-
-def progress_bar(steps: int, shown: bool) -> Any:
-    """A progress bar on a terminal, nothing elsewhere (notebooks, files)."""
-    from tqdm import tqdm
-
-    return tqdm(total=steps, disable=None if shown else True, leave=False)
-
-
-def to_pil(pictures: Tensor) -> "list[Image]":
-    """Pictures (B, 3, H, W) in [0, 1] → PIL, rounded to the nearest of 256 levels."""
-    from PIL import Image
-
-    values = (pictures * 255).round().to(torch.uint8).cpu()
-    values = values.permute(0, 2, 3, 1)  # (B, 3, H, W) → (B, H, W, 3)
-    return [Image.fromarray(picture.numpy()) for picture in values]
-
-
 # %% [markdown]
+# Three details of the class deserve a second look.
+#
+# - *Texts are encoded once.* `dict.fromkeys` drops the doubles and keeps the order; the
+#   list `rows` then picks, for every sample of the batch, the row of its text. Eight
+#   pictures of one prompt cost two encodings, not sixteen.
+# - *The solver does not know steps, only levels.* `velocity` therefore keeps a
+#   dictionary from level to position, and finds the modulations that belong to the
+#   level it is asked for. Heun asks for levels of the same list, so it needs no more.
+# - *The length of the context is a choice.* T5 pads or cuts to `max_sequence_length`,
+#   256 for SD3.5, and the padding is read like words. Another length gives another
+#   picture, slightly; to repeat a picture, repeat the length.
+#
 # ### Loading
 #
 # One function for every model of the family, however it is stored. All files are
@@ -755,8 +749,9 @@ def load(
 # def full_size(name: str) -> None:
 #     if not torch.cuda.is_available():
 #         return print(f"{name}: needs a CUDA device and access to the weights")
+#     card = torch.cuda.get_device_properties(0).total_memory
 #     try:
-#         large = minidiff.load(name, device="cuda", memory="auto")
+#         large = minidiff.load(name, device="cuda", memory=f"{card / 1e9:.0f}GB")
 #     except OSError:
 #         return print(f"{name}: needs a CUDA device and access to the weights")
 #     display(large("a red dress on a blue background, studio photograph")[0])

@@ -267,3 +267,28 @@ def test_guidance():
     on_data = fm.guide(fm.denoised(x, v_neg, sigma), fm.denoised(x, v_pos, sigma), 4.5)
     on_velocity = fm.denoised(x, fm.guide(v_neg, v_pos, 4.5), sigma)
     torch.testing.assert_close(on_data, on_velocity, rtol=1e-5, atol=1e-5)
+
+
+# The plane
+
+
+def test_exact_velocity_has_the_least_loss_and_ends_at_the_data():
+    points = torch.tensor([[1.0, 0.0], [-1.0, 0.5], [0.2, -1.0]], dtype=torch.float64)
+    exact = fm.exact_velocity(points)
+    data = points.repeat(20_000, 1)
+    noise = torch.randn_like(data)
+    best = fm.flow_matching_loss(exact, data, noise, torch.tensor(0.6))
+    for change in (0.95, 1.05):
+        other = fm.flow_matching_loss(
+            lambda x, s, c=change: c * exact(x, s), data, noise, torch.tensor(0.6)
+        )
+        assert other > best
+    drawn = fm.euler(exact, noise[:50], fm.sigma_schedule(60, 1.0).double())
+    assert torch.cdist(drawn, points).amin(1).max() < 1e-6
+
+
+def test_the_naive_solver_is_euler():
+    x, velocity = torch.randn(4, 2), fm.exact_velocity(torch.randn(6, 2))
+    sigmas = fm.sigma_schedule(9)
+    naive = fm.euler_loops(velocity, x, sigmas)
+    torch.testing.assert_close(naive, fm.euler(velocity, x, sigmas))

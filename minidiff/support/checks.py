@@ -69,3 +69,8 @@ def check_parts(text_encoders: Sequence[Any], transformer: Any, vae: Any) -> Non
             raise ValueError(
                 f"the transformer's {name} is {found}; the other parts need {expected}"
             )
+
+
+def given(value: Any, default: Any) -> Any:
+    """``value``, or ``default`` where it is None."""
+    return default if value is None else value
