@@ -26,23 +26,38 @@ from torch import Tensor, nn
 # %% [markdown]
 # ## Where we are
 #
-# We turn from the beginning of our prompt's journey to its end. The transformer will
-# hand over a latent of shape (16, 16, 16), and the decoder of this chapter makes a
-# picture of 64 × 64 pixels from it. Until chapter 8 draws that latent from the prompt,
-# we make latents from pictures, with the other half of the autoencoder. Training needs
-# that half too: the transformer learns from encoded pictures.
+# We turn from the beginning of our prompt's journey to its end. What the transformer
+# hands over is a latent of shape (16, 16, 16); the decoder of this chapter makes a
+# picture of 64 × 64 pixels from it. The encoder, the decoder's other half, is needed in
+# training: the transformer learns from encoded pictures.
 
 # %% tags=["active-ipynb"]
+# import minidiff
 # from minidiff import viz
+# from minidiff.support import journey
 # from minidiff.support.checkpoints import TINY, load_component
 # from minidiff.support.data import sample_scenes
 # from minidiff.support.exercises import check
+# from minidiff.support.journey import PROMPT, SEED
 #
+# _ = torch.set_grad_enabled(False)
 # viz.show_pipeline("vae")
 
 # %% [markdown]
-# These are the pictures: scenes composed from the test half of Fashion-MNIST, which no
-# part of the tiny model was trained on. The first shows what our prompt asks for.
+# Here is that latent for our prompt, drawn by the finished pipeline; the next chapters
+# build what draws it. As a picture of 16 channels it says little yet. By the end of the
+# chapter you will have decoded it with a decoder of your own.
+
+# %% tags=["active-ipynb"]
+# pipe = minidiff.load("tiny")
+# pipe.progress = False
+# drawn_latents = pipe(PROMPT, seed=SEED, output_type="latent")
+# print(journey.check("latents", drawn_latents))
+
+# %% [markdown]
+# To learn what latents are we take them from pictures first: scenes composed from the
+# test half of Fashion-MNIST, which no part of the tiny model was trained on. The first
+# shows what our prompt asks for.
 
 # %% tags=["active-ipynb"]
 # images, captions = sample_scenes()
@@ -518,10 +533,9 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 # %% tags=["active-ipynb"]
 # vae = load_component(VAE, VAEConfig, TINY / "vae")
-# with torch.no_grad():
-#     posterior = vae.encode(images)
-#     latents = posterior.mode()
-#     restored = vae.decode(latents)
+# posterior = vae.encode(images)
+# latents = posterior.mode()
+# restored = vae.decode(latents)
 # print("latents", tuple(latents.shape), f"PSNR {psnr(images, restored):.1f} dB")
 # viz.show_images(torch.cat([images[:6], restored[:6]]), columns=6)
 
@@ -534,8 +548,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # %% tags=["active-ipynb"]
 # noise = (0.5 * posterior.logvar).exp()
 # print(f"spread of the means {latents.std():.2f}, mean noise {noise.mean():.3f}")
-# with torch.no_grad():
-#     drawn = vae.decode(posterior.sample(torch.Generator().manual_seed(0)))
+# drawn = vae.decode(posterior.sample(torch.Generator().manual_seed(0)))
 # print(f"PSNR decoded from the mean {psnr(images, restored):.1f} dB")
 # print(f"PSNR decoded from a draw   {psnr(images, drawn):.1f} dB")
 
@@ -558,8 +571,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # without = latents[:1].repeat(16, 1, 1, 1)  # (16, C, h, w): one copy a channel
 # for c in range(16):
 #     without[c, c] = latents[0, c].mean()
-# with torch.no_grad():
-#     views = vae.decode(without)
+# views = vae.decode(without)
 # losses = [f"{c}: {psnr(images[:1], views[c : c + 1]):.0f} dB" for c in range(16)]
 # viz.show_images(views, losses, columns=8)
 
@@ -588,8 +600,7 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # %% tags=["active-ipynb"]
 # ours, rival = [], []
 # for k in (kept := [1, 2, 3, 4, 6, 8, 12, 16]):
-#     with torch.no_grad():
-#         ours.append(psnr(images, vae.decode(keep_components(latents, k))))
+#     ours.append(psnr(images, vae.decode(keep_components(latents, k))))
 #     small = F.interpolate(images, size=round((256 * k / 3) ** 0.5), mode="area")
 #     rival.append(psnr(images, F.interpolate(small, size=64, mode="bicubic")))
 # numbers = [256 * k for k in kept]
@@ -611,8 +622,7 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # %% tags=["active-ipynb"]
 # a, b = 0, 3
 # steps = torch.linspace(0, 1, 7)[:, None, None, None]
-# with torch.no_grad():
-#     walk = vae.decode(torch.lerp(latents[a], latents[b], steps))
+# walk = vae.decode(torch.lerp(latents[a], latents[b], steps))
 # fade = torch.lerp(images[a], images[b], steps)
 # viz.show_images(torch.cat([walk, fade]), columns=7)
 
@@ -670,8 +680,7 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 #     level["downsample"].__class__ = Misplaced
 
 # %% tags=["active-ipynb"]
-# with torch.no_grad():
-#     forgotten, moved = vae.decode(scaled), vae.decode(shifted.encode(images).mode())
+# forgotten, moved = vae.decode(scaled), vae.decode(shifted.encode(images).mode())
 # print(f"nothing broken:    {psnr(images, restored):.1f} dB")
 # print(f"unscale forgotten: {psnr(images, forgotten):.1f} dB")
 # print(f"border misplaced:  {psnr(images, moved):.1f} dB")
@@ -714,9 +723,8 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # def same(a: Tensor, b: Tensor) -> bool:
 #     return bool((a - b).norm() / b.norm() <= 1e-5)
 #
-# with torch.no_grad():
-#     z, other = twin.encode(images).mode(), theirs.encode(images).latent_dist.mode()
-#     assert same(z, other) and same(twin.decode(z), theirs.decode(z).sample)
+# z, other = twin.encode(images).mode(), theirs.encode(images).latent_dist.mode()
+# assert same(z, other) and same(twin.decode(z), theirs.decode(z).sample)
 # print("encoder and decoder: relative error at most 1e-5")
 
 # %% [markdown]
@@ -819,12 +827,14 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # encoder and decoder from normalised convolutions and one attention, and loaded trained
 # weights into them. You **read** latents channel by channel, and **measured** what
 # dropping some of it costs in decibels. You **explained** by the ratio of signal to
-# noise why latents are shifted and scaled. What this chapter hands on is the space in
-# which the next ones work: our scene as the transformer would see it.
+# noise why latents are shifted and scaled. What is left is the end of the journey: the
+# latent that arrived at the beginning of this chapter, through the decoder that you
+# have built.
 
 # %% tags=["active-ipynb"]
-# row = [round(x, 1) for x in scaled[0, 0, 0, :5].tolist()]
-# print("scaled latent", tuple(scaled[:1].shape), row)
+# picture = (vae.decode(vae.unscale(drawn_latents)) / 2 + 0.5).clamp(0, 1)
+# print(journey.check("picture", picture))
+# viz.show_images(picture, [PROMPT], low=0)
 
 # %% [markdown]
 # ## Further reading
