@@ -792,8 +792,8 @@ def fit(
 # ## Predict, then break it
 #
 # **Sixteen pictures.** The same model, the same number of steps, but only 16 scenes to
-# learn from, each seen hundreds of times. Which curve will tell you, the training loss or the
-# validation loss? And in which direction?
+# learn from, each seen hundreds of times. Which curve will tell you, the training loss
+# or the validation loss? And in which direction?
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # few = {name: values[:16] for name, values in train_set.items()}

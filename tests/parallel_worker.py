@@ -1,0 +1,109 @@
+"""Train every stage for 20 steps at the smallest size, alone or under torchrun.
+
+Saves the averaged weights of all stages into the file named by the first argument.
+"""
+
+import sys
+from dataclasses import replace
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minidiff.dit import MMDiT, MMDiTConfig
+from minidiff.support import parallel, rng
+from minidiff.text_encoders import (
+    CLIPTextConfig,
+    CLIPTextEncoder,
+    T5Config,
+    T5Encoder,
+)
+from minidiff.training import (
+    Batch,
+    CLIPTraining,
+    T5Training,
+    Task,
+    TrainingConfig,
+    clip_loss,
+    fit,
+    t5_loss,
+    transformer_loss,
+    vae_loss,
+)
+from minidiff.vae import VAE, VAEConfig
+
+CONFIG = TrainingConfig(20, 8, 1e-3, warmup_steps=3, ema_decay=0.9)
+
+
+def normal(seed: int, indices: Tensor, *shape: int) -> Tensor:
+    return rng.normal(seed, indices, shape).double()
+
+
+def words(indices: Tensor, n: int) -> Tensor:
+    return 1 + (rng.uniform(7, indices, n) * 18).long()
+
+
+def transformer() -> Task:
+    small = {"num_layers": 2, "num_attention_heads": 1, "attention_head_dim": 32}
+    small |= {"sample_size": 4, "pos_embed_max_size": 4, "joint_attention_dim": 8}
+    config = replace(MMDiTConfig.tiny(), pooled_projection_dim=6, **small)
+
+    def batch(i: Tensor) -> Batch:
+        known = {"x0": normal(1, i, 16, 4, 4), "noise": normal(2, i, 16, 4, 4)}
+        known |= {"context": normal(4, i, 4, 8), "pooled": normal(5, i, 6)}
+        return known | {"sigma": rng.uniform(3, i, 1)[:, 0].double()}
+
+    return Task(MMDiT(config), transformer_loss, batch)
+
+
+def vae() -> Task:
+    sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4}
+    config = VAEConfig(latent_channels=4, layers_per_block=1, **sizes)
+
+    def batch(i: Tensor) -> Batch:
+        return {"images": normal(1, i, 3, 8, 8), "noise": normal(2, i, 4, 4, 4)}
+
+    return Task(VAE(config), vae_loss, batch)
+
+
+def clip() -> Task:
+    encoders = [
+        CLIPTextEncoder(CLIPTextConfig(20, 8, 16, 2, 2, 8, act, 1e-5, 8, 19))
+        for act in ("gelu", "quick_gelu")
+    ]
+
+    def batch(i: Tensor) -> Batch:
+        ids = torch.cat([words(i, 5), torch.full_like(i, 19)[:, None]], 1)
+        known = {"images": normal(1, i, 3, 64, 64), "meaning": ids[:, 0] % 3}
+        return known | {"ids_l": ids, "ids_g": ids}
+
+    return Task(CLIPTraining(*encoders), clip_loss, batch)
+
+
+def t5() -> Task:
+    def batch(i: Tensor) -> Batch:
+        ids = words(i, 6)
+        short = (i % 2 == 0)[:, None] & (torch.arange(6) > 3)
+        return {"source": ids, "target": ids.masked_fill(short, 0)}
+
+    return Task(T5Training(T5Encoder(T5Config(20, 8, 4, 16, 2, 2)), 6), t5_loss, batch)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    parallel.start("cpu")
+    weights = {}
+    for stage in (clip, t5, vae, transformer):
+        torch.manual_seed(0)
+        task = stage()
+        before = {k: v.clone() for k, v in task.model.state_dict().items()}
+        for name, value in fit(task, CONFIG).state_dict().items():
+            weights[f"{stage.__name__}/{name}"] = value.contiguous()
+            weights[f"moved/{stage.__name__}/{name}"] = value - before[name]
+    if parallel.rank() == 0:
+        save_file(weights, sys.argv[1])
+
+
+if __name__ == "__main__":
+    main()
