@@ -206,12 +206,12 @@ class CLIPTextConfig:
     @classmethod
     def tiny_l(cls) -> "CLIPTextConfig":
         """The shipped model's ``text_encoder``."""
-        return cls(512, 64, 256, 3, 4, 32, "quick_gelu", 1e-5, 64, eos_token_id=2)
+        return cls(704, 64, 256, 3, 4, 32, "quick_gelu", 1e-5, 64, 626)
 
     @classmethod
     def tiny_g(cls) -> "CLIPTextConfig":
         """The shipped model's ``text_encoder_2``."""
-        return cls(512, 96, 384, 3, 6, 32, "gelu", 1e-5, 96, eos_token_id=2)
+        return cls(704, 96, 384, 3, 6, 32, "gelu", 1e-5, 96, 626)
 
 
 # %% [markdown]
