@@ -65,8 +65,9 @@ from minidiff.text_encoders import RMSNorm
 # table: the row of a token says how much it reads from each token. Joining two streams
 # cuts the table into four fields. The drawing is to scale. In the tiny model words and
 # patches are equally many. In SD3.5 at 1024 × 1024 pixels the words are a thin strip:
-# everything that the prompt has to say enters the picture through the narrow field on
-# the left, patches reading words.
+# whatever a single word has to say enters the picture through the narrow field on the
+# left, patches reading words. (The pooled vector of chapter 2, one for the whole
+# prompt, takes another way: chapter 5.)
 
 # %% tags=["active-ipynb"]
 # sizes = {"Tiny: 64 + 64": (64, 64), "SD3.5 at 1024²: 333 + 4096": (333, 4096)}
@@ -280,8 +281,8 @@ class Attention(nn.Module):
 
 # %% [markdown]
 # Two checks. First, the fused matrix is three matrices: its middle third alone gives
-# the keys. Second, the norm at work: with the `qkv` weights ten times as large,
-# unnormalised scores grow about a hundredfold and normalised scores do not move.
+# the keys. Second, the norm at work: make the weights of `qkv` ten times as large and
+# see what becomes of the scores, without the norm and with it.
 
 # %% tags=["active-ipynb"]
 # layer, x = Attention(160, 5, qk_norm=None), torch.randn(2, 10, 160)
@@ -291,16 +292,15 @@ class Attention(nn.Module):
 
 # %% tags=["active-ipynb"]
 # for qk_norm in (None, "rms_norm"):
-#     torch.manual_seed(0)
 #     layer, largest = Attention(160, 5, qk_norm), []
-#     for factor in (1, 10):
-#         q, k, _ = (t.transpose(1, 2) for t in layer.heads(factor * x))
+#     for _ in range(2):
+#         q, k, _ = (t.transpose(1, 2) for t in layer.heads(x))
 #         largest.append((q @ k.mT / 32**0.5).abs().max().item())
-#     print(f"{qk_norm}: largest score {largest[0]:.1f}, then {largest[1]:.1f}")
+#         bigger = {n: 10 * p for n, p in layer.qkv.state_dict().items()}
+#         layer.qkv.load_state_dict(bigger)
+#     print(f"{qk_norm}: the largest score grows {largest[1] / largest[0]:.0f} times")
 
 # %% [markdown]
-# (Scaling the input and the weight is the same thing but for the bias, which stays.)
-#
 # ## Two streams, one table
 #
 # Words and patches are different things: what makes a good query for a word is not what
