@@ -48,6 +48,7 @@ __all__ = [
     "show_points",
     "show_positions",
     "show_quadrants",
+    "show_rows",
     "show_tokens",
     "show_trajectory",
     "show_vectors",
@@ -324,6 +325,14 @@ def show_tokens(tokenizer: Any, text: str | Sequence[str]) -> "Figure":
     ids = [tokenizer.encode(text) for text in texts]
     notes = [[str(i) for i in row] for row in ids]
     return show_pieces([tokenizer.tokens(row) for row in ids], notes=notes)
+
+
+def show_rows(tokenizers: Mapping[str, Any], text: str, count: int) -> "Figure":
+    """The first ``count`` ids of a text's padded row, by each named tokenizer."""
+    rows = {name: t([text])[0, :count].tolist() for name, t in tokenizers.items()}
+    pieces = [t.tokens(rows[name]) for name, t in tokenizers.items()]
+    notes = [[str(i) for i in row] for row in rows.values()]
+    return show_pieces(pieces, list(rows), notes)
 
 
 @_drawn

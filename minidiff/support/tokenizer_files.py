@@ -7,16 +7,14 @@ tokens, and how they are sought, stands there (transformers 4), or in
 
 import base64
 import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
-from minidiff.support.sentencepiece import Piece
-
-# What transformers' decoding replaces where ``clean_up_tokenization_spaces`` is set.
-TIDY = tuple(
-    (spaced, spaced.replace(" ", ""))
-    for spaced in " .| ?| !| ,| ' | n't| 'm| 's| 've| 're".split("|")
-)
+from minidiff.support.sentencepiece import Piece, read_model
+from minidiff.support.unicode import WHITE_SPACE
 
 
 class AddedToken(NamedTuple):
@@ -47,6 +45,84 @@ class Settings(NamedTuple):
     model_max_length: int
     extra_ids: int = 0
     clean_up: bool = False
+
+    def padding_with(self, pad_token: str, vocab: dict[str, int]) -> Self:
+        """Pad with this token of the vocabulary, which becomes a special one."""
+        if pad_token not in vocab:
+            raise ValueError(f"pad_token {pad_token!r} is not in the vocabulary")
+        added = {token.content: token for token in (AddedToken(pad_token), *self.added)}
+        ordered = sorted(added.values(), key=lambda token: vocab[token.content])
+        names = self.names | {"pad_token": pad_token}
+        return self._replace(names=names, added=tuple(ordered))
+
+    def with_sentinels(self, count: int) -> Self:
+        """Add the sentinels ``<extra_id_{count - 1}>`` … ``<extra_id_0>``."""
+        texts = (f"<extra_id_{number}>" for number in reversed(range(count)))
+        sentinels = tuple(AddedToken(text, lstrip=True, rstrip=True) for text in texts)
+        return self._replace(added=self.added + sentinels, extra_ids=count)
+
+
+CLIP_SETTINGS = Settings(
+    {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+    },
+    (AddedToken("<|startoftext|>", normalized=True), AddedToken("<|endoftext|>")),
+    model_max_length=77,
+)
+T5_SETTINGS = Settings(
+    {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"},
+    (AddedToken("<pad>"), AddedToken("</s>"), AddedToken("<unk>")),
+    model_max_length=512,
+    extra_ids=100,
+)
+
+
+def split_added(
+    text: str, added: Sequence[AddedToken], normalize: Callable[[str], str]
+) -> Iterator[str | AddedToken]:
+    """Cut a text at the added tokens in it, and normalise what lies between.
+
+    First those that are sought in the raw text, then, in what is left of it after
+    ``normalize``, those that are marked ``normalized``.
+    """
+    raw = {token.content: token for token in added if not token.normalized}
+    normal = {normalize(token.content): token for token in added if token.normalized}
+    for part in _split(text, raw):
+        if isinstance(part, AddedToken):
+            yield part
+        else:
+            yield from _split(normalize(part), normal)
+
+
+def _split(text: str, tokens: dict[str, AddedToken]) -> list[str | AddedToken]:
+    """Cut at the leftmost token, of several that begin there the longest; go on."""
+    parts, done = [], 0
+    for match in _pattern(tuple(tokens)).finditer(text):
+        token, (start, stop) = tokens[match.group()], match.span()
+        if token.lstrip:
+            start = max(done, len(text[:start].rstrip(WHITE_SPACE)))
+        if token.rstrip:
+            stop = len(text) - len(text[stop:].lstrip(WHITE_SPACE))
+        parts += [text[done:start], token]
+        done = stop
+    return [part for part in (*parts, text[done:]) if part]
+
+
+@lru_cache(maxsize=64)
+def _pattern(texts: tuple[str, ...]) -> re.Pattern[str]:
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def tidy(text: str) -> str:
+    """Take back the space before a full stop and the like, as transformers does where
+    ``clean_up_tokenization_spaces`` is set."""
+    for spaced in " .| ?| !| ,| ' | n't| 'm| 's| 've| 're".split("|"):
+        text = text.replace(spaced, spaced.replace(" ", ""))
+    return text
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -158,15 +234,77 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def read_unigram(path: Path) -> tuple[list[Piece], bytes]:
-    """Return the pieces and the character map of a Unigram model's tokenizer.json."""
+def read_bpe(
+    folder: str | Path,
+) -> tuple[dict[str, int], list[tuple[str, str]], Settings]:
+    """Return the vocabulary, the merges and the settings of a BPE tokenizer's folder.
+
+    It holds tokenizer.json, or vocab.json and merges.txt.
+    """
+    path = first_file(folder, "tokenizer.json", "vocab.json")
+    content = read_json(path)
+    if path.name == "tokenizer.json":
+        model = content.get("model", {})
+        vocab, lines = model.get("vocab"), model.get("merges", [])
+    else:
+        text = first_file(folder, "merges.txt").read_text(encoding="utf-8")
+        vocab, lines = content, text.removesuffix("\n").split("\n")
+        lines = [line for line in lines if not line.startswith("#version")]
+    if not isinstance(vocab, dict):
+        raise ValueError(f"{path}: expected a BPE vocabulary of pieces and ids")
+    merges = [tuple(x.split(" ") if isinstance(x, str) else x) for x in lines]
+    for number, pair in enumerate(merges):
+        if len(pair) != 2:
+            raise ValueError(
+                f"{folder}: merge {number} is {pair}, expected two symbols"
+            )
+        if not {*pair, "".join(pair)} <= vocab.keys():
+            raise ValueError(
+                f"{folder}: merge {number} {pair} has symbols not in the vocabulary"
+            )
+    return vocab, merges, read_settings(folder, CLIP_SETTINGS)
+
+
+def write_bpe(
+    folder: str | Path,
+    vocab: dict[str, int],
+    merges: list[tuple[str, str]],
+    settings: Settings,
+) -> None:
+    """Write vocab.json, merges.txt and the settings."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "vocab.json", vocab)
+    lines = ["#version: 0.2", *map(" ".join, merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_settings(folder, "CLIPTokenizer", settings, vocab)
+
+
+def read_unigram(folder: str | Path) -> tuple[dict[str, float], bytes, Settings]:
+    """Return the scores in order of id, the character map and the settings of T5's.
+
+    The folder holds tokenizer.json, or spiece.model.
+    """
+    settings = read_settings(folder, T5_SETTINGS)
+    path = first_file(folder, "tokenizer.json", "spiece.model")
+    if path.name == "spiece.model":
+        pieces, charsmap = read_model(path)
+        extra = reversed(range(settings.extra_ids))
+        pieces += [Piece(f"<extra_id_{number}>", 0.0) for number in extra]
+    else:
+        pieces, charsmap = _parse_unigram(path)
+    if len(scores := dict(pieces)) < len(pieces):
+        raise ValueError(f"{path}: the vocabulary lists a piece twice")
+    return scores, charsmap, settings
+
+
+def _parse_unigram(path: Path) -> tuple[list[Piece], bytes]:
     content = read_json(path)
     try:
-        if content["model"]["type"] != "Unigram":
-            raise ValueError(f"model type {content['model']['type']!r}")
-        pieces = [
-            Piece(str(text), float(score)) for text, score in content["model"]["vocab"]
-        ]
+        model = content["model"]
+        if model["type"] != "Unigram":
+            raise ValueError(f"model type {model['type']!r}")
+        pieces = [Piece(str(text), float(score)) for text, score in model["vocab"]]
         steps = content.get("normalizer") or {}
         maps = [
             base64.b64decode(step["precompiled_charsmap"])
@@ -179,10 +317,12 @@ def read_unigram(path: Path) -> tuple[list[Piece], bytes]:
 
 
 def write_unigram(
-    path: Path, pieces: list[Piece], charsmap: bytes, settings: Settings
+    folder: str | Path, scores: dict[str, float], charsmap: bytes, settings: Settings
 ) -> None:
-    """Write the tokenizer.json of T5, as the ``tokenizers`` library reads it."""
-    numbers = {piece.text: number for number, piece in enumerate(pieces)}
+    """Write tokenizer.json, as the ``tokenizers`` library reads it, and settings."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = {piece: number for number, piece in enumerate(scores)}
     metaspace = {
         "type": "Metaspace",
         "replacement": "▁",
@@ -223,8 +363,9 @@ def write_unigram(
         "model": {
             "type": "Unigram",
             "unk_id": numbers[settings.names["unk_token"]],
-            "vocab": [list(piece) for piece in pieces],
+            "vocab": [list(item) for item in scores.items()],
             "byte_fallback": False,
         },
     }
-    write_json(path, content)
+    write_json(folder / "tokenizer.json", content)
+    write_settings(folder, "T5Tokenizer", settings, numbers)
