@@ -629,7 +629,8 @@ def load(
 # %% tags=["active-ipynb"]
 # things = ["yellow bag", "purple ankle boot", "white t-shirt", "green coat",
 #     "orange sneaker", "pink dress", "blue t-shirt", "red trousers"]
-# prompts = [f"a {thing} on a black background" for thing in things]
+# articles = ["an" if thing[0] == "o" else "a" for thing in things]
+# prompts = [f"{a} {t} on a black background" for a, t in zip(articles, things)]
 # drawn = pipe(prompts, output_type="pt")
 # viz.show_images(drawn, things, columns=4, low=0)
 
@@ -666,9 +667,10 @@ def load(
 # viz.show_images(grid, titles, columns=5, low=0)
 
 # %% [markdown]
-# One step gives the average of what the prompt allows, as chapter 6 predicted; DPM++
-# 2M and Euler make the same first step, so their first pictures are equal. Heun asks
-# twice per step, and is ahead at equal steps, not at equal work.
+# With one step all three draw the same picture, because a step to $\sigma = 0$ is
+# Euler's in each of them; and it is the average of what the prompt allows, as chapter 6
+# predicted. Heun asks twice per step: compare it with its neighbours at equal work, not
+# at equal steps.
 #
 # ## Predict, then break it
 #
@@ -676,11 +678,11 @@ def load(
 # place of the garment, its size, nothing?
 
 # %% tags=["active-ipynb"]
-# words = ["red dress on a blue", "green dress on a blue", "red dress on a white"]
-# words += ["red coat on a blue", "red bag on a blue"]
-# changed = pipe([f"a {w} background" for w in words], latents=noise.repeat(5, 1, 1, 1),
-#     output_type="pt")
-# viz.show_images(changed, words, columns=5, low=0)
+# pairs = [("red dress", "blue"), ("purple dress", "blue"), ("red dress", "white")]
+# pairs += [("red coat", "blue"), ("red bag", "blue")]
+# prompts = [f"a {thing} on a {ground} background" for thing, ground in pairs]
+# changed = pipe(prompts, latents=noise.repeat(5, 1, 1, 1), output_type="pt")
+# viz.show_images(changed, [f"{a}, {b}" for a, b in pairs], columns=5, low=0)
 
 # %% [markdown]
 # The noise fixes what the prompt leaves open. That is why one draws a prompt with
