@@ -1,6 +1,7 @@
 """Train every stage for 20 steps at the smallest size, alone or under torchrun.
 
-Saves the averaged weights of all stages into the file named by the first argument.
+Saves the averaged weights of all stages into the file named by the first argument;
+with a second one the weights are sharded.
 """
 
 import sys
@@ -98,7 +99,9 @@ def main() -> None:
         torch.manual_seed(0)
         task = stage()
         before = {k: v.clone() for k, v in task.model.state_dict().items()}
-        for name, value in fit(task, CONFIG).state_dict().items():
+        config = replace(CONFIG, sharded=len(sys.argv) > 2)
+        for name, value in fit(task, config).state_dict().items():
+            value = parallel.whole(value)
             weights[f"{stage.__name__}/{name}"] = value.contiguous()
             weights[f"moved/{stage.__name__}/{name}"] = value - before[name]
     if parallel.rank() == 0:

@@ -4,6 +4,7 @@
 so that the training loop is the same in both cases.
 """
 
+import copy
 import os
 
 import torch
@@ -44,11 +45,45 @@ def wait() -> None:
         dist.barrier()
 
 
-def wrap(module: nn.Module) -> nn.Module:
-    """Data parallel: every process holds all weights, gradients are averaged."""
+def wrap(module: nn.Module, sharded: bool = False) -> nn.Module:
+    """Data parallel: every process holds all weights, gradients are averaged.
+
+    ``sharded``: every process keeps a part of each weight and collects the rest when
+    it computes (PyTorch's FSDP2; Zhao et al. 2023).
+    """
     if not active():
         return module
+    if sharded:
+        from torch.distributed.fsdp import fully_shard
+
+        return fully_shard(module)
     return nn.parallel.DistributedDataParallel(module)
+
+
+def replica(module: nn.Module, sharded: bool = False) -> nn.Module:
+    """A copy of ``module`` that does not learn, sharded as ``wrap`` would shard it."""
+    copied = copy.deepcopy(module).eval().requires_grad_(False)
+    return wrap(copied, True) if sharded and active() else copied
+
+
+def local(x: Tensor) -> Tensor:
+    """The part of a sharded weight that this process keeps; others as they are."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of a sharded weight; every process must ask."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def shard_like(x: Tensor, model: Tensor) -> Tensor:
+    """A whole tensor ``x`` cut as ``model`` is."""
+    if not hasattr(model, "device_mesh") or x.ndim == 0:
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    x = x.to(model.device_mesh.device_type)
+    return distribute_tensor(x, model.device_mesh, model.placements)
 
 
 class _Gather(torch.autograd.Function):

@@ -199,7 +199,7 @@ def checkpoint(
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}/{name}"] = value
-    run.save(step, tensors)
+    run.save(step, {name: parallel.whole(x) for name, x in tensors.items()})
 
 
 def restore(
@@ -211,12 +211,23 @@ def restore(
         return 0
     tensors, step = saved
     for part, module in (("model/", model), ("ema/", ema)):
-        module.load_state_dict({n: tensors[part + n] for n in module.state_dict()})
+        load_whole(module, {n: tensors[part + n] for n in module.state_dict()})
     state, keys = optimizer.state_dict(), ("step", "exp_avg", "exp_avg_sq")
-    for i, (name, _) in enumerate(model.named_parameters()):
-        state["state"][i] = {key: tensors[f"{key}/{name}"] for key in keys}
+    for i, (name, parameter) in enumerate(model.named_parameters()):
+        kept = {key: tensors[f"{key}/{name}"] for key in keys}
+        state["state"][i] = {
+            key: parallel.shard_like(x, parameter) for key, x in kept.items()
+        }
     optimizer.load_state_dict(state)
     return step
+
+
+def load_whole(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Load whole tensors into a module whose own may be sharded."""
+    own = module.state_dict()
+    module.load_state_dict(
+        {n: parallel.shard_like(x, own[n]) for n, x in tensors.items()}
+    )
 
 
 def compiled(module: nn.Module) -> Callable:
