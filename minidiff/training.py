@@ -730,9 +730,7 @@ def fit(
 #         return fit(task, config, run), read_log(Path(folder) / "log.jsonl")
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
-# start = time.time()
 # model, log = learn(train_set, 320)
-# print(f"{time.time() - start:.0f} seconds")
 # def points(log: list, key: str) -> tuple:
 #     return tuple(zip(*[(r["step"], r[key]) for r in log if key in r], strict=True))
 #
@@ -755,10 +753,10 @@ def fit(
 # print("average better in mid-run:", middle["average"] < middle["trained"])
 
 # %% [markdown]
-# And what has it learned? Eight prompts, twenty steps, guidance 3. The pictures are what
-# 16 × 16 pixels and half a minute allow, but look at the colours: the model has begun
-# to understand which one belongs to the garment and which to the ground. The last but
-# one asks for a blue t-shirt, a pair that is not in its data at all.
+# And what has it learned? Eight prompts, twenty steps, guidance 3. The pictures are
+# what 16 × 16 pixels and half a minute allow, but look at the colours: the model has
+# begun to understand which one belongs to the garment and which to the ground. The last
+# but one asks for a blue t-shirt, a pair that is not in its data at all.
 
 # %% tags=["active-ipynb"]
 # wanted = "red dress,blue;yellow bag,black;white coat,green;purple bag,white;"
