@@ -474,7 +474,20 @@ def record_attention(
 # viz.show_attention(by_block, [f"block {i}" for i in range(5)], image, rows=words)
 
 # %% [markdown]
-# And block 2 over the steps.
+# Questions to put to this figure: in which block does *red* find the garment? Does
+# *blue*, the colour of the background, find the rest? Eyes are easily persuaded, so
+# here is a number: the correlation, over the 64 patches, of each word's map with how
+# much redder than blue the finished picture is there. A word that looks for the dress
+# comes near +1, a word that looks for the background near −1.
+
+# %% tags=["active-ipynb"]
+# redness = F.avg_pool2d(image[:1] - image[2:], 8).flatten()  # (1, H, W) → (64,)
+# for word, row in zip(words, by_block):
+#     pairs = [torch.stack([heat.flatten(), redness]) for heat in row]
+#     print(f"{word:>10}", [f"{torch.corrcoef(pair)[0, 1]:+.1f}" for pair in pairs])
+
+# %% [markdown]
+# Now one block, block 2, over the steps: first noise, at the end a picture.
 
 # %% tags=["active-ipynb"]
 # steps = [0, 4, 9, 14, 20, 27]
@@ -527,6 +540,10 @@ def record_attention(
 # viz.show_images(pictures, ["apart"] * 4 + ["joint"] * 4, columns=8)
 
 # %% [markdown]
+# Compare the rows. Nothing in the upper one has read a single word: what it still shows
+# of the prompt has come through the pooled vector, by the modulation of chapter 5. What
+# the lower row has in addition is the work of the field “patches read words”.
+#
 # ## Parity
 #
 # The reference is diffusers' `Attention` with its joint processor. It keeps q, k and v
@@ -667,6 +684,16 @@ def record_attention(
 #
 # Change the prompt to one with two garments and look at the explorer again. Do the two
 # colours go to their own garments? From which block on?
+#
+# <details><summary>Answer</summary>
+#
+# Take the maps of both colours and correlate them with the picture as above, once with
+# the left half's redness and once with the right half's. A model that binds colours to
+# garments has, in some block, a large number for each colour on its own side and a
+# small one on the other. If both colours look at both garments, expect pictures in
+# which the colours are exchanged: try several seeds and count.
+#
+# </details>
 #
 # ## What you did
 #

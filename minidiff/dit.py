@@ -812,6 +812,10 @@ class MMDiT(nn.Module):
 # viz.show_images(torch.stack(pictures), titles)
 
 # %% [markdown]
+# A block *adds* to its tokens, so taking it out leaves everything that the others have
+# built; that is why a picture appears at all. How far each picture is from the first is
+# what that block had to say. Was your guess right?
+#
 # **Two.** Exchange rows and columns of the position table: every patch is told the
 # place of its mirror image across the diagonal. What will be painted? And what if every
 # patch is told the same place?
@@ -827,6 +831,12 @@ class MMDiT(nn.Module):
 # viz.show_images(torch.stack(pictures), ["as trained", "transposed", "all one place"])
 
 # %% [markdown]
+# Attention treats tokens as a set, and everything else treats them one by one. So a
+# patch that is told the place of its mirror image paints what belongs there: the whole
+# is mirrored at the diagonal, while inside each patch things stay upright. With one
+# place for all, patches differ by nothing but their noise: each knows the colours of
+# the prompt, and none knows whether it is in the middle or at the edge.
+#
 # ## Parity
 #
 # A random MMDiT-X of diffusers, its tensors renamed and fused by the one table that the
@@ -960,6 +970,16 @@ class MMDiT(nn.Module):
 #
 # Ask the shipped model for 96 × 48 pixels with `height=` and `width=`. The table has
 # room for them, but training never saw these places. What does it paint?
+#
+# <details><summary>Answer</summary>
+#
+# The grid is 24 × 12 latent pixels, so 12 × 6 patches. The crop takes six columns that
+# training knew, and twelve rows of which it knew the middle eight. The rows of the
+# table for the other four are made of the same waves, so the network is not lost there;
+# but it was never taught what stands above or below a 64 × 64 picture, and has to
+# guess.
+#
+# </details>
 #
 # ## What you did
 #
