@@ -310,7 +310,7 @@ def _draw_chips(ax: "Axes", label: str, margin: int, placed: list[Any]) -> None:
         ax.text(0, placed[0][1], label, fontsize=8, **font)
     for x, y, piece, note in placed:
         color = _colors(7)[crc32(piece.encode()) % 7]
-        box = {"boxstyle": "round,pad=0.25", "fc": color + "40", "ec": color, "lw": 0.8}
+        box = {"boxstyle": "round,pad=0.25", "fc": color + "20", "ec": color, "lw": 0.8}
         place = {"ha": "center", **font}
         ax.text(margin + x, y, piece, fontsize=8, bbox=box, **place)
         ax.text(margin + x, y + 0.45, note, fontsize=6.5, **place)
