@@ -644,7 +644,7 @@ def fit(
             monitor.flush(lr=learning_rate(step, config))
         if task.validate and config.validate_every:
             if last or done % config.validate_every == 0:
-                monitor.log(**task.validate(learner.ema))
+                monitor.validated(learner.ema, task.validate(learner.ema))
         if run and (last or done % config.save_every == 0):
             trainer.checkpoint(run, done, learner.model, learner.ema, learner.optimizer)
             monitor.restart()

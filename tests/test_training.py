@@ -51,6 +51,36 @@ def test_learning_rate_warms_up_and_falls_to_zero() -> None:
     assert rates[55] == pytest.approx(1.0) and rates[100] == pytest.approx(0)
 
 
+def test_schedule_is_that_of_transformers() -> None:
+    from transformers import get_cosine_schedule_with_warmup
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 3.0)
+    theirs = get_cosine_schedule_with_warmup(optimizer, 10, 100)
+    config = TrainingConfig(100, 1, 3.0, warmup_steps=10)
+    for step in range(10, 100):  # in the warm-up theirs begins at 0, ours one step up
+        while theirs.last_epoch < step:
+            optimizer.step()
+            theirs.step()
+        ours = training.learning_rate(step, config)
+        assert ours == pytest.approx(theirs.get_last_lr()[0], abs=1e-9)
+
+
+def test_the_best_validation_is_kept(tmp_path: Path) -> None:
+    task, config = regression(validate_every=10)
+    scores = iter([3.0, 1.0, 2.0, 4.0])
+    seen = []
+
+    def validate(model: nn.Module) -> dict:
+        seen.append({k: v.clone() for k, v in model.state_dict().items()})
+        return {"validation": next(scores)}
+
+    with Run(tmp_path, {}) as run:
+        fit(replace(task, validate=validate), config, run)
+    best, facts = trainer.load_tensors(tmp_path / "best.safetensors")
+    assert facts["score"] == 1.0
+    assert_same(best, seen[1])
+
+
 # Stages
 
 

@@ -399,6 +399,7 @@ def train_transformer(job: Job) -> None:
 
     def validate(model: MMDiT) -> dict:
         losses = loss_by_level(model, fixed)
+        save_grid(job, model, held)
         return {"validation": sum(losses) / len(losses), "by_level": losses}
 
     task = Task(MMDiT(MMDiTConfig.tiny()), transformer_loss, batch, validate)

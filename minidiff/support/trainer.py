@@ -308,6 +308,14 @@ class Monitor:
             self.run.log({"step": self.done, **record})
         self.restart()
 
+    def validated(self, ema: nn.Module, facts: dict) -> None:
+        """Log what validation found; keep the weights with the lowest "validation"."""
+        self.log(**facts)
+        if self.run and "validation" in facts:
+            weights = ema.state_dict().items()
+            weights = {name: parallel.whole(x) for name, x in weights}
+            self.run.save_best(facts["validation"], weights)
+
     def restart(self) -> None:
         """Time what follows from here."""
         self.since = time.time()
