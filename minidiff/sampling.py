@@ -24,14 +24,14 @@ By the end you will be able to
 
 # %%
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from minidiff.dit import MMDiT, MMDiTConfig, Modulations
+from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.flow_matching import Scheduler, Velocity, dpmpp_2m, euler, guide, heun
 from minidiff.support import checks, output
 from minidiff.text_encoders import CLIPTextEncoder, T5Encoder, assemble
@@ -301,60 +301,65 @@ class Pipeline:
 
     @torch.no_grad()
     def encode_prompt(
-        self, prompt: str | Sequence[str], max_sequence_length: int | None = None
+        self,
+        prompt: str | Sequence[str | tuple[str, str, str]],
+        max_sequence_length: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What the transformer reads: context (B, L, D) and pooled (B, P).
 
-        L counts CLIP's tokens and then T5's; without T5 its rows are zeros.
+        A prompt is one text, or three: for CLIP-L, CLIP-G and T5. L counts CLIP's
+        tokens and then T5's; without T5 its rows are zeros. Warns of what is cut off.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        longest = self.tokenizers[0].model_max_length
-        hidden, pooled = [], []
-        for tokenize, encode in zip(
-            self.tokenizers[:2], self.text_encoders, strict=False
-        ):
-            ids = tokenize(prompts, max_length=longest)  # (B, L)
-            states, vector = encode(ids.to(self.device))
-            hidden.append(states)
-            pooled.append(vector)
-        t5 = self._encode_t5(prompts, max_sequence_length or self.max_sequence_length)
-        context = assemble(*hidden, t5)  # → (B, L + M, D)
+        texts = checks.for_encoders(prompt)
+        lengths = [self.tokenizers[0].model_max_length] * 2
+        lengths.append(max_sequence_length or self.max_sequence_length)
+        checks.warn_of_cuts(self.tokenizers, texts, lengths)
+        clips = []
+        for i in range(2):
+            ids = self.tokenizers[i](texts[i], max_length=lengths[i])  # (B, L)
+            clips.append(self.text_encoders[i](ids.to(self.device)))
+        hidden, pooled = zip(*clips, strict=True)
+        context = assemble(*hidden, self._encode_t5(texts[2], lengths[2]))
+        checks.warn_of_overflow("the prompt's encoding", context)
         return context.to(self.dtype), torch.cat(pooled, dim=-1).to(self.dtype)
 
     def _encode_t5(self, prompts: Sequence[str], length: int) -> Tensor:
         tokenize, encode = self.tokenizers[2], self.text_encoders[2]
         if encode is None:
-            width = self.transformer.config.joint_attention_dim
-            return torch.zeros(
-                len(prompts), length, width, device=self.device, dtype=self.dtype
-            )
+            size = len(prompts), length, self.transformer.config.joint_attention_dim
+            return torch.zeros(size, device=self.device, dtype=self.dtype)
         return encode(tokenize(prompts, max_length=length).to(self.device))
 
     @torch.no_grad()
     def velocity(
-        self, context: Tensor, pooled: Tensor, sigmas: Tensor, guidance_scale: float
+        self,
+        context: Tensor,
+        pooled: Tensor,
+        sigmas: Tensor,
+        guidance_scale: float,
+        skip_layers: Sequence[int] = (),
     ) -> Velocity:
         """The transformer as the function ``v(x, sigma)`` that the solvers follow.
 
         ``sigma`` is one of ``sigmas``, for which all modulations are computed here.
         With ``guidance_scale`` > 1 the rows of ``context`` and ``pooled`` are those of
-        the negative prompts, then those of the prompts.
+        the negative prompts, then those of the prompts. Blocks in ``skip_layers`` are
+        left out.
         """
         levels = {sigma: i for i, sigma in enumerate(sigmas.tolist())}
         times = sigmas[:, None].to(self.device)  # (S,) → (S, 1)
         modulations = self.transformer.modulations(times, pooled)
 
-        def predict(x: Tensor, modulation: Modulations) -> Tensor:
+        def predict(x: Tensor, sigma: Tensor) -> Tensor:
+            now = modulations.step(levels[sigma.item()])
+            how = {"modulations": now, "skip_layers": skip_layers}
             x = x.to(self.dtype)
-            return self.transformer(
-                x, None, context, None, modulations=modulation
-            ).float()
+            return self.transformer(x, None, context, None, **how).float()
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-            modulation = modulations.step(levels[sigma.item()])
             if guidance_scale <= 1:
-                return predict(x, modulation)
-            both = predict(torch.cat([x, x]), modulation)  # → (2·B, C, h, w)
+                return predict(x, sigma)
+            both = predict(torch.cat([x, x]), sigma)  # → (2·B, C, h, w)
             return guide(*both.chunk(2), guidance_scale)
 
         return velocity
@@ -368,36 +373,31 @@ class Pipeline:
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         sampler: str = "euler",
-        callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
+        callback_on_step_end: output.Callback | None = None,
+        sigmas: Tensor | None = None,
     ) -> Tensor:
         """Noise ``latents`` (B, C, h, w) to data, scaled latents of the same shape.
 
         ``context`` (B, L, D) and ``pooled`` (B, P); with guidance twice as many rows,
         the negative prompts first. ``callback_on_step_end(pipe, step, timestep,
-        {"latents": …, "denoised": x̂₀})`` may return {"latents": …} to replace them.
+        {"latents": …, "denoised": x̂₀})`` may return {"latents": …} to replace them,
+        or raise StopIteration to end here. ``sigmas`` replaces the schedule.
         """
         steps = checks.given(num_inference_steps, self.defaults.num_inference_steps)
         scale = checks.given(guidance_scale, self.defaults.guidance_scale)
-        sigmas = self.scheduler.sigmas(steps)
+        sigmas = checks.given(sigmas, self.scheduler.sigmas(steps))
         velocity = self.velocity(context, pooled, sigmas, scale)
-        with output.progress_bar(steps, self.progress) as bar:
-
-            def end(step: int, sigma: Tensor, x: Tensor, x0: Tensor) -> Tensor | None:
-                bar.update()
-                if callback_on_step_end is None:
-                    return None
-                tensors, time = {"latents": x, "denoised": x0}, 1000 * sigma
-                changed = callback_on_step_end(self, step, time, tensors) or {}
-                return changed.get("latents")
-
-            latents = latents.to(self.device, torch.float32)
-            return SAMPLERS[sampler](velocity, latents, sigmas, end)
+        start = latents.to(self.device, torch.float32)
+        with output.Watch(self, start, sigmas, callback_on_step_end) as watch:
+            watch.latents = SAMPLERS[sampler](velocity, start, sigmas, watch)
+        return watch.latents
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) → pictures (B, 3, H, W) in [0, 1]."""
-        z = self.vae.unscale(latents).to(self.dtype)
-        return (self.vae.decode(z).float() / 2 + 0.5).clamp(0, 1)
+        pictures = self.vae.decode(self.vae.unscale(latents).to(self.dtype)).float()
+        checks.warn_of_overflow("the picture", pictures)
+        return (pictures / 2 + 0.5).clamp(0, 1)
 
     # All three
 
@@ -405,7 +405,11 @@ class Pipeline:
         self,
         prompt: str | Sequence[str],
         *,
+        prompt_2: str | Sequence[str] | None = None,
+        prompt_3: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] = "",
+        negative_prompt_2: str | Sequence[str] | None = None,
+        negative_prompt_3: str | Sequence[str] | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         height: int | None = None,
@@ -415,7 +419,8 @@ class Pipeline:
         latents: Tensor | None = None,
         max_sequence_length: int | None = None,
         sampler: str = "euler",
-        callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
+        callback_on_step_end: output.Callback | None = None,
+        sigmas: Tensor | None = None,
         output_type: str = "pil",
     ) -> "list[Image] | Tensor":
         """Draw ``num_images_per_prompt`` pictures for each prompt, prompt by prompt.
@@ -423,20 +428,24 @@ class Pipeline:
         Sizes are in pixels. Picture i of the call starts from the noise of seed + i,
         whatever else is drawn with it; ``seed`` None takes a random one. ``latents``
         (B, C, h, w) replace that noise. Guidance ≤ 1 ignores the negative prompt.
+        ``prompt_2`` and ``prompt_3`` are read by CLIP-G and T5 in place of ``prompt``,
+        likewise the negative ones. ``sigmas`` (S + 1,) replaces the model's schedule.
 
         Returns a list of PIL pictures; with ``output_type`` "pt" a tensor (B, 3, H, W)
         in [0, 1]; with "latent" the scaled latents. Raises ValueError or TypeError,
         before any work, for what cannot be drawn.
         """
-        prompts, negatives = checks.as_prompts(prompt, negative_prompt)
+        prompts = checks.as_prompts("prompt", prompt, prompt_2, prompt_3)
+        no = negative_prompt, negative_prompt_2, negative_prompt_3
+        negatives = checks.as_prompts("negative_prompt", *no, count=len(prompts))
         steps = checks.given(num_inference_steps, self.defaults.num_inference_steps)
         scale = checks.given(guidance_scale, self.defaults.guidance_scale)
+        checks.check_dtypes(self.transformer, self.vae)
         checks.check_choice("sampler", sampler, SAMPLERS)
         checks.check_choice("output_type", output_type, ("pil", "pt", "latent"))
         checks.check_range("num_inference_steps", steps, 1, 1000)
         checks.check_range("num_images_per_prompt", num_images_per_prompt, 1)
-        if max_sequence_length is not None:
-            checks.check_range("max_sequence_length", max_sequence_length, 1, 512)
+        checks.check_text_length(max_sequence_length)
         count = len(prompts) * num_images_per_prompt
         latents = self.prepare_latents(count, height, width, seed, latents)
 
@@ -444,15 +453,9 @@ class Pipeline:
         unique = list(dict.fromkeys(texts))
         context, pooled = self.encode_prompt(unique, max_sequence_length)
         rows = [unique.index(t) for t in texts for _ in range(num_images_per_prompt)]
-        latents = self.denoise(
-            latents,
-            context[rows],  # (unique, L, D) → (B or 2·B, L, D)
-            pooled[rows],
-            steps,
-            scale,
-            sampler,
-            callback_on_step_end,
-        )
+        # (unique, L, D) → (B or 2·B, L, D)
+        given = context[rows], pooled[rows], steps, scale, sampler
+        latents = self.denoise(latents, *given, callback_on_step_end, sigmas)
         if output_type == "latent":
             return latents
         pictures = self.decode(latents)

@@ -1,22 +1,45 @@
 """What the pipeline refuses before any work: one line that names what was found."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor, nn
+
+Texts = str | Sequence[str]
+Triple = tuple[str, str, str]
+
 
 def as_prompts(
-    prompt: str | Sequence[str], negative: str | Sequence[str]
-) -> tuple[list[str], list[str]]:
-    """Prompts and as many negative prompts; one negative prompt serves for all."""
-    prompts = as_texts("prompt", prompt)
-    negatives = as_texts("negative_prompt", negative or "")
-    if isinstance(negative, str) or not negative:
-        negatives = negatives * len(prompts)
-    if len(negatives) != len(prompts):
-        raise ValueError(
-            f"negative_prompt has {len(negatives)} texts; expected 1 or {len(prompts)}"
-        )
-    return prompts, negatives
+    name: str,
+    first: Texts,
+    second: Texts | None = None,
+    third: Texts | None = None,
+    count: int | None = None,
+) -> list[Triple]:
+    """What CLIP-L, CLIP-G and T5 read for each of ``count`` prompts.
+
+    As in diffusers, an encoder without a text of its own reads the first; one string
+    serves for all prompts. ValueError where the counts differ.
+    """
+    columns = []
+    for suffix, texts in (("", first), ("_2", second or first), ("_3", third or first)):
+        column = as_texts(name + suffix, texts or "" if count else texts)
+        count = count or len(column)
+        if not texts or isinstance(texts, str):
+            column = column * count
+        if len(column) != count:
+            found = f"{name}{suffix} has {len(column)} texts"
+            raise ValueError(f"{found}; expected 1 or {count}")
+        columns.append(column)
+    return list(zip(*columns, strict=True))
+
+
+def for_encoders(prompt: str | Sequence[str | Triple]) -> list[list[str]]:
+    """Prompts of one text or three → the texts of each encoder."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    triples = [(p,) * 3 if isinstance(p, str) else p for p in prompts]
+    return [list(column) for column in zip(*triples, strict=True)]
 
 
 def as_texts(name: str, value: str | Sequence[str]) -> list[str]:
@@ -45,6 +68,12 @@ def check_range(name: str, value: int, low: int, high: int | None = None) -> Non
         raise ValueError(f"{name} is {value}; expected a whole number, {limits}")
 
 
+def check_text_length(length: int | None) -> None:
+    """Raise ValueError unless T5 can read as many tokens; None leaves the choice."""
+    if length is not None:
+        check_range("max_sequence_length", length, 1, 512)
+
+
 def check_size(name: str, size: int, grid: int, largest: int) -> None:
     """Raise ValueError unless ``size`` pixels are whole patches that fit the table."""
     if not isinstance(size, int) or size % grid or not 0 < size <= largest:
@@ -69,6 +98,52 @@ def check_parts(text_encoders: Sequence[Any], transformer: Any, vae: Any) -> Non
             raise ValueError(
                 f"the transformer's {name} is {found}; the other parts need {expected}"
             )
+
+
+def check_dtypes(transformer: nn.Module, vae: nn.Module) -> None:
+    """Raise ValueError where the weights that draw are not all in one dtype.
+
+    Weights stored in 8 bits do not count: they are read in the dtype of the others.
+    """
+    found: dict[Any, str] = {}
+    for part, model in (("transformer", transformer), ("vae", vae)):
+        for name, weight in model.named_parameters():
+            if weight.is_floating_point() and weight.dtype.itemsize > 1:
+                found.setdefault(weight.dtype, f"{part}.{name}")
+    if len(found) > 1:
+        parts = " and ".join(f"{name} is {dtype}" for dtype, name in found.items())
+        raise ValueError(f"dtypes are mixed: {parts}; expected one for all weights")
+
+
+def warn_of_cuts(
+    tokenizers: Sequence[Any], texts: Sequence[Sequence[str]], lengths: Sequence[int]
+) -> None:
+    """Warn, naming it, of text that an encoder will not see: its tokens are too many.
+
+    All three kinds of ids end with one special token, which a cut keeps.
+    """
+    lost: dict[tuple[int, str], list[str]] = {}
+    names = ("CLIP-L", "CLIP-G", "T5")
+    for name, tokenizer, column, length in zip(
+        names, tokenizers, texts, lengths, strict=True
+    ):
+        for text in dict.fromkeys(column if tokenizer else ()):
+            if len(ids := tokenizer.encode(text)) > length:
+                cut = tokenizer.decode(ids[length - 1 : -1])
+                lost.setdefault((length, cut), []).append(name)
+    for (length, cut), readers in lost.items():
+        who = " and ".join(readers) + (" reads" if len(readers) == 1 else " read")
+        warnings.warn(f"{who} {length} tokens; not seen: {cut!r}", stacklevel=4)
+
+
+def warn_of_overflow(name: str, values: Tensor) -> None:
+    """Warn where ``values`` are not all finite numbers: the picture would be black."""
+    if not values.isfinite().all():
+        warnings.warn(
+            f"{name} holds infinite values or NaN, so the picture will be black; "
+            "where float16 overflows, load with dtype=torch.bfloat16",
+            stacklevel=3,
+        )
 
 
 def given(value: Any, default: Any) -> Any:
