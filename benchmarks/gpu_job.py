@@ -34,7 +34,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", default="runs/gpu", type=Path)
     parser.add_argument("--results", type=Path, help="folder for the packed results")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--recipe", default="gpu", choices=("gpu", "cpu"))
+    parser.add_argument("--recipe", default="gpu", choices=("gpu", "shipped", "trial"))
     parser.add_argument("--seconds", default=570.0, type=float)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--stage", help="run one stage only, in this process")
@@ -70,7 +70,8 @@ def make_job(args: argparse.Namespace):
             changes["learning_rate"] = args.learning_rate
         changes = {k: v for k, v in changes.items() if v is not None}
         changes["compile"] = not args.no_compile if cuda else args.compile
-        changes["bfloat16"] = stage != "clip" if cuda else args.bfloat16
+        if cuda or args.bfloat16:
+            changes["bfloat16"] = stage != "clip" or not cuda
         if args.probe:
             changes |= {"steps": 60, "warmup_steps": 10, "log_every": 10}
             changes |= {"save_every": 60, "validate_every": 60}

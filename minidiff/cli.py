@@ -151,13 +151,15 @@ def find_device(name: str | None) -> str:
 def download(
     model: Annotated[str, typer.Argument(help="sd3.5-medium, …, or a hub id.")],
 ) -> None:
-    """Fetch a model's files from the hub and print their folder."""
+    """Fetch a model's files from the hub, check them and print their folder."""
     from minidiff.support import hub
 
     if model not in hub.REPOSITORIES and model.count("/") != 1:
         known = ", ".join(hub.REPOSITORIES)
         raise ValueError(f"model is {model!r}; expected {known} or a hub id owner/name")
-    print(hub.download(model))
+    folder = hub.download(model)
+    hub.verify(folder)
+    print(folder)
 
 
 @app.command()
@@ -199,7 +201,7 @@ def train(
         Path | None, typer.Option(help="Folder of Fashion-MNIST's parquet files.")
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="gpu or cpu; by default the device's.")
+        str | None, typer.Option(help="gpu, shipped or trial; by default the device's.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Of the one stage named.")] = None,
     batch_size: Annotated[

@@ -19,7 +19,7 @@ from minidiff.flow_matching import Scheduler, euler, guide
 from minidiff.support import rng
 from minidiff.support.checkpoints import load_component, save_component, write_json
 from minidiff.support.data import Scenes, caption_ids, draw_attributes, token_table
-from minidiff.support.judge import train_judge
+from minidiff.support.judge import JudgeConfig, train_judge
 from minidiff.support.trainer import Run, fingerprint, load_tensors, save_tensors
 from minidiff.text_encoders import (
     CLIPTextConfig,
@@ -51,7 +51,6 @@ ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 CLIP_VOCABULARY = 704  # rows of the table: 512 bytes, then merges and two markers
 LENGTH = 32  # tokens of a prompt, for each encoder
-TWO_GARMENTS = 0.65  # two garments are harder: the transformer sees them more often
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,7 @@ class Recipe:
     latents: int  # scenes kept as latents, for the transformer
     captions: int = 20_000  # that the tokenizers learn from
     held: int = 512  # test scenes that validation looks at
+    two_garments: float = 0.65  # of T5's and the transformer's scenes: they are harder
     judge: dict = field(default_factory=dict)  # arguments of ``train_judge``
 
 
@@ -88,7 +88,45 @@ RECIPES = {
         pictures=2**18,
         latents=2**20,
     ),
-    "cpu": Recipe(
+    "shipped": Recipe(  # what made minidiff/pretrained/tiny, on two CPU cores
+        clip=TrainingConfig(
+            350, 128, 1.5e-3, 20, ema_decay=0.99, save_every=100, bfloat16=True
+        ),
+        t5=TrainingConfig(
+            500, 64, 1e-3, 30, ema_decay=0.99, save_every=100, bfloat16=True
+        ),
+        vae=TrainingConfig(
+            1600,
+            12,
+            1.5e-3,
+            40,
+            ema_decay=0.995,
+            save_every=100,
+            validate_every=400,
+            bfloat16=True,
+        ),
+        transformer=TrainingConfig(
+            2800,
+            32,
+            1.5e-3,
+            150,
+            ema_decay=0.998,
+            save_every=200,
+            validate_every=500,
+            bfloat16=True,
+        ),
+        pictures=2**14,
+        latents=2**15,
+        held=256,
+        two_garments=0.4,
+        judge={
+            "steps": 2600,
+            "batch_size": 64,
+            "config": JudgeConfig((32, 64, 96), (1, 1, 1), 128),
+            "test_scenes": 2000,
+        },
+    ),
+    "trial": Recipe(  # every stage for a few steps
         clip=TrainingConfig(60, 64, 1e-3, warmup_steps=10, log_every=5, save_every=20),
         t5=TrainingConfig(60, 64, 1e-3, warmup_steps=10, log_every=5, save_every=20),
         vae=TrainingConfig(30, 8, 1e-3, warmup_steps=5, log_every=5, save_every=10),
@@ -229,7 +267,7 @@ def clip_config(number: int, job: Job) -> CLIPTextConfig:
 def train_t5(job: Job) -> None:
     """T5's encoder: odd samples restore hidden words, even ones say the same anew."""
     n = job.recipe.pictures
-    scenes = job.scenes(TWO_GARMENTS)
+    scenes = job.scenes(job.recipe.two_garments)
     ids, tokenizer = token_tables(job)[2], load_tokenizers(job)[2]
     config = T5Config.tiny()
     sentinels = [tokenizer.vocab[f"<extra_id_{i}>"] for i in range(3)]
@@ -374,7 +412,7 @@ def encode_captions(
 
 def train_transformer(job: Job) -> None:
     """The MMDiT, by rectified flow on latents and captions that are encoded once."""
-    features = Features(job, job.scenes(TWO_GARMENTS), job.recipe.latents)
+    features = Features(job, job.scenes(job.recipe.two_garments), job.recipe.latents)
     tests = job.scenes(split="test")
     held = Features(replace(job, cache=None), tests, job.recipe.held)
     widths = tuple(e.config.hidden_size for e in features.encoders[:2])
@@ -559,13 +597,15 @@ def train(
 ) -> None:
     """``minidiff train``: one stage, or "all" that are not done yet, into ``output``.
 
-    ``recipe`` is "gpu" (an hour's work of a small GPU) or "cpu" (a minute's); by
-    default the device's. Raises ValueError for a name or a number that cannot be.
+    ``recipe`` is "gpu" (large batches, for a large GPU), "shipped" (what made the
+    shipped model, an hour of a CPU) or "trial" (a few steps of everything); by default
+    "gpu" on a GPU, else "shipped". Raises ValueError for a name or a number that
+    cannot be.
     """
     if stage not in (*STAGES, "all"):
         raise ValueError(f"--stage is {stage!r}; expected all, {', '.join(STAGES)}")
     cuda = device.startswith("cuda")
-    recipe = recipe or ("gpu" if cuda else "cpu")
+    recipe = recipe or ("gpu" if cuda else "shipped")
     if recipe not in RECIPES:
         raise ValueError(f"--recipe is {recipe!r}; expected {', '.join(RECIPES)}")
     changes = {"steps": steps, "batch_size": batch_size}
@@ -580,7 +620,8 @@ def train(
     for name in ("clip", "t5", "vae", "transformer"):
         config = getattr(chosen, name)
         config = replace(config, compile=cuda if compile is None else compile)
-        config = replace(config, bfloat16=cuda and name != "clip")
+        if cuda:  # CLIP compares unit vectors: bfloat16 is too coarse for the logits
+            config = replace(config, bfloat16=name != "clip")
         config = replace(config, **changes) if name == stage else config
         chosen = replace(chosen, **{name: config})
     stages = STAGES if stage == "all" else (stage,)
