@@ -915,7 +915,9 @@ def fit(
 #   tuned to human preferences.
 #
 # To train the whole tiny model yourself, in a terminal:
-# `minidiff train --output my-model`. Stop it when you like; the same line goes on.
+# `minidiff train --output my-model`. Stop it when you like; the same line goes on. To
+# teach a model your own pictures, each with its caption in a `.txt` beside it:
+# `minidiff train --from tiny --lora --data my-pictures --output my-style`.
 
 # %% [markdown]
 # ## Exercises
@@ -1008,9 +1010,9 @@ def fit(
 # %% [markdown]
 # ### Exercise 7.5 · Explore
 #
-# Train the small model with `kl`-free pixels as above, but with prompts dropped in half
-# of the samples, or never. What does guidance do to the pictures in each case? Then set
-# `ema_decay` to 0.999 in `learn`: why is the average now worse than the weights?
+# Train the small model with prompts dropped in half of the samples, or never. What does
+# guidance do to the pictures in each case? Then set `ema_decay` to 0.999 in `learn`:
+# why is the average now worse than the weights?
 
 # %% [markdown]
 # ## Summary

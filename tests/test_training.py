@@ -97,7 +97,7 @@ def job(fashion: Path, tmp_path_factory: pytest.TempPathFactory) -> stages.Job:
         transformer=quick,
         pictures=64,
         latents=32,
-        held=4,
+        held=8,
         captions=500,
     )
     job = stages.Job(tmp_path_factory.mktemp("job"), recipe, str(fashion))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.flow_matching import Scheduler, euler, guide
-from minidiff.support import rng
+from minidiff.support import parallel, rng
 from minidiff.support.checkpoints import load_component, save_component, write_json
 from minidiff.support.data import Scenes, caption_ids, draw_attributes, token_table
 from minidiff.support.judge import JudgeConfig, train_judge
@@ -468,7 +468,9 @@ def export_unfinished(job: Job) -> None:
 @torch.no_grad()
 def save_grid(job: Job, model: MMDiT, held: Features, scale: float = 4.0) -> None:
     """Thirty-two held-out captions drawn in 28 steps: ``OUTPUT/grid.png``."""
-    n = 32
+    if parallel.rank():
+        return
+    n = min(32, len(held.latents) // 8 * 8)
     device = held.latents.device
     row = torch.cat([held.place[:n], torch.zeros(n, dtype=torch.long, device=device)])
     context, pooled = held.context[row].float(), held.pooled[row].float()
@@ -482,7 +484,7 @@ def save_grid(job: Job, model: MMDiT, held: Features, scale: float = 4.0) -> Non
     x = euler(velocity, noise, Scheduler(shift=1.0).sigmas(28).to(device))
     images = held.vae.decode(held.vae.unscale(x)).clamp(-1, 1)
     rows = (
-        images.unflatten(0, (4, 8)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+        images.unflatten(0, (-1, 8)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     )
     pixels = ((rows + 1) * 127.5).round().byte().cpu().numpy()
     Image.fromarray(pixels).save(job.output / "grid.png")
@@ -507,6 +509,8 @@ def lasting(config: TrainingConfig) -> dict:
 
 def export(job: Job, model: torch.nn.Module, name: str, class_name: str) -> None:
     """Write one component of the hub's layout in float16."""
+    if parallel.rank():
+        return
     save_component(model, job.model / name, class_name, torch.float16)
     if name in ENCODERS:  # the special ids that transformers' configurations state
         tokenizer = load_tokenizers(job)[ENCODERS.index(name)]
@@ -519,6 +523,8 @@ def export(job: Job, model: torch.nn.Module, name: str, class_name: str) -> None
 
 def finish(job: Job) -> None:
     """The two files that make a folder of components a pipeline."""
+    if parallel.rank():
+        return
     index = {
         "_class_name": "StableDiffusion3Pipeline",
         "_diffusers_version": "0.31.0",
@@ -571,18 +577,26 @@ RUN = {
 }
 
 
+ALONE = ("tokenizers", "judge")  # stages that one process does for all
+
+
 def run_stages(job: Job, stages: tuple[str, ...]) -> None:
     """Run ``stages`` in order; one that is done already is left alone."""
     for stage in stages:
         done = job.output / "runs" / f"{stage}.done"
-        if done.exists():
+        finished = done.exists()
+        parallel.wait()  # nobody begins before all have looked
+        if finished:
             continue
         start = time.time()
         torch.manual_seed(job.seed)
-        RUN[stage](job)
-        done.parent.mkdir(parents=True, exist_ok=True)
-        done.write_text(json.dumps({"seconds": round(time.time() - start, 1)}))
-        print(f"{stage}: done in {time.time() - start:.0f} s", flush=True)
+        if stage not in ALONE or parallel.rank() == 0:
+            RUN[stage](job)
+        if parallel.rank() == 0:
+            done.parent.mkdir(parents=True, exist_ok=True)
+            done.write_text(json.dumps({"seconds": round(time.time() - start, 1)}))
+            print(f"{stage}: done in {time.time() - start:.0f} s", flush=True)
+        parallel.wait()
 
 
 def train(
@@ -624,5 +638,6 @@ def train(
             config = replace(config, bfloat16=name != "clip")
         config = replace(config, **changes) if name == stage else config
         chosen = replace(chosen, **{name: config})
+    device = parallel.start(device)
     stages = STAGES if stage == "all" else (stage,)
     run_stages(Job(output, chosen, data and str(data), device), stages)
