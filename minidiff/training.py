@@ -730,7 +730,7 @@ def fit(
 #         return fit(task, config, run), read_log(Path(folder) / "log.jsonl")
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
-# model, log = learn(train_set, 320)
+# model, log = learn(train_set, 280)
 # def points(log: list, key: str) -> tuple:
 #     return tuple(zip(*[(r["step"], r[key]) for r in log if key in r], strict=True))
 #
@@ -779,7 +779,7 @@ def fit(
 #
 #
 # pictures = draw(model)
-# viz.show_images(pictures, PROMPTS, columns=4)
+# viz.show_images(pictures, [" on ".join(w) for w in wanted], columns=4)
 
 # %% tags=["active-ipynb"]
 # corners = pictures[:, :, ::15, ::15].mean((2, 3))  # (B, 3, H, W) → (B, 3)
@@ -791,14 +791,14 @@ def fit(
 # %% [markdown]
 # ## Predict, then break it
 #
-# **Sixteen pictures.** The same model, the same number of steps, but only 16 scenes to
-# learn from, each seen hundreds of times. Which curve will tell you, the training loss
-# or the validation loss? And in which direction?
+# **Sixteen pictures.** The same model, but with 16 scenes to learn from, each seen 160
+# times in 80 steps. Which curve will tell you, the training loss or the validation
+# loss? And in which direction?
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # few = {name: values[:16] for name, values in train_set.items()}
-# memorised, few_log = learn(few, 120)
-# runs = {"512 scenes": [r for r in log if r["step"] <= 120], "16 scenes": few_log}
+# memorised, few_log = learn(few, 80)
+# runs = {"512 scenes": [r for r in log if r["step"] <= 80], "16 scenes": few_log}
 # names = {"loss": "training", "average": "validation"}
 # pairs = [(n, k) for n in runs for k in names]
 # curves = {f"{n}, {names[k]}": points(runs[n], k) for n, k in pairs}
@@ -826,10 +826,10 @@ def fit(
 #     return (v - (batch["noise"] + batch["x0"])).square().mean()
 #
 #
-# wrong, wrong_log = learn(train_set, 120, wrong_loss)
-# ends = [[r["loss"] for r in rows if "loss" in r][11] for rows in (log, wrong_log)]
+# wrong, wrong_log = learn(train_set, 80, wrong_loss)
+# ends = [[r["loss"] for r in rows if "loss" in r][7] for rows in (log, wrong_log)]
 # print("the wrong loss falls as far as the right one:", ends[1] < 1.3 * ends[0])
-# viz.show_images(draw(wrong), PROMPTS, columns=4)
+# viz.show_images(draw(wrong), [" on ".join(w) for w in wanted], columns=4)
 
 # %% [markdown]
 # It falls just as nicely. Predicting $\epsilon + x_0$ is a task like any other, and the
