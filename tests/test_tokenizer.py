@@ -82,8 +82,8 @@ def test_ids_equal_the_reference(folders, references, texts, name):
 def test_decoded_text_equals_the_reference(folders, references, texts, name):
     tokenizer, reference = ours(folders, name), references[name]
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randint(tokenizer.vocab_size, (500, 9), generator=generator).tolist()
-    for ids in reference(texts[:5000])["input_ids"] + noise:
+    noise = torch.randint(tokenizer.vocab_size, (300, 9), generator=generator).tolist()
+    for ids in reference(texts[:2000])["input_ids"] + noise:
         assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
 
 
@@ -167,7 +167,7 @@ def test_ids_catch_mutants_of_clip(folders, references, texts, mutant, monkeypat
 def greedy(text: str, trie: dict, unknown: float) -> list[str]:
     pieces, start = [], 0
     while start < len(text):
-        *_, (end, _) = chapter.edges(text, start, trie, unknown)
+        *_, (end, _) = chapter.arcs(text, start, trie, unknown)
         pieces.append(text[start:end])
         start = end
     return pieces
@@ -218,7 +218,7 @@ def test_ids_catch_a_forgotten_exclamation_mark(folders, references, texts):
 def test_decoding_catches_its_mutants(folders, references, texts, monkeypatch):
     def decoded_alike(name: str) -> bool:
         tokenizer, reference = ours(folders, name), references[name]
-        rows = reference(texts[:3000])["input_ids"]
+        rows = reference(texts[:2000])["input_ids"]
         return all(
             tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
             for ids in rows
