@@ -129,3 +129,15 @@ def reference_pipeline(
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def pair(folder: Path):
+    """Our pipeline and diffusers', of the same random tiny weights."""
+    import minidiff
+
+    save_tokenizers(folder / "parts")
+    reference = reference_pipeline(load_tokenizers(folder / "parts"))
+    reference.save_pretrained(folder / "saved")
+    pipe = minidiff.load(folder / "saved")
+    pipe.progress = False
+    return pipe, reference

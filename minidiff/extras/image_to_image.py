@@ -1,0 +1,188 @@
+"""Image to image, and inpainting: begin part of the way, from a picture.
+
+Meng et al. 2022 (SDEdit), section 3. A picture's latent is mixed with noise of a level,
+and only the rest of the schedule is solved; with a mask, everything outside of it is
+put back after each step. Steps, numbers and random draws are those of diffusers.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from minidiff.flow_matching import interpolate
+from minidiff.sampling import Pipeline
+from minidiff.support import checks, output
+from minidiff.vae import Posterior
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    Picture = Image | Tensor | Path | str
+
+
+@torch.no_grad()
+def image_to_image(
+    pipe: Pipeline,
+    prompt: checks.Texts,
+    image: "Picture",
+    strength: float = 0.6,
+    mask_image: "Picture | None" = None,
+    *,
+    num_inference_steps: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    num_images_per_prompt: int = 1,
+    seed: int = 0,
+    callback_on_step_end: output.Callback | None = None,
+    **call: Any,
+) -> "list[Image] | Tensor":
+    """Draw ``prompt`` over ``image``: of the steps, the last ``strength`` part.
+
+    ``image`` is a PIL picture, a file, or a tensor (3, H, W) or (B, 3, H, W) in [0, 1];
+    a PIL picture or file is resized where ``height`` or ``width`` ask for it.
+    ``mask_image``, of the picture's size, is white where to draw and black where to
+    keep. Picture i draws first its latent, then its noise from seed + i. All else is as
+    in a call of the pipeline. Raises ValueError or TypeError before any work.
+    """
+    steps = checks.given(num_inference_steps, pipe.defaults.num_inference_steps)
+    checks.check_range("num_inference_steps", steps, 1, 1000)
+    checks.check_range("num_images_per_prompt", num_images_per_prompt, 1)
+    sigmas = pipe.scheduler.sigmas(steps)[first_step(steps, strength) :]
+    count = len(checks.as_texts("prompt", prompt)) * num_images_per_prompt
+    pictures, mask = open_pictures(image, mask_image, height, width)
+    shape = pipe.prepare_latents(count, *pictures.shape[2:]).shape
+    if len(pictures) not in (1, count):
+        raise ValueError(f"image has {len(pictures)} pictures; expected 1 or {count}")
+
+    data, noise = encode(pipe, pictures, range(seed, seed + count))
+    callback = callback_on_step_end
+    if mask is not None:
+        small = F.interpolate(mask, shape[2:])  # (·, 1, H, W) → (·, 1, h, w)
+        callback = Keep(data, noise, small.to(data), sigmas, callback_on_step_end)
+    return pipe(
+        prompt,
+        num_inference_steps=steps,
+        num_images_per_prompt=num_images_per_prompt,
+        latents=interpolate(data, noise, sigmas[0].item()),
+        sigmas=sigmas,
+        callback_on_step_end=callback,
+        **call,
+    )
+
+
+def first_step(steps: int, strength: float) -> int:
+    """The first of ``steps`` to run, by diffusers' rule; ValueError if none is left."""
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength is {strength}; expected above 0, at most 1")
+    first = int(steps - min(steps * strength, steps))
+    if first >= steps:
+        raise ValueError(f"strength {strength} of {steps} steps leaves none to run")
+    return first
+
+
+# Pictures
+
+
+def open_pictures(
+    image: "Picture", mask: "Picture | None", height: int | None, width: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """A picture (B, 3, H, W) in [−1, 1] and its mask (·, 1, H, W) of zeros and ones.
+
+    Raises ValueError where the mask has another size than the picture.
+    """
+    image, mask = open_file(image), open_file(mask)
+    if mask is not None and size(mask) != size(image):
+        (w, h), (x, y) = size(mask), size(image)
+        raise ValueError(f"the mask is {w}×{h} pixels; expected the picture's {x}×{y}")
+    pictures = as_tensor(image, "RGB", height, width) * 2 - 1
+    if mask is None:
+        return pictures, None
+    return pictures, (as_tensor(mask, "L", height, width) >= 0.5).float()
+
+
+def open_file(image: "Picture | None") -> Any:
+    """The picture in a file; pictures, tensors and None come back as they are."""
+    if not isinstance(image, str | Path):
+        return image
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(image)
+    except UnidentifiedImageError:
+        raise ValueError(f"{image} is not a picture that can be read") from None
+
+
+def size(image: Any) -> tuple[int, int]:
+    """(width, height) of a PIL picture or a tensor (…, H, W)."""
+    if isinstance(image, Tensor):
+        return image.shape[-1], image.shape[-2]
+    return image.size
+
+
+def as_tensor(image: Any, mode: str, height: int | None, width: int | None) -> Tensor:
+    """A picture in [0, 1] as (B, C, H, W): C is 3 for "RGB", 1 for "L"."""
+    channels = len(mode)
+    if isinstance(image, Tensor):
+        image = image.float()
+        found = image[None] if mode == "L" and image.ndim == 2 else image
+        found = found[None] if found.ndim == 3 else found
+        if found.ndim != 4 or found.shape[1] != channels:
+            shape = tuple(image.shape)
+            raise ValueError(f"image has shape {shape}; expected (B, {channels}, H, W)")
+        return found
+    if not hasattr(image, "convert"):
+        kind = type(image).__name__
+        raise TypeError(
+            f"image is a {kind}; expected a PIL picture, a file or a tensor"
+        )
+    wanted = width or image.width, height or image.height
+    image = image.convert(mode)
+    image = image if image.size == wanted else image.resize(wanted, resample=1)
+    values = torch.from_numpy(np.array(image, dtype=np.float32) / 255)
+    # (H, W) or (H, W, 3) → (1, C, H, W)
+    return values.reshape(*values.shape[:2], channels).permute(2, 0, 1)[None]
+
+
+def encode(pipe: Pipeline, pictures: Tensor, seeds: range) -> tuple[Tensor, Tensor]:
+    """Scaled latents of ``pictures`` and noise, each (B, C, h, w), one row a seed."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    posterior = pipe.vae.encode(pictures.to(pipe.device, pipe.dtype))
+    rows = [
+        Posterior(posterior.mean[i : i + 1], posterior.logvar[i : i + 1])
+        for i in range(len(pictures))
+    ]
+    drawn = [rows[i % len(rows)].sample(g) for i, g in enumerate(generators)]
+    data = pipe.vae.scale(torch.cat(drawn)).float()  # B × (1, C, h, w) → (B, C, h, w)
+    noise = [torch.randn(data.shape[1:], generator=g) for g in generators]
+    return data, torch.stack(noise).to(data.device)  # B × (C, h, w) → (B, C, h, w)
+
+
+# Inpainting
+
+
+class Keep:
+    """A callback that puts the picture back outside the mask, at the level reached."""
+
+    def __init__(
+        self,
+        data: Tensor,
+        noise: Tensor,
+        mask: Tensor,
+        sigmas: Tensor,
+        then: output.Callback | None,
+    ) -> None:
+        self.data, self.noise, self.mask = data, noise, mask
+        self.sigmas, self.then = sigmas, then
+
+    def __call__(
+        self, pipe: Pipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        known = interpolate(self.data, self.noise, self.sigmas[step + 1].item())
+        latents = (1 - self.mask) * known + self.mask * tensors["latents"]
+        tensors["latents"] = latents
+        changed = self.then(pipe, step, timestep, tensors) if self.then else None
+        return {"latents": latents} | (changed or {})

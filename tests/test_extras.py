@@ -1,0 +1,329 @@
+"""Texts for each encoder, what is cut, stopping, previews, files and their settings."""
+
+import logging
+import sys
+import warnings
+
+import pytest
+import torch
+from helpers import randomize, relative_error
+from PIL import Image
+from pipelines import pair
+from test_sampling import LONG
+
+from minidiff import cli, sampling
+from minidiff.extras import files
+from minidiff.extras.lora import LowRank, save_lora
+from minidiff.extras.previews import fit_preview, show_previews
+from minidiff.support import checks
+from minidiff.vae import VAE, Posterior, VAEConfig
+
+CALL = {"num_inference_steps": 6, "guidance_scale": 4.0, "output_type": "latent"}
+CALL |= {"max_sequence_length": 20}
+BOUND = 1e-5
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    pytest.importorskip("diffusers")
+    folder = tmp_path_factory.mktemp("model")
+    return *pair(folder), folder / "saved"
+
+
+@pytest.fixture
+def both(model):
+    return model[:2]
+
+
+# Texts for three encoders
+
+TEXTS = [
+    {"prompt": "a bag", "prompt_2": "a red dress", "prompt_3": "an orange coat"},
+    {"prompt": ["a bag", "a coat"], "prompt_3": ["a dress", "blue"]}
+    | {"negative_prompt": "pink", "negative_prompt_2": "green"},
+    {"prompt": "a bag", "negative_prompt_3": "a red dress", "negative_prompt": "no"},
+]
+
+
+def compare(both, call):
+    pipe, reference = both
+    noise = pipe.prepare_latents(1 if isinstance(call["prompt"], str) else 2)
+    # diffusers repeats a negative prompt that is one string, as we do
+    expected = reference(**CALL | call, latents=noise).images
+    return relative_error(pipe(**CALL | call, latents=noise), expected)
+
+
+@pytest.mark.parametrize("call", TEXTS)
+def test_three_texts_same_latents_as_diffusers(both, call):
+    assert compare(both, call) <= BOUND
+
+
+def test_parity_catches_texts_in_another_order(both, monkeypatch):
+    plain = checks.for_encoders
+    monkeypatch.setattr(checks, "for_encoders", lambda p: plain(p)[::-1])
+    assert compare(both, TEXTS[0]) > 1e-4
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        ({"prompt": ["a", "b"], "prompt_2": ["c"]}, "prompt_2 has 1 texts; .* 1 or 2"),
+        ({"prompt": "a", "prompt_3": 3}, "prompt_3 is a int"),
+        (
+            {"prompt": "a", "negative_prompt_2": ["b", "c"]},
+            "negative_prompt_2 has 2 texts",
+        ),
+    ],
+)
+def test_texts_that_do_not_fit(both, call, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        both[0](**call)
+
+
+# What is cut
+
+
+def test_what_clip_cuts_is_named_as_by_diffusers(both, caplog):
+    pipe, reference = both
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    reference.encode_prompt(LONG, LONG, LONG, max_sequence_length=20)
+    logger.removeHandler(caplog.handler)
+    with pytest.warns(UserWarning) as found:
+        pipe.encode_prompt(LONG, 20)
+    ours = [str(w.message) for w in found]
+    assert len(ours) == 2 and ours[0].startswith("CLIP-L and CLIP-G read 12 tokens;")
+    assert ours[1].startswith("T5 reads 20 tokens; not seen: ")
+    cut = ours[0].split("not seen: ")[1].strip("'")
+    theirs = [r.getMessage() for r in caplog.records if "CLIP can only" in r.message]
+    assert len(theirs) == 2 and cut and all(cut in line for line in theirs)
+
+
+def test_nothing_is_said_of_a_prompt_that_fits(both):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        both[0].encode_prompt(["a red dress", ""])
+
+
+# Stopping
+
+
+def test_a_callback_stops_where_diffusers_does(both):
+    pipe, reference = both
+    noise = pipe.prepare_latents(1)
+    call = CALL | {"prompt": "a bag", "latents": noise}
+
+    def interrupt(caller, step, time, tensors):
+        caller._interrupt = step == 2
+        return tensors
+
+    def stop(caller, step, time, tensors):
+        seen.append(step)
+        if step == 2:
+            raise StopIteration
+
+    seen: list[int] = []
+    expected = reference(**call, callback_on_step_end=interrupt).images
+    found = pipe(**call, callback_on_step_end=stop)
+    assert seen == [0, 1, 2]
+    assert relative_error(found, expected) <= BOUND
+    assert relative_error(pipe(**call), expected) > 1e-2
+
+
+def test_other_errors_of_a_callback_pass(both):
+    def fail(*_):
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        both[0]("a bag", **CALL, callback_on_step_end=fail)
+
+
+# Numbers that break
+
+
+def test_overflow_is_said_before_the_picture_is_black(both, monkeypatch):
+    pipe = both[0]
+    plain = sampling.assemble
+    monkeypatch.setattr(sampling, "assemble", lambda *p: plain(*p) * float("inf"))
+    with pytest.warns(UserWarning, match="prompt's encoding holds infinite .*bfloat16"):
+        pipe.encode_prompt("a bag")
+    with pytest.warns(UserWarning, match="the picture holds infinite .*bfloat16"):
+        pipe.decode(torch.full((1, 16, 4, 4), float("nan")))
+
+
+def test_mixed_dtypes(model):
+    pipe = sampling.load(model[2])
+    pipe.vae.half()
+    message = r"transformer\S+ is torch.float32 and vae\S+ is torch.float16; expected"
+    with pytest.raises(ValueError, match=message):
+        pipe("a bag")
+
+
+# Previews
+
+
+class LinearVAE(VAE):
+    """An autoencoder whose latents say linearly what is in a patch."""
+
+    def encode(self, images):
+        small = torch.nn.functional.avg_pool2d(images, self.config.factor)
+        mix = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+        latents = torch.einsum("kc,bchw->bkhw", mix, small)
+        return Posterior(latents, torch.zeros_like(latents))
+
+
+def test_the_fit_finds_the_colours_of_a_linear_autoencoder():
+    vae = LinearVAE(VAEConfig.tiny())
+    pictures = torch.rand(4, 3, 32, 32) * 2 - 1
+    preview = fit_preview(vae, pictures)
+    assert preview.matrix.shape == (3, 16) and preview.bias.shape == (3,)
+    fresh = torch.rand(2, 3, 16, 24) * 2 - 1
+    wanted = torch.nn.functional.avg_pool2d(fresh / 2 + 0.5, vae.config.factor)
+    latents = vae.scale(vae.encode(fresh).mode())
+    assert relative_error(preview(latents), wanted) <= BOUND
+    assert (
+        relative_error(preview._replace(bias=preview.bias + 0.1)(latents), wanted)
+        > 0.01
+    )
+
+
+def test_each_step_is_shown(both):
+    pipe, seen = both[0], []
+
+    def show(step, pictures):
+        seen.append((step, pictures[0].size))
+        if step == 3:
+            raise StopIteration
+
+    follow = show_previews(fit_preview(pipe.vae), show)
+    pipe("a bag", **CALL, callback_on_step_end=follow)
+    assert seen == [(i, (8, 8)) for i in range(4)]
+
+
+# Files
+
+
+def test_settings_survive_in_the_file(tmp_path):
+    settings = {"prompt": "ein rotes Kleid, 東京 🙂\nzwei", "seed": 3, "lora": None}
+    files.save_picture(Image.new("RGB", (8, 4)), tmp_path / "a.png", settings, False)
+    found = files.read_settings(tmp_path / "a.png")
+    assert found["prompt"] == settings["prompt"] and found["seed"] == "3"
+    assert (found["width"], found["height"]) == ("8", "4")
+    assert found["version"].startswith("minidiff ") and "lora" not in found
+    with pytest.raises(FileExistsError):
+        files.save_picture(Image.new("RGB", (8, 4)), tmp_path / "a.png", {}, False)
+    Image.new("RGB", (8, 4)).save(tmp_path / "b.png")
+    with pytest.raises(ValueError, match=r"b.png carries no settings"):
+        files.read_settings(tmp_path / "b.png")
+
+
+def test_prompts_of_a_file(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa bag\r\n\n  a 東京 coat \n".encode())
+    assert files.read_prompts(file) == ["a bag", "a 東京 coat"]
+    for content, message in ((b" \n", "holds no prompt"), (b"\xff\xfe", "UTF-8")):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            files.read_prompts(file)
+
+
+# The command line
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path, model):
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        if arguments[0] == "sample":
+            arguments += ("--model", model[2], "--steps", 2)
+        monkeypatch.setattr(sys, "argv", ["minidiff", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+def pixels(file):
+    return Image.open(file).tobytes()
+
+
+def test_prompts_from_a_file_carry_their_settings(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a bag\na coat\na red dress\n")
+    call = ("sample", "--prompts", "prompts.txt", "--batch-size", 2, "--seed", 5)
+    code, out, err = run(*call, "--num-images", 2, "--output", "p.png")
+    assert (code, err) == (0, "")
+    assert out.split() == [f"p-{i}.png" for i in range(6)]
+    code, out, _ = run("info", "p-3.png")
+    wanted = {"prompt": "a coat", "negative_prompt": "", "seed": "8", "width": "32"}
+    wanted |= {"num_inference_steps": "2", "sampler": "euler", "height": "32"}
+    shown = dict(line.split(": ", 1) for line in out.splitlines())
+    assert code == 0 and wanted.items() <= shown.items()
+    assert {"model", "guidance_scale", "version"} <= shown.keys()
+    run("sample", "a coat", "--seed", 8, "--output", "alone.png")
+    assert files.read_settings("alone.png") == files.read_settings("p-3.png")
+
+
+def test_every_option_changes_the_picture(run, tmp_path, model):
+    update = randomize(LowRank(32, 32, 2))
+    layers = {"transformer": {"transformer_blocks.0.attn.to_q": update}}
+    save_lora(layers, tmp_path / "lora.safetensors")
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "in.png")
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (0, 0, 16, 32))
+    mask.save(tmp_path / "mask.png")
+    assert run("sample", "a bag", "--output", "plain.png")[0] == 0
+    begin = ["--image", "in.png"]
+    options = {
+        "texts": ["--prompt-2", "a coat"],
+        "third": ["--prompt-3", "a coat"],
+        "negative": ["--negative-prompt-3", "a coat"],
+        "lora": ["--lora", "lora.safetensors"],
+        "weak": ["--lora", "lora.safetensors", "--lora-scale", 0.5],
+        "image": begin,
+        "strong": [*begin, "--strength", 1],
+        "masked": [*begin, "--mask", "mask.png"],
+    }
+    seen = {pixels("plain.png")}
+    for name, option in options.items():
+        code, _, err = run("sample", "a bag", *option, "--output", f"{name}.png")
+        assert (code, err) == (0, "")
+        seen.add(pixels(f"{name}.png"))
+    assert len(seen) == 1 + len(options)
+    found = files.read_settings("weak.png")
+    assert found["lora_scale"] == "0.5" and found["lora"] == "lora.safetensors"
+    code, _, err = run("sample", "a bag", "--skip-layers", "1,2", "--output", "s.png")
+    assert code == 0 and err.count("\n") == 2 and "published for sd3.5-medium" in err
+    assert run("sample", "a bag", "--preview", "step.png", "--output", "p.png")[0] == 0
+    assert Image.open("step.png").size == (32, 32)
+
+
+BAD = [
+    ([], "expected a prompt, or --prompts with a file"),
+    (["a", "--prompts", "p.txt"], "and not both"),
+    (["--prompts", "p.txt"], "p.txt"),
+    (["a", "--batch-size", 0], "--batch-size is 0; expected at least 1"),
+    (["a", "--mask", "m.png"], "--mask needs --image"),
+    (["a", "--image", "m.png"], "m.png"),
+    (["a", "--skip-layers", "x"], "--skip-layers is 'x'; expected whole numbers"),
+    (["a", "--skip-layers", "9"], "skip layers are [9]; expected some of 0 to 3"),
+    (["a", "--lora", "none.safetensors"], "none.safetensors"),
+    (["a", "--preview", "no/p.png"], "no/p.png cannot be written"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", BAD, ids=[m for _, m in BAD])
+def test_bad_input_is_one_line(run, tmp_path, arguments, message):
+    code, out, err = run("sample", *arguments)
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert message in err and err.startswith("minidiff: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_info_of_what_is_no_picture(run, tmp_path):
+    (tmp_path / "a.png").write_text("x")
+    code, _, err = run("info", "a.png")
+    assert code == 2 and "a.png is not a picture" in err
+    code, _, err = run("info", "b.png")
+    assert code == 2 and "b.png" in err

@@ -1,0 +1,110 @@
+"""Skip Layer Guidance: diffusers' latents, and what it refuses or warns of."""
+
+import pytest
+import torch
+from helpers import relative_error
+from pipelines import pair
+
+from minidiff.extras import guidance
+from minidiff.extras.guidance import skip_layer_guidance
+
+CALL = {"num_inference_steps": 10, "guidance_scale": 4.0, "output_type": "latent"}
+CALL |= {"prompt": "a red dress", "negative_prompt": "a bag", "max_sequence_length": 20}
+BOUND = 1e-5
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    pytest.importorskip("diffusers")
+    pipe, reference = pair(tmp_path_factory.mktemp("model"))
+    pipe.name = "sd3.5-medium"
+    return pipe, reference
+
+
+def theirs(reference, noise, layers, scale, start, stop):
+    return reference(
+        **CALL,
+        latents=noise,
+        skip_guidance_layers=layers,
+        skip_layer_guidance_scale=scale,
+        skip_layer_guidance_start=start,
+        skip_layer_guidance_stop=stop,
+    ).images
+
+
+def ours(pipe, noise, *settings, **call):
+    with skip_layer_guidance(pipe, *settings):
+        return pipe(**CALL | call, latents=noise)
+
+
+@pytest.mark.parametrize(
+    "settings", [([1, 2], 2.8, 0.01, 0.4), ([0], 1.5, 0.2, 0.6), ([3], 2.8, 0.01, 0.2)]
+)
+def test_same_latents_as_diffusers(both, settings):
+    pipe, reference = both
+    noise = pipe.prepare_latents(1)
+    expected = theirs(reference, noise, *settings)
+    assert relative_error(ours(pipe, noise, *settings), expected) <= BOUND
+    plain = pipe(**CALL, latents=noise)
+    assert relative_error(plain, expected) > 1e-4
+
+
+def mutant_window(sigmas, start, stop):
+    steps = len(sigmas) - 1
+    return sigmas[[i for i in range(steps) if start * steps < i <= stop * steps]]
+
+
+def mutant_guide(v_neg, v_pos, scale):
+    return v_neg + (scale + 0.1) * (v_pos - v_neg)
+
+
+@pytest.mark.parametrize(
+    "name, mutant", [("window", mutant_window), ("guide", mutant_guide)]
+)
+def test_parity_catches(both, monkeypatch, name, mutant):
+    pipe, reference = both
+    settings, noise = ([1, 2], 2.8, 0.01, 0.4), pipe.prepare_latents(1)
+    expected = theirs(reference, noise, *settings)
+    monkeypatch.setattr(guidance, name, mutant)
+    assert relative_error(ours(pipe, noise, *settings), expected) > 1e-4
+
+
+def test_published_window():
+    for steps, inside in ((50, range(1, 10)), (40, range(1, 8)), (28, range(1, 6))):
+        found = guidance.window(torch.arange(steps + 1.0), 0.01, 0.2)
+        assert found.tolist() == list(inside)
+
+
+def test_the_pipeline_comes_back_as_it_was(both):
+    pipe, _ = both
+    noise = pipe.prepare_latents(1)
+    before = pipe(**CALL, latents=noise)
+    with pytest.raises(RuntimeError), skip_layer_guidance(pipe, [1]):
+        raise RuntimeError
+    assert torch.equal(pipe(**CALL, latents=noise), before)
+
+
+def test_it_warns_where_it_is_not_meant(both, monkeypatch):
+    pipe, _ = both
+    noise = pipe.prepare_latents(1)
+    with pytest.warns(UserWarning, match="does nothing without guidance"):
+        ours(pipe, noise, [1], guidance_scale=1.0, num_inference_steps=2)
+    with pytest.warns(UserWarning, match="does nothing in so few steps"):
+        ours(pipe, noise, [1], num_inference_steps=4)
+    monkeypatch.setattr(pipe, "name", "sd3.5-large")
+    with pytest.warns(UserWarning, match="for sd3.5-medium; this is sd3.5-large"):
+        ours(pipe, noise, [1], num_inference_steps=8)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ((), r"skip layers are \[7, 8, 9\]; expected some of 0 to 3"),
+        (([],), r"skip layers are \[\]"),
+        (([-1],), r"skip layers are \[-1\]"),
+        (([1], 2.8, 0.5, 0.2), "the window is 0.5 to 0.2"),
+    ],
+)
+def test_bad_settings(both, settings, message):
+    with pytest.raises(ValueError, match=message):
+        ours(both[0], None, *settings)

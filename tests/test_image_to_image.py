@@ -1,0 +1,165 @@
+"""Image to image and inpainting: diffusers' pictures, random draws included."""
+
+import pytest
+import torch
+from helpers import relative_error
+from PIL import Image
+from pipelines import pair
+
+from minidiff.extras import image_to_image as module
+from minidiff.extras.image_to_image import first_step, image_to_image
+
+BOUND = 1e-5
+CALL = {"num_inference_steps": 10, "guidance_scale": 4.0, "negative_prompt": "a bag"}
+CALL |= {"prompt": ["a red dress", "a coat"], "max_sequence_length": 20}
+
+
+@pytest.fixture(scope="module")
+def pipes(tmp_path_factory):
+    pytest.importorskip("diffusers")
+    from diffusers import (
+        StableDiffusion3Img2ImgPipeline,
+        StableDiffusion3InpaintPipeline,
+    )
+
+    pipe, reference = pair(tmp_path_factory.mktemp("model"))
+    found = [pipe]
+    for kind in (StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPipeline):
+        other = kind.from_pipe(reference)
+        other.set_progress_bar_config(disable=True)
+        found.append(other)
+    return found
+
+
+def picture(height=32, width=32, count=2):
+    return torch.rand(
+        count, 3, height, width, generator=torch.Generator().manual_seed(1)
+    )
+
+
+def mask_of(height=32, width=32):
+    mask = torch.zeros(1, 1, height, width)
+    mask[..., 5:20, 9:] = 1
+    return mask
+
+
+def generators(count, seed=3):
+    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
+
+
+def theirs(pipe, image, strength, **call):
+    height, width = image.shape[2:] if hasattr(image, "shape") else image.size[::-1]
+    return pipe(
+        **CALL | {"output_type": "latent"} | call,
+        image=image,
+        strength=strength,
+        height=height,
+        width=width,
+    ).images
+
+
+def ours(pipe, image, strength, mask=None, **call):
+    call = CALL | {"output_type": "latent", "seed": 3} | call
+    return image_to_image(pipe, image=image, strength=strength, mask_image=mask, **call)
+
+
+@pytest.mark.parametrize("strength", [0.6, 0.35, 1.0])
+def test_same_as_diffusers(pipes, strength):
+    pipe, reference, _ = pipes
+    image = picture(24, 40)
+    expected = theirs(reference, image, strength, generator=generators(2))
+    assert relative_error(ours(pipe, image, strength), expected) <= BOUND
+
+
+def test_same_from_pil_with_one_picture_for_one_prompt(pipes):
+    pipe, reference, _ = pipes
+    values = (picture(40, 32, 1)[0] * 255).to(torch.uint8).permute(1, 2, 0)
+    image = Image.fromarray(values.numpy())
+    call = {"prompt": "a coat", "output_type": "pt"}
+    expected = theirs(reference, image, 0.6, generator=generators(1), **call)
+    assert relative_error(ours(pipe, image, 0.6, **call), expected) <= BOUND
+    resized = ours(pipe, image, 0.6, height=32, **call)
+    call |= {"image": image, "strength": 0.6, "height": 32, "width": 32}
+    again = reference(**CALL | call, generator=generators(1)).images
+    assert relative_error(resized, again) <= BOUND
+
+
+@pytest.mark.parametrize("strength, scale", [(0.6, 4.0), (1.0, 1.0)])
+def test_inpainting_same_as_diffusers(pipes, strength, scale):
+    pipe, _, reference = pipes
+    image, mask = picture(), mask_of()
+    call = {"guidance_scale": scale}
+    expected = theirs(
+        reference, image, strength, mask_image=mask, generator=generators(2), **call
+    )
+    found = ours(pipe, image, strength, mask, **call)
+    assert relative_error(found, expected) <= BOUND
+
+
+def mutant_interpolate(data, noise, sigma):
+    return (1 - sigma**2) ** 0.5 * data + sigma * noise
+
+
+def mutant_first_step(steps, strength):
+    return first_step(steps, strength) + 1
+
+
+@pytest.mark.parametrize(
+    "name, mutant",
+    [("interpolate", mutant_interpolate), ("first_step", mutant_first_step)],
+)
+def test_parity_catches(pipes, monkeypatch, name, mutant):
+    pipe, reference, inpaint = pipes
+    expected = theirs(reference, picture(), 0.6, generator=generators(2))
+    call = {"generator": generators(2), "mask_image": mask_of()}
+    masked = theirs(inpaint, picture(), 0.6, **call)
+    monkeypatch.setattr(module, name, mutant)
+    assert relative_error(ours(pipe, picture(), 0.6), expected) > 1e-4
+    assert relative_error(ours(pipe, picture(), 0.6, mask_of()), masked) > 1e-4
+
+
+def test_the_unmasked_part_stays(pipes):
+    pipe = pipes[0]
+    mask = mask_of()
+    seen = []
+    call = {"callback_on_step_end": lambda *a: seen.append(a[3]["latents"])}
+    found = ours(pipe, picture(), 0.5, mask, **call)
+    data, _ = module.encode(pipe, picture() * 2 - 1, range(3, 5))
+    kept = torch.nn.functional.interpolate(mask, found.shape[2:])[0, 0] == 0
+    assert torch.equal(found[..., kept], data[..., kept])
+    assert len(seen) == 5 and torch.equal(seen[-1], found)
+
+
+def test_each_picture_is_its_own(pipes):
+    both = ours(pipes[0], picture(), 0.6)
+    for i, prompt in enumerate(CALL["prompt"]):
+        call = {"prompt": prompt, "seed": 3 + i}
+        alone = ours(pipes[0], picture()[i], 0.6, **call)
+        torch.testing.assert_close(both[[i]], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_steps_that_diffusers_runs():
+    assert [first_step(50, s) for s in (0.2, 0.6, 1.0, 0.01)] == [40, 20, 0, 49]
+    for strength in (0, -1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="expected above 0, at most 1"):
+            first_step(50, strength)
+
+
+BAD = [
+    ({"strength": 0}, ValueError, "strength is 0; expected above 0"),
+    ({"image": picture(33)}, ValueError, "height is 33; .*the nearest is 32"),
+    ({"image": torch.rand(2, 4, 8, 8)}, ValueError, "image has shape"),
+    ({"image": 3}, TypeError, "image is a int"),
+    ({"image": picture(count=3)}, ValueError, "image has 3 pictures; expected 1 or 2"),
+    ({"mask": mask_of(40)}, ValueError, "the mask is 32×40 pixels; .* 32×32"),
+    ({"image": "no/such.png"}, FileNotFoundError, "no/such.png"),
+    ({"image": __file__}, ValueError, "is not a picture that can be read"),
+    ({"num_inference_steps": 0}, ValueError, "num_inference_steps is 0"),
+]
+
+
+@pytest.mark.parametrize("call, kind, message", BAD, ids=[m for _, _, m in BAD])
+def test_bad_input(pipes, monkeypatch, call, kind, message):
+    monkeypatch.setattr(pipes[0].vae, "encode", lambda *_: pytest.fail("work began"))
+    with pytest.raises(kind, match=message):
+        ours(pipes[0], **{"image": picture(), "strength": 0.6} | call)
