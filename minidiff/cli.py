@@ -4,8 +4,10 @@ Commands import what they need when they run, so that ``--help`` answers at once
 """
 
 import sys
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +24,7 @@ Model = Annotated[str, typer.Option(help=f"{MODEL}.")]
 
 def main() -> None:
     """Run a command; a bad input is one line on stderr and exit status 2."""
+    warnings.showwarning = lambda message, *_: log(f"minidiff: {message}")
     try:
         code = app(standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
@@ -46,7 +49,9 @@ def fail(message: object, code: int = 2) -> None:
 
 @app.command()
 def sample(
-    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="What the picture shows.")
+    ] = None,
     model: Model = "tiny",
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance_scale: Annotated[
@@ -57,45 +62,167 @@ def sample(
         Path | None, typer.Option(help="File to write; by default a free name.")
     ] = None,
     negative_prompt: Annotated[str, typer.Option(help="What to steer away from.")] = "",
-    num_images: Annotated[int, typer.Option(help="How many pictures.")] = 1,
+    prompt_2: Annotated[
+        str | None, typer.Option(help="What CLIP-G reads instead.")
+    ] = None,
+    prompt_3: Annotated[str | None, typer.Option(help="What T5 reads instead.")] = None,
+    negative_prompt_2: Annotated[
+        str | None, typer.Option(help="The same, to steer away from.")
+    ] = None,
+    negative_prompt_3: Annotated[
+        str | None, typer.Option(help="The same, to steer away from.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="File with a prompt on each line.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts drawn at once.")] = 1,
+    num_images: Annotated[int, typer.Option(help="How many pictures of each.")] = 1,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     sampler: Annotated[str, typer.Option(help="euler, heun or dpmpp_2m.")] = "euler",
+    image: Annotated[
+        Path | None, typer.Option(help="Picture to begin from (image to image).")
+    ] = None,
+    strength: Annotated[
+        float, typer.Option(help="How much of it may change, above 0 to 1.")
+    ] = 0.6,
+    mask: Annotated[
+        Path | None, typer.Option(help="White where to draw, black where to keep.")
+    ] = None,
+    skip_layers: Annotated[
+        str | None,
+        typer.Option(help="Skip Layer Guidance; 7,8,9 for SD3.5 Medium."),
+    ] = None,
+    skip_layer_scale: Annotated[float, typer.Option(help="Its strength.")] = 2.8,
+    lora: Annotated[
+        Path | None, typer.Option(help="LoRA file in diffusers' keys.")
+    ] = None,
+    lora_scale: Annotated[float, typer.Option(help="Its strength.")] = 1.0,
+    preview: Annotated[
+        Path | None, typer.Option(help="PNG written anew at each step.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
     device: Annotated[
         str | None,
         typer.Option(help="cpu, cuda, mps; by default a GPU if there is one."),
     ] = None,
 ) -> None:
-    """Draw pictures of a prompt."""
-    files = output_files(output, num_images, overwrite)
+    """Draw pictures of a prompt, or of each prompt in a file."""
+    from minidiff.extras import files
+
+    if (prompt is None) == (prompts is None):
+        raise ValueError("expected a prompt, or --prompts with a file, and not both")
+    for name, count in (("--num-images", num_images), ("--batch-size", batch_size)):
+        if count < 1:
+            raise ValueError(f"{name} is {count}; expected at least 1")
+    texts = [prompt] if prompts is None else files.read_prompts(prompts)
+    names = output_files(output, len(texts) * num_images, overwrite)
+    if preview:
+        check_writable(preview, overwrite)
+    blocks = parse_blocks(skip_layers)
+    start = open_start(image, mask, strength)
+
     from minidiff.sampling import load
 
     pipe = load(model, find_device(device))
-    pictures = pipe(
-        prompt,
-        negative_prompt=negative_prompt,
-        num_inference_steps=steps,
-        guidance_scale=guidance_scale,
-        height=height,
-        width=width,
-        num_images_per_prompt=num_images,
-        seed=seed,
-        sampler=sampler,
-    )
-    for file, picture in zip(files, pictures, strict=True):
-        with file.open("wb" if overwrite else "xb") as stream:
-            picture.save(stream, "PNG")
-        print(file)
+    if lora:
+        from minidiff.extras.lora import load_lora
+
+        load_lora(pipe, lora, lora_scale, fused=True)
+    usual = pipe.defaults
+    settings = {
+        "negative_prompt": negative_prompt,
+        "prompt_2": prompt_2,
+        "prompt_3": prompt_3,
+        "negative_prompt_2": negative_prompt_2,
+        "negative_prompt_3": negative_prompt_3,
+        "num_inference_steps": usual.num_inference_steps if steps is None else steps,
+        "guidance_scale": (
+            usual.guidance_scale if guidance_scale is None else guidance_scale
+        ),
+        "sampler": sampler,
+    }
+    size = {"height": height, "width": width, "num_images_per_prompt": num_images}
+    follow = {"callback_on_step_end": preview_into(preview, pipe)} if preview else {}
+    described = {"model": model, **settings}
+    if image:
+        described |= {"image": image, "mask_image": mask, "strength": strength}
+    if lora:
+        described |= {"lora": lora, "lora_scale": lora_scale}
+    if blocks:
+        described |= {"skip_layers": skip_layers, "skip_layer_scale": skip_layer_scale}
+    with skipping(pipe, blocks, skip_layer_scale):
+        for i in range(0, len(texts), batch_size):
+            first = i * num_images
+            pictures = draw(
+                pipe,
+                texts[i : i + batch_size],
+                seed=seed + first,
+                **(start | settings | size | follow),
+            )
+            for k, picture in enumerate(pictures, first):
+                own = {"prompt": texts[k // num_images], "seed": seed + k}
+                files.save_picture(picture, names[k], own | described, overwrite)
+                print(names[k], flush=True)
+
+
+def draw(pipe: Any, prompts: list[str], **call: Any) -> list:
+    """Pictures of the prompts, begun from a picture where ``call`` has an image."""
+    if "image" not in call:
+        return pipe(prompts, **call)
+    from minidiff.extras.image_to_image import image_to_image
+
+    return image_to_image(pipe, prompts, **call)
+
+
+def open_start(image: Path | None, mask: Path | None, strength: float) -> dict:
+    """The picture to begin from with its mask, opened; empty without one."""
+    if not image:
+        if mask:
+            raise ValueError("--mask needs --image, the picture to keep outside of it")
+        return {}
+    from minidiff.extras.image_to_image import open_file
+
+    opened = {"image": open_file(image), "mask_image": open_file(mask)}
+    return opened | {"strength": strength}
+
+
+def parse_blocks(numbers: str | None) -> list[int]:
+    """ "7,8,9" → [7, 8, 9]."""
+    try:
+        return [int(number) for number in (numbers or "").split(",") if numbers]
+    except ValueError:
+        found = f"--skip-layers is {numbers!r}"
+        raise ValueError(f"{found}; expected whole numbers: 7,8,9") from None
+
+
+def skipping(pipe: Any, blocks: list[int], scale: float) -> Any:
+    """The context in which ``pipe`` draws: Skip Layer Guidance where there are any."""
+    if not blocks:
+        return nullcontext()
+    from minidiff.extras.guidance import skip_layer_guidance
+
+    return skip_layer_guidance(pipe, blocks, scale)
+
+
+def preview_into(file: Path, pipe: Any) -> Any:
+    """A callback that writes each step's first estimate, enlarged, into ``file``."""
+    from minidiff.extras.previews import fit_preview, show_previews
+
+    def show(step: int, pictures: list) -> None:
+        side = pipe.vae.config.factor
+        small = pictures[0]
+        large = small.resize((small.width * side, small.height * side), resample=0)
+        large.save(file, "PNG")
+
+    return show_previews(fit_preview(pipe.vae), show)
 
 
 def output_files(output: Path | None, count: int, overwrite: bool) -> list[Path]:
-    """The ``count`` files to write; ValueError or OSError if one cannot be.
+    """The ``count`` files to write; ValueError if one cannot be.
 
     Without ``output`` the first free picture.png, picture-1.png, … are taken.
     """
-    if count < 1:
-        raise ValueError(f"--num-images is {count}; expected at least 1")
     if output is None:
         names = (f"picture{f'-{i}' if i else ''}.png" for i in range(10**6))
         free = (Path(name) for name in names if not Path(name).exists())
@@ -164,9 +291,20 @@ def download(
 
 @app.command()
 def info(
-    model: Annotated[str, typer.Argument(help=f"{MODEL}.")] = "tiny",
+    model: Annotated[
+        str, typer.Argument(help=f"{MODEL}; or a picture, for its settings.")
+    ] = "tiny",
 ) -> None:
-    """Print a model's parts, their parameters and their size in 16-bit numbers."""
+    """Print a model's parts, their parameters and their size in 16-bit numbers.
+
+    Of a picture that sample has drawn, print the settings.
+    """
+    if model.lower().endswith(".png"):
+        from minidiff.extras.files import read_settings
+
+        for name, value in read_settings(model).items():
+            print(f"{name}: {value}")
+        return
     from minidiff.extras.loading import blueprint
     from minidiff.sampling import DEFAULTS, recognize
     from minidiff.support.checkpoints import count_parameters
@@ -201,7 +339,7 @@ def train(
         Path | None, typer.Option(help="Folder of Fashion-MNIST's parquet files.")
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="gpu, shipped or trial; by default the device's.")
+        str | None, typer.Option(help="gpu, shipped, trial, or a JSON file of changes.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Of the one stage named.")] = None,
     batch_size: Annotated[

@@ -146,6 +146,32 @@ def test_transformer_learns(job: stages.Job, monkeypatch: pytest.MonkeyPatch) ->
     assert size <= 25e6
 
 
+def test_a_file_changes_the_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.json"
+    path.write_text('{"transformer": {"steps": 7, "learning_rate": 1}, "shift": 3.0}')
+    recipe = stages.find_recipe(str(path))
+    assert (recipe.transformer.steps, recipe.shift) == (7, 3.0)
+    assert recipe.vae == stages.RECIPES["shipped"].vae
+    path.write_text('{"vae": {"step": 7}}')
+    with pytest.raises(ValueError, match="vae, sets 'step'; expected steps"):
+        stages.find_recipe(str(path))
+    path.write_text('{"vae": {"steps": "many"}}')
+    with pytest.raises(ValueError, match="steps is a str, expected int"):
+        stages.find_recipe(str(path))
+    with pytest.raises(ValueError, match="--recipe is 'fast'; expected gpu"):
+        stages.find_recipe("fast")
+
+
+def test_bad_settings_are_refused(tmp_path: Path) -> None:
+    cases = {"paint": {}, "vae": {"steps": 0}, "all": {"steps": 5}}
+    for stage, settings in cases.items():
+        with pytest.raises(ValueError, match="expected|need"):
+            stages.train(stage, tmp_path / "out", **settings)
+    with pytest.raises(ValueError, match="cannot be cut into 3 equal parts"):
+        trained(accumulation=3)
+    assert not (tmp_path / "out").exists()
+
+
 # A run and its folder
 
 
@@ -307,6 +333,31 @@ def test_accumulated_batches_equal_one_batch() -> None:
         torch.set_default_dtype(torch.float32)
     for name in whole:
         assert torch.allclose(whole[name], parts[name], rtol=0, atol=1e-9)
+
+
+def test_recomputed_blocks_learn_the_same() -> None:
+    def run(recomputed: bool) -> dict[str, torch.Tensor]:
+        task, config = regression(steps=5)
+        if recomputed:
+            trainer.recompute([task.model.layers])
+        return fit(task, config).state_dict()
+
+    assert_same(run(True), run(False))
+
+
+def test_tensorboard_gets_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    class Board:
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            seen.append((name, value, step))
+
+    monkeypatch.setattr(trainer, "tensorboard", lambda folder: Board())
+    with Run(tmp_path, {}) as run:
+        run.log({"step": 3, "loss": 0.5, "by_level": [1.0]})
+    assert seen == [("loss", 0.5, 3)]
 
 
 def test_only_the_last_checkpoints_and_the_best_stay(tmp_path: Path) -> None:

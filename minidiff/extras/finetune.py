@@ -15,7 +15,13 @@ from minidiff.flow_matching import shift_sigma
 from minidiff.sampling import Pipeline, load
 from minidiff.support import parallel, rng
 from minidiff.support.captioned import read_folder
-from minidiff.support.trainer import Run, fingerprint, load_tensors, save_tensors
+from minidiff.support.trainer import (
+    Run,
+    fingerprint,
+    load_tensors,
+    recompute,
+    save_tensors,
+)
 from minidiff.training import (
     Batch,
     Task,
@@ -106,11 +112,13 @@ def finetune(
     crop: bool = True,
     drop: float = 0.1,
     seed: int = 0,
+    recomputed: bool = False,
 ) -> Path:
     """Train ``model`` on the folder ``pictures``; the file or folder it wrote.
 
     With ``lora`` the result is ``output``/pytorch_lora_weights.safetensors, else a
     whole model in ``output``/model. A stopped run goes on when called again.
+    ``recomputed`` saves memory: see ``trainer.recompute``.
     """
     device = parallel.start(device)
     pipe, output = load(model, device, torch.float32), Path(output)
@@ -125,6 +133,8 @@ def finetune(
         for parameter in trained.parameters():  # it may be a read-only memory map
             parameter.data = parameter.data.clone()
         trained.requires_grad_(True)
+    if recomputed:
+        recompute(pipe.transformer.joint_blocks)
     task = finetuning_task(pipe, encoded, trained, seed, drop)
     settings = {"model": str(model), "pictures": str(pictures), "lora": str(lora)}
     with Run(output / "run", settings | {"steps": config.steps}) as run:

@@ -7,7 +7,7 @@ under ``OUTPUT/runs/STAGE`` and exports float16 weights in the hub's layout into
 
 import json
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,9 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from minidiff.dit import MMDiT, MMDiTConfig
-from minidiff.flow_matching import Scheduler, euler, guide
+from minidiff.flow_matching import Scheduler, euler, guide, shift_sigma
 from minidiff.support import parallel, rng
-from minidiff.support.checkpoints import load_component, save_component, write_json
+from minidiff.support.checkpoints import (
+    load_component,
+    read_json,
+    save_component,
+    write_json,
+)
 from minidiff.support.data import Scenes, caption_ids, draw_attributes, token_table
 from minidiff.support.judge import JudgeConfig, train_judge
 from minidiff.support.trainer import Run, fingerprint, load_tensors, save_tensors
@@ -66,6 +71,8 @@ class Recipe:
     captions: int = 20_000  # that the tokenizers learn from
     held: int = 512  # test scenes that validation looks at
     two_garments: float = 0.65  # of T5's and the transformer's scenes: they are harder
+    uniform_levels: bool = False  # noise levels uniform, not logit-normal
+    shift: float = 1.0  # moves noise levels towards 1
     judge: dict = field(default_factory=dict)  # arguments of ``train_judge``
 
 
@@ -140,6 +147,39 @@ RECIPES = {
         judge={"steps": 20, "batch_size": 32, "test_scenes": 200},
     ),
 }
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of that name, or the one that a JSON file describes.
+
+    The file changes "shipped": {"transformer": {"steps": 5000}, "latents": 4096}.
+    Raises ValueError for an unknown name or key, naming it.
+    """
+    if name in RECIPES:
+        return RECIPES[name]
+    if not name.endswith(".json"):
+        known = ", ".join(RECIPES)
+        raise ValueError(f"--recipe is {name!r}; expected {known}, or a .json file")
+    return changed(RECIPES["shipped"], read_json(Path(name)), name)
+
+
+def changed(settings, changes: dict, where: str):
+    """A dataclass with ``changes``, in those of its fields that are dataclasses too."""
+    values = {}
+    for name, value in changes.items():
+        if name not in {f.name for f in fields(settings)}:
+            known = ", ".join(f.name for f in fields(settings))
+            raise ValueError(f"{where} sets {name!r}; expected {known}")
+        old = getattr(settings, name)
+        deeper = is_dataclass(old) and isinstance(value, dict)
+        values[name] = changed(old, value, f"{where}, {name},") if deeper else value
+        if not isinstance(values[name], type(old) if old is not None else object):
+            kinds = type(old).__name__, type(value).__name__
+            if kinds != ("float", "int"):
+                raise ValueError(
+                    f"{where}: {name} is a {kinds[1]}, expected {kinds[0]}"
+                )
+    return replace(settings, **values)
 
 
 @dataclass(frozen=True)
@@ -428,6 +468,9 @@ def train_transformer(job: Job) -> None:
         )
         known = {"x0": features.latents[place].float(), "context": context.float()}
         noise, sigma = noise_and_levels(indices, shape, seed)
+        if job.recipe.uniform_levels:
+            sigma = rng.uniform(seed + 1, indices, 1)[:, 0]
+        sigma = shift_sigma(sigma, job.recipe.shift)
         return known | {"pooled": pooled.float(), "noise": noise, "sigma": sigma}
 
     fixed = {"x0": held.latents.float(), "context": held.context[held.place].float()}
@@ -612,23 +655,20 @@ def train(
     """``minidiff train``: one stage, or "all" that are not done yet, into ``output``.
 
     ``recipe`` is "gpu" (large batches, for a large GPU), "shipped" (what made the
-    shipped model, an hour of a CPU) or "trial" (a few steps of everything); by default
-    "gpu" on a GPU, else "shipped". Raises ValueError for a name or a number that
-    cannot be.
+    shipped model, an hour of a CPU), "trial" (a few steps of everything) or a JSON file
+    (see ``find_recipe``); by default "gpu" on a GPU, else "shipped". Raises ValueError
+    for a name or a number that cannot be.
     """
     if stage not in (*STAGES, "all"):
         raise ValueError(f"--stage is {stage!r}; expected all, {', '.join(STAGES)}")
     cuda = device.startswith("cuda")
-    recipe = recipe or ("gpu" if cuda else "shipped")
-    if recipe not in RECIPES:
-        raise ValueError(f"--recipe is {recipe!r}; expected {', '.join(RECIPES)}")
+    chosen = find_recipe(recipe or ("gpu" if cuda else "shipped"))
     changes = {"steps": steps, "batch_size": batch_size}
     changes = {name: value for name, value in changes.items() if value is not None}
-    if changes and not hasattr(RECIPES[recipe], stage):
+    if changes and not hasattr(chosen, stage):
         raise ValueError("--steps and --batch-size need a --stage that has them")
     if bad := [name for name, value in changes.items() if value < 1]:
         raise ValueError(f"{bad[0]} is {changes[bad[0]]}; expected at least 1")
-    chosen = RECIPES[recipe]
     if stage == "judge":
         chosen = replace(chosen, judge=chosen.judge | changes)
     for name in ("clip", "t5", "vae", "transformer"):

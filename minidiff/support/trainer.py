@@ -5,13 +5,15 @@ object a line), ``step-N.safetensors`` (the last few checkpoints), ``best.safete
 and a lock that the operating system frees when the process ends, however it ends.
 """
 
+import functools
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint as again
 from tqdm import tqdm
 
 from minidiff.support import parallel
@@ -179,6 +182,10 @@ class Run:
             return
         with open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps({**record, "time": round(time.time(), 2)}) + "\n")
+        if board := tensorboard(self.folder):
+            for name, value in record.items():
+                if name != "step" and isinstance(value, int | float):
+                    board.add_scalar(name, value, record.get("step", 0))
 
     def _rewind_log(self, step: int) -> None:
         if parallel.rank():
@@ -325,6 +332,23 @@ class Monitor:
         samples = f"samples {first} to {first + self.batch_size - 1}"
         kept = self.run.last_good() if self.run else "nothing was saved"
         return f"the loss is {loss} at step {step + 1} ({samples}); {kept}"
+
+
+@functools.cache
+def tensorboard(folder: Path):
+    """A writer of TensorBoard's files in ``folder``; None where it is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder)
+
+
+def recompute(blocks: Iterable[nn.Module]) -> None:
+    """Let ``blocks`` keep their inputs only, and compute the rest again when gradients
+    need it: less memory for a third more time (Chen et al. 2016)."""
+    for block in blocks:
+        block.forward = functools.partial(again, block.forward, use_reentrant=False)
 
 
 def read_log(path: Path | str) -> list[dict]:
