@@ -282,7 +282,7 @@ def test_every_option_changes_the_picture(run, tmp_path, model):
         "lora": ["--lora", "lora.safetensors"],
         "weak": ["--lora", "lora.safetensors", "--lora-scale", 0.5],
         "image": begin,
-        "strong": [*begin, "--strength", 1],
+        "weakly": [*begin, "--strength", 0.5],
         "masked": [*begin, "--mask", "mask.png"],
     }
     seen = {pixels("plain.png")}

@@ -46,7 +46,9 @@ def fit_preview(vae: VAE, pictures: Tensor | None = None) -> Preview:
     small = F.avg_pool2d(pictures, vae.config.factor)  # (B, 3, H, W) → (B, 3, h, w)
     x = F.pad(latents.movedim(1, -1).flatten(0, 2), (0, 1), value=1)  # → (N, C + 1)
     y = (small / 2 + 0.5).movedim(1, -1).flatten(0, 2)  # (B, 3, h, w) → (N, 3)
-    solution = torch.linalg.lstsq(x, y).solution.T  # → (3, C + 1)
+    # gelsd, for latents that do not use all of their channels; (N, C + 1) → (3, C + 1)
+    fit = torch.linalg.lstsq(x.double(), y.double(), rcond=1e-6, driver="gelsd")
+    solution = fit.solution.T.float()
     return Preview(solution[:, :-1], solution[:, -1])
 
 
