@@ -833,9 +833,10 @@ def fit(
 
 # %% [markdown]
 # It falls just as nicely. Predicting $\epsilon + x_0$ is a task like any other, and the
-# network learns it; only it is not the velocity of a path to a picture, and following
-# it ends in grey. The loss tells how well a task is learned, not whether it is the
-# right one. Draw pictures early.
+# network learns it; only it is not the velocity of a path to a picture. Following it
+# leads away from the scene: no garment appears, and the ground drifts towards the
+# opposite of its colour, white for black and green for purple. The loss tells how well
+# a task is learned, not whether it is the right one. Draw pictures early.
 #
 # ## Stop anywhere
 #
