@@ -685,7 +685,7 @@ def learn_pieces(words: dict[str, int], alphabet: str, size: int) -> dict[str, f
 
 # %% tags=["active-ipynb"]
 # counted = Counter("▁" + word for text in corpus for word in text.split())
-# letters, sizes, rows = "".join(sorted(set("".join(counted)))), (30, 40, 48, 60), []
+# letters, sizes, rows = "".join(sorted(set("".join(counted)))), (30, 34, 40, 44), []
 # for size in sizes:
 #     small = build_trie(learn_pieces(counted, letters, size))
 #     caption = ["▁" + word for word in "a purple sneaker on a pink background".split()]
