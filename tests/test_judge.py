@@ -11,6 +11,7 @@ from minidiff.support.judge import (
     accuracy,
     choose_windows,
     load_judge,
+    scenes_seen,
     train_judge,
     windows,
     with_silhouette,
@@ -69,6 +70,15 @@ def test_training_learns_and_saves(fashion, tmp_path):
     assert accuracy(judge, scenes, 100) == measured["one garment, seen"]
 
 
+def test_training_goes_on(fashion, tmp_path):
+    given = {"batch_size": 8, "config": SMALL, "test_scenes": 10, "log": lambda _: None}
+    train_judge(fashion, tmp_path / "a", steps=2, **given)
+    train_judge(fashion, tmp_path / "b", steps=3, start=tmp_path / "a", **given)
+    assert (
+        scenes_seen(tmp_path / "b") == 40 and load_judge(tmp_path / "b").config == SMALL
+    )
+
+
 def test_no_judge(tmp_path):
     with pytest.raises(FileNotFoundError, match="train it with"):
         load_judge(tmp_path)
@@ -80,5 +90,5 @@ def test_the_shipped_judge(fashion):
     claimed = json.loads((JUDGE / "config.json").read_text())["accuracy"]
     scenes = Scenes("test", fashion, seed=2, two_garments=0)
     found = accuracy(load_judge(), scenes, 500)["all"]
-    assert found > 0.87
-    assert claimed["one garment, seen"]["all"] >= 0.9
+    assert abs(found - claimed["one garment, seen"]["all"]) < 0.05
+    assert found > 0.75

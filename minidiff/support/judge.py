@@ -185,12 +185,14 @@ def train_judge(
     learning_rate: float = 2e-3,
     config: JudgeConfig = JudgeConfig(),  # noqa: B008
     test_scenes: int = 10_000,
+    start: str | Path | None = None,
     log: Callable[[str], None] = print,
 ) -> dict:
     """Train the judge on real training scenes, measure it on test scenes, save both.
 
-    AdamW, 5 % warm-up, cosine to zero, bfloat16. It does not resume: a run that was
-    stopped starts again.
+    AdamW, 5 % warm-up, cosine to zero, bfloat16. A run that was stopped starts again.
+    ``start`` names the folder of a judge to go on from, with new scenes and a new
+    cosine (Loshchilov and Hutter 2017); its configuration then replaces ``config``.
 
     Returns:
         The accuracies on test scenes, as they stand in ``output``/config.json.
@@ -198,7 +200,10 @@ def train_judge(
     device, output = torch.device(device), Path(output)
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    judge = Judge(config).to(device, memory_format=torch.channels_last)
+    judge, done = Judge(config), 0
+    if start:
+        judge, done = load_judge(start).requires_grad_(True).train(), scenes_seen(start)
+    judge = judge.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(judge.parameters(), learning_rate, weight_decay=0.05)
     warmup = max(steps // 20, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -207,7 +212,7 @@ def train_judge(
     )
     scenes = Scenes("train", folder, device, held_out=None)
     for step in range(steps):
-        first = step * batch_size
+        first = done + step * batch_size
         batch = scenes.batch(torch.arange(first, first + batch_size, device=device))
         images = batch.images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16):
@@ -220,8 +225,14 @@ def train_judge(
             log(f"judge: step {step} of {steps}, loss {loss.item():.4f}")
     save_judge(judge.half().float(), output)  # measured as it will be read back
     measured = measure(judge.eval(), folder, test_scenes)
-    save_judge(judge, output, accuracy=measured, steps=steps, batch_size=batch_size)
+    seen = done + steps * batch_size
+    save_judge(judge, output, accuracy=measured, test_scenes=test_scenes, seen=seen)
     return measured
+
+
+def scenes_seen(folder: str | Path) -> int:
+    """How many training scenes a saved judge has learned from."""
+    return json.loads((Path(folder) / "config.json").read_text())["seen"]
 
 
 def save_judge(judge: Judge, output: Path, **facts) -> None:
