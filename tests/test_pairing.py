@@ -175,6 +175,12 @@ def code_lines(source: str) -> int:
 
 
 @chapters
+def test_nothing_is_left_to_do(path: Path) -> None:
+    for cell in nbformat.read(path, 4).cells:
+        assert "TODO" not in cell.source, cell.source
+
+
+@chapters
 def test_length(path: Path) -> None:
     aside = {"exercise", "check", "solution"}
     lines = sum(
