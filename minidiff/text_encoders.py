@@ -474,7 +474,13 @@ def similarity(vectors: Tensor) -> Tensor:
 # viz.show_heatmap(similarity(clip_l(tokenize_l(captions))[1]), rows, numbers, digits=2)
 
 # %% [markdown]
-# TODO
+# The first two captions say the same and end up in the same place. Caption 3 changes
+# the garment's class and stays close; caption 5, with nothing in common, is nearly
+# perpendicular. But the tiny CLIP, trained for a few minutes, is no perfect judge of
+# meaning: caption 2 says what caption 0 says, and yet lies nearer to caption 4, which
+# begins with the same colour. It has learned more about which words come first than
+# about what belongs to what. CLIP alone would be a poor guide for a painter; that is
+# one reason for T5.
 
 # %% [markdown]
 # ## T5
@@ -736,7 +742,9 @@ class T5Encoder(nn.Module):
 # viz.show_curves(curves, xlabel="key − query", ylabel="bias")
 
 # %% [markdown]
-# TODO
+# Every head has a preference of its own, and most are strongest within a few places:
+# some heads look one or two words back, others ahead. From a distance of eight on, the
+# curves become steps, since several offsets share a row of the table.
 
 # %% [markdown]
 # ## One context for the transformer
@@ -777,7 +785,10 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 # viz.show_heatmap(shown, xlabel="feature", ylabel="token", signed=True)
 
 # %% [markdown]
-# TODO: describe.
+# Above, the 32 tokens of the two CLIPs: 160 features and then zeros up to the width of
+# T5. Below, the 32 tokens of T5. In both halves the first rows, the words, differ from
+# one another; the rows after the end token, the padding, are almost alike. They are
+# there in SD3.5 too, and nobody masks them: the transformer reads them with the rest.
 #
 # On the meta device tensors have shapes but no values, so that we can send a prompt
 # through the encoders of SD3.5 itself:
