@@ -1,11 +1,21 @@
 """Model folders from the hub, through huggingface_hub; imported only when needed."""
 
+import hashlib
+import re
 from pathlib import Path
+
+from minidiff.support.checkpoints import read_header
 
 REPOSITORIES = {
     "sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
     "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
     "sd3.5-large-turbo": "stabilityai/stable-diffusion-3.5-large-turbo",
+}
+# The commits that this package was written for
+REVISIONS = {
+    "sd3.5-medium": "b940f670f0eda2d07fbb75229e779da1ad11eb80",
+    "sd3.5-large": "ceddf0a7fdf2064ea28e2213e3b84e4afa170a0f",
+    "sd3.5-large-turbo": "ec07796fc06b096cc56de9762974a28f4c632eda",
 }
 COMPONENTS = ("scheduler", "text_encoder*", "tokenizer*", "transformer", "vae")
 KINDS = ("*.json", "*.txt", "*.model", "*.safetensors")
@@ -16,8 +26,10 @@ LEFT_OUT = ["*.fp16*", "text_encoders/*"]
 def download(name: str) -> Path:
     """The local folder of a hub repository or alias, downloaded where it is not yet.
 
-    Only the files of the diffusers layout are fetched. Raises OSError saying what is
-    needed where the hub cannot be reached or refuses.
+    Only the files of the diffusers layout are fetched, of an alias at its pinned
+    revision. A broken connection is taken up again where it broke; after an
+    interruption only the files that are missing are fetched. Raises OSError saying what
+    is needed where the hub cannot be reached or refuses.
     """
     from huggingface_hub import errors, snapshot_download
 
@@ -26,6 +38,7 @@ def download(name: str) -> Path:
     try:
         folder = snapshot_download(
             repository,
+            revision=REVISIONS.get(name),
             allow_patterns=["model_index.json", *wanted],
             ignore_patterns=LEFT_OUT,
         )
@@ -38,7 +51,34 @@ def download(name: str) -> Path:
         reason = type(error).__name__
         what = f"{repository} cannot be fetched ({reason}) and is not on this machine"
         raise ConnectionError(f"{what}: {needs(repository)}") from None
+    except Exception as error:
+        if not type(error).__module__.startswith("httpx"):  # or its successor httpx2
+            raise
+        raise ConnectionError(
+            f"the download of {repository} was interrupted ({type(error).__name__}); "
+            "asked for again, it fetches the files that are missing"
+        ) from None
     return Path(folder)
+
+
+def verify(folder: Path) -> None:
+    """Raise ValueError naming the first weights' file in ``folder`` that is damaged.
+
+    The size must be what the file's header says, and the SHA-256 what the hub
+    published: its cache names each file after it.
+    """
+    for file in sorted(Path(folder).glob("*/*.safetensors")):
+        read_header(file)
+        stored = file.resolve()
+        if not re.fullmatch("[0-9a-f]{64}", stored.name):
+            continue  # not from the hub's cache
+        with stored.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        if found != stored.name:
+            raise ValueError(
+                f"{file} is damaged: its SHA-256 begins with {found[:10]}, the hub's "
+                f"with {stored.name[:10]}; delete {stored} and download again"
+            )
 
 
 def needs(repository: str) -> str:

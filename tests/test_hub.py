@@ -1,0 +1,184 @@
+"""The download against a small hub of our own: what is fetched, resumed and refused."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from minidiff.support import hub
+
+REPOSITORY = hub.REPOSITORIES["sd3.5-medium"]
+COMMIT = hub.REVISIONS["sd3.5-medium"]
+WEIGHTS = save({"weight": torch.arange(6_000_000.0)})  # more than one chunk of 10 MB
+FILES = {
+    "model_index.json": b"{}",
+    "transformer/config.json": b"{}",
+    "transformer/diffusion_pytorch_model.safetensors": WEIGHTS,
+    "text_encoder/model.safetensors": save({"a": torch.ones(3)}),
+    "text_encoder/model.fp16.safetensors": b"left out",
+    "text_encoders/clip_l.safetensors": b"left out",
+    "sd3.5_medium.safetensors": b"left out",
+    "README.md": b"left out",
+}
+WANTED = [name for name, content in FILES.items() if content != b"left out"]
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the hub does; its server counts, cuts off and refuses."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def answer(self, body):
+        state = self.server
+        state.requests.append((self.command, self.path, self.headers.get("Range")))
+        if state.refuse:
+            return self.refuse(*state.refuse)
+        if self.path.startswith("/api/models/"):
+            names = [{"rfilename": name} for name in FILES]
+            info = {"id": REPOSITORY, "sha": COMMIT, "siblings": names, "tags": []}
+            if "/tree/" in self.path:
+                info = [
+                    {"type": "file", "path": n, "size": len(c), "oid": "0" * 40}
+                    for n, c in FILES.items()
+                ]
+            return self.send(200, json.dumps(info).encode(), {}, body)
+        if "/resolve/" not in self.path:
+            return self.send(404, b"", {}, body)
+        name = self.path.split(f"/resolve/{COMMIT}/")[1]
+        content = state.changed.get(name, FILES[name])
+        digest = hashlib.sha256(FILES[name]).hexdigest()
+        headers = {
+            "ETag": f'"{digest}"',
+            "X-Repo-Commit": COMMIT,
+            "X-Linked-Etag": f'"{digest}"',
+            "X-Linked-Size": str(len(FILES[name])),
+            "Accept-Ranges": "bytes",
+        }
+        start = int((self.headers.get("Range") or "bytes=0-")[6:].split("-")[0])
+        if start:
+            end = len(content) - 1
+            headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
+        self.send(206 if start else 200, content[start:], headers, body, name)
+
+    def send(self, status, content, headers, body, name=""):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if not body:
+            return
+        if self.server.cut.get(name, 0) > 0:
+            self.server.cut[name] -= 1
+            content = content[: len(content) // 2]
+            self.close_connection = True
+        self.wfile.write(content)
+
+    def refuse(self, status, code):
+        self.send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code}, True)
+
+
+@pytest.fixture
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.requests, server.refuse, server.cut, server.changed = [], None, {}, {}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def download(server, tmp_path):
+    """``minidiff download sd3.5-medium`` with this hub and an empty cache."""
+
+    def run():
+        env = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": str(tmp_path / "cache"),
+            "HF_TOKEN": "hf_secret",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_OFFLINE": "0",
+            "no_proxy": "127.0.0.1",
+        }
+        command = [sys.executable, "-m", "minidiff", "download", "sd3.5-medium"]
+        done = subprocess.run(
+            command, env=os.environ | env, capture_output=True, text=True, timeout=300
+        )
+        lines = [ln for ln in done.stderr.splitlines() if ln.startswith("minidiff: ")]
+        return done.returncode, done.stdout.strip(), "\n".join(lines)
+
+    return run
+
+
+def test_only_what_is_needed_at_the_pinned_revision(server, download):
+    code, folder, message = download()
+    assert (code, message) == (0, "")
+    assert folder.endswith(f"snapshots/{COMMIT}")
+    paths = [os.path.relpath(os.path.join(d, f), folder) for d, _, fs in
+             os.walk(folder) for f in fs]  # fmt: skip
+    assert sorted(paths) == sorted(WANTED)
+    assert all("main" not in path for _, path, _ in server.requests)
+    server.requests.clear()
+    assert download()[0] == 0  # the second time nothing is fetched
+    fetched = [p for m, p, _ in server.requests if m == "GET" and "/resolve/" in p]
+    assert not fetched
+
+
+def gets(server, name):
+    """The Range of every request for the file's content."""
+    return [r for m, p, r in server.requests if m == "GET" and p.endswith(name)]
+
+
+def test_a_broken_connection_is_taken_up_where_it_broke(server, download):
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    server.cut[name] = 1
+    code, folder, _ = download()
+    assert code == 0 and gets(server, name) == [None, f"bytes={10 * 2**20}-"]
+    assert (Path(folder) / name).read_bytes() == WEIGHTS
+
+
+def test_after_an_interruption_only_missing_files_are_fetched(server, download):
+    name = "text_encoder/model.safetensors"
+    server.cut[name] = 100
+    code, out, message = download()
+    assert code == 2 and not out and "was interrupted" in message
+    server.cut.clear()
+    server.requests.clear()
+    assert download()[0] == 0
+    assert len(gets(server, name)) == 1
+    assert not gets(server, "diffusion_pytorch_model.safetensors")
+
+
+def test_a_corrupted_file_is_named(server, download):
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    server.changed[name] = WEIGHTS[:-1] + bytes([WEIGHTS[-1] ^ 1])
+    code, _, message = download()
+    assert code == 2 and name in message and "SHA-256" in message
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [(403, "GatedRepo"), (401, "GatedRepo"), (401, "RepoNotFound")],
+)
+def test_a_refusal_says_what_to_do(server, download, status, reason):
+    server.refuse = status, reason
+    code, out, message = download()
+    assert code == 2 and not out and message.count("\n") == 0
+    assert f"https://huggingface.co/{REPOSITORY}" in message and "licence" in message
+    assert "hf_secret" not in message
