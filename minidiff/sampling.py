@@ -655,7 +655,8 @@ def load(
 # print("the spread of four pictures shrinks:", (spread[0] > spread[2]).item())
 
 # %% [markdown]
-# Guidance makes the prompt's garment plainer, and the four pictures more alike.
+# Guidance makes the prompt's garment plainer, and the four pictures more alike. Too
+# much of it frays the outlines: compare the last row.
 #
 # ### Steps
 #
@@ -705,10 +706,11 @@ def load(
 # viz.show_images(pair, ["with T5"] * 4 + ["without"] * 4, columns=4, low=0)
 
 # %% [markdown]
-# The sentence with two garments needs to know which colour belongs to which. CLIP's
-# pooled vector and its 32 rows carry what is in the picture better than who is where.
-# (In training each encoder was left out in one of ten scenes, so zeros are no surprise
-# to the model.)
+# On this model, hardly anything: it learned for half an hour on a CPU, leans on CLIP
+# for colours and places, and has little use yet for T5. (In training each encoder was
+# left out in one of ten scenes, so zeros are no surprise to it.) Esser et al. 2024
+# report that the large model, too, does without T5 on simple prompts; what suffers
+# there without T5 is written text and long, detailed prompts.
 #
 # ## The same lines, full size
 #
