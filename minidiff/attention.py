@@ -487,6 +487,11 @@ def record_attention(
 #     print(f"{word:>10}", [f"{torch.corrcoef(pair)[0, 1]:+.1f}" for pair in pairs])
 
 # %% [markdown]
+# Block 0 gathers the garment, block 2 the background, and it does so for both colours
+# alike. This model has learned to separate garment from ground; it does not use T5's
+# two colour words differently, as one that trained longer would. What tells it the
+# colours must reach it by another way: CLIP's tokens and the pooled vector.
+#
 # Now one block, block 2, over the steps: first noise, at the end a picture.
 
 # %% tags=["active-ipynb"]
