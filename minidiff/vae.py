@@ -514,7 +514,7 @@ def check_image(images: Tensor, config: VAEConfig) -> None:
 # for layer in large.decoder.modules():
 #     if isinstance(layer, (ResnetBlock, Upsample)):
 #         layer.register_forward_hook(report)
-# large.decode(large.encode(picture).mode());
+# _ = large.decode(large.encode(picture).mode())
 
 # %% [markdown]
 # ## Look at it
