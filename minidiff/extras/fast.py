@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+import torch.fx.experimental._config
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -258,6 +259,8 @@ def accelerate(
     block once for all sizes; ``fast`` then serves the decoder alone.
     """
     if compile:
+        # Else a length that happens to equal the width would be compiled as a constant
+        torch.fx.experimental._config.use_duck_shape = False
         for block in transformer.joint_blocks:
             block.compile(dynamic=True)
     elif fast:

@@ -1,0 +1,264 @@
+"""The fused and the compiled forms compute what the chapters' classes compute."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import randomize, relative_error
+from small import AUTOENCODER, TRANSFORMER, small_pipeline
+from torch import nn
+
+import minidiff
+from minidiff.attention import record_attention
+from minidiff.dit import MMDiT
+from minidiff.extras import fast, kernels
+from minidiff.extras.fast import FastDecoder, FastMMDiT, attention_backend
+from minidiff.extras.precision import to_float8
+from minidiff.vae import VAE, VAEConfig
+
+CONFIGS = {
+    "dual": TRANSFORMER,
+    "no dual, five blocks": replace(
+        TRANSFORMER, num_layers=5, dual_attention_layers=()
+    ),
+    "three heads, all but the last dual": replace(
+        TRANSFORMER,
+        num_attention_heads=3,
+        attention_head_dim=8,
+        dual_attention_layers=(0, 1),
+    ),
+}
+
+
+def inputs(config, batch=2, height=8, width=12, length=7):
+    return (
+        torch.randn(batch, config.in_channels, height, width),
+        torch.linspace(0.2, 0.9, batch),
+        torch.randn(batch, length, config.joint_attention_dim),
+        torch.randn(batch, config.pooled_projection_dim),
+    )
+
+
+def transformer(config=TRANSFORMER):
+    return randomize(MMDiT(config)).requires_grad_(False)
+
+
+# The transformer
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"batch": 1, "height": 2, "width": 2}, {"batch": 3, "length": 1}],
+    ids=["two", "one", "three"],
+)
+@torch.no_grad()
+def test_fast_transformer(config, sizes):
+    model, given = transformer(config), inputs(config, **sizes)
+    run = FastMMDiT(model)
+    assert relative_error(run(*given), model(*given)) < 1e-5
+    skipped = {"skip_layers": (1,)}
+    assert relative_error(run(*given, **skipped), model(*given, **skipped)) < 1e-5
+    latents, _, context, _ = given
+    ahead = model.modulations(given[1], given[3])
+    out = run(latents, None, context, None, modulations=ahead)
+    assert relative_error(out, model(*given)) < 1e-5
+
+
+def swapped(x, updates, modulations, fp8=False):
+    return kernels.residual_norm(x, updates, [(b, a) for a, b in modulations], fp8)
+
+
+def ungated(x, updates, modulations, fp8=False):
+    ones = [(y, torch.ones_like(gate)) for y, gate in updates]
+    return kernels.residual_norm(x, ones, modulations, fp8)
+
+
+def one_stream(qkv, weight, heads, boundary=0):
+    kernels.norm_heads(qkv, weight, heads, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "mutant"),
+    [
+        ("residual_norm", swapped),
+        ("residual_norm", ungated),
+        ("norm_heads", one_stream),
+    ],
+)
+@torch.no_grad()
+def test_a_mistake_would_show(monkeypatch, name, mutant):
+    model, given = transformer(), inputs(TRANSFORMER)
+    monkeypatch.setattr(fast, name, mutant)
+    assert relative_error(FastMMDiT(model)(*given), model(*given)) > 1e-3
+
+
+def test_gradients_and_recording_take_the_models_own_way():
+    model, given = transformer(), inputs(TRANSFORMER)
+    with torch.no_grad(), record_attention(model) as expected:
+        model(*given)
+    model.forward = FastMMDiT(model)
+    with torch.no_grad(), record_attention(model) as maps:
+        model(*given)
+    assert all(torch.equal(maps[i][0], expected[i][0]) for i in range(3))
+    given[0].requires_grad_()
+    model(*given).sum().backward()
+    assert given[0].grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_lora_that_is_not_fused_runs():
+    from minidiff.extras import lora
+
+    model, given = transformer(), inputs(TRANSFORMER)
+    before = FastMMDiT(model)(*given)
+    updates = lora.add_lora(model, rank=2, names=("to_q", "ff.net.0.proj"))
+    for update in updates.values():
+        randomize(update)
+    after = FastMMDiT(model)(*given)
+    assert relative_error(after, before) > 1e-3
+    assert relative_error(after, model(*given)) < 1e-5
+
+
+@torch.no_grad()
+def test_fp8_products_stay_close():
+    model, given = transformer(), inputs(TRANSFORMER)
+    exact = model(*given)
+    to_float8(model)
+    stored = model(*given)
+    assert fast.multiplies_in_fp8(model)
+    assert relative_error(FastMMDiT(model)(*given), stored) < 1e-5
+    error = relative_error(FastMMDiT(model, fp8=True)(*given), exact)
+    assert relative_error(stored, exact) < error < 0.15
+
+
+def test_quantization_keeps_a_sixteenth():
+    x = torch.randn(5, 300) * torch.logspace(-4, 4, 5)[:, None]
+    rows = kernels.quantize(x)
+    restored = rows.values.float() * rows.scale
+    assert ((restored - x).abs() <= x.abs() / 16 + rows.scale / 512).all()
+    assert (rows.values.float().abs().amax(1) == 448).all()
+    zeros = kernels.quantize(torch.zeros(1, 4))
+    assert not zeros.values.float().any() and zeros.scale.isfinite().all()
+
+
+def test_models_without_head_norms_are_refused():
+    with pytest.raises(ValueError, match="qk_norm None: expected 'rms_norm'"):
+        FastMMDiT(MMDiT(replace(TRANSFORMER, qk_norm=None)))
+    with pytest.raises(ValueError, match="backend 'quick': expected one of cudnn"):
+        with attention_backend("quick"):
+            pass
+
+
+# The decoder
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("config", [VAEConfig.tiny(), AUTOENCODER], ids=["tiny", "32"])
+@torch.no_grad()
+def test_fast_decoder(config, fold):
+    vae, latents = randomize(VAE(config)), torch.randn(2, 16, 3, 5)
+    expected = vae.decode(latents)
+    assert relative_error(FastDecoder(vae.decoder, fold)(latents), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_a_wrong_fold_would_show(monkeypatch):
+    vae, latents = randomize(VAE(AUTOENCODER)), torch.randn(1, 16, 4, 4)
+    expected = vae.decode(latents)
+    right = fast.folded_kernel
+    monkeypatch.setattr(fast, "folded_kernel", lambda u: right(u).flip(0))
+    assert relative_error(FastDecoder(vae.decoder)(latents), expected) > 1e-2
+
+
+# Whole pictures
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    small_pipeline(folder / "tokenizers").save_pretrained(folder / "saved")
+    return folder / "saved"
+
+
+def draw(pipe, **settings):
+    pipe.progress = False
+    call = {"prompt": "a red dress", "num_inference_steps": 3, "output_type": "pt"}
+    return pipe(**call | {"guidance_scale": 3.0} | settings)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"modulation": "streamed"}, {"vae_tile": 8}])
+def test_fast_pictures(folder, knobs):
+    sizes = {"height": 48, "width": 32}
+    expected = draw(minidiff.load(folder, **knobs), **sizes)
+    pictures = draw(minidiff.load(folder, fast=True, **knobs), **sizes)
+    assert relative_error(pictures, expected) < 1e-5
+
+
+@pytest.fixture
+def compiles(monkeypatch):
+    """Compile for the test's backend, which counts and changes nothing."""
+    counted = []
+
+    def backend(graph, _):
+        counted.append(graph)
+        return graph.forward
+
+    original = nn.Module.compile
+
+    def compile(module, **settings):
+        original(module, backend=backend, **settings)
+
+    monkeypatch.setattr(nn.Module, "compile", compile)
+    torch._dynamo.reset()
+    yield counted
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:T5 reads")
+def test_each_kind_of_block_is_compiled_once_for_all_sizes(folder, compiles):
+    expected = minidiff.load(folder)
+    pipe = minidiff.load(folder, compile=True)
+    assert relative_error(draw(pipe), draw(expected)) < 1e-5
+    assert len(compiles) == 3  # with dual attention, without, and the last
+    for settings in (
+        {"height": 48, "width": 32},
+        {"max_sequence_length": 9},
+        {"num_images_per_prompt": 3, "num_inference_steps": 2},
+    ):
+        again = relative_error(draw(pipe, **settings), draw(expected, **settings))
+        assert again < 1e-5
+    assert len(compiles) == 3
+
+
+# The Triton kernels, interpreted
+
+INTERPRETED = """
+import torch
+from helpers import randomize, relative_error
+from small import AUTOENCODER, TRANSFORMER
+from test_speed_paths import inputs, transformer
+from minidiff.extras import kernels
+from minidiff.extras.fast import FastDecoder, FastMMDiT
+from minidiff.vae import VAE
+assert kernels.INTERPRET
+torch.set_grad_enabled(False)
+model, given = transformer(), inputs(TRANSFORMER)
+assert relative_error(FastMMDiT(model)(*given), model(*given)) < 1e-5
+vae, latents = randomize(VAE(AUTOENCODER)), torch.randn(2, 16, 2, 3)
+expected = vae.decode(latents)
+assert relative_error(FastDecoder(vae.decoder)(latents), expected) < 1e-5
+"""
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no Triton here")
+def test_triton_kernels_compute_the_plain_forms():
+    paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    env = {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env=os.environ | env, check=True
+    )
