@@ -96,8 +96,8 @@ def estimate(plan: Plan, models: Mapping[str, nn.Module], width: int = 2) -> flo
     """About how many bytes of the device a 1024² picture with guidance takes.
 
     ``models`` maps the hub's names of the parts to models (the meta device will do);
-    ``width`` is the number of bytes of a working value. Working memory is counted as
-    measured on one card, see the book's page on performance.
+    ``width`` is the number of bytes of a working value. Working memory is what
+    ``benchmarks/memory_count.py`` counts, and some room.
     """
     t = models["transformer"]
     blocks = weigh(t, lambda n: "joint_blocks" in n and "adaLN" not in n)
