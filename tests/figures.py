@@ -20,11 +20,16 @@ def sprite(url: str) -> np.ndarray:
 
 
 def displayed(canvas: Any, height: int, width: int) -> np.ndarray:
-    """What the screen shows at the middle of each pixel of a canvas (height, width)."""
+    """What the screen shows at the middle of each pixel of a canvas (height, width).
+
+    A canvas may begin between two of the page's pixels; the screenshot does not.
+    """
     shot = np.asarray(Image.open(io.BytesIO(canvas.screenshot())).convert("RGB"))
-    y = ((np.arange(height) + 0.5) * shot.shape[0] / height).astype(int)
-    x = ((np.arange(width) + 0.5) * shot.shape[1] / width).astype(int)
-    return shot[y][:, x].astype(float)
+    box, density = canvas.bounding_box(), canvas.evaluate("() => devicePixelRatio")
+    y = (box["y"] % 1 + (np.arange(height) + 0.5) * box["height"] / height) * density
+    x = (box["x"] % 1 + (np.arange(width) + 0.5) * box["width"] / width) * density
+    return shot[y.astype(int)][:, x.astype(int)].astype(float)
+
 
 
 def same(shown: np.ndarray, expected: np.ndarray) -> bool:
