@@ -20,6 +20,11 @@ app = typer.Typer(
 )
 MODEL = "tiny, sd3.5-medium, sd3.5-large, sd3.5-large-turbo, a hub id, or a folder"
 Model = Annotated[str, typer.Option(help=f"{MODEL}.")]
+DEVICE = "cpu, cuda, mps; by default a GPU if there is one."
+Device = Annotated[str | None, typer.Option(help=DEVICE)]
+DATA = "Folder of Fashion-MNIST's parquet files."
+Data = Annotated[Path | None, typer.Option(help=DATA)]
+Overwrite = Annotated[bool, typer.Option(help="Replace an existing file.")]
 
 
 def main() -> None:
@@ -101,11 +106,8 @@ def sample(
     preview: Annotated[
         Path | None, typer.Option(help="PNG written anew at each step.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, mps; by default a GPU if there is one."),
-    ] = None,
+    overwrite: Overwrite = False,
+    device: Device = None,
 ) -> None:
     """Draw pictures of a prompt, or of each prompt in a file."""
     from minidiff.extras import files
@@ -335,9 +337,7 @@ def train(
         str,
         typer.Option(help="tokenizers, clip, t5, vae, judge, transformer, or all."),
     ] = "all",
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of Fashion-MNIST's parquet files.")
-    ] = None,
+    data: Data = None,
     recipe: Annotated[
         str | None, typer.Option(help="gpu, shipped, trial, or a JSON file of changes.")
     ] = None,
@@ -363,10 +363,7 @@ def train(
         str | None, typer.Option(help="Layers to correct: to_q,to_k,…")
     ] = None,
     learning_rate: Annotated[float, typer.Option(help="Of fine-tuning.")] = 1e-4,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, mps; by default a GPU if there is one."),
-    ] = None,
+    device: Device = None,
 ) -> None:
     """Train the tiny model, stage by stage; run it again to go on after a stop.
 
@@ -402,17 +399,12 @@ def evaluate(
     judge: Annotated[
         Path | None, typer.Option(help="Folder of a judge; by default the shipped one.")
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of Fashion-MNIST's parquet files.")
-    ] = None,
+    data: Data = None,
     output: Annotated[
         Path | None, typer.Option(help="JSON file to write as well.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, mps; by default a GPU if there is one."),
-    ] = None,
+    overwrite: Overwrite = False,
+    device: Device = None,
 ) -> None:
     """Measure how well a model that draws scenes follows its prompts."""
     if output:
@@ -421,13 +413,14 @@ def evaluate(
     from minidiff.support.judge import JUDGE, load_judge
 
     rows = metrics.choose_rows(garments)
-    reader = load_judge(judge or JUDGE, find_device(device))
+    device = find_device(device)
+    reader = load_judge(judge or JUDGE, device)
     import torch
 
     from minidiff.attention import record_attention
     from minidiff.sampling import load
 
-    pipe = load(model, find_device(device), torch.float32)
+    pipe = load(model, device, torch.float32)
     pipe.progress = False
     result = metrics.evaluate(
         pipe, reader, n, guidance_scale, steps, data, seed, rows=rows, log=log

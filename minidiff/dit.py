@@ -813,8 +813,9 @@ class MMDiT(nn.Module):
 
 # %% [markdown]
 # A block *adds* to its tokens, so taking it out leaves everything that the others have
-# built; that is why a picture appears at all. How far each picture is from the first is
-# what that block had to say. Was your guess right?
+# built. Without block 1 next to nothing remains of the prompt; without others a garment
+# of some kind does. How far each picture is from the first is what that block had to
+# say. Was your guess right?
 #
 # **Two.** Exchange rows and columns of the position table: every patch is told the
 # place of its mirror image across the diagonal. What will be painted? And what if every

@@ -479,8 +479,7 @@ def similarity(vectors: Tensor) -> Tensor:
 # perpendicular. But the tiny CLIP, trained for a few minutes, is no perfect judge of
 # meaning: caption 2 says what caption 0 says, and yet lies nearer to caption 4, which
 # begins with the same colour. It has learned more about which words come first than
-# about what belongs to what. CLIP alone would be a poor guide for a painter; that is
-# one reason for T5.
+# about what belongs to what.
 
 # %% [markdown]
 # ## T5

@@ -541,8 +541,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 # %% [markdown]
 # Shape and colour survive; prints, seams and sharp edges are softened. This autoencoder
-# learned for a quarter of an hour on a CPU. SD3.5's, trained far longer and with losses
-# that reward sharpness, loses much less.
+# learned for a quarter of an hour on a CPU.
 #
 # How wide are the distributions? Compare the noise $s$ with the spread of the means,
 # and look at what a draw does to the picture.
@@ -583,9 +582,8 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 # %% [markdown]
 # A few channels carry most of it: without channel 1 or 4 the red of the dress fades.
-# Most others can be missed one at a time with hardly a trace, because what they say is
-# said elsewhere too. The colours are spread over several channels; no channel is "the
-# red one".
+# Most others can be missed one at a time with hardly a trace. The colours are spread
+# over several channels; no channel is "the red one".
 
 # %% [markdown]
 # ## Reconstruction against compression
@@ -621,10 +619,9 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # %% [markdown]
 # Eight of the sixteen components already give nearly all that this autoencoder can: the
 # curve is flat from there. Between about 800 and 2,000 numbers the latent beats the
-# small picture. At fewer, its first components miss whole colours. At more, the small
-# picture wins, since the quality of this decoder is limited by its short training, not
-# by the size of its latent. Measure your own autoencoder against plain shrinking before
-# you trust it.
+# small picture; with fewer or with more, plain shrinking wins. More numbers do not help
+# this decoder: what limits it is its short training. Measure your own autoencoder
+# against plain shrinking before you trust it.
 
 # %% [markdown]
 # ## A walk between two latents
@@ -708,9 +705,10 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 
 # %% [markdown]
 # Forgetting `unscale` shrinks all contrasts: colours grow pale or shift, outlines stay.
-# Padding on the wrong side moves every picture by about a pixel and a half and tears
-# the border. Though the pictures look better, they measure worse, because a small shift
-# makes every edge wrong. Neither mistake raises an error.
+# Padding on the wrong side moves every picture by three pixels, one at the first level
+# and one of twice the size at the second, and smears the border above and on the left.
+# Those pictures look better and measure worse, because a shift makes every edge wrong.
+# Neither mistake raises an error.
 
 # %% [markdown]
 # ## The same numbers as diffusers
