@@ -31,7 +31,6 @@ def displayed(canvas: Any, height: int, width: int) -> np.ndarray:
     return shot[y.astype(int)][:, x.astype(int)].astype(float)
 
 
-
 def same(shown: np.ndarray, expected: np.ndarray) -> bool:
     """Equal up to the rounded corners and a grey level or two."""
     rim = max(1, len(shown) // 16)

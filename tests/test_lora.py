@@ -172,5 +172,3 @@ def test_official_names_are_those_of_the_manifest(shared: Path) -> None:
 def test_unknown_layers_to_adapt_are_refused() -> None:
     with pytest.raises(ValueError, match="no layer is called conv1"):
         lora.add_lora(pair(SMALL)[0], 2, names=["conv1"])
-
-

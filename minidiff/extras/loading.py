@@ -1,6 +1,6 @@
 """Pipelines on disk: hub folders and single files, checked before they are read."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -179,22 +179,29 @@ def read_scheduler(folder: Path) -> Scheduler:
 
 def save_pipeline(pipe: "Pipeline", folder: Path, dtype: torch.dtype | None) -> None:
     """Write every part of ``pipe`` and the index that names them."""
-    index = {"_class_name": "StableDiffusion3Pipeline", "_name_or_path": pipe.name}
-    parts = (*pipe.text_encoders, pipe.transformer, pipe.vae)
-    for (name, (hub_class, *_)), part in zip(PARTS.items(), parts, strict=True):
-        library = "diffusers" if name in ("transformer", "vae") else "transformers"
-        index[name] = [library, hub_class] if part else [None, None]
+    models = (*pipe.text_encoders, pipe.transformer, pipe.vae)
+    parts = dict(zip(PARTS, models, strict=True))
+    tokenizers = dict(zip(TOKENIZERS, pipe.tokenizers, strict=True))
+    for name, part in parts.items():
         if part:
-            cp.save_component(part, folder / name, hub_class, dtype)
-    for (name, (hub_class, _)), part in zip(
-        TOKENIZERS.items(), pipe.tokenizers, strict=True
-    ):
-        index[name] = ["transformers", hub_class] if part else [None, None]
-        if part:
-            part.save_pretrained(folder / name)
-    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+            cp.save_component(part, folder / name, PARTS[name][0], dtype)
+    for name, tokenizer in tokenizers.items():
+        if tokenizer:
+            tokenizer.save_pretrained(folder / name)
     save_scheduler(pipe.scheduler, folder / "scheduler")
+    present = [name for name, part in (parts | tokenizers).items() if part]
+    index = pipeline_index(present) | {"_name_or_path": pipe.name}
     cp.write_json(folder / "model_index.json", index)
+
+
+def pipeline_index(present: Collection[str]) -> dict[str, object]:
+    """The hub's model_index.json of a pipeline that has the parts ``present``."""
+    index: dict[str, object] = {"_class_name": "StableDiffusion3Pipeline"}
+    for name, (hub_class, *_) in (PARTS | TOKENIZERS).items():
+        library = "diffusers" if name in ("transformer", "vae") else "transformers"
+        known = name in present
+        index[name] = [library, hub_class] if known else [None, None]
+    return index | {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
 
 
 def save_scheduler(scheduler: Scheduler, folder: Path) -> None:

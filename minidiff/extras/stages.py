@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from minidiff.dit import MMDiT, MMDiTConfig
+from minidiff.extras import loading
 from minidiff.flow_matching import Scheduler, euler, guide, shift_sigma
 from minidiff.support import parallel, rng
 from minidiff.support.checkpoints import (
@@ -24,7 +25,7 @@ from minidiff.support.checkpoints import (
     write_json,
 )
 from minidiff.support.data import Scenes, caption_ids, draw_attributes, token_table
-from minidiff.support.judge import JudgeConfig, train_judge
+from minidiff.support.judge import train_judge
 from minidiff.support.trainer import Run, fingerprint, load_tensors, save_tensors
 from minidiff.text_encoders import (
     CLIPTextConfig,
@@ -127,9 +128,9 @@ RECIPES = {
         held=256,
         two_garments=0.4,
         judge={
-            "steps": 2600,
+            "steps": 2000,
             "batch_size": 64,
-            "config": JudgeConfig((32, 64, 96), (1, 1, 1), 128),
+            "learning_rate": 3e-3,
             "test_scenes": 2000,
         },
     ),
@@ -568,27 +569,9 @@ def finish(job: Job) -> None:
     """The two files that make a folder of components a pipeline."""
     if parallel.rank():
         return
-    index = {
-        "_class_name": "StableDiffusion3Pipeline",
-        "_diffusers_version": "0.31.0",
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-        "text_encoder_3": ["transformers", "T5EncoderModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        "tokenizer_3": ["transformers", "T5TokenizerFast"],
-        "transformer": ["diffusers", "SD3Transformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
+    loading.save_scheduler(Scheduler(shift=1.0), job.model / "scheduler")
+    index = loading.pipeline_index((*loading.PARTS, *loading.TOKENIZERS))
     write_json(job.model / "model_index.json", index)
-    (job.model / "scheduler").mkdir(exist_ok=True)
-    scheduler = {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "num_train_timesteps": 1000,
-        "shift": 1.0,
-    }
-    write_json(job.model / "scheduler" / "scheduler_config.json", scheduler)
 
 
 def load_vae(job: Job) -> VAE:
