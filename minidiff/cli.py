@@ -348,6 +348,9 @@ def train(
     compile: Annotated[
         bool | None, typer.Option(help="By default on a GPU only.")
     ] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="Folder of a tiny model to go on from.")
+    ] = None,
     from_model: Annotated[
         str | None,
         typer.Option("--from", help="Fine-tune this model on the pictures in --data."),
@@ -380,7 +383,7 @@ def train(
         return
     from minidiff.extras import stages
 
-    stages.train(stage, output, data, device, recipe, steps, batch_size, compile)
+    stages.train(stage, output, data, device, recipe, steps, batch_size, compile, start)
 
 
 # Measurements

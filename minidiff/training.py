@@ -587,7 +587,7 @@ class Learner:
         if config.compile:
             self.objective = trainer.compiled(self.objective)
         settings = {"betas": (0.9, config.beta2), "weight_decay": config.weight_decay}
-        settings["fused"] = self.device.type == "cuda"
+        settings["fused"] = not config.sharded
         self.optimizer = torch.optim.AdamW(self.model.parameters(), **settings)
 
     def samples(self, step: int, part: int) -> Tensor:

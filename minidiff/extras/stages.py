@@ -6,6 +6,7 @@ under ``OUTPUT/runs/STAGE`` and exports float16 weights in the hub's layout into
 """
 
 import json
+import shutil
 import time
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -73,6 +74,7 @@ class Recipe:
     held: int = 512  # test scenes that validation looks at
     two_garments: float = 0.65  # of T5's and the transformer's scenes: they are harder
     uniform_levels: bool = False  # noise levels uniform, not logit-normal
+    keep_latents: bool = False  # of the autoencoder only the decoder learns
     shift: float = 1.0  # moves noise levels towards 1
     judge: dict = field(default_factory=dict)  # arguments of ``train_judge``
 
@@ -194,6 +196,7 @@ class Job:
     cache: Path | None = None
     deadline: float | None = None
     seed: int = 0
+    start: Path | None = None  # a model whose weights are the beginning
 
     @property
     def model(self) -> Path:
@@ -367,11 +370,12 @@ def train_vae(job: Job) -> None:
     def validate(vae: VAE) -> dict[str, float]:
         return {"psnr": psnr(vae, tests)}
 
-    vae = VAE(config)
-    if job.device != "cpu":
-        vae = vae.to(memory_format=torch.channels_last)
+    vae = begun(job, VAE, VAEConfig, "vae").to(memory_format=torch.channels_last)
+    vae.encoder.requires_grad_(not job.recipe.keep_latents)
     vae = learn(job, "vae", Task(vae, vae_loss, batch, validate))
-    export(job, measured(vae, from_bytes(images[:1024])), "vae", "AutoencoderKL")
+    if not job.recipe.keep_latents:
+        vae = measured(vae, from_bytes(images[:1024]))
+    export(job, vae, "vae", "AutoencoderKL")
 
 
 @torch.no_grad()
@@ -424,13 +428,13 @@ class Features:
 
 
 @torch.no_grad()
-def encode_scenes(vae: VAE, scenes: Scenes, n: int, chunk: int = 2048) -> dict:
+def encode_scenes(vae: VAE, scenes: Scenes, n: int) -> dict:
     """float16 latents (n, C, h, w), scaled, and caption numbers (n,) of n scenes."""
     device, latents, captions = scenes.gray.device, [], []
-    bfloat16 = device.type == "cuda"
+    chunk = 64 if device.type == "cpu" else 2048  # what its caches hold
     for start in range(0, n, chunk):
         batch = scenes.batch(torch.arange(start, min(n, start + chunk), device=device))
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             mode = vae.encode(batch.images).mode()
         latents.append(vae.scale(mode.float()).half())
         captions.append(batch.caption_ids)
@@ -484,7 +488,8 @@ def train_transformer(job: Job) -> None:
         save_grid(job, model, held)
         return {"validation": sum(losses) / len(losses), "by_level": losses}
 
-    task = Task(MMDiT(MMDiTConfig.tiny()), transformer_loss, batch, validate)
+    model = begun(job, MMDiT, MMDiTConfig, "transformer")
+    task = Task(model, transformer_loss, batch, validate)
     try:
         model = learn(job, "transformer", task)
     except TimeoutError:
@@ -535,6 +540,13 @@ def save_grid(job: Job, model: MMDiT, held: Features, scale: float = 4.0) -> Non
 
 
 # All stages
+
+
+def begun(job: Job, model_class: type, config_class: type, name: str):
+    """A model to train: its tiny configuration, or what ``job.start`` has learned."""
+    if job.start is None:
+        return model_class(config_class.tiny())
+    return load_component(model_class, config_class, job.start / name)
 
 
 def learn(job: Job, stage: str, task: Task) -> torch.nn.Module:
@@ -603,6 +615,7 @@ RUN = {
 }
 
 
+GOES_ON = ("vae", "transformer")  # stages that can begin with a model's weights
 ALONE = ("tokenizers", "judge")  # stages that one process does for all
 
 
@@ -634,8 +647,12 @@ def train(
     steps: int | None = None,
     batch_size: int | None = None,
     compile: bool | None = None,
+    start: Path | None = None,
 ) -> None:
     """``minidiff train``: one stage, or "all" that are not done yet, into ``output``.
+
+    ``start`` names a folder of a model to go on from: its tokenizers and text encoders
+    stay, its autoencoder and transformer learn on.
 
     ``recipe`` is "gpu" (large batches, for a large GPU), "shipped" (what made the
     shipped model, an hour of a CPU), "trial" (a few steps of everything) or a JSON file
@@ -661,6 +678,14 @@ def train(
             config = replace(config, bfloat16=name != "clip")
         config = replace(config, **changes) if name == stage else config
         chosen = replace(chosen, **{name: config})
-    device = parallel.start(device)
     stages = STAGES if stage == "all" else (stage,)
-    run_stages(Job(output, chosen, data and str(data), device), stages)
+    if start:
+        stages = tuple(name for name in stages if name in GOES_ON)
+        if not stages:
+            raise ValueError(f"--start is for {' and '.join(GOES_ON)}, not {stage}")
+    device = parallel.start(device)
+    job = Job(output, chosen, data and str(data), device, start=start)
+    if start and parallel.rank() == 0 and not job.model.exists():
+        shutil.copytree(start, job.model)
+    parallel.wait()
+    run_stages(job, stages)

@@ -221,6 +221,8 @@ def restore(
         load_whole(module, {n: tensors[part + n] for n in module.state_dict()})
     state, keys = optimizer.state_dict(), ("step", "exp_avg", "exp_avg_sq")
     for i, (name, parameter) in enumerate(model.named_parameters()):
+        if not parameter.requires_grad:
+            continue
         kept = {key: tensors[f"{key}/{name}"] for key in keys}
         state["state"][i] = {
             key: parallel.shard_like(x, parameter) for key, x in kept.items()
