@@ -5,7 +5,7 @@ r"""
 In this chapter you build **joint attention**, the one place in Stable Diffusion 3.5
 where a patch of the picture can look at a word, and a word at a patch.
 
-By the end you will be able to
+After it you will be able to
 
 - **compute** attention by hand, with three loops;
 - **turn** the loops into matrix products, and the products into one fused call;
@@ -17,6 +17,8 @@ By the end you will be able to
 # %% [markdown]
 # ## Where we are
 #
+# You met attention in chapter 2, as a part of the text encoders. Here it is the
+# subject: this time between two kinds of tokens, and inside the network that paints.
 # Chapter 2 turned the prompt into *context*: a row of numbers for every text token.
 # Chapter 3 turned pictures into latents; a latent cut into small squares, *patches*, is
 # a row of numbers for every patch. So text and picture have become the same kind of
@@ -78,7 +80,8 @@ from minidiff.text_encoders import RMSNorm
 #
 # A token $i$ sends out a *query* $q_i$, “what am I looking for?”; it holds out a *key*
 # $k_i$, “what do I have?”, and a *value* $v_i$, “what do I tell?”. How well query $i$
-# fits key $j$ is their dot product, divided by $\sqrt{d}$ where $d$ is their length:
+# fits key $j$ is their dot product, divided by $\sqrt{d}$ where $d$ is the number of
+# their entries:
 #
 # $$s_{ij} = \frac{q_i \cdot k_j}{\sqrt{d}}$$
 #
@@ -304,9 +307,10 @@ class Attention(nn.Module):
 # ## Two streams, one table
 #
 # Words and patches are different things: what makes a good query for a word is not what
-# makes one for a patch. MMDiT therefore gives each stream its own `qkv`, its own norms
-# and its own output projection; only the table is common. To join them is to lay their
-# heads end to end, attend once, and cut the result where the streams meet.
+# makes one for a patch. MMDiT, the transformer of Stable Diffusion 3 (chapter 5),
+# therefore gives each stream its own `qkv`, its own norms and its own output
+# projection; only the table is common. To join them is to lay their heads end to end,
+# attend once, and cut the result where the streams meet.
 #
 # $$q = \begin{bmatrix} q^c \\ q^x \end{bmatrix},\quad
 #   k = \begin{bmatrix} k^c \\ k^x \end{bmatrix},\quad
@@ -445,7 +449,8 @@ def record_attention(
 # ## Look at it
 #
 # We let the shipped model paint the prompt in 28 steps and record everything. With
-# guidance each step runs two samples, the empty prompt and ours; ours is the second.
+# guidance (chapter 6) each step runs two samples, the empty prompt and ours; ours is
+# the second.
 
 # %% tags=["active-ipynb"]
 # with record_attention(pipe.transformer, average_heads=True) as maps:
@@ -459,6 +464,9 @@ def record_attention(
 
 # %% [markdown]
 # The upper left field is words reading words, the lower left patches reading words.
+# Long runs of equal columns are padding, which all read alike. In the lower right field
+# look for stripes along the diagonal: a patch reads its neighbours, and those above and
+# below it stand eight places away, because a row has eight patches.
 #
 # Now the words themselves. T5's tokens stand behind CLIP's 32. For every word we ask
 # how much each patch reads it, and lay the answer over the finished picture: one row a
@@ -487,12 +495,13 @@ def record_attention(
 #     print(f"{word:>10}", [f"{torch.corrcoef(pair)[0, 1]:+.1f}" for pair in pairs])
 
 # %% [markdown]
-# Block 0 gathers the garment, block 2 the background, and it does so for both colours
-# alike. This model has learned to separate garment from ground; it does not use T5's
-# two colour words differently, as one that trained longer would. What tells it the
-# colours must reach it by another way: CLIP's tokens and the pooled vector.
+# Read the table by columns, a block at a time. Where *red* and *blue* have the same
+# sign, the block uses both colours alike: it tells garment from ground, and no more.
+# Where they have opposite signs, each colour is read in its own place. A model that
+# trained briefly does only the first. What T5's two colour words do not tell it must
+# then reach it by another way: CLIP's tokens and the pooled vector.
 #
-# Now one block, block 2, over the steps: first noise, at the end a picture.
+# Now one block over the steps, block 2: first noise, at the end a picture.
 
 # %% tags=["active-ipynb"]
 # steps = [0, 4, 9, 14, 20, 27]
@@ -542,7 +551,7 @@ def record_attention(
 
 # %% tags=["active-ipynb"]
 # pictures = torch.cat([paint(Apart), paint(JointAttention)])
-# viz.show_images(pictures, ["apart"] * 4 + ["joint"] * 4, columns=8)
+# viz.show_images(pictures, ["apart"] * 4 + ["joint"] * 4, columns=4)
 
 # %% [markdown]
 # Compare the rows. Nothing in the upper one has read a single word: what it still shows
@@ -603,10 +612,8 @@ def record_attention(
 #
 # ## Exercises
 #
-# ### Exercise 4.1 · Predict the growth
-#
-# From 1024² to 2048² pixels the patches become four times as many; the 333 words
-# remain. How many times as many entries has the table?
+# **4.1 Predict.** From 1024² to 2048² pixels the patches become four times as many; the
+# 333 words remain. How many times as many entries has the table?
 
 # %% tags=["active-ipynb", "exercise"]
 # def growth() -> float:
@@ -625,11 +632,9 @@ def record_attention(
 # exercise_4_1()
 
 # %% [markdown]
-# ### Exercise 4.2 · How many tokens does a token read?
-#
-# How many tokens does a token read? If it spreads its weights evenly over $n$ tokens,
-# the *entropy* of its row, $-\sum_j a_j \ln a_j$, is $\ln n$. Write the entropy of each
-# row; a weight of zero contributes nothing.
+# **4.2 Code.** How many tokens does a token read? If it spreads its weights evenly over
+# $n$ tokens, the *entropy* of its row, $-\sum_j a_j \ln a_j$, is $\ln n$. Write the
+# entropy of each row; a weight of zero contributes nothing.
 
 # %% tags=["active-ipynb", "exercise"]
 # def entropy(weights: Tensor) -> Tensor:
@@ -655,11 +660,9 @@ def record_attention(
 # print("tokens read by a patch, block by block:", reach.round().int().tolist())
 
 # %% [markdown]
-# ### Exercise 4.3 · Hide some words
-#
-# Write a joint attention in which nobody reads the words marked False in `keep` (L_c,),
-# by giving `F.scaled_dot_product_attention` an `attn_mask`: a boolean that broadcasts
-# to (B, H, L, L), False where a key is not to be read.
+# **4.3 Code.** Write a joint attention in which nobody reads the words marked False in
+# `keep` (L_c,), by giving `F.scaled_dot_product_attention` an `attn_mask`: a boolean
+# that broadcasts to (B, H, L, L), False where a key is not to be read.
 
 # %% tags=["active-ipynb", "exercise"]
 # def masked(context: Heads, image: Heads, keep: Tensor) -> Tensor:
@@ -685,10 +688,8 @@ def record_attention(
 # exercise_4_3()
 
 # %% [markdown]
-# ### Exercise 4.4 · Explore
-#
-# Change the prompt to one with two garments and look at the explorer again. Do the two
-# colours go to their own garments? From which block on?
+# **4.4 Explore.** Change the prompt to one with two garments and look at the explorer
+# again. Do the two colours go to their own garments? From which block on?
 #
 # <details><summary>Answer</summary>
 #
@@ -700,13 +701,14 @@ def record_attention(
 #
 # </details>
 #
-# ## What you did
+# ## Summary
 #
-# You computed attention by hand with three loops, turned the loops into matrix products
-# and the products into one fused call, and saw that all three agree. You explained the
-# norm of queries and keys by a bound on the scores. You joined two streams that keep
-# their own weights, put your classes into the shipped model, recorded what its words
-# and patches read, and broke it by cutting the table.
+# You **computed** attention by hand with three loops, **turned** the loops into matrix
+# products and the products into one fused call, and saw that all three agree. You
+# **explained** the norm of queries and keys by a bound on the scores. You **joined**
+# two streams that keep their own weights and put your classes into the shipped model.
+# You **recorded** what its words and patches read, and **broke** it by cutting the
+# table.
 #
 # The journey goes on: this is what the 64 patches have read in the first block. Chapter
 # 5 builds the block around it, and the same tensor appears there again.

@@ -2,10 +2,11 @@
 r"""
 # The diffusion transformer
 
-In this chapter you build **MMDiT**, the network that paints: it takes a noisy latent, a
-time and a text, and says in which direction the picture lies.
+In this chapter you build **MMDiT**, the multimodal diffusion transformer, which paints:
+it takes a noisy latent, a time and a text, and says in which direction the picture
+lies.
 
-By the end you will be able to
+After it you will be able to
 
 - **cut** a latent into patches, and **place** each patch with a sin-cos table;
 - **turn** a noise level and a pooled text into shifts, scales and gates;
@@ -26,8 +27,8 @@ By the end you will be able to
 # $$v = f(x, \sigma, \text{context}, \text{pooled}),$$
 #
 # where $x$ is a noisy latent, $\sigma \in [0, 1]$ says how much of it is noise, and $v$
-# has the shape of $x$. What is left of $x$ when the noise is taken out is $\hat x_0 = x
-# - \sigma v$.
+# has the shape of $x$. Taking the noise out of $x$ leaves
+# $\hat x_0 = x - \sigma v$.
 
 # %%
 import math
@@ -343,11 +344,11 @@ class Embedder(nn.Module):
 # %% [markdown]
 # ## AdaLN-zero
 #
-# How should $c$ act on a token? It could be one more token to read. Peebles and Xie
-# (2023) compared several ways, and the best was this: let it set the *shift*, the
-# *scale* and the *gate* around attention and MLP. LayerNorm first takes the mean and
-# the size out of every token; what the condition puts in instead, all tokens of the
-# sample share.
+# AdaLN is short for *adaptive layer norm*. How should $c$ act on a token? It could be
+# one more token to read. Peebles and Xie (2023) compared several ways, and the best was
+# this: let it set the *shift*, the *scale* and the *gate* around attention and MLP.
+# LayerNorm first takes the mean and the size out of every token; what the condition
+# puts in instead, all tokens of the sample share.
 
 
 # %%
@@ -458,6 +459,9 @@ class StreamBlock(nn.Module):
 
 # %% [markdown]
 # ## Two streams, one block
+#
+# The block lets each stream prepare its heads, joins them in one attention, and hands
+# each stream what its own tokens have read.
 
 
 # %%
@@ -717,16 +721,18 @@ class MMDiT(nn.Module):
 # viz.show_trajectory(rows, levels)
 
 # %% [markdown]
-# The modulation over time: the mean size of the gates before attention and before the
-# MLP, for each block, from data (left) to noise (right).
+# What does time do to the blocks? Six numbers per channel steer a stream (`shift`,
+# `scale` and `gate`, for attention and for the MLP), and all depend on $\sigma$. First
+# the gate of the patches' attention: its mean size in each block, from data (left) to
+# noise (right).
 
 # %% tags=["active-ipynb"]
 # sigmas = torch.linspace(0, 1, 51)
 # ahead = model.modulations(sigmas[:, None], pooled)  # (51, 1, 6·D) for each stream
 # parts = torch.stack([x[:, 0].unflatten(-1, (6, -1)) for _, x in ahead.blocks])
 # sizes = parts.abs().mean(-1)  # (block, sigma, part)
-# title = "gate of the patches' attention: mean size"
-# viz.show_heatmap(sizes[..., 2], None, None, "50 · sigma", "block", title)
+# rows = [f"gate of block {i}" for i in range(5)]
+# viz.show_heatmap(sizes[:, ::5, 2], rows, None, "10 · sigma", digits=2)
 
 # %% tags=["active-ipynb"]
 # names = ["shift", "scale", "gate", "shift, MLP", "scale, MLP", "gate, MLP"]
@@ -734,6 +740,9 @@ class MMDiT(nn.Module):
 # viz.show_curves(curves, "sigma", "mean size over blocks and channels")
 
 # %% [markdown]
+# Then all six, averaged over the blocks. Where a curve is steep, the network works
+# differently from one noise level to the next; where it is flat, time has little say.
+#
 # ## Where the parameters are, and where the work is
 #
 # On PyTorch's *meta* device a tensor has a shape and no memory: we can build Large on
@@ -813,9 +822,9 @@ class MMDiT(nn.Module):
 
 # %% [markdown]
 # A block *adds* to its tokens, so taking it out leaves everything that the others have
-# built. Without block 1 next to nothing remains of the prompt; without others a garment
-# of some kind does. How far each picture is from the first is what that block had to
-# say. Was your guess right?
+# built. Some blocks can be spared with little harm, without others next to nothing
+# remains of the prompt. How far each picture is from the first is what that block had
+# to say. Was your guess right?
 #
 # **Two.** Exchange rows and columns of the position table: every patch is told the
 # place of its mirror image across the diagonal. What will be painted? And what if every
@@ -889,10 +898,8 @@ class MMDiT(nn.Module):
 #
 # ## Exercises
 #
-# ### Exercise 5.1 · Predict the share
-#
-# Which share of Large's parameters could leave the GPU once all modulations are
-# computed? Derive it from 4, 6 and 8, not from the figure.
+# **5.1 Predict.** Which share of Large's parameters could leave the GPU once all
+# modulations are computed? Derive it from 4, 6 and 8, not from the figure.
 
 # %% tags=["active-ipynb", "exercise"]
 # def share() -> float:
@@ -911,10 +918,8 @@ class MMDiT(nn.Module):
 # exercise_5_1()
 
 # %% [markdown]
-# ### Exercise 5.2 · Silence a block
-#
-# Make any block the identity, without touching its weights: change only the modulation
-# that it is given (each stream's is (B, 6·D)).
+# **5.2 Code.** Make any block the identity, without touching its weights: change only
+# the modulation that it is given (each stream's is (B, 6·D)).
 
 # %% tags=["active-ipynb", "exercise"]
 # def silenced(modulation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -939,11 +944,9 @@ class MMDiT(nn.Module):
 # exercise_5_2()
 
 # %% [markdown]
-# ### Exercise 5.3 · The work of a block
-#
-# Write the arithmetic of one block: how many floating point operations (two for a
-# multiply-add) do its linear maps and its attention take for one sample with $L_c$
-# words and $L_x$ patches of $D$ channels? Count no modulation.
+# **5.3 Code.** Write the arithmetic of one block: how many floating point operations
+# (two for a multiply-add) do its linear maps and its attention take for one sample with
+# $L_c$ words and $L_x$ patches of $D$ channels? Count no modulation.
 
 # %% tags=["active-ipynb", "exercise"]
 # def block_flops(words: int, patches: int, width: int) -> int:
@@ -967,10 +970,8 @@ class MMDiT(nn.Module):
 # exercise_5_3()
 
 # %% [markdown]
-# ### Exercise 5.4 · Explore
-#
-# Ask the shipped model for 96 × 48 pixels with `height=` and `width=`. The table has
-# room for them, but training never saw these places. What does it paint?
+# **5.4 Explore.** Ask the shipped model for 96 × 48 pixels with `height=` and `width=`.
+# The table has room for them, but training never saw these places. What does it paint?
 #
 # <details><summary>Answer</summary>
 #
@@ -982,14 +983,14 @@ class MMDiT(nn.Module):
 #
 # </details>
 #
-# ## What you did
+# ## Summary
 #
-# You cut a latent into patches and placed them with a table of sines. You turned a
-# noise level and a pooled text into shifts, scales and gates, and saw that a fresh
-# block is the identity. You assembled streams into blocks and blocks into MMDiT, loaded
-# the shipped weights into it, and found in its first block what chapter 4 had handed
-# on. You accounted for parameters and work in three sizes, and took away a block and
-# the sense of place.
+# You **cut** a latent into patches and **placed** them with a table of sines. You
+# **turned** a noise level and a pooled text into shifts, scales and gates, and saw that
+# a fresh block is the identity. You **assembled** streams into blocks and blocks into
+# MMDiT, loaded the shipped weights into it, and found in its first block what chapter 4
+# had handed on. You **accounted** for parameters and work in three sizes, and
+# **predicted** what is left when a block, or the sense of place, is taken away.
 #
 # What goes on to chapter 6 is the velocity at pure noise, without guidance.
 

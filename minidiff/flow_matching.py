@@ -5,7 +5,7 @@ r"""
 In this chapter you build the **flow**: the path that joins noise and pictures, the loss
 that teaches a network its direction, and the solvers that walk it backwards.
 
-By the end you will be able to
+After it you will be able to
 
 - **mix** a picture with noise and **name** the velocity of the mixture;
 - **derive** the loss, and **convert** between velocity, noise and DDPM's coordinates;
@@ -72,31 +72,33 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 # viz.show_points({"noise": z, "data": moons}, paths=lines, limits=(-3.2, 3.2))
 
 # %% [markdown]
-# The lines cross. At a crossing two travellers stand at the same place at the same time
-# and want to go in different directions. A function `velocity(x, sigma)` can give only
-# one answer there. The network learns the *average* of the directions, and following
-# the averages gives paths that never cross. We shall see them below.
+# The lines cross. Where two of them cross at the same $\sigma$, two travellers stand at
+# the same place at the same time and want to go in different directions. A function
+# `velocity(x, sigma)` can give only one answer there. The network learns the *average*
+# of the directions, and following the averages gives paths that never meet in this way.
+# We shall see them below.
 #
 # ## The mathematics
 #
 # Time is the noise level $\sigma$, from 0 (data) to 1 (noise). On the line from a
-# picture $x_0$ to noise $n$ we are at
+# picture $x_0$ to noise $\epsilon$ we are at
 #
-# $$x_\sigma = (1-\sigma)\, x_0 + \sigma\, n, \qquad n \sim \mathcal N(0, 1),$$
+# $$x_\sigma = (1-\sigma)\, x_0 + \sigma\, \epsilon, \qquad
+# \epsilon \sim \mathcal N(0, 1),$$
 #
 # and the velocity along the line does not depend on $\sigma$:
 #
-# $$v = \frac{dx_\sigma}{d\sigma} = n - x_0.$$
+# $$v = \frac{dx_\sigma}{d\sigma} = \epsilon - x_0.$$
 #
 # Whoever knows $x_\sigma$ and $v$ knows both ends:
 #
-# $$\hat x_0 = x_\sigma - \sigma v, \qquad \hat n = x_\sigma + (1-\sigma)\, v.$$
+# $$\hat x_0 = x_\sigma - \sigma v, \qquad \hat\epsilon = x_\sigma + (1-\sigma)\, v.$$
 #
 # | symbol | variable | meaning | shape in Tiny | in SD3.5 at 1024² |
 # |---|---|---|---|---|
 # | $\sigma$ | `sigma` | noise level, 0 to 1 | () or (B,) | the same |
 # | $x_0$ | `x0` | data: a scaled latent | (B, 16, 16, 16) | (B, 16, 128, 128) |
-# | $n$ | `noise` | Gaussian noise | as $x_0$ | as $x_0$ |
+# | $\epsilon$ | `noise` | Gaussian noise | as $x_0$ | as $x_0$ |
 # | $x_\sigma$ | `x` | the mixture | as $x_0$ | as $x_0$ |
 # | $v$ | `v` | velocity, what the network predicts | as $x_0$ | as $x_0$ |
 # | $\hat x_0$ | `x0_hat` | the data that $v$ points to | as $x_0$ | as $x_0$ |
@@ -117,7 +119,8 @@ def expand(sigma: Tensor | float, x: Tensor) -> Tensor | float:
 
 
 # %% [markdown]
-# The mixture $x_\sigma = (1-\sigma)\,x_0 + \sigma\,n$ and its velocity $n - x_0$:
+# The mixture $x_\sigma = (1-\sigma)\,x_0 + \sigma\,\epsilon$ and its velocity
+# $\epsilon - x_0$:
 
 
 # %%
@@ -168,10 +171,11 @@ def predicted_noise(x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
 #
 # ### The same thing in DDPM's words
 #
-# Older models (DDPM, Stable Diffusion 1 and 2) mix with other weights,
-# $\sqrt{\bar\alpha}\,x_0 + \sqrt{1-\bar\alpha}\,\varepsilon$, chosen so that the
-# variance stays constant, and their network predicts $\varepsilon$, the noise. Divide
-# our mixture by $\sqrt{(1-\sigma)^2 + \sigma^2}$ and it is of that form, with
+# Older models (DDPM, the denoising diffusion probabilistic models, and with them Stable
+# Diffusion 1 and 2) mix with other weights,
+# $\sqrt{\bar\alpha}\,x_0 + \sqrt{1-\bar\alpha}\,\epsilon$, chosen so that the variance
+# stays constant, and their network predicts $\epsilon$, the noise. Divide our mixture
+# by $\sqrt{(1-\sigma)^2 + \sigma^2}$ and it is of that form, with
 #
 # $$\bar\alpha = \frac{(1-\sigma)^2}{(1-\sigma)^2 + \sigma^2}.$$
 
@@ -191,8 +195,8 @@ def to_variance_preserving(x: Tensor, sigma: Tensor | float) -> Tensor:
 # %% [markdown]
 # So a velocity model is a noise model in other coordinates, and a step of the one is a
 # step of the other. DDIM, the deterministic sampler of the older models, rebuilds the
-# mixture at the next level from $\hat x_0$ and $\hat n$. Compare it with one straight
-# step along the velocity, from 0.8 to 0.5:
+# mixture at the next level from $\hat x_0$ and $\hat\epsilon$. Compare it with one
+# straight step along the velocity, from 0.8 to 0.5:
 
 # %% tags=["active-ipynb"]
 # x = interpolate(images[:1], static, 0.8)
@@ -206,10 +210,10 @@ def to_variance_preserving(x: Tensor, sigma: Tensor | float) -> Tensor:
 # ## The loss
 #
 # Draw data, draw noise, draw a level; ask the network for the velocity at the mixture;
-# compare with $n - x_0$:
+# compare with $\epsilon - x_0$:
 #
-# $$L = \mathbb E_{x_0, n, \sigma}\, \lVert v_\theta(x_\sigma, \sigma) - (n - x_0)
-# \rVert^2 .$$
+# $$L = \mathbb E_{x_0, \epsilon, \sigma}\, \lVert v_\theta(x_\sigma, \sigma) -
+# (\epsilon - x_0) \rVert^2 .$$
 
 
 # %%
@@ -227,10 +231,10 @@ def flow_matching_loss(
 
 # %% [markdown]
 # Which function makes this loss smallest? Squared error is minimised by the mean: the
-# best velocity at $(x, \sigma)$ is the average of $n - x_0$ over all lines that pass
-# there. Since $n = (x - (1-\sigma) x_0)/\sigma$ on every such line,
+# best velocity at $(x, \sigma)$ is the average of $\epsilon - x_0$ over all lines that
+# pass there. Since $\epsilon = (x - (1-\sigma) x_0)/\sigma$ on every such line,
 #
-# $$v^*(x, \sigma) = \mathbb E[n - x_0 \mid x]
+# $$v^*(x, \sigma) = \mathbb E[\epsilon - x_0 \mid x]
 # = \frac{x - \mathbb E[x_0 \mid x]}{\sigma}.$$
 #
 # For a finite data set the expectation is a sum. Point $i$ is the origin of $x$ with a
@@ -330,9 +334,9 @@ def logit_normal_density(sigma: Tensor, mean: float = 0.0, std: float = 1.0) -> 
 # viz.show_curves(curves, xlabel="noise level σ", markers=True)
 
 # %% [markdown]
-# On real held-out scenes the shipped model's loss is highest towards the data end.
-# There the velocity $(x - \hat x_0)/\sigma$ divides by a small number, so that the last
-# detail of texture counts for much. The logit-normal density deliberately does not
+# On real held-out scenes the shipped model's loss rises towards both ends. Near the
+# data end the velocity $(x - \hat x_0)/\sigma$ divides by a small number, so that the
+# last detail of texture counts for much. The logit-normal density deliberately does not
 # follow it: those details are cheap to be wrong about, while the middle levels decide
 # what is in the picture.
 #
@@ -450,9 +454,9 @@ def euler_loops(velocity: Velocity, x: Tensor, sigmas: Tensor) -> Tensor:
 
 # %% [markdown]
 # Rows do not meet, so the inner loop can move all of them at once, and that is all the
-# vectorising there is. The class of functions that the package exports adds one thing:
-# after every step a callback may look at the state, or replace it. Progress bars,
-# previews and inpainting are such callbacks.
+# vectorising there is. The function that the package exports adds one thing: after
+# every step a callback may look at the state, or replace it. Progress bars, previews
+# and inpainting are such callbacks.
 
 # %%
 Callback = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
@@ -500,9 +504,10 @@ def euler(
 # viz.show_points(points, paths=torch.stack(track), limits=(-3.2, 3.2))
 
 # %% [markdown]
-# The same noise and the same data as in the first figure, and no line crosses another.
-# All travellers first head for the middle; then they part. The paths are bent, which is
-# why one step is not enough, and why better solvers exist.
+# The same noise and the same data as in the first figure, and now no two travellers are
+# ever at the same place at the same $\sigma$. All of them first head for the middle;
+# then they part. The paths are bent, which is why one step is not enough, and why
+# better solvers exist.
 #
 # **Heun** looks ahead: it makes the Euler step, asks for the velocity at the far end,
 # and walks along the mean of the two. Its error falls with the *square* of the step,
@@ -691,8 +696,9 @@ def guide(v_neg: Tensor, v_pos: Tensor, scale: float) -> Tensor:
 # viz.show_trajectory(rows | {"x̂₀ decoded": pipe.decode(guesses[:, 0]) * 2 - 1}, sigmas)
 
 # %% [markdown]
-# The state $x$ looks like noise for most of the way, while $\hat x_0$, the place where
-# the velocity points, is a blurred picture from the first step and only sharpens.
+# The state $x$ begins as noise, and the picture comes through it only by degrees.
+# $\hat x_0$, the place where the velocity points, is a blurred picture from the first
+# step and then sharpens.
 #
 # ## Predict, then break it
 #
@@ -844,13 +850,14 @@ def guide(v_neg: Tensor, v_pos: Tensor, scale: float) -> Tensor:
 # **6.4 Explore.** Draw the journey's prompt with `dpmpp_2m` in 4, 6 and 10 steps and
 # compare with Euler. From how many steps on can you not tell them apart?
 #
-# ## What you did
+# ## Summary
 #
-# You mixed pictures with noise along a straight line and named its velocity. You
-# derived the loss and the function that makes it smallest, and saw that a straight step
-# is a DDIM step. You chose levels to train on, moved them by a shift, and rebuilt the
-# published schedule with its quirk. You solved the flow with three solvers and measured
-# their orders, steered it with guidance, and broke it with one step and with a sign.
+# You **mixed** pictures with noise along a straight line and **named** its velocity.
+# You **derived** the loss and the function that makes it smallest, and **converted** a
+# straight step into a DDIM step. You **chose** levels to train on, moved them by a
+# shift, and rebuilt the published schedule with its quirk. You **solved** the flow with
+# three solvers and **measured** their orders, **steered** it with guidance, and
+# **broke** it with one step and with a sign.
 #
 # What goes on to chapter 8: the finished latent of our prompt. Chapter 7 first shows
 # where the weights came from.

@@ -93,10 +93,11 @@ from torch import Tensor, nn
 # ## Attention with a bias
 #
 # All three encoders are stacks of the same two steps: *attention*, in which tokens read
-# one another, and an *MLP*, which works on every token alone. For attention each token
-# makes three vectors of width $d$: a query $q_i$ (what am I looking for), a key $k_j$
-# (what do I offer) and a value $v_j$ (what do I pass on). Token $i$ receives a weighted
-# mean of all values:
+# one another, and an *MLP*, which works on every token alone. An MLP (multi-layer
+# perceptron) is two linear maps with a bend between. For attention each token makes
+# three vectors of width $d$: a query $q_i$ (what am I looking for), a key $k_j$ (what
+# do I offer) and a value $v_j$ (what do I pass on). Token $i$ receives a weighted mean
+# of all values:
 #
 # $$
 # o_i = \sum_j \frac{e^{\ell_{ij}}}{\sum_{j'} e^{\ell_{ij'}}}\, v_j,
@@ -248,10 +249,10 @@ class CLIPAttention(nn.Module):
 # The MLP widens each state fourfold, bends it and narrows it again. The bend is
 # $\mathrm{GELU}(x) = x\,\Phi(x)$, where $\Phi$ is the distribution function of the
 # normal distribution. OpenAI trained CLIP-L with a cheaper curve,
-# $x\,\sigma(1.702\,x)$. The two are within 0.02 of one another, but a trained network
-# adds up thousands of such differences: weights must be used with the activation that
-# they were trained with. T5 uses a third form, which approximates $\Phi$ by a tanh and
-# is much closer.
+# $x \cdot \mathrm{sigmoid}(1.702\,x)$. The two differ by up to 0.02, but a trained
+# network adds up thousands of such differences: weights must be used with the
+# activation that they were trained with. T5 uses a third form, which approximates
+# $\Phi$ by a tanh and is much closer.
 
 
 # %%
@@ -440,8 +441,9 @@ def check_clip_config(config: CLIPTextConfig) -> None:
 
 # %% [markdown]
 # The states after layer 2 carry a gradient at every position up to the end token; after
-# layer 3 at the end token alone. The picture shows what that means for the words: how
-# far each layer turns each token, as the cosine between its state before and after.
+# layer 3 at the end token alone. What does the last layer do to the words, then? The
+# picture shows how far each layer turns each token, as the cosine between its state
+# before and after: 1 means not at all.
 
 # %% tags=["active-ipynb"]
 # words = tokenize_l.tokens(ids_l[0].tolist())[:10]
@@ -451,6 +453,10 @@ def check_clip_config(config: CLIPTextConfig) -> None:
 # viz.show_heatmap(turns, rows, words, digits=2)
 
 # %% [markdown]
+# The last layer turns the words as far as the end token. But only at the end token has
+# a loss ever asked in which direction; elsewhere the turn is a by-product. So the words
+# are taken before it.
+#
 # ### Captions compared
 #
 # The pooled vector is what CLIP was trained for: captions of like pictures should point
@@ -523,7 +529,7 @@ class T5Config:
 # RMSNorm keeps only the division and the scale:
 #
 # $$
-# \mathrm{RMSNorm}(x)_i = w_i\, \frac{x_i}{\sqrt{\tfrac1D \sum_j x_j^2 + \varepsilon}}.
+# \mathrm{RMSNorm}(x)_i = w_i\, \frac{x_i}{\sqrt{\tfrac1D \sum_j x_j^2 + \epsilon}}.
 # $$
 #
 # The squares must be summed in float32: in float16 the largest number is 65504, so that
@@ -741,9 +747,10 @@ class T5Encoder(nn.Module):
 # viz.show_curves(curves, xlabel="key − query", ylabel="bias")
 
 # %% [markdown]
-# Every head has a preference of its own, and most are strongest within a few places:
-# some heads look one or two words back, others ahead. From a distance of eight on, the
-# curves become steps, since several offsets share a row of the table.
+# Every head has a profile of its own, with peaks at some distances and valleys at
+# others, behind the query as well as ahead of it. A head with a peak at −2 reads what
+# stands two places back. From a distance of eight on, the curves become steps, since
+# several offsets share a row of the table.
 
 # %% [markdown]
 # ## One context for the transformer
@@ -839,7 +846,7 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 # it could not say which thing is red.
 
 # %% [markdown]
-# ## The same numbers as transformers
+# ## Parity
 #
 # Hugging Face's classes are what most programs run. With the same random weights ours
 # must give the same states; the tests do this for many sizes, and show that each

@@ -199,7 +199,8 @@ def learn_merges_naively(words: dict[tuple[str, ...], int], limit: int) -> list[
 
 
 # %% [markdown]
-# Captions of our scenes serve as the corpus. Follow some words while the merges come
+# The tiny model draws *scenes*, coloured garments on a coloured ground, and the
+# captions of these scenes serve as the corpus. Follow some words while the merges come
 # in: each row shows them after so many merges.
 
 # %% tags=["active-ipynb"]
@@ -399,8 +400,8 @@ class Tokenizer:
 # ## CLIP's tokenizer
 #
 # The vocabulary lists the 256 bytes, the 256 bytes at a word's end, one symbol for each
-# merge, then the two markers. Reading and writing the hub's files (`vocab.json`,
-# `merges.txt`) is left to `minidiff.support`.
+# merge, then the two markers. Reading and writing the files of a model on the Hugging
+# Face hub (`vocab.json`, `merges.txt`) is left to `minidiff.support`.
 
 
 # %%
@@ -587,15 +588,15 @@ def best_path(text: str, trie: dict, unknown: float = -math.inf) -> list[str]:
 
 # %% [markdown]
 # The numbers at the arcs are log-probabilities; the coloured path has the largest sum:
-# "and" wins over "a" with "nd" and over "an" with "d". Here it differs from BPE: the
+# "and" wins over "a" with "nd" and over "an" with "d". In this it differs from BPE: the
 # whole word is weighed at once, and no early decision can spoil a later one.
 #
 # ## Learning pieces
 #
 # Where do the probabilities come from? If we knew how often each piece is used, $P(p)$
 # would be its share. If we knew $P$, we could tell how often each piece is used. *EM*
-# alternates. In the E step every path counts with its probability: an arc $i \to j$ is
-# used in a share of
+# (expectation and maximisation) alternates. In the E step every path counts with its
+# probability: an arc $i \to j$ is used in a share of
 #
 # $$
 # \frac{\alpha_i \; P(w_{i:j}) \; \beta_j}{\alpha_{|w|}},
@@ -978,8 +979,8 @@ class T5Tokenizer(Tokenizer):
 # **1.4 Explore.** Put `<|endoftext|>` into the middle of a prompt and look at CLIP-L's
 # ids; what will the text encoder, which reads its vector at the first end token, make
 # of the rest? Then train a BPE on the captions with `END_OF_WORD = ""` and see which
-# words still have one id. Last, let `learn_pieces` work with 50 pieces on a text of
-# your own language: which of its pieces have a meaning?
+# words still have one id. Last, let `learn_pieces` work on a text of your own language,
+# with fifty pieces more than it has different letters: which of them have a meaning?
 
 # %% [markdown]
 # ## Summary

@@ -4,9 +4,9 @@ r"""
 
 In this chapter you make the weights. Every network of this book began as random
 numbers; here you see what turns them into a tokenizer's partner, an autoencoder, a
-painter: five losses and one loop.
+painter: four losses and one loop.
 
-By the end you will be able to
+After it you will be able to
 
 - **write** the loss of each part: autoencoder, CLIP, T5, transformer;
 - **make** batches that depend on nothing but the numbers of their samples;
@@ -126,19 +126,19 @@ def precise(x: Tensor) -> Tensor:
 # %% [markdown]
 # ### The autoencoder: the same picture again
 #
-# The encoder gives a mean $\mu$ and a variance $\varsigma^2$ for each latent number;
-# the decoder gets a sample $z = \mu + \varsigma\,\epsilon$ and answers with $\hat x$.
+# The encoder gives a mean $\mu$ and a variance $s^2$ for each latent number;
+# the decoder gets a sample $z = \mu + s\,\epsilon$ and answers with $\hat x$.
 # With $e = \hat x - x$, the loss is
 #
 # $$\mathcal L = \overline{|e|} + 2\,\overline{e^2} + \tfrac12\,\overline{|\nabla e|}
-# + w \cdot \tfrac12\,\overline{\mu^2 + \varsigma^2 - 1 - \ln \varsigma^2}$$
+# + w \cdot \tfrac12\,\overline{\mu^2 + s^2 - 1 - \ln s^2}$$
 #
 # where a bar is a mean over all numbers. The first two terms ask for the right colours.
 # The third, with $\nabla$ the difference of neighbouring pixels, asks for the right
-# edges: a blurred picture has small errors everywhere, but they change quickly. The
-# last is the Kullback–Leibler divergence to $\mathcal N(0, 1)$; its weight
-# $w = 0.0005$ is small, just enough to keep the latents near one scale and to make them
-# tolerate noise.
+# edges: a blurred picture is off by little, but along outlines its error changes from
+# one pixel to the next. The last is the Kullback–Leibler divergence to
+# $\mathcal N(0, 1)$; its weight $w = 0.0005$ is small, just enough to keep the latents
+# near one scale and to make them tolerate noise.
 
 
 # %%
@@ -863,7 +863,7 @@ def fit(
 # The tests do it less politely: they send SIGKILL at twenty random moments, and at
 # chosen ones in the middle of a save.
 #
-# ## Against the reference
+# ## Parity
 #
 # The pieces of this chapter that exist elsewhere, next to ours: diffusers' moving
 # average and its KL divergence, and the loss of transformers' CLIP. (A test compares
@@ -916,17 +916,16 @@ def fit(
 #   tuned to human preferences.
 #
 # To train the whole tiny model yourself, in a terminal:
-# `minidiff train --output my-model`. Stop it when you like; the same line goes on. To
-# teach a model your own pictures, each with its caption in a `.txt` beside it:
-# `minidiff train --from tiny --lora --data my-pictures --output my-style`.
+# `minidiff train --output my-model`. Stop it when you like; the same line goes on. [How
+# the shipped model was made](../book/training_log.md) gives its recipe, seeds and
+# times. To teach a model your own pictures, each with its caption in a `.txt` beside
+# it: `minidiff train --from tiny --lora --data my-pictures --output my-style`.
 
 # %% [markdown]
 # ## Exercises
 #
-# ### Exercise 7.1 · How long does it remember?
-#
-# Predict: after how many steps does a moving average with decay $d$ give an old weight
-# half of its first influence? Compute it for $d = 0.999$.
+# **7.1 Predict.** After how many steps does a moving average with decay $d$ give an old
+# weight half of its first influence? Compute it for $d = 0.999$.
 #
 # <details><summary>Answer</summary>
 #
@@ -936,10 +935,8 @@ def fit(
 # </details>
 
 # %% [markdown]
-# ### Exercise 7.2 · Uniform levels
-#
-# Write `uniform_levels`, which gives each sample a level that is uniform in [0, 1), as
-# a function of its number.
+# **7.2 Code.** Write `uniform_levels`, which gives each sample a level that is uniform
+# in [0, 1), as a function of its number.
 
 # %% tags=["active-ipynb", "exercise"]
 # def uniform_levels(indices: Tensor, seed: int) -> Tensor:
@@ -963,11 +960,9 @@ def fit(
 # exercise_7_2()
 
 # %% [markdown]
-# ### Exercise 7.3 · A constant rate with a cooldown
-#
-# Many trainers keep the rate constant and let it fall only at the end, because then
-# nobody has to know the length of the run in advance. Write it: warm-up as before,
-# constant until the last `cooldown` steps, then a straight line to zero at
+# **7.3 Code.** Many trainers keep the rate constant and let it fall only at the end,
+# because then nobody has to know the length of the run in advance. Write it: warm-up as
+# before, constant until the last `cooldown` steps, then a straight line to zero at
 # `config.steps`.
 
 # %% tags=["active-ipynb", "exercise"]
@@ -994,10 +989,8 @@ def fit(
 # exercise_7_3()
 
 # %% [markdown]
-# ### Exercise 7.4 · Parts of a batch
-#
-# Predict, then try on the toy: does `accumulation=4` change the weights after a run?
-# Would it change CLIP's?
+# **7.4 Predict,** then try on the toy: does `accumulation=4` change the weights after a
+# run? Would it change CLIP's?
 #
 # <details><summary>Answer</summary>
 #
@@ -1009,11 +1002,9 @@ def fit(
 # </details>
 
 # %% [markdown]
-# ### Exercise 7.5 · Explore
-#
-# Train the small model with prompts dropped in half of the samples, or never. What does
-# guidance do to the pictures in each case? Then set `ema_decay` to 0.999 in `learn`:
-# why is the average now worse than the weights?
+# **7.5 Explore.** Train the small model with prompts dropped in half of the samples, or
+# never. What does guidance do to the pictures in each case? Then set `ema_decay` to
+# 0.999 in `learn`: why is the average now worse than the weights?
 
 # %% [markdown]
 # ## Summary

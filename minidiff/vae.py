@@ -45,14 +45,16 @@ from torch import Tensor, nn
 
 # %% [markdown]
 # Here is that latent for our prompt, drawn by the finished pipeline; the next chapters
-# build what draws it. As a picture of 16 channels it says little yet. By the end of the
-# chapter you will have decoded it with a decoder of your own.
+# build what draws it. It has 16 channels of 16 × 16 numbers, each channel shown as a
+# map, and says little yet. By the end of the chapter you will have decoded it with a
+# decoder of your own.
 
 # %% tags=["active-ipynb"]
 # pipe = minidiff.load("tiny")
 # pipe.progress = False
 # drawn_latents = pipe(PROMPT, seed=SEED, output_type="latent")
 # print(journey.check("latents", drawn_latents))
+# viz.show_latents(drawn_latents[0])
 
 # %% [markdown]
 # To learn what latents are we take them from pictures first: scenes composed from the
@@ -101,9 +103,9 @@ from torch import Tensor, nn
 # $\mu$ and a log-variance $\ln s^2$, and the latent is drawn from that normal
 # distribution:
 #
-# $$ z = \mu + s\,\varepsilon, \qquad \varepsilon \sim \mathcal N(0, 1). $$
+# $$ z = \mu + s\,\epsilon, \qquad \epsilon \sim \mathcal N(0, 1). $$
 #
-# Written this way, with the randomness in $\varepsilon$ alone, gradients reach $\mu$
+# Written this way, with the randomness in $\epsilon$ alone, gradients reach $\mu$
 # and $s$ ([Kingma and Welling 2014](https://arxiv.org/abs/1312.6114)). Training asks
 # the decoder $D$ to restore the picture $x$ from $z$, and holds the distribution near a
 # standard normal:
@@ -205,7 +207,7 @@ def group_norm(config: VAEConfig, channels: int) -> nn.GroupNorm:
 # %% tags=["active-ipynb"]
 # torch.manual_seed(0)
 # x = 3 + 2 * torch.randn(2, 32, 8, 8)
-# loops, tensors = group_norm_in_loops(x, 16), group_norm_at_once(x, 16)
+# loops, tensors = group_norm_in_loops(x, 8), group_norm_at_once(x, 8)
 # print("loops = tensors:", torch.allclose(loops, tensors, atol=1e-5))
 # layer = group_norm(VAEConfig.tiny(), 32)
 # print("tensors = class:", torch.allclose(tensors, layer(x), atol=1e-5))
@@ -214,8 +216,8 @@ def group_norm(config: VAEConfig, channels: int) -> nn.GroupNorm:
 # ### The residual block
 #
 # Normalise, bend, convolve; twice; and add the result to what came in. The bend is
-# $\mathrm{SiLU}(x) = x\,\sigma(x)$. Where the number of channels changes, a 1 × 1
-# convolution brings the input to the new width before the sum.
+# $\mathrm{SiLU}(x) = x \cdot \mathrm{sigmoid}(x)$. Where the number of channels
+# changes, a 1 × 1 convolution brings the input to the new width before the sum.
 
 
 # %%
@@ -541,7 +543,8 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 # %% [markdown]
 # Shape and colour survive; prints, seams and sharp edges are softened. This autoencoder
-# learned for a quarter of an hour on a CPU.
+# is small and learned on a CPU ([how](../book/training_log.md)); that of SD3.5 loses
+# far less.
 #
 # How wide are the distributions? Compare the noise $s$ with the spread of the means,
 # and look at what a draw does to the picture.
@@ -581,9 +584,9 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # viz.show_images(views, losses, columns=8)
 
 # %% [markdown]
-# A few channels carry most of it: without channel 1 or 4 the red of the dress fades.
-# Most others can be missed one at a time with hardly a trace. The colours are spread
-# over several channels; no channel is "the red one".
+# A few channels carry most of it: without one of them the picture loses decibels, and
+# its colours fade. Most others can be missed one at a time with hardly a trace. The
+# colours are spread over several channels; no channel is "the red one".
 
 # %% [markdown]
 # ## Reconstruction against compression
@@ -617,11 +620,12 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # viz.show_curves(curves, xlabel="numbers kept", ylabel="PSNR in dB", markers=True)
 
 # %% [markdown]
-# Eight of the sixteen components already give nearly all that this autoencoder can: the
-# curve is flat from there. Between about 800 and 2,000 numbers the latent beats the
-# small picture; with fewer or with more, plain shrinking wins. More numbers do not help
-# this decoder: what limits it is its short training. Measure your own autoencoder
-# against plain shrinking before you trust it.
+# The latent's curve climbs steeply and then goes flat: the last components are hardly
+# used. Where it lies above the other curve, the autoencoder has earned its place: for
+# the same number of numbers it gives the better picture. Where it lies below, plain
+# shrinking would have done better. With all sixteen components it is not the room in
+# the latent that limits the picture but the training of this decoder. Measure your own
+# autoencoder against plain shrinking before you trust it.
 
 # %% [markdown]
 # ## A walk between two latents
@@ -631,10 +635,9 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # mixed in the same proportions.
 
 # %% tags=["active-ipynb"]
-# a, b = 0, 3
 # steps = torch.linspace(0, 1, 7)[:, None, None, None]
-# walk = vae.decode(torch.lerp(latents[a], latents[b], steps))
-# fade = torch.lerp(images[a], images[b], steps)
+# walk = vae.decode(torch.lerp(latents[0], latents[3], steps))
+# fade = torch.lerp(images[0], images[3], steps)
 # viz.show_images(torch.cat([walk, fade]), columns=7)
 
 # %% [markdown]
@@ -648,7 +651,7 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # ## Why scale and shift
 #
 # Chapter 6 mixes data and noise along a straight line, $x_\sigma = (1 - \sigma)\,x_0 +
-# \sigma\,\varepsilon$, with noise of variance 1. How much of the picture survives at a
+# \sigma\,\epsilon$, with noise of variance 1. How much of the picture survives at a
 # given $\sigma$ then depends on the variance of $x_0$: the ratio of signal to noise is
 # $(1 - \sigma)^2 \operatorname{Var}(x_0) / \sigma^2$. Schedules, step sizes and the
 # network's initialisation all assume that $x_0$ has mean 0 and variance 1. Nothing in
@@ -707,11 +710,11 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # Forgetting `unscale` shrinks all contrasts: colours grow pale or shift, outlines stay.
 # Padding on the wrong side moves every picture by three pixels, one at the first level
 # and one of twice the size at the second, and smears the border above and on the left.
-# Those pictures look better and measure worse, because a shift makes every edge wrong.
-# Neither mistake raises an error.
+# To the eye those pictures may look the better ones; measured they are worse, because a
+# shift makes every edge wrong. Neither mistake raises an error.
 
 # %% [markdown]
-# ## The same numbers as diffusers
+# ## Parity
 #
 # The official files and diffusers name the same tensors differently; one table in the
 # package translates. With the same random weights both give the same means and the same
