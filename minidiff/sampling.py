@@ -5,7 +5,7 @@ r"""
 In this chapter you build the **pipeline**: seven chapters, put together, turn words
 into pictures.
 
-By the end you will be able to
+After it you will be able to
 
 - **assemble** tokenizers, encoders, transformer, solver and autoencoder by hand;
 - **batch** and **precompute** what the naive loop does again and again;
@@ -656,7 +656,7 @@ def load(
 
 # %% [markdown]
 # Guidance makes the prompt's garment plainer, and the four pictures more alike. Too
-# much of it frays the outlines: compare the last row.
+# much of it harms them: compare the last row with the one above it.
 #
 # ### Steps
 #
@@ -673,8 +673,10 @@ def load(
 # %% [markdown]
 # With one step all three draw the same picture, because a step to $\sigma = 0$ is
 # Euler's in each of them; and it is the average of what the prompt allows, as chapter 6
-# predicted. Heun asks twice per step: compare it with its neighbours at equal work, not
-# at equal steps.
+# predicted. With four steps DPM++ 2M can go astray: its last stroke but one falls from
+# a third to a thousandth, so that $h$ is eight times the one before, and the line
+# through two estimates is drawn much too far. Heun asks twice per step: compare it with
+# its neighbours at equal work, not at equal steps.
 #
 # ## Predict, then break it
 #
@@ -706,11 +708,12 @@ def load(
 # viz.show_images(pair, ["with T5"] * 4 + ["without"] * 4, columns=4, low=0)
 
 # %% [markdown]
-# On this model, hardly anything: it learned for half an hour on a CPU, leans on CLIP
-# for colours and places, and has little use yet for T5. (In training each encoder was
-# left out in one of ten scenes, so zeros are no surprise to it.) Esser et al. 2024
-# report that the large model, too, does without T5 on simple prompts; what suffers
-# there without T5 is written text and long, detailed prompts.
+# Compare the rows, seed by seed. Where they differ T5 has been read; where they do not,
+# CLIP alone has told the model enough. Captions as simple as ours ask little of T5, and
+# a short training learns to lean on CLIP. (In training each encoder was left out now
+# and then, so zeros are no surprise to it.) Esser et al. 2024 report that the large
+# model, too, does without T5 on simple prompts; what suffers there without T5 is
+# written text and long, detailed prompts.
 #
 # ## The same lines, full size
 #
@@ -813,6 +816,42 @@ def load(
 # - **Distillation** changes the weights rather than the code. Large Turbo is the
 #   example at hand: the same transformer, four steps, no guidance.
 #
+# ## What else the package does
+#
+# The chapters end here; the package goes on. What people do on top of a pipeline lives
+# in `minidiff.extras`, each a module of its own that calls the pipeline above. Its
+# options in a terminal are those of `minidiff sample` (`--help` lists them all).
+#
+# | what | in Python | in a terminal |
+# |---|---|---|
+# | Skip Layer Guidance, for Medium | `guidance.skip_layer_guidance` | `--skip-layers` |
+# | Image to image | `image_to_image.image_to_image` | `--image`, `--strength` |
+# | Inpainting | the same, with `mask_image` | `--mask` |
+# | LoRA: use one | `lora.load_lora` | `--lora`, `--lora-scale` |
+# | LoRA: train one | `finetune.finetune` | `minidiff train --lora` |
+# | Previews | `previews.show_previews` | `--preview` |
+# | Memory plans | `load(memory="12GB")` | `--memory 12GB` |
+# | Fewer passes through memory | `load(fast=True)` | `--fast` |
+# | Compiled blocks | `load(compile=True)` | `--compile` |
+#
+# *Skip Layer Guidance* moves away from what the model draws without some of its blocks.
+# *Inpainting* paints only where a mask is white. A *LoRA* is a file of small
+# corrections to the weights, learned from a folder of captioned pictures. *Previews*
+# show a thumbnail after each step, without the decoder. A *memory plan* says what stays
+# on the card, and in how many bits.
+#
+# Exercise 8.2 lets you write the second line yourself. This is how it is called:
+#
+# ```python
+# from minidiff.extras.image_to_image import image_to_image
+#
+# dress = pipe("a red dress on a blue background")[0]
+# coat = image_to_image(pipe, "a red coat on a blue background", dress, strength=0.7)[0]
+# ```
+#
+# What the last three lines cost and save is on the page
+# [Performance](../book/performance.md).
+#
 # ## Exercises
 #
 # **8.1 Predict.** Four pictures of one prompt, 28 steps of Heun, guidance 4.5: for how
@@ -905,13 +944,14 @@ def load(
 # dress”, and with “red”. Which one does the model understand, and why? Chapter 7 tells
 # which sentences it has seen.
 #
-# ## What you did
+# ## Summary
 #
-# You assembled tokenizers, encoders, transformer, solver and autoencoder by hand, and
-# drew a picture with a loop of four lines. You batched the prompts and computed the
-# modulations ahead, and saw that nothing changed. You watched the picture appear,
-# compared guidance scales, step counts and solvers, took T5 away, and set up the three
-# published models with the same lines.
+# You **assembled** tokenizers, encoders, transformer, solver and autoencoder by hand,
+# and drew a picture with a loop of four lines. You **batched** the prompts and
+# **precomputed** the modulations, and saw that nothing changed. You **watched** the
+# picture appear, **compared** guidance scales, step counts and solvers, and took T5
+# away. You set up the three published models with the same lines, which **run**
+# wherever their weights do.
 #
 # The journey ends where it wanted to go: the prompt of chapter 1 is a picture.
 
