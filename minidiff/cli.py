@@ -349,7 +349,11 @@ def train(
         bool | None, typer.Option(help="By default on a GPU only.")
     ] = None,
     start: Annotated[
-        Path | None, typer.Option(help="Folder of a tiny model to go on from.")
+        Path | None, typer.Option(help="Model to go on from: tiny, or its folder.")
+    ] = None,
+    scenes: Annotated[
+        str | None,
+        typer.Option(help="composed, or plain: grey garments, captioned by class."),
     ] = None,
     from_model: Annotated[
         str | None,
@@ -366,6 +370,9 @@ def train(
         str | None, typer.Option(help="Layers to correct: to_q,to_k,…")
     ] = None,
     learning_rate: Annotated[float, typer.Option(help="Of fine-tuning.")] = 1e-4,
+    recompute: Annotated[
+        bool, typer.Option(help="Fine-tune with less memory, a third slower.")
+    ] = False,
     device: Device = None,
 ) -> None:
     """Train the tiny model, stage by stage; run it again to go on after a stop.
@@ -374,16 +381,22 @@ def train(
     .txt beside it or in metadata.jsonl.
     """
     device = find_device(device)
-    if from_model:
-        from minidiff.extras import finetune
+    if from_model is None:
+        if lora or recompute:
+            raise ValueError("--lora and --recompute need --from, the model to tune")
+        from minidiff.extras import stages
 
-        chosen = (rank, alpha, targets) if lora else None
-        size = (steps or 500, batch_size or 1, learning_rate)
-        print(finetune.train(from_model, data, output, size, chosen, device, compile))
+        size = (steps, batch_size)
+        stages.train(stage, output, data, device, recipe, *size, compile, start, scenes)
         return
-    from minidiff.extras import stages
+    if recipe or start or scenes or stage != "all":
+        raise ValueError("--from has no stages, recipe, start or scenes")
+    from minidiff.extras import finetune
 
-    stages.train(stage, output, data, device, recipe, steps, batch_size, compile, start)
+    size = (steps, batch_size, learning_rate)
+    corrections = (rank, alpha, targets) if lora else None
+    how = (device, compile, recompute)
+    print(finetune.train(from_model, data, output, *size, corrections, *how))
 
 
 # Measurements

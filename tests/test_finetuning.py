@@ -77,7 +77,7 @@ def gain(model: Path, pictures: Path, change) -> float:
     """The loss after ``change`` of the pipeline, relative to before."""
     pipe = minidiff.load(model)
     side = pipe.transformer.config.sample_size * pipe.vae.config.factor
-    encoded = finetune.encode_folder(pipe, pictures, side)
+    encoded = finetune.encode(pipe, *read_folder(pictures, side))
     before = sum(finetune.level_losses(pipe, encoded))
     return sum(finetune.level_losses(change(pipe), encoded)) / before
 

@@ -1,20 +1,26 @@
 """Every stage learns from real data; a run survives what befalls it."""
 
+import json
 import math
 import os
 import resource
+import shutil
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minidiff import training
+from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.extras import stages
 from minidiff.support import rng, trainer
+from minidiff.support.checkpoints import load_component
 from minidiff.support.trainer import Run, TrainingError, read_log
 from minidiff.training import Task, TrainingConfig, fit
 
@@ -146,6 +152,147 @@ def test_transformer_learns(job: stages.Job, monkeypatch: pytest.MonkeyPatch) ->
     assert size <= 25e6
 
 
+# Going on from a model
+
+
+@pytest.fixture
+def made(job: stages.Job, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a whole model, little trained."""
+    monkeypatch.setattr(stages, "save_grid", lambda *_: None)
+    stages.run_stages(job, ("clip", "t5", "vae", "transformer"))
+    return job.model
+
+
+@pytest.fixture
+def go_on(job: stages.Job, made: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Trains a stage from ``made`` into a folder; the model that comes out."""
+    quick = {"steps": 8, "batch_size": 4, "warmup_steps": 2, "learning_rate": 2e-3}
+    quick |= {"log_every": 1, "save_every": 2, "validate_every": 0, "bfloat16": False}
+    recipe = tmp_path / "recipe.json"
+    small = {"latents": 32, "pictures": 4, "held": 8, "keep_latents": True}
+    recipe.write_text(json.dumps({"transformer": quick, "vae": quick, **small}))
+
+    def train(stage: str, output: Path, start: Path = made) -> Path:
+        TABLES[output / "model"] = TABLES[job.model]
+        stages.train(stage, output, job.data, recipe=str(recipe), start=start)
+        return output / "model"
+
+    return train
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """The bytes of all files under ``folder``."""
+    return {
+        str(f.relative_to(folder)): f.read_bytes()
+        for f in folder.rglob("*")
+        if f.is_file()
+    }
+
+
+def killed_after_step_4(action: Callable[[], object]) -> None:
+    """Run ``action`` in a child that dies when it has saved its fourth step."""
+
+    def fatal() -> None:
+        save = trainer.save_tensors
+
+        def die(path: Path, *arguments, **facts) -> None:
+            save(path, *arguments, **facts)
+            if path.name == "step-4.safetensors":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        trainer.save_tensors = die
+        action()
+
+    assert in_child(fatal) == signal.SIGKILL
+
+
+@pytest.mark.parametrize("stage", ["transformer", "vae"])
+def test_a_stage_goes_on_from_a_model(
+    go_on: Callable[..., Path], made: Path, tmp_path: Path, stage: str
+) -> None:
+    model = go_on(stage, tmp_path / "whole")
+    old, new = files(made), files(model)
+    changed = {name.split("/")[0] for name in old if old[name] != new[name]}
+    assert old.keys() == new.keys() and changed == {stage}
+    killed_after_step_4(lambda: go_on(stage, tmp_path / "killed"))
+    again = tmp_path / "killed" / "runs" / stage
+    assert (again / "step-4.safetensors").exists()
+    assert not (again / "step-6.safetensors").exists()
+    assert files(go_on(stage, tmp_path / "killed")) == new
+
+
+def test_the_loss_begins_where_the_old_model_stands(
+    go_on: Callable[..., Path],
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    old = load_component(MMDiT, MMDiTConfig, made / "transformer")
+    seen = []
+
+    def fit(task: Task, config: TrainingConfig, *rest) -> nn.Module:
+        with torch.no_grad():
+            seen.append(task.loss(old, task.batch(torch.arange(config.batch_size))))
+        return training.fit(task, config, *rest)
+
+    monkeypatch.setattr(stages, "fit", fit)
+    go_on("transformer", tmp_path / "new")
+    log = read_log(tmp_path / "new" / "runs" / "transformer" / "log.jsonl")
+    assert log[0]["loss"] == pytest.approx(seen[0].item(), rel=1e-5)
+
+
+def test_the_decoder_learns_alone(
+    go_on: Callable[..., Path], made: Path, tmp_path: Path
+) -> None:
+    model = go_on("vae", tmp_path / "new")
+    log = read_log(tmp_path / "new" / "runs" / "vae" / "log.jsonl")
+    losses = [record["loss"] for record in log if "loss" in record]
+    assert sum(losses[-3:]) < 0.95 * sum(losses[:3]), losses
+    name = "vae/diffusion_pytorch_model.safetensors"
+    old, new = load_file(made / name), load_file(model / name)
+    same = {key.split(".")[0] for key in old if torch.equal(old[key], new[key])}
+    assert same == {"encoder"}
+    assert all(torch.equal(old[k], new[k]) for k in old if k.startswith("encoder"))
+
+
+def test_a_start_in_float32_is_left_as_it_is(
+    go_on: Callable[..., Path], made: Path, tmp_path: Path
+) -> None:
+    """Weights that need no conversion come as a map of the file itself."""
+    copy = shutil.copytree(made, tmp_path / "start")
+    file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    wide = {name: x.float() for name, x in load_file(file).items()}
+    save_file(wide, file, {"format": "pt"})
+    before = files(copy)
+    go_on("transformer", tmp_path / "new", copy)
+    assert files(copy) == before
+
+
+def test_what_cannot_be_a_start(
+    go_on: Callable[..., Path], made: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="--stage is 'clip'; expected all, vae, tr"):
+        go_on("clip", tmp_path / "new")
+    with pytest.raises(ValueError, match="expected tiny, or a model's folder"):
+        go_on("vae", tmp_path / "new", tmp_path)
+    copy = shutil.copytree(made, tmp_path / "copy")
+    weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=f"expected {len(whole)}"):
+        go_on("vae", tmp_path / "new", copy)
+    assert not (tmp_path / "new").exists()
+    weights.write_bytes(whole)
+    go_on("vae", tmp_path / "new", copy)
+    (copy / "text_encoder" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="config|start = "):
+        go_on("vae", tmp_path / "new", copy)
+    with pytest.raises(ValueError, match="text_encoder is not .*: expected another"):
+        stages.copy_start(
+            stages.Job(tmp_path / "new", stages.RECIPES["trial"], start=copy)
+        )
+
+
 def test_a_file_changes_the_recipe(tmp_path: Path) -> None:
     path = tmp_path / "recipe.json"
     path.write_text('{"transformer": {"steps": 7, "learning_rate": 1}, "shift": 3.0}')
@@ -264,6 +411,29 @@ def test_a_run_killed_while_it_saves(
     assert list(tmp_path.glob("step-*.safetensors"))
     assert_same(trained(tmp_path), whole)
     assert not list(tmp_path.glob(".*.part"))
+
+
+def test_moments_come_back_in_the_memory_order_of_the_weights(tmp_path: Path) -> None:
+    def action(deadline: float | None = None) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+
+        def loss(model: nn.Module, batch: dict) -> torch.Tensor:
+            return model(batch["x"]).square().mean()
+
+        def batch(indices: torch.Tensor) -> dict:
+            return {"x": rng.normal(3, indices, (4, 6, 6))}
+
+        config = TrainingConfig(3, 4, warmup_steps=1)
+        task = Task(model, loss, batch)
+        with Run(tmp_path / str(deadline is None), {}) as run:
+            return fit(task, config, run, deadline=deadline).state_dict()
+
+    whole = action()
+    for _ in range(2):
+        with pytest.raises(TimeoutError):
+            action(deadline=1.0)
+    assert_same(action(deadline=1.0), whole)
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ In full, or by LoRA: then only small corrections learn, and the file that comes 
 one that diffusers loads.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +14,13 @@ from torch import Tensor, nn
 from minidiff.extras.lora import ATTENTION, FILE, add_lora, save_lora
 from minidiff.flow_matching import shift_sigma
 from minidiff.sampling import Pipeline, load
-from minidiff.support import parallel, rng
+from minidiff.support import parallel, rng, trainer
 from minidiff.support.captioned import read_folder
 from minidiff.support.trainer import (
     Run,
     fingerprint,
+    lasting,
     load_tensors,
-    recompute,
     save_tensors,
 )
 from minidiff.training import (
@@ -43,14 +44,11 @@ class LoraConfig:
 
 
 @torch.no_grad()
-def encode_folder(
-    pipe: Pipeline, folder: Path | str, size: int, crop: bool = True
-) -> Batch:
+def encode(pipe: Pipeline, images: Tensor, captions: list[str]) -> Batch:
     """Latents (N, C, h, w) and what the encoders make of the captions.
 
     ``context`` and ``pooled`` have one more row, the last: the empty prompt's.
     """
-    images, captions = read_folder(folder, size, crop)
     latents, contexts = [], []
     for image in images.split(1):
         mode = pipe.vae.encode(image.to(pipe.device, pipe.dtype)).mode()
@@ -61,22 +59,23 @@ def encode_folder(
     return {"x0": torch.cat(latents), "context": context, "pooled": pooled}
 
 
-def cached(pipe: Pipeline, folder: Path, size: int, crop: bool, cache: Path) -> Batch:
-    """``encode_folder``, kept on disk under a name made of all that went into it."""
-    images, captions = read_folder(folder, size, crop)
-    weights = [
-        value
-        for part in (pipe.vae, *filter(None, pipe.text_encoders))
-        for value in part.state_dict().values()
-    ]
-    first = [w.flatten()[:64].float() for w in weights]
-    path = cache / f"{fingerprint(images, captions, *first)}.safetensors"
+def encoding_name(pipe: Pipeline, images: Tensor, captions: list[str]) -> str:
+    """A name for what ``encode`` returns, made of all that goes into it."""
+    parts = (pipe.vae, *filter(None, pipe.text_encoders))
+    weights = [x for part in parts for x in part.state_dict().values()]
+    ids = [tokenizer(captions) for tokenizer in filter(None, pipe.tokenizers)]
+    return fingerprint(images, captions, pipe.vae.config, *ids, *weights)
+
+
+def cached(path: Path, make: Callable[[], Batch], device: torch.device) -> Batch:
+    """What ``make`` returns, kept in the file ``path``."""
     if path.exists():
-        return {k: v.to(pipe.device) for k, v in load_tensors(path)[0].items()}
-    encoded = encode_folder(pipe, folder, size, crop)
-    cache.mkdir(parents=True, exist_ok=True)
-    save_tensors(path, encoded)
-    return encoded
+        return {k: v.to(device) for k, v in load_tensors(path)[0].items()}
+    made = make()
+    if parallel.rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(path, made)
+    return made
 
 
 def finetuning_task(
@@ -120,10 +119,14 @@ def finetune(
     whole model in ``output``/model. A stopped run goes on when called again.
     ``recomputed`` saves memory: see ``trainer.recompute``.
     """
+    trainer.check_batch(config.steps, config.batch_size, config.accumulation)
     device = parallel.start(device)
     pipe, output = load(model, device, torch.float32), Path(output)
     side = pipe.transformer.config.sample_size * pipe.vae.config.factor
-    encoded = cached(pipe, Path(pictures), size or side, crop, output / "cache")
+    images, captions = read_folder(pictures, size or side, crop)
+    name = encoding_name(pipe, images, captions)
+    path = output / "cache" / f"{name}.safetensors"
+    encoded = cached(path, lambda: encode(pipe, images, captions), pipe.device)
     trained, updates = pipe.transformer, None
     torch.manual_seed(seed)
     if lora:
@@ -134,10 +137,11 @@ def finetune(
             parameter.data = parameter.data.clone()
         trained.requires_grad_(True)
     if recomputed:
-        recompute(pipe.transformer.joint_blocks)
+        trainer.recompute(pipe.transformer.joint_blocks)
     task = finetuning_task(pipe, encoded, trained, seed, drop)
     settings = {"model": str(model), "pictures": str(pictures), "lora": str(lora)}
-    with Run(output / "run", settings | {"steps": config.steps}) as run:
+    settings |= {"encodings": name, "drop": drop, "seed": seed, **lasting(config)}
+    with Run(output / "run", settings) as run:
         averaged = fit(task, config, run, device)
     trained.load_state_dict(averaged.state_dict())
     if parallel.rank():
@@ -161,27 +165,39 @@ def train(
     model: str,
     pictures: Path | None,
     output: Path,
-    size: tuple[int, int, float],
-    lora: tuple[int, float | None, str | None] | None,
+    steps: int | None,
+    batch_size: int | None,
+    learning_rate: float,
+    corrections: tuple[int, float | None, str | None] | None,
     device: str,
     compile: bool | None,
+    recomputed: bool,
 ) -> Path:
-    """``minidiff train --from``: ``size`` is steps, batch size and learning rate;
-    ``lora`` is rank, alpha and the layers' names, by commas."""
+    """``minidiff train --from``: 500 steps of one picture unless told otherwise.
+
+    ``corrections``, for LoRA, are rank, alpha and the layers' names, by commas.
+    """
     if pictures is None:
         raise ValueError("--from needs --data: a folder of pictures with captions")
-    steps, batch_size, rate = size
+    if learning_rate <= 0:
+        raise ValueError(f"--learning-rate is {learning_rate}; expected more than 0")
+    steps = 500 if steps is None else steps
     config = TrainingConfig(
         steps,
-        batch_size,
-        rate,
+        1 if batch_size is None else batch_size,
+        learning_rate,
         warmup_steps=min(100, steps // 10 + 1),
         bfloat16=device.startswith("cuda"),
         compile=bool(compile),
         save_every=100,
     )
-    chosen = None
-    if lora:
-        names = tuple(lora[2].split(",")) if lora[2] else tuple(ATTENTION)
-        chosen = LoraConfig(lora[0], lora[1], names)
-    return finetune(model, pictures, output, config, chosen, device)
+    lora = None
+    if corrections:
+        rank, alpha, names = corrections
+        if rank < 1:
+            raise ValueError(f"--rank is {rank}; expected at least 1")
+        targets = tuple(names.split(",")) if names else tuple(ATTENTION)
+        lora = LoraConfig(rank, alpha, targets)
+    return finetune(
+        model, pictures, output, config, lora, device, recomputed=recomputed
+    )

@@ -5,10 +5,11 @@ under ``OUTPUT/runs/STAGE`` and exports float16 weights in the hub's layout into
 ``OUTPUT/model``; the next stage reads them from there.
 """
 
+import filecmp
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,14 +21,21 @@ from minidiff.extras import loading
 from minidiff.flow_matching import Scheduler, euler, guide, shift_sigma
 from minidiff.support import parallel, rng
 from minidiff.support.checkpoints import (
+    TINY,
     load_component,
     read_json,
     save_component,
     write_json,
 )
-from minidiff.support.data import Scenes, caption_ids, draw_attributes, token_table
+from minidiff.support.data import SCENES, Scenes, token_table
 from minidiff.support.judge import train_judge
-from minidiff.support.trainer import Run, fingerprint, load_tensors, save_tensors
+from minidiff.support.trainer import (
+    Run,
+    fingerprint,
+    lasting,
+    load_tensors,
+    save_tensors,
+)
 from minidiff.text_encoders import (
     CLIPTextConfig,
     CLIPTextEncoder,
@@ -76,6 +84,7 @@ class Recipe:
     uniform_levels: bool = False  # noise levels uniform, not logit-normal
     keep_latents: bool = False  # of the autoencoder only the decoder learns
     shift: float = 1.0  # moves noise levels towards 1
+    scenes: str = "composed"  # or "plain": grey garments, captioned by their class
     judge: dict = field(default_factory=dict)  # arguments of ``train_judge``
 
 
@@ -205,7 +214,8 @@ class Job:
 
     def scenes(self, two_garments: float = 0.5, split: str = "train") -> Scenes:
         """Scenes of one split on this job's device."""
-        return Scenes(split, self.data, self.device, self.seed, two_garments)
+        kind = SCENES[self.recipe.scenes]
+        return kind(split, self.data, self.device, self.seed, two_garments)
 
 
 def shuffled(indices: Tensor, n: int) -> Tensor:
@@ -220,18 +230,13 @@ def key(job: Job, purpose: str) -> int:
 
 @torch.no_grad()
 def picture_pool(scenes: Scenes, n: int, chunk: int = 4096) -> tuple[Tensor, ...]:
-    """Scenes 0 … n − 1: pictures uint8 (n, 3, 64, 64), captions, their meanings (n,).
-
-    A meaning is the caption's number in its first template.
-    """
+    """Scenes 0 … n − 1: pictures uint8 (n, 3, 64, 64), captions and meanings (n,)."""
     parts = []
     for start in range(0, n, chunk):
         device = scenes.gray.device
         batch = scenes.batch(torch.arange(start, min(n, start + chunk), device=device))
         images = ((batch.images + 1) * 127.5).round().clamp(0, 255).byte()
-        first = torch.zeros_like(batch.templates)
-        meaning = caption_ids(batch.attributes, first)
-        parts.append((images, batch.caption_ids, meaning))
+        parts.append((images, batch.caption_ids, batch.meanings))
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
@@ -254,10 +259,10 @@ def load_tokenizers(job: Job) -> list:
 
 def token_tables(job: Job) -> list[Tensor]:
     """Ids of every caption by each tokenizer, (captions + 1, L); the last row is ""."""
-    tables = []
+    texts, tables = job.scenes().all_captions(), []
     for tokenizer in load_tokenizers(job):
         empty = tokenizer([""]).short()
-        tables.append(torch.cat([token_table(tokenizer), empty]).to(job.device))
+        tables.append(torch.cat([token_table(tokenizer, texts), empty]).to(job.device))
     return tables
 
 
@@ -317,7 +322,8 @@ def train_t5(job: Job) -> None:
     sentinels = [tokenizer.vocab[f"<extra_id_{i}>"] for i in range(3)]
     sentinels = torch.tensor(sentinels, device=job.device)
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    captions = caption_pairs(scenes, n)
+    every = torch.arange(n, device=job.device).split(2**16)
+    captions = torch.cat([scenes.caption_pairs(part) for part in every])
     seed = key(job, "spans")
 
     def batch(indices: Tensor) -> dict[str, Tensor]:
@@ -335,28 +341,14 @@ def train_t5(job: Job) -> None:
     export(job, learn(job, "t5", task).encoder, ENCODERS[2], "T5EncoderModel")
 
 
-@torch.no_grad()
-def caption_pairs(scenes: Scenes, n: int, chunk: int = 2**16) -> Tensor:
-    """The captions of scenes 0 … n − 1 by two different templates, (n, 2)."""
-    pairs = []
-    for start in range(0, n, chunk):
-        indices = torch.arange(start, min(n, start + chunk), device=scenes.gray.device)
-        u = rng.uniform(scenes.seed, indices, 16)
-        attributes, templates = draw_attributes(u, scenes.two_garments, False)
-        step = 1 + (rng.uniform(scenes.seed + 1, indices, 1)[:, 0] * 3).long()
-        other = (templates + step) % 4
-        ids = [caption_ids(attributes, t) for t in (templates, other)]
-        pairs.append(torch.stack(ids, 1))
-    return torch.cat(pairs)
-
-
 # Autoencoder
 
 
 def train_vae(job: Job) -> None:
     """The autoencoder, and the shift and scale of its latents."""
     images = picture_pool(job.scenes(), job.recipe.pictures)[0]
-    config = VAEConfig.tiny()
+    vae = begun(job, VAE, VAEConfig, "vae").to(memory_format=torch.channels_last)
+    config = vae.config
     seed, side = key(job, "posterior"), images.shape[-1] // config.factor
     shape = (config.latent_channels, side, side)
     held = torch.arange(job.recipe.held, device=job.device)
@@ -370,7 +362,6 @@ def train_vae(job: Job) -> None:
     def validate(vae: VAE) -> dict[str, float]:
         return {"psnr": psnr(vae, tests)}
 
-    vae = begun(job, VAE, VAEConfig, "vae").to(memory_format=torch.channels_last)
     vae.encoder.requires_grad_(not job.recipe.keep_latents)
     vae = learn(job, "vae", Task(vae, vae_loss, batch, validate))
     if not job.recipe.keep_latents:
@@ -401,34 +392,48 @@ def measured(vae: VAE, images: Tensor) -> VAE:
 
 
 class Features:
-    """What the frozen models make of scenes: latents, and each caption's encodings."""
+    """What the frozen models make of scenes: latents, and each caption's encodings.
+
+    Scene i has the row ``place[i]`` of ``context`` and ``pooled``; row 0 is the empty
+    prompt's. With ``job.cache`` all is kept there, under a name made of what made it.
+    """
 
     def __init__(self, job: Job, scenes: Scenes, n: int) -> None:
         self.vae, self.encoders = load_vae(job), load_encoders(job)
         tables = token_tables(job)
-        made_by = fingerprint(
-            *self.vae.state_dict().values(), scenes.seed, scenes.two_garments, n
-        )
-        path = job.cache and job.cache / f"latents-{made_by}.safetensors"
+        path = job.cache and job.cache / self.name(scenes, tables, n)
         if path and path.exists():
             kept = load_tensors(path)[0]
         else:
-            kept = encode_scenes(self.vae, scenes, n)
-            if path:
+            kept = self.encode(scenes, tables, n)
+            if path and parallel.rank() == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_tensors(path, kept)
-        self.latents = kept["latents"].to(job.device)
-        captions = kept["captions"].to(job.device)
+        kept = {name: x.to(job.device) for name, x in kept.items()}
+        self.latents, self.place = kept["latents"], kept["place"]
+        self.context, self.pooled = kept["context"], kept["pooled"]
+
+    def name(self, scenes: Scenes, tables: list[Tensor], n: int) -> str:
+        """The file of these models' encodings of these scenes."""
+        parts = (self.vae, *self.encoders)
+        weights = [x for part in parts for x in part.state_dict().values()]
+        drawn = type(scenes).__name__, scenes.seed, scenes.two_garments, n
+        return f"{fingerprint(*weights, *tables, scenes.gray, *drawn)}.safetensors"
+
+    def encode(self, scenes: Scenes, tables: list[Tensor], n: int) -> dict[str, Tensor]:
+        """Latents, places, contexts and pooled vectors, as the attributes are."""
+        latents, captions = encode_scenes(self.vae, scenes, n)
         # the empty prompt, the last row of the tables, is encoded too, as row 0 here
-        empty = torch.tensor([len(tables[0]) - 1], device=job.device)
+        empty = torch.tensor([len(tables[0]) - 1], device=captions.device)
         unique, place = captions.unique(return_inverse=True)
-        self.place = place + 1
         rows = torch.cat([empty, unique])
-        self.context, self.pooled = encode_captions(self.encoders, tables, rows)
+        context, pooled = encode_captions(self.encoders, tables, rows)
+        known = {"latents": latents, "place": place + 1}
+        return known | {"context": context, "pooled": pooled}
 
 
 @torch.no_grad()
-def encode_scenes(vae: VAE, scenes: Scenes, n: int) -> dict:
+def encode_scenes(vae: VAE, scenes: Scenes, n: int) -> tuple[Tensor, Tensor]:
     """float16 latents (n, C, h, w), scaled, and caption numbers (n,) of n scenes."""
     device, latents, captions = scenes.gray.device, [], []
     chunk = 64 if device.type == "cpu" else 2048  # what its caches hold
@@ -438,7 +443,7 @@ def encode_scenes(vae: VAE, scenes: Scenes, n: int) -> dict:
             mode = vae.encode(batch.images).mode()
         latents.append(vae.scale(mode.float()).half())
         captions.append(batch.caption_ids)
-    return {"latents": torch.cat(latents), "captions": torch.cat(captions)}
+    return torch.cat(latents), torch.cat(captions)
 
 
 @torch.no_grad()
@@ -507,7 +512,7 @@ def export_unfinished(job: Job) -> None:
         key=lambda path: int(path.stem[5:]),
     )
     weights = load_tensors(last)[0].items()
-    model = MMDiT(MMDiTConfig.tiny())
+    model = begun(job, MMDiT, MMDiTConfig, "transformer")
     averaged = {k[4:]: v for k, v in weights if k.startswith("ema/")}
     model.load_state_dict(averaged)
     export(job, model, "transformer", "SD3Transformer2DModel")
@@ -546,21 +551,25 @@ def begun(job: Job, model_class: type, config_class: type, name: str):
     """A model to train: its tiny configuration, or what ``job.start`` has learned."""
     if job.start is None:
         return model_class(config_class.tiny())
-    return load_component(model_class, config_class, job.start / name)
+    model = load_component(model_class, config_class, job.start / name)
+    for parameter in model.parameters():  # it may be a read-only memory map
+        parameter.data = parameter.data.clone()
+    return model
 
 
 def learn(job: Job, stage: str, task: Task) -> torch.nn.Module:
     """Fit one stage in its own folder; what differs from a run begun there is named."""
     config = getattr(job.recipe, stage)
     settings = {"stage": stage, "seed": job.seed, **lasting(config)}
+    settings |= {"start": job.start and str(job.start), **samples(job.recipe)}
     with Run(job.output / "runs" / stage, settings) as run:
         return fit(task, config, run, job.device, job.deadline)
 
 
-def lasting(config: TrainingConfig) -> dict:
-    """The settings that change what is learned."""
-    passing = ("compile", "log_every", "save_every", "validate_every")
-    return {k: v for k, v in asdict(config).items() if k not in passing}
+def samples(recipe: Recipe) -> dict:
+    """The settings that change what is learned from, the same for all stages."""
+    values = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
+    return {k: v for k, v in values.items() if not isinstance(v, TrainingConfig | dict)}
 
 
 def export(job: Job, model: torch.nn.Module, name: str, class_name: str) -> None:
@@ -616,6 +625,7 @@ RUN = {
 
 
 GOES_ON = ("vae", "transformer")  # stages that can begin with a model's weights
+COPIED = ("tokenizers", "clip", "t5")  # whose results they leave as they are
 ALONE = ("tokenizers", "judge")  # stages that one process does for all
 
 
@@ -626,6 +636,7 @@ def run_stages(job: Job, stages: tuple[str, ...]) -> None:
         finished = done.exists()
         parallel.wait()  # nobody begins before all have looked
         if finished:
+            log(f"{stage}: was done before")
             continue
         start = time.time()
         torch.manual_seed(job.seed)
@@ -634,8 +645,59 @@ def run_stages(job: Job, stages: tuple[str, ...]) -> None:
         if parallel.rank() == 0:
             done.parent.mkdir(parents=True, exist_ok=True)
             done.write_text(json.dumps({"seconds": round(time.time() - start, 1)}))
-            print(f"{stage}: done in {time.time() - start:.0f} s", flush=True)
+        log(f"{stage}: done in {time.time() - start:.0f} s")
         parallel.wait()
+
+
+def choose_stages(stage: str, start: Path | None, scenes: str) -> tuple[str, ...]:
+    """The stages that ``stage`` names: one, or "all" that there are."""
+    possible, case = STAGES, ""
+    if start:
+        possible, case = GOES_ON, " with --start"
+    elif scenes == "plain":  # the judge reads what only composed scenes have
+        possible, case = tuple(s for s in STAGES if s != "judge"), " with plain scenes"
+    if stage not in (*possible, "all"):
+        known = ", ".join(possible)
+        raise ValueError(f"--stage is {stage!r}; expected all, {known}{case}")
+    return possible if stage == "all" else (stage,)
+
+
+def log(line: str) -> None:
+    """Print ``line`` once, however many processes train."""
+    if parallel.rank() == 0:
+        print(line, flush=True)
+
+
+def open_start(start: Path) -> Path:
+    """The folder of the model to go on from; ValueError unless all of it is whole."""
+    folder = TINY if str(start) == "tiny" else start
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"--start is {start}; expected tiny, or a model's folder")
+    loading.open_folder(folder)
+    return folder
+
+
+def copy_start(job: Job) -> None:
+    """Copy the model to go on from to where this job's stands, whole or not at all.
+
+    Raises ValueError where another model stands already.
+    """
+    if not job.model.exists():
+        part = job.output / ".model.part"
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(job.start, part)
+        part.replace(job.model)
+    for name in (*TOKENIZERS, *ENCODERS):
+        here, there = job.model / name, job.start / name
+        files = [path.name for path in there.iterdir()]
+        if filecmp.cmpfiles(here, there, files, shallow=False)[0] != files:
+            raise ValueError(
+                f"{here} is not {job.start}'s: expected another --output, or the "
+                "model that it began with"
+            )
+    (job.output / "runs").mkdir(exist_ok=True)
+    for stage in COPIED:
+        (job.output / "runs" / f"{stage}.done").write_text(f'"{job.start}"')
 
 
 def train(
@@ -648,21 +710,26 @@ def train(
     batch_size: int | None = None,
     compile: bool | None = None,
     start: Path | None = None,
+    scenes: str | None = None,
 ) -> None:
     """``minidiff train``: one stage, or "all" that are not done yet, into ``output``.
 
     ``start`` names a folder of a model to go on from: its tokenizers and text encoders
-    stay, its autoencoder and transformer learn on.
+    stay, its autoencoder and transformer learn on. ``scenes``: "composed" or "plain",
+    for the recipe's.
 
     ``recipe`` is "gpu" (large batches, for a large GPU), "shipped" (what made the
     shipped model, an hour of a CPU), "trial" (a few steps of everything) or a JSON file
     (see ``find_recipe``); by default "gpu" on a GPU, else "shipped". Raises ValueError
     for a name or a number that cannot be.
     """
-    if stage not in (*STAGES, "all"):
-        raise ValueError(f"--stage is {stage!r}; expected all, {', '.join(STAGES)}")
     cuda = device.startswith("cuda")
     chosen = find_recipe(recipe or ("gpu" if cuda else "shipped"))
+    chosen = replace(chosen, scenes=scenes or chosen.scenes)
+    if chosen.scenes not in SCENES:
+        known = ", ".join(SCENES)
+        raise ValueError(f"scenes is {chosen.scenes!r}; expected {known}")
+    stages = choose_stages(stage, start, chosen.scenes)
     changes = {"steps": steps, "batch_size": batch_size}
     changes = {name: value for name, value in changes.items() if value is not None}
     if changes and not hasattr(chosen, stage):
@@ -678,14 +745,11 @@ def train(
             config = replace(config, bfloat16=name != "clip")
         config = replace(config, **changes) if name == stage else config
         chosen = replace(chosen, **{name: config})
-    stages = STAGES if stage == "all" else (stage,)
-    if start:
-        stages = tuple(name for name in stages if name in GOES_ON)
-        if not stages:
-            raise ValueError(f"--start is for {' and '.join(GOES_ON)}, not {stage}")
+    start = start and open_start(start)
     device = parallel.start(device)
-    job = Job(output, chosen, data and str(data), device, start=start)
-    if start and parallel.rank() == 0 and not job.model.exists():
-        shutil.copytree(start, job.model)
+    cache = None if cuda else output / "cache"  # a GPU encodes as fast as a disk reads
+    job = Job(output, chosen, data and str(data), device, cache, start=start)
+    if start and parallel.rank() == 0:
+        copy_start(job)
     parallel.wait()
     run_stages(job, stages)

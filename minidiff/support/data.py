@@ -160,13 +160,13 @@ def all_captions() -> list[str]:
     return captions(*caption_attributes(torch.arange(NUM_CAPTIONS)))
 
 
-def token_table(tokenizer) -> Tensor:
-    """Token ids of every caption, int32 (NUM_CAPTIONS, tokenizer.model_max_length).
+def token_table(tokenizer, texts: list[str] | None = None) -> Tensor:
+    """Token ids of ``texts``, int32 (N, tokenizer.model_max_length): of every caption.
 
     Both kinds of tokenizer split at spaces first, so each word is encoded once;
     the result is compared with ``tokenizer`` itself on a sample of captions.
     """
-    texts, length = all_captions(), tokenizer.model_max_length
+    texts, length = texts or all_captions(), tokenizer.model_max_length
     ends = tokenizer.encode("")  # the special tokens alone
     start, end, pad = ends[:-1], ends[-1:], tokenizer.pad_token_id
     vocabulary = {word for text in texts for word in text.split()}
@@ -306,6 +306,11 @@ class SceneBatch:
         """The captions as numbers (B,), rows of a ``token_table``."""
         return caption_ids(self.attributes, self.templates)
 
+    @property
+    def meanings(self) -> Tensor:
+        """One number (B,) for all captions that say the same."""
+        return caption_ids(self.attributes, torch.zeros_like(self.templates))
+
 
 class Scenes:
     """Scenes of one split, each a pure function of (seed, index).
@@ -336,16 +341,91 @@ class Scenes:
         self.starts = self.sizes.cumsum(0) - self.sizes
         self.seed, self.two_garments, self.held_out = seed, two_garments, held_out
 
+    def all_captions(self) -> list[str]:
+        """Every caption: entry i is the one with number i."""
+        return all_captions()
+
     @torch.no_grad()
     def batch(self, indices: Tensor) -> SceneBatch:
         """The scenes with the numbers ``indices`` (B,), any non-negative integers."""
         u = uniform(self.seed, indices, 24, self.gray.device)
         attributes, templates = draw_attributes(u, self.two_garments, self.held_out)
         garments = attributes.garments.clamp(min=0)
-        pick = self.starts[garments] + _choose(u[:, 16:18], self.sizes[garments])
         size, centre = place(u[:, 18:], attributes.layout)
-        images, masks = render(self.gray[pick], attributes, size, centre)
+        gray = self.pick(garments, u[:, 16:18])
+        images, masks = render(gray, attributes, size, centre)
         return SceneBatch(images, attributes, templates, masks)
+
+    def pick(self, garments: Tensor, u: Tensor) -> Tensor:
+        """A grey picture (…, 28, 28) of each class in ``garments``, chosen by ``u``."""
+        return self.gray[self.starts[garments] + _choose(u, self.sizes[garments])]
+
+    def caption_pairs(self, indices: Tensor) -> Tensor:
+        """The numbers of two captions of each scene that say the same, (B, 2)."""
+        u = uniform(self.seed, indices, 16)
+        attributes, templates = draw_attributes(u, self.two_garments, self.held_out)
+        both = templates, other_templates(templates, self.seed, indices)
+        return torch.stack([caption_ids(attributes, t) for t in both], 1)
+
+
+def other_templates(templates: Tensor, seed: int, indices: Tensor) -> Tensor:
+    """Of the four templates one that is not the given one (B,)."""
+    return (templates + 1 + _choose(uniform(seed + 1, indices, 1)[:, 0], 3)) % 4
+
+
+@dataclass(frozen=True)
+class GarmentBatch:
+    """Pictures (B, 3, 64, 64) in [−1, 1], their classes (B,) and caption templates."""
+
+    images: Tensor
+    meanings: Tensor
+    templates: Tensor
+
+    @property
+    def captions(self) -> list[str]:
+        """The captions as strings."""
+        texts = garment_captions()
+        return [texts[i] for i in self.caption_ids.tolist()]
+
+    @property
+    def caption_ids(self) -> Tensor:
+        """The captions as numbers (B,), rows of a ``token_table``."""
+        return self.templates * len(CLASSES) + self.meanings
+
+
+def garment_captions() -> list[str]:
+    """Every class by every template: "a dress", "a photo of a dress", "dress", …"""
+    templates = ("{A}", "a photo of {A}", "{a}", "a picture of {A}")
+    return [t.format(a=c, A=_article(c)) for t in templates for c in CLASSES]
+
+
+class Garments(Scenes):
+    """Fashion-MNIST as it is: one grey garment on black, its class for a caption.
+
+    The pictures are enlarged twice and lie in the middle of 64 × 64 pixels. Each is a
+    pure function of (seed, index) too; the number of garments does not apply.
+    """
+
+    def all_captions(self) -> list[str]:
+        return garment_captions()
+
+    @torch.no_grad()
+    def batch(self, indices: Tensor) -> GarmentBatch:
+        u = uniform(self.seed, indices, 3, self.gray.device)
+        garments = _choose(u[:, 0], len(CLASSES))
+        gray = self.pick(garments, u[:, 1])[:, None]  # → (B, 1, 28, 28)
+        large = F.interpolate(gray, scale_factor=2, mode="bicubic").clamp(0, 1)
+        images = F.pad(large, (4, 4, 4, 4)).expand(-1, 3, -1, -1)  # → (B, 3, 64, 64)
+        return GarmentBatch(images * 2 - 1, garments, _choose(u[:, 2], 4))
+
+    def caption_pairs(self, indices: Tensor) -> Tensor:
+        u = uniform(self.seed, indices, 3)
+        garments, templates = _choose(u[:, 0], len(CLASSES)), _choose(u[:, 2], 4)
+        both = templates, other_templates(templates, self.seed, indices)
+        return torch.stack([t * len(CLASSES) + garments for t in both], 1)
+
+
+SCENES = {"composed": Scenes, "plain": Garments}
 
 
 def prompts(

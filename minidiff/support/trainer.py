@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -116,9 +117,15 @@ class Run:
         for part in self.folder.glob(".*.part"):  # what a killed save left behind
             part.unlink()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if parallel.rank() == 0:
             self._lock.close()
+        if is_out_of_memory(error):
+            size = self.settings.get("batch_size")
+            raise TrainingError(
+                f"the memory does not hold a batch of {size}: expected a smaller one "
+                f"(in a new folder); {self.last_good()}"
+            ) from error
 
     def _check_settings(self) -> None:
         path = self.folder / "run.json"
@@ -197,6 +204,21 @@ class Run:
             write_atomically(path, text.encode())
 
 
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether PyTorch could not get memory, on a GPU or on the CPU."""
+    refused = "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or refused
+
+
+def lasting(config: object) -> dict:
+    """Of a configuration (a dataclass) what changes the weights, for a run's settings.
+
+    How often is logged, saved and validated does not, nor does compilation much.
+    """
+    passing = ("compile", "log_every", "save_every", "validate_every")
+    return {k: v for k, v in asdict(config).items() if k not in passing}
+
+
 def checkpoint(
     run: Run, step: int, model: nn.Module, ema: nn.Module, optimizer: Optimizer
 ) -> None:
@@ -224,11 +246,21 @@ def restore(
         if not parameter.requires_grad:
             continue
         kept = {key: tensors[f"{key}/{name}"] for key in keys}
-        state["state"][i] = {
-            key: parallel.shard_like(x, parameter) for key, x in kept.items()
-        }
+        state["state"][i] = {key: laid_like(x, parameter) for key, x in kept.items()}
     optimizer.load_state_dict(state)
     return step
+
+
+def laid_like(x: Tensor, parameter: Tensor) -> Tensor:
+    """``x``, if it has axes, sharded and ordered in memory as ``parameter`` is.
+
+    The fused optimiser walks through weight and moments as they lie in memory: those of
+    a weight in channels_last must lie so too.
+    """
+    if x.ndim == 0:
+        return x
+    with torch.no_grad():
+        return torch.empty_like(parameter).copy_(parallel.shard_like(x, parameter))
 
 
 def load_whole(module: nn.Module, tensors: dict[str, Tensor]) -> None:
