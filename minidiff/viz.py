@@ -602,7 +602,7 @@ def _fields(ax: "Axes", text: float) -> None:
     for row, (y, height, reader) in enumerate(ends):
         for column, (x, width, read) in enumerate(ends):
             color = _colors(4)[2 * row + column]
-            style = {"fc": color + "40", "ec": color, "lw": 1}
+            style = {"fc": color + "1c", "ec": color, "lw": 1}
             ax.add_patch(_rectangle((x, y), width, height, style))
             if min(width, height) > 0.3:
                 label, center = (
