@@ -172,6 +172,40 @@ def test_token_table_notices_a_tokenizer_that_looks_across_words(every_hundredth
         data.token_table(Length())
 
 
+@pytest.mark.parametrize("kind", data.SCENES.values())
+def test_a_scene_has_two_captions_that_say_the_same(fashion, kind):
+    scenes, indices = kind("test", fashion), torch.arange(300)
+    batch, pairs = scenes.batch(indices), scenes.caption_pairs(indices)
+    assert torch.equal(pairs[:, 0], batch.caption_ids)
+    texts = scenes.all_captions()
+    meaning = dict(
+        zip(batch.caption_ids.tolist(), batch.meanings.tolist(), strict=True)
+    )
+    for one, other in pairs.tolist():
+        assert texts[one] != texts[other]
+        assert meaning.get(other, meaning[one]) == meaning[one]
+    assert [texts[i] for i in pairs[:, 0].tolist()] == batch.captions
+
+
+def test_plain_garments(fashion):
+    batch = data.Garments("test", fashion).batch(torch.arange(200))
+    images, (pictures, labels) = batch.images, data.fashion_mnist("test", fashion)
+    assert images.shape == (200, 3, 64, 64) and set(batch.meanings.tolist()) == {
+        *range(10)
+    }
+    assert torch.equal(images[:, 0], images[:, 1]) and images.amax() == 1
+    edge = images.clone()
+    edge[:, :, 4:-4, 4:-4] = -1
+    assert (edge == -1).all()
+    small = torch.nn.functional.avg_pool2d((images[0, :1, 4:-4, 4:-4] + 1) / 2, 2)
+    own = pictures[labels == batch.meanings[0]].float()
+    own = own / own.amax((1, 2), keepdim=True)
+    assert (own - small).abs().mean((1, 2)).min() < 0.03
+    name = data.CLASSES[batch.meanings[0]]
+    assert batch.captions[0].endswith(name)
+    assert {"a dress", "a photo of an ankle boot"} <= {*data.garment_captions()}
+
+
 def test_sample_scenes_need_no_data_set(fashion):
     images, texts = data.sample_scenes()
     assert images.shape == (16, 3, 64, 64) and len(texts) == 16

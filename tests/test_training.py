@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import minidiff
 from minidiff import training
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.extras import stages
@@ -291,6 +293,26 @@ def test_what_cannot_be_a_start(
         stages.copy_start(
             stages.Job(tmp_path / "new", stages.RECIPES["trial"], start=copy)
         )
+
+
+def test_plain_fashion_mnist_trains_every_stage(fashion: Path, tmp_path: Path) -> None:
+    quick = {"steps": 2, "batch_size": 4, "validate_every": 0, "bfloat16": False}
+    recipe = {name: quick for name in ("clip", "t5", "vae", "transformer")}
+    recipe |= {"pictures": 16, "latents": 16, "held": 8, "captions": 200}
+    file, output = tmp_path / "recipe.json", tmp_path / "model"
+    file.write_text(json.dumps(recipe))
+    with pytest.raises(ValueError, match="scenes is 'striped'; expected composed"):
+        stages.train("all", output, fashion, recipe=str(file), scenes="striped")
+    with pytest.raises(ValueError, match="expected all, .* with plain scenes"):
+        stages.train("judge", output, fashion, recipe=str(file), scenes="plain")
+    stages.train("all", output, fashion, recipe=str(file), scenes="plain")
+    assert Image.open(output / "grid.png").size == (512, 64)
+    assert not (output / "judge").exists()
+    pictures = minidiff.load(output / "model")("a dress", num_inference_steps=2)
+    assert pictures[0].size == (64, 64)
+    with pytest.raises(ValueError, match="holds a run with scenes = plain, not comp"):
+        (output / "runs" / "vae.done").unlink()
+        stages.train("vae", output, fashion, recipe=str(file))
 
 
 def test_a_file_changes_the_recipe(tmp_path: Path) -> None:
