@@ -5,11 +5,14 @@ Commands import what they need when they run, so that ``--help`` answers at once
 
 import sys
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from minidiff.sampling import Pipeline
 
 app = typer.Typer(
     help="Stable Diffusion 3.5 from scratch.",
@@ -108,6 +111,38 @@ def sample(
     ] = None,
     overwrite: Overwrite = False,
     device: Device = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16, float16; bfloat16 on a GPU by default."),
+    ] = None,
+    text_encoders: Annotated[
+        Path | None, typer.Option(help="Folder of them, for a single file.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="8GB, 12GB, 16GB, 24GB: a plan that fits.")
+    ] = None,
+    t5: Annotated[
+        str | None, typer.Option(help="resident, streamed, or none: left out.")
+    ] = None,
+    clip: Annotated[str | None, typer.Option(help="resident or streamed.")] = None,
+    modulation: Annotated[
+        str | None, typer.Option(help="resident or streamed: AdaLN's layers.")
+    ] = None,
+    fp8: Annotated[
+        bool | None, typer.Option(help="Store the blocks' matrices in 8 bits.")
+    ] = None,
+    vae_tile: Annotated[
+        int | None, typer.Option(help="Decode in tiles of so many latent pixels.")
+    ] = None,
+    vae_slicing: Annotated[
+        bool | None, typer.Option(help="Decode one picture at a time.")
+    ] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="The blocks in fused passes.")
+    ] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile each kind of block.")
+    ] = False,
 ) -> None:
     """Draw pictures of a prompt, or of each prompt in a file."""
     from minidiff.extras import files
@@ -124,35 +159,28 @@ def sample(
     blocks = parse_blocks(skip_layers)
     start = open_start(image, mask, strength)
 
-    from minidiff.sampling import load
-
-    pipe = load(model, find_device(device))
+    plan = {"memory": memory, "t5": t5, "clip": clip, "modulation": modulation}
+    plan |= {"fp8": fp8, "vae_tile": vae_tile, "vae_slicing": vae_slicing}
+    plan = {name: value for name, value in plan.items() if value is not None}
+    forms = {"fast": fast, "compile": compile, "text_encoders": text_encoders}
+    pipe = open_pipeline(model, find_device(device), dtype, **plan, **forms)
+    pipe.settings |= plan
     if lora:
         from minidiff.extras.lora import load_lora
 
-        load_lora(pipe, lora, lora_scale, fused=True)
-    usual = pipe.defaults
+        load_lora(pipe, lora, lora_scale, fused=not plan)
     settings = {
         "negative_prompt": negative_prompt,
         "prompt_2": prompt_2,
         "prompt_3": prompt_3,
         "negative_prompt_2": negative_prompt_2,
         "negative_prompt_3": negative_prompt_3,
-        "num_inference_steps": usual.num_inference_steps if steps is None else steps,
-        "guidance_scale": (
-            usual.guidance_scale if guidance_scale is None else guidance_scale
-        ),
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
         "sampler": sampler,
     }
     size = {"height": height, "width": width, "num_images_per_prompt": num_images}
     follow = {"callback_on_step_end": preview_into(preview, pipe)} if preview else {}
-    described = {"model": model, **settings}
-    if image:
-        described |= {"image": image, "mask_image": mask, "strength": strength}
-    if lora:
-        described |= {"lora": lora, "lora_scale": lora_scale}
-    if blocks:
-        described |= {"skip_layers": skip_layers, "skip_layer_scale": skip_layer_scale}
     with skipping(pipe, blocks, skip_layer_scale):
         for i in range(0, len(texts), batch_size):
             first = i * num_images
@@ -162,13 +190,27 @@ def sample(
                 seed=seed + first,
                 **(start | settings | size | follow),
             )
-            for k, picture in enumerate(pictures, first):
-                own = {"prompt": texts[k // num_images], "seed": seed + k}
-                files.save_picture(picture, names[k], own | described, overwrite)
-                print(names[k], flush=True)
+            for name, picture in zip(names[first:], pictures, strict=False):
+                files.save_picture(picture, name, overwrite)
+                print(name, flush=True)
 
 
-def draw(pipe: Any, prompts: list[str], **call: Any) -> list:
+def open_pipeline(
+    model: str, device: str, dtype: str | None, **settings: Any
+) -> "Pipeline":
+    """``minidiff.load``, which tells of its plan on stderr; stdout is for the names."""
+    import torch
+
+    from minidiff.sampling import load
+
+    known = ("float32", "bfloat16", "float16")
+    if dtype not in (None, *known):
+        raise ValueError(f"--dtype is {dtype!r}; expected one of {', '.join(known)}")
+    with redirect_stdout(sys.stderr):
+        return load(model, device, dtype and getattr(torch, dtype), **settings)
+
+
+def draw(pipe: "Pipeline", prompts: list[str], **call: Any) -> list:
     """Pictures of the prompts, begun from a picture where ``call`` has an image."""
     if "image" not in call:
         return pipe(prompts, **call)
@@ -198,7 +240,7 @@ def parse_blocks(numbers: str | None) -> list[int]:
         raise ValueError(f"{found}; expected whole numbers: 7,8,9") from None
 
 
-def skipping(pipe: Any, blocks: list[int], scale: float) -> Any:
+def skipping(pipe: "Pipeline", blocks: list[int], scale: float) -> Any:
     """The context in which ``pipe`` draws: Skip Layer Guidance where there are any."""
     if not blocks:
         return nullcontext()
@@ -207,7 +249,7 @@ def skipping(pipe: Any, blocks: list[int], scale: float) -> Any:
     return skip_layer_guidance(pipe, blocks, scale)
 
 
-def preview_into(file: Path, pipe: Any) -> Any:
+def preview_into(file: Path, pipe: "Pipeline") -> Any:
     """A callback that writes each step's first estimate, enlarged, into ``file``."""
     from minidiff.extras.previews import fit_preview, show_previews
 
@@ -279,6 +321,9 @@ def find_device(name: str | None) -> str:
 @app.command()
 def download(
     model: Annotated[str, typer.Argument(help="sd3.5-medium, …, or a hub id.")],
+    without_t5: Annotated[
+        bool, typer.Option("--without-t5", help="For sample --t5 none.")
+    ] = False,
 ) -> None:
     """Fetch a model's files from the hub, check them and print their folder."""
     from minidiff.support import hub
@@ -286,7 +331,7 @@ def download(
     if model not in hub.REPOSITORIES and model.count("/") != 1:
         known = ", ".join(hub.REPOSITORIES)
         raise ValueError(f"model is {model!r}; expected {known} or a hub id owner/name")
-    folder = hub.download(model)
+    folder = hub.download(model, t5=not without_t5)
     hub.verify(folder)
     print(folder)
 

@@ -278,7 +278,7 @@ class Pipeline:
         self.transformer, self.vae, self.scheduler = transformer, vae, scheduler
         self.name = recognize(name, transformer.config)
         self.defaults = DEFAULTS[self.name]
-        self.progress = True
+        self.progress, self.settings = True, {"model": name or self.name}
         checks.check_parts(self.text_encoders, transformer, vae)
 
     @property
@@ -401,6 +401,7 @@ class Pipeline:
 
     # All three
 
+    @output.described
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -551,7 +552,7 @@ def load(
     """
     from minidiff.extras import loading
 
-    opened = loading.open_model(model, text_encoders)
+    opened = loading.open_model(model, text_encoders, memory, knobs)
     device = torch.device(device or "cpu")
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     if memory is None and not knobs and device.type != "cuda":

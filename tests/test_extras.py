@@ -13,6 +13,8 @@ from test_sampling import LONG
 
 from minidiff import cli, sampling
 from minidiff.extras import files
+from minidiff.extras.guidance import skip_layer_guidance
+from minidiff.extras.image_to_image import image_to_image
 from minidiff.extras.lora import LowRank, save_lora
 from minidiff.extras.previews import fit_preview, show_previews
 from minidiff.support import checks
@@ -205,16 +207,66 @@ def test_each_step_is_shown(both):
 
 def test_settings_survive_in_the_file(tmp_path):
     settings = {"prompt": "ein rotes Kleid, 東京 🙂\nzwei", "seed": 3, "lora": None}
-    files.save_picture(Image.new("RGB", (8, 4)), tmp_path / "a.png", settings, False)
+    picture = Image.new("RGB", (8, 4))
+    picture.info |= settings
+    files.save_picture(picture, tmp_path / "a.png")
     found = files.read_settings(tmp_path / "a.png")
     assert found["prompt"] == settings["prompt"] and found["seed"] == "3"
-    assert (found["width"], found["height"]) == ("8", "4")
     assert found["version"].startswith("minidiff ") and "lora" not in found
     with pytest.raises(FileExistsError):
-        files.save_picture(Image.new("RGB", (8, 4)), tmp_path / "a.png", {}, False)
+        files.save_picture(Image.new("RGB", (8, 4)), tmp_path / "a.png")
     Image.new("RGB", (8, 4)).save(tmp_path / "b.png")
     with pytest.raises(ValueError, match=r"b.png carries no settings"):
         files.read_settings(tmp_path / "b.png")
+
+
+SHOWN = {"num_inference_steps": 2, "height": 24, "width": 32}
+
+
+def test_every_picture_carries_how_it_was_drawn(model, tmp_path):
+    pipe = model[0]
+    how = {"negative_prompt": ["x", ""], "num_images_per_prompt": 2, "seed": 5}
+    pictures = pipe(["a bag", "a coat"], prompt_3="blue", **SHOWN, **how)
+    for i, picture in enumerate(pictures):
+        own = {"prompt": ["a bag", "a coat"][i // 2], "prompt_3": "blue", "seed": 5 + i}
+        own |= {"negative_prompt": ["x", ""][i // 2], "sampler": "euler"}
+        own |= {"model": str(model[2]), "dtype": "float32", "version": None}
+        assert SHOWN.items() <= picture.info.items()
+        assert {name: picture.info.get(name) for name in own} == own
+        assert picture.info["guidance_scale"] == pipe.defaults.guidance_scale
+    files.save_picture(pictures[3], tmp_path / "a.png")
+    stored = files.read_settings(tmp_path / "a.png")
+    version = {"version": stored["version"]}
+    assert stored == {k: str(v) for k, v in pictures[3].info.items()} | version
+
+
+def test_a_random_seed_draws_the_same_again(both):
+    first = both[0]("a bag", seed=None, **SHOWN)[0]
+    again = both[0]("a bag", seed=first.info["seed"], **SHOWN)[0]
+    assert first.tobytes() == again.tobytes()
+    other = both[0]("a bag", seed=None, **SHOWN)[0]
+    assert other.info["seed"] != first.info["seed"]
+
+
+@pytest.mark.filterwarnings("ignore:Skip Layer Guidance was")
+def test_pictures_over_pictures_carry_them_too(both, tmp_path):
+    pipe = both[0]
+    Image.new("RGB", (32, 24), "red").save(tmp_path / "in.png")
+    mask = torch.ones(24, 32)
+    call = {"strength": 0.5, "num_inference_steps": 2, "seed": 3, "sampler": "heun"}
+    call |= {"num_images_per_prompt": 2}
+    drawn = image_to_image(pipe, "a bag", tmp_path / "in.png", mask_image=mask, **call)
+    own = {"prompt": "a bag", "image": str(tmp_path / "in.png"), "strength": 0.5}
+    own |= {"mask_image": "given", "seed": 4, "sampler": "heun"}
+    own |= {"num_inference_steps": 2, "width": 32, "height": 24}
+    own["guidance_scale"] = pipe.defaults.guidance_scale
+    found = drawn[1].info
+    assert own.items() <= found.items()
+    assert found["sigmas"].count(",") == 1  # one step of two is left
+    with skip_layer_guidance(pipe, [1], 2.0, 0, 1):
+        found = pipe("a bag", **SHOWN, latents=pipe.prepare_latents(1, 24, 32))[0].info
+    assert (found["skip_layers"], found["skip_layer_scale"]) == ("1", 2.0)
+    assert "seed" not in found and "skip_layers" not in pipe.settings
 
 
 def test_prompts_of_a_file(tmp_path):

@@ -1,5 +1,6 @@
 """LoRA files: the same pictures as diffusers and peft make of them."""
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,11 @@ from transformers import CLIPTextConfig as TheirConfig
 from transformers import CLIPTextModelWithProjection
 
 from minidiff.dit import MMDiT
-from minidiff.extras import lora
+from minidiff.extras import lora, memory
+from minidiff.extras.fast import FastMMDiT
+from minidiff.extras.kernels import quantize
+from minidiff.extras.memory import StreamedLinear
+from minidiff.extras.precision import Float8Linear
 from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder
 
 BOUND = 1e-5
@@ -88,7 +93,7 @@ def case(request, tmp_path: Path) -> SimpleNamespace:
     notes = {"transformer_lora_adapter_metadata": metadata(theirs)} if medium else {}
     StableDiffusion3Pipeline.save_lora_weights(tmp_path, layers, text, **notes)
     return SimpleNamespace(
-        pipe=SimpleNamespace(transformer=ours, text_encoders=[clip]),
+        pipe=SimpleNamespace(transformer=ours, text_encoders=[clip], settings={}),
         inputs=x,
         ids=ids,
         bare=bare,
@@ -106,9 +111,65 @@ def test_agrees_with_diffusers(case: SimpleNamespace, fused: bool) -> None:
     v = case.pipe.transformer(*case.inputs)
     assert relative_error(v, case.velocity) <= BOUND
     assert relative_error(case.pipe.text_encoders[0](case.ids)[1], case.pooled) <= BOUND
+    assert case.pipe.settings == {"lora": str(case.file), "lora_scale": 1.0}
     if not fused:
         loaded.remove()
+        assert not case.pipe.settings
         assert relative_error(case.pipe.transformer(*case.inputs), case.bare) <= BOUND
+
+
+def swap(model: torch.nn.Module, small: bool) -> torch.nn.Module:
+    """Store a model's linear layers in fp8, or read them anew at each call."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, torch.nn.Linear):
+            stored = Float8Linear(quantize(layer.weight.detach()), layer.bias)
+            memory.swap(model, name, stored if small else StreamedLinear(layer))
+    return model
+
+
+@torch.no_grad()
+def test_streamed_layers_take_an_update_as_others_do(case: SimpleNamespace) -> None:
+    swap(case.pipe.transformer, small=False)
+    swap(case.pipe.text_encoders[0], small=False)
+    loaded = lora.load_lora(case.pipe, case.file)
+    v = case.pipe.transformer(*case.inputs)
+    assert relative_error(v, case.velocity) <= BOUND
+    assert relative_error(case.pipe.text_encoders[0](case.ids)[1], case.pooled) <= BOUND
+    loaded.remove()
+    assert relative_error(case.pipe.transformer(*case.inputs), case.bare) <= BOUND
+
+
+@pytest.mark.parametrize("form", ["chapters'", "fast", "fast, fp8 products"])
+@torch.no_grad()
+def test_layers_in_8_bits_keep_theirs_beside_it(
+    case: SimpleNamespace, form: str
+) -> None:
+    """The same as the update fused into the weights that the 8 bits stand for."""
+    stored = swap(copy.deepcopy(case.pipe.transformer), small=True)
+    for name, layer in case.pipe.transformer.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            rows = stored.get_submodule(name)
+            layer.weight.copy_(rows.weight.float() * rows.scale)
+    lora.load_lora(case.pipe, case.file, fused=True)
+    expected = case.pipe.transformer(*case.inputs)
+    case.pipe.transformer = stored
+    run = stored if form == "chapters'" else FastMMDiT(stored, "fp8" in form)
+    bare = run(*case.inputs)
+    lora.load_lora(case.pipe, case.file)
+    bound = 0.1 if "fp8" in form else BOUND  # the inputs are in 8 bits as well
+    assert relative_error(run(*case.inputs), expected) <= bound
+    assert relative_error(bare, expected) > 2 * bound
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_nothing_is_fused_into_weights_that_are_not_there(case, small: bool) -> None:
+    swap(case.pipe.text_encoders[0], small)
+    before = [p.clone() for p in case.pipe.transformer.parameters()]
+    message = "Linear, whose weights a LoRA cannot be added to; expected fused=False"
+    with pytest.raises(ValueError, match=message):
+        lora.load_lora(case.pipe, case.file, fused=True)
+    after = case.pipe.transformer.parameters()
+    assert all(map(torch.equal, after, before))
 
 
 @torch.no_grad()

@@ -61,12 +61,12 @@ def linear(
     x: Rows, layer: nn.Module, gelu: bool = False, out: Tensor | None = None
 ) -> Tensor:
     """Rows (R, in) → (R, out), then tanh-GELU where asked for; written to ``out``."""
-    if x.scale is not None:
-        return float8_product(x, layer, out)
     if layer._forward_hooks:  # LoRA that is not fused
-        y = layer(x.values)
+        y = layer(x.values if x.scale is None else restore(x, layer.bias.dtype))
         y = y if out is None else out.copy_(y)
         return F.gelu(y, approximate="tanh") if gelu else y
+    if x.scale is not None:
+        return float8_product(x, layer, out)
     matrix, dtype = layer.weight, x.values.dtype
     if isinstance(layer, Float8Linear):
         matrix = matrix.to(dtype) * layer.scale.to(dtype)
@@ -74,6 +74,11 @@ def linear(
         return torch._addmm_activation(layer.bias, x.values, matrix.t(), use_gelu=True)
     y = torch.addmm(layer.bias, x.values, matrix.t(), out=out)
     return F.gelu(y, approximate="tanh") if gelu else y
+
+
+def restore(x: Rows, dtype: torch.dtype) -> Tensor:
+    """The rows that an fp8 form stands for."""
+    return (x.values.float() * x.scale).to(dtype)
 
 
 def float8_product(x: Rows, layer: nn.Module, out: Tensor | None = None) -> Tensor:

@@ -1,12 +1,11 @@
-"""What ``minidiff sample`` reads and writes: prompts, and pictures with their settings.
+"""Prompts read from a file; pictures written with their settings, which can be read.
 
 The settings are text chunks (iTXt) of the PNG file, each under its own name.
 """
 
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,19 +22,18 @@ def read_prompts(file: Path | str) -> list[str]:
     return prompts
 
 
-def save_picture(
-    picture: "Image", file: Path | str, settings: Mapping[str, Any], replace: bool
-) -> None:
-    """Write a PNG that carries its size, our version and ``settings`` (None: left out).
+def save_picture(picture: "Image", file: Path | str, replace: bool = False) -> None:
+    """Write a PNG that carries the numbers and texts of ``picture.info``.
 
-    Raises FileExistsError for an existing file unless told to ``replace`` it.
+    There every picture that a pipeline draws has its prompt, seed, model and settings;
+    PIL's own ``save`` leaves them out. Our version is added. Raises FileExistsError for
+    an existing file unless told to ``replace`` it.
     """
     from PIL.PngImagePlugin import PngInfo
 
-    info, size = PngInfo(), {"width": picture.width, "height": picture.height}
-    known = {**settings, **size, "version": f"minidiff {version('minidiff')}"}
-    for name, value in known.items():
-        if value is not None:
+    info, about = PngInfo(), {"version": f"minidiff {version('minidiff')}"}
+    for name, value in (picture.info | about).items():
+        if isinstance(value, str | int | float):
             info.add_itxt(name, str(value))
     with Path(file).open("wb" if replace else "xb") as stream:
         picture.save(stream, "PNG", pnginfo=info)
@@ -52,5 +50,7 @@ def read_settings(file: Path | str) -> dict[str, str]:
     except UnidentifiedImageError:
         raise ValueError(f"{file} is not a picture that can be read") from None
     if not found:
-        raise ValueError(f"{file} carries no settings; minidiff sample writes them")
+        raise ValueError(
+            f"{file} carries no settings; minidiff sample and save_picture write them"
+        )
     return found

@@ -59,11 +59,14 @@ def skip_layer_guidance(
 
         return guided
 
-    pipe.velocity = velocity
+    about = {"skip_layers": ",".join(map(str, layers)), "skip_layer_scale": scale}
+    pipe.velocity, settings = velocity, pipe.settings
+    pipe.settings = settings | about
     try:
         yield
     finally:
         del pipe.velocity
+        pipe.settings = settings
 
 
 def window(sigmas: Tensor, start: float, stop: float) -> Tensor:

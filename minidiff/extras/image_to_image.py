@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     Picture = Image | Tensor | Path | str
 
 
+@output.described
 @torch.no_grad()
 def image_to_image(
     pipe: Pipeline,

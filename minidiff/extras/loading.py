@@ -1,8 +1,8 @@
 """Pipelines on disk: hub folders and single files, checked before they are read."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
 from minidiff.vae import VAE, VAEConfig
 
 if TYPE_CHECKING:
+    from minidiff.extras.memory import Plan
     from minidiff.sampling import Pipeline
 
 PARTS = {
@@ -54,16 +55,32 @@ class Opened(NamedTuple):
     scheduler: Scheduler
 
 
-def open_model(model: Path | str, text_encoders: Path | str | None) -> Opened:
-    """Check the files of ``minidiff.load``'s ``model``: a single file or a folder."""
+def open_model(
+    model: Path | str,
+    text_encoders: Path | str | None,
+    memory: "str | Plan | None" = None,
+    knobs: Mapping[str, Any] | None = None,
+) -> Opened:
+    """Check the settings of memory, then the files of ``model``: one, or a folder."""
+    from minidiff.extras.memory import requested
+
+    t5 = requested(memory, **(knobs or {})).t5 != "none"
     if Path(model).is_file():
-        return open_single_file(Path(model), text_encoders)
-    return open_folder(model)
+        return open_single_file(Path(model), text_encoders, t5)
+    if text_encoders is not None:
+        raise ValueError(
+            f"text_encoders is {str(text_encoders)!r}, but {model} is no single file "
+            "and has its own"
+        )
+    return open_folder(model, t5)
 
 
-def open_folder(model: Path | str) -> Opened:
-    """Check a folder in the hub's layout, or a name that stands for one."""
-    folder = find_model(model)
+def open_folder(model: Path | str, t5: bool = True) -> Opened:
+    """Check a folder in the hub's layout, or a name that stands for one.
+
+    Without ``t5`` its weights need not be there.
+    """
+    folder = find_model(model, t5)
     index = cp.read_json(folder / "model_index.json")
     if not str(index.get("_class_name")).startswith("StableDiffusion3"):
         found = index.get("_class_name")
@@ -76,13 +93,16 @@ def open_folder(model: Path | str) -> Opened:
     parts = {
         name: cp.prepare_component(*classes, folder / name)
         for name, (_, *classes) in PARTS.items()
-        if name in present
+        if name in present and (t5 or name != "text_encoder_3")
     }
-    name = f"{model} {index.get('_name_or_path', '')}"
+    origin = index.get("_name_or_path")
+    name = f"{model} ({origin})" if origin else str(model)
     return Opened(name, parts, read_tokenizers(folder, present), scheduler)
 
 
-def open_single_file(file: Path, text_encoders: Path | str | None) -> Opened:
+def open_single_file(
+    file: Path, text_encoders: Path | str | None, t5: bool = True
+) -> Opened:
     """Check an official single file, and the folder of its encoders and tokenizers.
 
     The encoders may be single files too, or folders of the hub's layout.
@@ -114,6 +134,8 @@ def open_single_file(file: Path, text_encoders: Path | str | None) -> Opened:
             name: single_file.prepare_part(name, *PARTS[name][1:], encoder)
             for name, encoder in files.items()
         }
+    if not t5:
+        parts.pop("text_encoder_3", None)
     present = [n for n in TOKENIZERS if (folder / n).is_dir() or not n.endswith("_3")]
     return Opened(file.stem, parts, read_tokenizers(folder, present), Scheduler(3.0))
 
@@ -157,14 +179,14 @@ def blueprint(model: Path | str = "tiny") -> dict[str, nn.Module]:
     }
 
 
-def find_model(model: Path | str) -> Path:
+def find_model(model: Path | str, t5: bool = True) -> Path:
     """The folder that ``model`` names; downloaded if it is on the hub."""
     if str(model) == "tiny":
         return cp.TINY
     if str(model) and Path(model).is_dir():
         return Path(model)
     if str(model) in hub.REPOSITORIES or str(model).count("/") == 1:
-        return hub.download(str(model))
+        return hub.download(str(model), t5)
     known = ", ".join(["tiny", *hub.REPOSITORIES])
     raise ValueError(f"model is {str(model)!r}; expected {known} or a folder")
 

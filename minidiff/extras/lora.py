@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minidiff.dit import MMDiT
+from minidiff.extras.memory import StreamedLinear
+from minidiff.extras.precision import Float8Linear
 from minidiff.support.checkpoints import Source, read_header, transformer_sources
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -51,7 +53,7 @@ class LowRank(nn.Module):
 class Target:
     """A linear layer, or the rows of one of ours that diffusers calls a layer."""
 
-    layer: nn.Linear
+    layer: nn.Linear | Float8Linear | StreamedLinear
     rows: Tensor
 
     @property
@@ -62,7 +64,8 @@ class Target:
 
 def targets(model: nn.Module) -> dict[str, Target]:
     """The linear layers of an MMDiT or a text encoder, under diffusers' names."""
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    kinds = nn.Linear, Float8Linear, StreamedLinear
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
     sources = {name: Source((name,)) for name in layers}
     if isinstance(model, MMDiT):
         sources = transformer_sources(layers)
@@ -84,7 +87,7 @@ def attach(updates: Mapping[str, LowRank], model: nn.Module) -> list:
     layers, handles = targets(model), []
     for name, update in updates.items():
         target = layers[name]
-        update.to(target.layer.weight)
+        update.to(next(model.parameters()))  # a layer's own may be in 8 bits, or away
 
         def hook(_, args, out, rows=target.rows, update=update) -> Tensor:
             return out.index_add(-1, rows.to(out.device), update(args[0]))
@@ -102,6 +105,17 @@ def fuse(updates: Mapping[str, LowRank], model: nn.Module) -> None:
         weight = layer.weight.clone()  # the weight may be a read-only memory map
         weight[rows] += update.to(weight).matrix()
         layer.weight = nn.Parameter(weight, layer.weight.requires_grad)
+
+
+def check_fusable(updates: Mapping[str, LowRank], model: nn.Module) -> None:
+    """Raise ValueError where a layer's weights are in 8 bits or stay in their file."""
+    layers = targets(model)
+    for name in updates:
+        if not isinstance(layer := layers[name].layer, nn.Linear):
+            raise ValueError(
+                f"{name} is a {type(layer).__name__}, whose weights a LoRA cannot be "
+                "added to; expected fused=False"
+            )
 
 
 def add_lora(
@@ -182,31 +196,39 @@ def check(
 class LoRA:
     """The updates of one file on a pipeline; ``remove`` takes them off again."""
 
-    def __init__(self, handles: list) -> None:
-        self.handles = handles
+    def __init__(self, pipe, handles: list) -> None:
+        self.pipe, self.handles = pipe, handles
 
     def remove(self) -> None:
-        """Give the pipeline back as it was."""
+        """Give the pipeline back as it was; without effect where they are fused."""
         for handle in self.handles:
             handle.remove()
+            self.pipe.settings.pop("lora", None)
+            self.pipe.settings.pop("lora_scale", None)
 
 
 def load_lora(pipe, file: Path | str, scale: float = 1.0, fused: bool = False) -> LoRA:
     """Apply a LoRA file, or a folder with one, to a pipeline, times ``scale``.
 
-    ``fused`` adds the updates to the weights: as fast as without, but not removable.
+    ``fused`` adds the updates to the weights: as fast as without, but not removable,
+    and only for weights that are held in full. Otherwise they are computed beside the
+    layers, which may be stored in 8 bits or streamed.
     """
     path = Path(file)
     path = path / FILE if path.is_dir() else path
     models, handles = components(pipe), []
-    for part, updates in read_lora(path, models).items():
+    found = read_lora(path, models)
+    for part in found if fused else ():
+        check_fusable(found[part], models[part])
+    for part, updates in found.items():
         for update in updates.values():
             update.scale *= scale
         if fused:
             fuse(updates, models[part])
         else:
             handles += attach(updates, models[part])
-    return LoRA(handles)
+    pipe.settings |= {"lora": str(file), "lora_scale": scale}
+    return LoRA(pipe, handles)
 
 
 def save_lora(updates: Mapping[str, Mapping[str, LowRank]], file: Path | str) -> None:

@@ -120,6 +120,17 @@ def estimate(plan: Plan, models: Mapping[str, nn.Module], width: int = 2) -> flo
     return total + max(decoding, denoising)
 
 
+def requested(memory: str | Plan | None, **knobs: Any) -> Plan:
+    """What is asked for whatever the model; ValueError for what is no setting."""
+    if unknown := knobs.keys() - {f.name for f in fields(Plan)}:
+        names = ", ".join(f.name for f in fields(Plan))
+        raise ValueError(f"{min(unknown)} is no setting of memory; it has {names}")
+    if memory is not None and not isinstance(memory, Plan):
+        parse_budget(memory)
+        memory = None
+    return replace(memory or Plan(), **knobs)
+
+
 def choose(
     memory: str | Plan | None, models: Mapping[str, nn.Module], **knobs: Any
 ) -> Plan:
@@ -128,11 +139,9 @@ def choose(
     ``memory`` is "8GB" or any other number of gigabytes, a Plan, or None (everything
     resident). Raises ValueError for a text that is not one, or too little memory.
     """
-    if known := knobs.keys() - {f.name for f in fields(Plan)}:
-        names = ", ".join(f.name for f in fields(Plan))
-        raise ValueError(f"{sorted(known)[0]} is no setting of memory; it has {names}")
+    plan = requested(memory, **knobs)
     if memory is None or isinstance(memory, Plan):
-        return replace(memory or Plan(), **knobs)
+        return plan
     budget = parse_budget(memory)
     plans = [replace(plan, **knobs) for plan in LADDER]
     for plan in plans:
@@ -180,6 +189,7 @@ class StreamedLinear(nn.Module):
         super().__init__()
         bias = None if layer.bias is None else layer.bias.detach()
         self.stored = layer.weight.detach(), bias
+        self.out_features, self.in_features = layer.weight.shape
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = (

@@ -22,6 +22,7 @@ class Float8Linear(nn.Module):
         self.register_buffer("weight", rows.values)
         self.register_buffer("scale", rows.scale)
         self.register_buffer("bias", None if bias is None else bias.detach())
+        self.out_features, self.in_features = rows.values.shape
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype) * self.scale.to(x.dtype)

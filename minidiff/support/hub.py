@@ -23,13 +23,13 @@ KINDS = ("*.json", "*.txt", "*.model", "*.safetensors")
 LEFT_OUT = ["*.fp16*", "text_encoders/*"]
 
 
-def download(name: str) -> Path:
+def download(name: str, t5: bool = True) -> Path:
     """The local folder of a hub repository or alias, downloaded where it is not yet.
 
     Only the files of the diffusers layout are fetched, of an alias at its pinned
-    revision. A broken connection is taken up again where it broke; after an
-    interruption only the files that are missing are fetched. Raises OSError saying what
-    is needed where the hub cannot be reached or refuses.
+    revision; T5's weights only if ``t5``. A broken connection is taken up again where
+    it broke; after an interruption only the files that are missing are fetched. Raises
+    OSError saying what is needed where the hub cannot be reached or refuses.
     """
     from huggingface_hub import errors, snapshot_download
 
@@ -40,7 +40,7 @@ def download(name: str) -> Path:
             repository,
             revision=REVISIONS.get(name),
             allow_patterns=["model_index.json", *wanted],
-            ignore_patterns=LEFT_OUT,
+            ignore_patterns=LEFT_OUT if t5 else [*LEFT_OUT, "text_encoder_3/*"],
         )
     except errors.GatedRepoError:
         raise PermissionError(f"{repository} is gated: {needs(repository)}") from None

@@ -1,6 +1,10 @@
 """What the pipeline shows: its progress, to people and to callbacks, and pictures."""
 
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Mapping
+from functools import wraps
+from inspect import signature
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,3 +68,57 @@ def to_pil(pictures: Tensor) -> "list[Image]":
     values = (pictures * 255).round().to(torch.uint8).cpu()
     values = values.permute(0, 2, 3, 1)  # (B, 3, H, W) → (B, H, W, 3)
     return [Image.fromarray(picture.numpy()) for picture in values]
+
+
+# The settings that a picture carries
+
+NO_SETTINGS = {"self", "pipe", "call", "latents", "output_type", "callback_on_step_end"}
+
+
+def described(draw: Callable) -> Callable:
+    """Let each PIL picture that ``draw(pipe, …)`` returns keep its settings, ``info``.
+
+    ``minidiff.extras.files.save_picture`` writes them into a file. A ``seed`` None is
+    replaced here by a random one, so that the picture can name it.
+    """
+    arguments = signature(draw)
+
+    @wraps(draw)
+    def drawn(*args: Any, **named: Any) -> Any:
+        bound = arguments.bind(*args, **named)
+        bound.apply_defaults()
+        if bound.arguments["seed"] is None:
+            bound.arguments["seed"] = secrets.randbelow(2**32)
+        pictures = draw(*bound.args, **bound.kwargs)
+        if isinstance(pictures, list):
+            for i, picture in enumerate(pictures):
+                picture.info |= settings(bound.args[0], bound.arguments, i)
+                picture.info |= {"width": picture.width, "height": picture.height}
+        return pictures
+
+    return drawn
+
+
+def settings(pipe: Any, given: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """Those of picture ``index`` of a call with the arguments ``given``."""
+    given = {**given, **given.get("call", {})}
+    row = index // given.pop("num_images_per_prompt")
+    usual = pipe.defaults._asdict() | {"max_sequence_length": pipe.max_sequence_length}
+    given |= {k: v for k, v in usual.items() if given.get(k) is None}
+    given["seed"] = given["seed"] + index if given.get("latents") is None else None
+    own = {
+        name: as_text(value[row] if isinstance(value, list) and value else value)
+        for name, value in given.items()
+        if name not in NO_SETTINGS and value is not None
+    }
+    return pipe.settings | {"dtype": str(pipe.dtype).split(".")[1]} | own
+
+
+def as_text(value: Any) -> Any:
+    """Numbers and texts as they are; of a picture its file, of levels their list."""
+    if isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Tensor) and value.ndim == 1:
+        return ", ".join(f"{level:.6g}" for level in value.tolist())
+    path = value if isinstance(value, PathLike) else getattr(value, "filename", "")
+    return str(path) or "given"
