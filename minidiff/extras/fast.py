@@ -1,4 +1,4 @@
-"""The transformer and the decoder of the chapters, arranged for a GPU.
+"""The transformer and the decoder of the chapters, arranged for speed.
 
 The same weights and the same functions, in another order of memory. In the transformer
 the samples of a batch are interleaved, (L, B, D) for (B, L, D): then the text's tokens
@@ -9,6 +9,8 @@ biases and residuals inside the group norms, and folds each doubling of the side
 the convolution behind it.
 """
 
+import ctypes
+import platform
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -32,6 +34,7 @@ from minidiff.extras.kernels import (
 from minidiff.extras.precision import Float8Linear
 from minidiff.vae import VAE, AttentionBlock, Decoder, ResnetBlock, Upsample
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names of malloc.h; values in bytes
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -72,6 +75,9 @@ def linear(
         matrix = matrix.to(dtype) * layer.scale.to(dtype)
     if gelu and x.values.is_cuda:  # cuBLAS applies it before writing the result
         return torch._addmm_activation(layer.bias, x.values, matrix.t(), use_gelu=True)
+    if gelu and dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        fused = torch.ops.mkldnn._linear_pointwise  # oneDNN's, as torch.compile uses it
+        return fused(x.values, matrix, layer.bias, "gelu", [], "tanh")
     y = torch.addmm(layer.bias, x.values, matrix.t(), out=out)
     return F.gelu(y, approximate="tanh") if gelu else y
 
@@ -184,7 +190,7 @@ class FastMMDiT:
             cm = tables.blocks[i][0].chunk(text.chunks, dim=-1)
             xm = tables.blocks[i][1].chunk(image.chunks, dim=-1)
             read, dual = self.attend(x, c, to_x, to_c, i, cm, xm)
-            to_x = [(self.product(read[len(c) :], image.attn.proj), xm[2])]
+            to_x = [(self.product(read[-len(x) :], image.attn.proj), xm[2])]
             if dual is not None:
                 to_x.append((self.product(dual, image.attn2.proj), xm[8]))
             to_x = [(self.mlp(x, to_x, image.mlp, xm), xm[5])]
@@ -205,7 +211,10 @@ class FastMMDiT:
         cm: Sequence[Tensor],
         xm: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor | None]:
-        """What all tokens read, (L·B + N·B, D), and dual attention's (N·B, D)."""
+        """What all tokens read, (L·B + N·B, D), and dual attention's (N·B, D).
+
+        In the last block, where the text is dropped, only the image reads.
+        """
         block, (norms, norms2) = self.model.joint_blocks[index], self.norms[index]
         text, image, batch = block.context_block, block.x_block, len(xm[0])
         pairs = [(xm[i], xm[i + 1]) for i in range(0, len(xm), 6)]  # chunks 0, 1; 6, 7
@@ -215,7 +224,8 @@ class FastMMDiT:
         linear(hc[0], text.attn.qkv, out=qkv[: len(c)])
         linear(hx[0], image.attn.qkv, out=qkv[len(c) :])
         norm_heads(qkv, norms, self.heads, len(c))
-        read = self_attention(qkv, batch, self.heads)
+        first = len(c) // batch if block.pre_only else 0
+        read = self_attention(qkv, batch, self.heads, first)
         if norms2 is None:
             return read, None
         qkv = linear(hx[1], image.attn2.qkv)
@@ -246,11 +256,15 @@ def interleave(x: Tensor) -> Tensor:
     return x.transpose(0, 1).contiguous().flatten(0, 1)
 
 
-def self_attention(qkv: Tensor, batch: int, heads: int) -> Tensor:
-    """Attention among rows: qkv (L·B, 3·H·d) → (L·B, H·d), heads side by side."""
+def self_attention(qkv: Tensor, batch: int, heads: int, first: int = 0) -> Tensor:
+    """Attention among rows: qkv (L·B, 3·H·d) → (L·B, H·d), heads side by side.
+
+    The first tokens, ``first`` of every sample, are read but do not read: their rows
+    are left out.
+    """
     split = qkv.unflatten(1, (3, heads, -1)).unflatten(0, (-1, batch))
     q, k, v = split.permute(2, 1, 3, 0, 4)  # (L, B, 3, H, d) → 3 × (B, H, L, d)
-    out = F.scaled_dot_product_attention(q, k, v)
+    out = F.scaled_dot_product_attention(q[:, :, first:], k, v)
     return out.permute(2, 0, 1, 3).flatten(2).flatten(0, 1)  # → (L, B, H·d) → rows
 
 
@@ -272,6 +286,21 @@ def accelerate(
         transformer.forward = FastMMDiT(transformer, multiplies_in_fp8(transformer))
     if fast:
         vae.decoder.forward = FastDecoder(vae.decoder)
+        if not transformer.pos_embed.is_cuda:
+            keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees, for the next step to use.
+
+    By default glibc gives large blocks back to the system as soon as they are free; the
+    next block of that size is then cleared page by page while it is first written,
+    which on a CPU costs as much time as a quarter of the products (man 3 mallopt). The
+    process holds its peak from then on. Other C libraries are left as they are.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        for option, value in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**30)):
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def multiplies_in_fp8(model: MMDiT) -> bool:

@@ -58,11 +58,12 @@ def plain_residual_norm(
     batch = len(modulations[0][0])
     sums = x.view(-1, batch, x.shape[-1]).float()  # (R, D) → (L, B, D)
     for update, gate in updates:
-        sums = sums + gate.float() * update.view_as(sums).float()
-    x.copy_(sums.view_as(x))
+        sums.addcmul_(gate.float(), update.view_as(sums).float())
+    if x.dtype != torch.float32:  # else the sums are ``x`` itself
+        x.copy_(sums.view_as(x))
     normed = F.layer_norm(sums, sums.shape[-1:], eps=1e-6)
     rows = [
-        (normed * (1 + scale.float()) + shift.float()).view_as(x)
+        torch.addcmul(shift.float(), normed, 1 + scale.float()).view_as(x)
         for shift, scale in modulations
     ]
     return [quantize(r) if fp8 else Rows(r.to(x.dtype)) for r in rows]
@@ -72,8 +73,8 @@ def plain_norm_heads(qkv: Tensor, weight: Tensor, heads: int, boundary: int) -> 
     width = weight.shape[-1]
     for stream, part in enumerate((qkv[:boundary], qkv[boundary:])):
         view = part.unflatten(-1, (3, heads, width))[:, :2]  # (R, 3·H·d) → (R, 2, H, d)
-        normed = F.rms_norm(view.float(), (width,), eps=1e-6)
-        view.copy_(normed * weight[stream, :, None].float())
+        power = view.float().square().mean(-1, keepdim=True)
+        view.mul_((power + 1e-6).rsqrt()).mul_(weight[stream, :, None])
 
 
 def plain_group_norm_silu(
