@@ -19,7 +19,7 @@ async () => {
   const raw = [];
   while (walker.nextNode()) {
     const text = walker.currentNode.data, parent = walker.currentNode.parentElement;
-    if (/\\$\\$|\\\\\\(|\\\\\\[|\\{cite\\}|:::|-\\|-/.test(text)
+    if (/\\$\\$|\\$\\\\[a-z]|\\\\\\(|\\\\\\[|\\{cite\\}|:::|-\\|-/.test(text)
         && !parent.closest("pre, code, script, style, textarea")) raw.push(text);
   }
   const wide = [...document.querySelectorAll("body *")].filter(e => {

@@ -65,6 +65,14 @@ def test_every_cell_is_executed(path: Path) -> None:
             assert "stderr" not in streams, f"output on stderr:\n{cell.source}"
 
 
+@chapters
+def test_no_printed_claim_is_false(path: Path) -> None:
+    """Chapters print "loops = tensors: True"; a False would be re-executed as such."""
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type == "code":
+            assert not re.search(r": False$", printed(cell), re.M), cell.source
+
+
 IMPORT = """
 import sys, torch, numpy, PIL.Image, safetensors.torch, huggingface_hub, regex, tqdm
 opened = []
