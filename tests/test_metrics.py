@@ -101,7 +101,8 @@ def test_score_counts_each_attribute(kind):
     found = score(logits_of(wanted._replace(colors=wrong)), wanted)
     means = {k: round(v.float().mean().item(), 4) for k, v in found.items()}
     assert means == {
-        "layout": 1, "garments": 1, "colors": 0.7, "background": 1, "all": 0.7
+        "layout": 1, "garments": 1, "colors": 0.7, "background": 1, "all": 0.7,
+        "colors and background": 0.7,
     }  # fmt: skip
     # What is said of a second garment that is not there does not count.
     if kind == "one":

@@ -150,7 +150,9 @@ def score(logits: Attributes, target: Attributes) -> dict[str, Tensor]:
         name: ((p.argmax(-1) == t) | (t < 0)).reshape(len(t), -1).all(1)
         for name, p, t in zip(Attributes._fields, logits, target, strict=True)
     }
-    return right | {"all": torch.stack(list(right.values())).all(0)}
+    everything = torch.stack(list(right.values())).all(0)
+    painting = right["colors"] & right["background"]
+    return right | {"colors and background": painting, "all": everything}
 
 
 @torch.no_grad()

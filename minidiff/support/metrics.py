@@ -228,7 +228,8 @@ def _distances(pipe, judge, features, n: int, seed: int, folder, batch: int) -> 
 
 def format_table(result: dict) -> str:
     """The result of ``evaluate`` as a Markdown table with two lines beneath it."""
-    parts = ("all", "garments", "colors", "background", "layout")
+    parts = ("all", "garments", "colors", "background", "colors and background")
+    parts += ("layout",)
     header = "| right in %, real / model | " + " | ".join(parts) + " |"
     lines = [header, "|---" * (len(parts) + 1) + "|"]
     for row, means in result["rows"].items():
