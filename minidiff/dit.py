@@ -104,7 +104,8 @@ from minidiff.attention import Attention, Heads, JointAttention
 # | $\beta, \gamma, \alpha$ | `shift`, `scale`, `gate` | each (B, 1, D) | | | |
 #
 # The sizes live in a small dataclass whose fields are the keys of the hub's
-# `config.json`, so that any published model of the family is one call away.
+# `config.json`, so that any published model of the family is one call away. Three such
+# calls stand at its end; skip the rest on a first reading.
 
 
 # %%

@@ -254,6 +254,9 @@ def recognize(name: str, config: MMDiTConfig) -> str:
 # `encode_prompt`, `denoise` and `decode`. Calling it runs all three. It computes in the
 # precision of the weights but keeps the state of the solver in float32, and it refuses
 # what cannot be drawn before any work begins: a wrong size costs a line, not a minute.
+# The class is the longest of the book, and most of it is names and checks. Read
+# `encode_prompt`, `velocity`, `denoise` and `decode`, four methods that you have just
+# done by hand; in `__call__`, what follows the checks.
 
 
 # %%

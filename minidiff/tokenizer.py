@@ -320,7 +320,8 @@ def merge(symbols: Sequence[str], ranks: dict[Pair, int]) -> list[str]:
 # their *text* occurs in a prompt, say `<|endoftext|>`, it becomes their id, so they are
 # sought before anything else touches the text (or after it is tidied, if they are
 # marked `normalized`). What both tokenizers share is gathered here: find the special
-# tokens, encode what lies between, frame it, cut it, pad it.
+# tokens, encode what lies between, frame it with the beginning and the end, cut it, pad
+# it. This class keeps the books; on a first reading look at `__call__` and go on.
 
 
 # %%
@@ -401,7 +402,8 @@ class Tokenizer:
 #
 # The vocabulary lists the 256 bytes, the 256 bytes at a word's end, one symbol for each
 # merge, then the two markers. Reading and writing the files of a model on the Hugging
-# Face hub (`vocab.json`, `merges.txt`) is left to `minidiff.support`.
+# Face hub (`vocab.json`, `merges.txt`) is left to `minidiff.support`. The heart of the
+# class is `_word_ids`: merge, then look up.
 
 
 # %%
@@ -699,12 +701,13 @@ def learn_pieces(words: dict[str, int], alphabet: str, size: int) -> dict[str, f
 #
 # ## T5's tokenizer
 #
-# Around this model T5 puts a *character map*, which replaces signs by simpler ones
-# ("ﬁ" by "fi", full-width letters by plain ones) and comes as a trie packed into an
-# array (`minidiff.support.sentencepiece` reads it); a cut at white space; one id,
-# `<unk>`, for letters that are no piece, neighbours sharing one; and 100 *sentinels*
+# Around this model T5 puts a *character map*, which replaces signs by simpler ones ("ﬁ"
+# by "fi", full-width letters by plain ones) and comes as a trie packed into an array
+# (`minidiff.support.sentencepiece` reads it); a cut at white space; one id, `<unk>`,
+# for letters that are no piece, neighbours sharing one; and 100 *sentinels*
 # `<extra_id_0>` …, which stand for hidden spans when T5 is trained (chapter 7). There
-# is no token for the beginning, and capitals are kept.
+# is no token for the beginning, and capitals are kept. Again `_word_ids` is the heart:
+# the best path, then look up.
 
 
 # %%
