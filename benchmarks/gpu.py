@@ -8,12 +8,14 @@ Both codes run in one process on the same random weights and inputs: 1024×1024 
 a batch of two for guidance, 333 text tokens, bfloat16. A time is the median of single
 calls between CUDA events after a warm-up. Errors are ‖a − b‖ / ‖b‖ against diffusers in
 float32. Every result is one JSON line, written as it comes; a stage that fails is
-reported and the next one runs.
+reported and the next one runs. Run again with the same output, it goes on with the
+stages that are not done.
 """
 
 import argparse
 import gc
 import json
+import shutil
 import statistics
 import sys
 import threading
@@ -25,9 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import T5EncoderModel
 
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.extras.fast import (
@@ -40,8 +47,9 @@ from minidiff.extras.kernels import quantize, quantize_rows
 from minidiff.extras.memory import Plan, place
 from minidiff.extras.precision import to_float8
 from minidiff.flow_matching import Scheduler
-from minidiff.sampling import Pipeline
+from minidiff.sampling import Pipeline, load
 from minidiff.support.checkpoints import (
+    TINY,
     Rename,
     assemble,
     hub_config,
@@ -57,6 +65,7 @@ from minidiff.text_encoders import (
     T5Config,
     T5Encoder,
 )
+from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
 from minidiff.vae import VAE, VAEConfig
 
 MODELS = {"medium": MMDiTConfig.sd35_medium(), "large": MMDiTConfig.sd35_large()}
@@ -76,6 +85,7 @@ class Bench:
     repetitions: int
     folder: Path
     compile: bool = True
+    skipped: bool = False  # whether a call of this stage was, for want of time
 
     @property
     def dtype(self) -> torch.dtype:
@@ -98,6 +108,7 @@ class Bench:
 
     def emit(self, **record: Any) -> None:
         """Append one result as a JSON line, and print it."""
+        self.skipped |= "skipped" in record
         line = json.dumps(record)
         with self.output.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -337,15 +348,21 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
+def step_inputs(bench: Bench, config: MMDiTConfig) -> tuple[Tensor, ...]:
+    """Latents, noise level, context and pooled text of a guided step."""
+    return (
+        random(bench, 2, 16, bench.latent, bench.latent),
+        torch.full((2,), 0.7, device=bench.device),
+        random(bench, 2, bench.text, config.joint_attention_dim),
+        random(bench, 2, config.pooled_projection_dim),
+    )
+
+
 def step(bench: Bench, name: str) -> None:
     """One denoising step, rung by rung, with each rung's error."""
     torch.manual_seed(0)
     theirs, ours = transformers(bench, model_config(bench, name))
-    c = ours.config
-    latents = random(bench, 2, 16, bench.latent, bench.latent)
-    context = random(bench, 2, bench.text, c.joint_attention_dim)
-    pooled = random(bench, 2, c.pooled_projection_dim)
-    sigma = torch.full((2,), 0.7, device=bench.device)
+    latents, sigma, context, pooled = step_inputs(bench, ours.config)
 
     def diffusers_step(model: SD3Transformer2DModel = theirs) -> Tensor:
         like = next(model.parameters()).dtype
@@ -638,21 +655,19 @@ def loading(bench: Bench, name: str) -> None:
         )  # fmt: skip
 
 
+def text_encoders(bench: Bench) -> list[nn.Module]:
+    """CLIP-L, CLIP-G and T5 on the meta device."""
+    clips = [CLIPTextConfig.clip_l(), CLIPTextConfig.clip_g()]
+    if bench.tiny:
+        clips = [CLIPTextConfig.tiny_l(), CLIPTextConfig.tiny_g()]
+    with torch.device("meta"):
+        t5 = T5Encoder(T5Config.tiny() if bench.tiny else T5Config.t5_xxl())
+        return [*map(CLIPTextEncoder, clips), t5]
+
+
 def pipeline(bench: Bench, transformer: nn.Module, vae: nn.Module) -> Pipeline:
     """A pipeline whose text encoders are names only."""
-    with torch.device("meta"):
-        encoders = (
-            CLIPTextEncoder(CLIPTextConfig.clip_l()),
-            CLIPTextEncoder(CLIPTextConfig.clip_g()),
-            T5Encoder(T5Config.t5_xxl()),
-        )
-        if bench.tiny:
-            encoders = (
-                CLIPTextEncoder(CLIPTextConfig.tiny_l()),
-                CLIPTextEncoder(CLIPTextConfig.tiny_g()),
-                T5Encoder(T5Config.tiny()),
-            )
-    pipe = Pipeline([None] * 3, encoders, transformer, vae, Scheduler(3.0))
+    pipe = Pipeline([None] * 3, text_encoders(bench), transformer, vae, Scheduler(3.0))
     pipe.progress = False
     return pipe
 
@@ -716,6 +731,171 @@ def memory(bench: Bench, name: str) -> None:
         del pipe, model
 
 
+PROMPT = "a red dress on a blue background"
+COMPILED = "diffusers compiled whole"
+OURS = {
+    "plain": {},
+    "fast": {"fast": True},
+    "fast, compile": {"fast": True, "compile": True},
+    "fast, fp8": {"fast": True, "fp8": True},
+}
+
+
+def write_pipeline(bench: Bench, name: str) -> Path:
+    """A whole pipeline of random weights in the hub's layout: its folder.
+
+    The tokenizers are the small model's; their ids are rows of the large tables too.
+    """
+    folder = bench.folder / f"{name}-pipeline"
+    if (folder / "model_index.json").is_file():
+        return folder
+    begin = time.perf_counter()
+    lengths = {} if bench.tiny else {"model_max_length": 77}
+    clips = [
+        CLIPTokenizer.from_pretrained(TINY / n, **lengths)
+        for n in ("tokenizer", "tokenizer_2")
+    ]
+    lengths = {} if bench.tiny else {"model_max_length": 512}
+    tokenizers = [*clips, T5Tokenizer.from_pretrained(TINY / "tokenizer_3", **lengths)]
+    config = VAEConfig.tiny() if bench.tiny else VAEConfig.sd35()
+    with torch.device("meta"):
+        models = [*text_encoders(bench), MMDiT(model_config(bench, name)), VAE(config)]
+    for model in models:
+        random_weights(model, bench.device, bench.dtype)
+    Pipeline(tokenizers, models[:3], *models[3:], Scheduler(3.0)).save_pretrained(
+        folder
+    )
+    seconds = round(time.perf_counter() - begin, 1)
+    bench.emit(stage="files", model=folder.name, seconds=seconds)
+    return folder
+
+
+def measure(
+    bench: Bench, call: Callable[[], Tensor]
+) -> tuple[dict[str, float], Tensor]:
+    """Seconds of the first call and of later ones, peak GiB; and what came out."""
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    begin = time.perf_counter()
+    out = call()
+    bench.synchronize()
+    found = {"first_s": round(time.perf_counter() - begin, 3)}
+    repeated = replace(bench, repetitions=min(3, bench.repetitions))
+    found["seconds"] = round(repeated.time(call) / 1000, 5)
+    if bench.device.type == "cuda":
+        found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    return found, out
+
+
+class Compare:
+    """Runs calls of one stage, each beside the first and beside ``COMPILED``."""
+
+    def __init__(self, bench: Bench, **record: Any) -> None:
+        self.bench, self.record = bench, record
+        self.first: Tensor | None = None
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, what: str, call: Callable[[], Tensor], need: float = 20) -> None:
+        """Measure and emit, where ``need`` seconds are left."""
+        if self.bench.left() < need:
+            self.bench.emit(**self.record, what=what, skipped="out of time")
+            return
+        found, out = measure(self.bench, call)
+        self.first = out if self.first is None else self.first
+        self.seconds[what] = now = found["seconds"]
+        ratios = {
+            f"to {name}": round(now / self.seconds[name], 4)
+            for name in ("diffusers", COMPILED)
+            if name in self.seconds
+        }
+        difference = error(out, self.first)
+        self.bench.emit(
+            **self.record, what=what, **found, **ratios, difference=difference
+        )
+
+
+def t5(bench: Bench, models: list[str]) -> None:
+    """T5 from its file, on the device or layer by layer: two prompts."""
+    folder = write_pipeline(bench, "medium") / "text_encoder_3"
+    free()
+    length, vocabulary = (7, 100) if bench.tiny else (256, 32000)
+    ids = torch.randint(vocabulary, (2, length), device=bench.device)
+    compare = Compare(bench, stage="t5")
+    with torch.no_grad():
+        model = T5EncoderModel.from_pretrained(folder, dtype=bench.dtype)
+        model = model.to(bench.device).eval()
+        compare("transformers", lambda m=model: m(ids)[0])
+        del model
+        for what in ("resident", "streamed"):
+            free()
+            prepared = prepare_component(T5Encoder, T5Config, folder)
+            model = place(prepared, Plan(t5=what), bench.device, bench.dtype)
+            compare(what, lambda m=model: m(ids))
+            del model, prepared
+
+
+def picture(bench: Bench, name: str) -> None:
+    """From the prompt to pixels, everything included."""
+    folder = write_pipeline(bench, name)
+    free()
+    config = model_config(bench, name)
+    shape = 1, config.in_channels, bench.latent, bench.latent
+    call = {
+        "prompt": PROMPT,
+        "negative_prompt": "",
+        "num_inference_steps": 2 if bench.tiny else 28,
+        "guidance_scale": 4.5,
+        "latents": random(bench, *shape, dtype=torch.float32),
+        "max_sequence_length": 32 if bench.tiny else 256,
+        "output_type": "pt",
+    }
+    compare = Compare(bench, stage="picture", model=name)
+    theirs = StableDiffusion3Pipeline.from_pretrained(folder, dtype=bench.dtype)
+    theirs = theirs.to(bench.device)
+    theirs.set_progress_bar_config(disable=True)
+    compare("diffusers", lambda p=theirs: p(**call).images)
+    if bench.compile:
+        theirs.transformer.compile()
+        theirs.vae.to(memory_format=torch.channels_last)
+        theirs.vae.decoder.compile()
+        compare(COMPILED, lambda p=theirs: p(**call).images, need=150)
+    del theirs
+    for what, settings in OURS.items():
+        free()
+        if bench.compile or "compile" not in settings:
+            pipe = load(folder, bench.device, bench.dtype, **settings)
+            pipe.progress = False
+            compare(what, lambda p=pipe: p(**call), need=60)
+            del pipe
+    shutil.rmtree(folder)
+
+
+def whole(bench: Bench, name: str) -> None:
+    """One denoising step beside diffusers' transformer compiled as a whole."""
+    torch.manual_seed(0)
+    theirs, ours = transformers(bench, model_config(bench, name))
+    latents, sigma, context, pooled = step_inputs(bench, ours.config)
+
+    def diffusers_step() -> Tensor:
+        return theirs(latents, context, pooled, 1000 * sigma, return_dict=False)[0]
+
+    compare = Compare(bench, stage="whole", model=name)
+    with torch.no_grad():
+        ahead = ours.modulations(sigma, pooled)
+        given = latents, None, context, None
+        fast = FastMMDiT(ours)
+        compare("diffusers", diffusers_step)
+        compare("fast", lambda: fast(*given, modulations=ahead))
+        if bench.compile:
+            theirs.compile()
+            compare(COMPILED, diffusers_step, need=150)
+            compile_blocks(ours.joint_blocks, True)
+            with attention_backend("cudnn"):
+                compiled = lambda: ours(*given, modulations=ahead)  # noqa: E731
+                compare("compiled, each block", compiled, need=60)
+            compare("fast, again", lambda: fast(*given, modulations=ahead))
+
+
 STAGES = {
     "card": card,
     "attention": attention,
@@ -727,8 +907,21 @@ STAGES = {
     "memory-medium": lambda bench, models: memory(bench, "medium"),
     "load-large": lambda bench, models: loading(bench, "large"),
     "memory-large": lambda bench, models: memory(bench, "large"),
+    "t5": t5,
+    "picture-medium": lambda bench, models: picture(bench, "medium"),
+    "picture-large": lambda bench, models: picture(bench, "large"),
+    "whole-medium": lambda bench, models: whole(bench, "medium"),
+    "whole-large": lambda bench, models: whole(bench, "large"),
     "convolutions": convolutions,
 }
+
+
+def finished(output: Path) -> set[str]:
+    """The stages that an earlier run has done."""
+    if not output.is_file():
+        return set()
+    records = map(json.loads, output.read_text("utf-8").splitlines())
+    return {record["stage"] for record in records if record.get("done")}
 
 
 def main() -> None:
@@ -753,18 +946,23 @@ def main() -> None:
         options.folder,
         not options.no_compile,
     )
+    before = finished(options.output)
     for name in options.stages:
+        if name in before:
+            continue
         if bench.left() < 5:
             bench.emit(stage=name, skipped="out of time")
             continue
-        begin = time.monotonic()
+        begin, bench.skipped, failed = time.monotonic(), False, False
         try:
             STAGES[name](bench, options.models)
         except Exception as problem:
             traceback.print_exc()
-            bench.emit(stage=name, failed=f"{type(problem).__name__}: {problem}"[:300])
+            failed = f"{type(problem).__name__}: {problem}"[:300]
+            bench.emit(stage=name, failed=failed)
         free()
-        bench.emit(stage=name, done=True, seconds=round(time.monotonic() - begin, 1))
+        seconds = round(time.monotonic() - begin, 1)
+        bench.emit(stage=name, done=not (failed or bench.skipped), seconds=seconds)
 
 
 if __name__ == "__main__":
