@@ -1,14 +1,20 @@
 """The command line: pictures, names, and one line for what cannot be done."""
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+from helpers import randomize
 from PIL import Image
 from pipelines import load_tokenizers, reference_pipeline, save_tokenizers
+from torch import nn
 
 from minidiff import cli
+from minidiff.dit import JointBlock
+from minidiff.extras.files import read_settings
+from minidiff.extras.lora import LowRank, save_lora
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +114,14 @@ BAD = [
     (["--output", "."], "expected a name that ends in .png"),
     (["--output", "a.jpg"], "--output is a.jpg; expected a name that ends in .png"),
     (["--colour", "red"], "No such option: --colour"),
+    (["--memory", "lots"], "memory is 'lots'; expected 8GB, 12GB, 16GB, 24GB"),
+    (["--memory", "1GB"], "memory is 1GB; this model needs about"),
+    (["--t5", "gone"], "t5 is 'gone'; expected one of resident, streamed, none"),
+    (["--clip", "none"], "clip is 'none'; expected one of resident, streamed"),
+    (["--vae-tile", 2], "vae_tile is 2; expected 8 latent pixels or more"),
+    (["--dtype", "int8"], "--dtype is 'int8'; expected one of float32, bfloat16"),
+    (["--text-encoders", "."], "text_encoders is '.', but"),
+    (["--model", "sd3.5-large", "--memory", "lots"], "memory is 'lots'; expected"),
 ]
 
 
@@ -121,6 +135,68 @@ def test_bad_input_is_one_line_and_status_2(run, folder, tmp_path, arguments, me
     assert list(tmp_path.iterdir()) == []
 
 
+SETTINGS = {
+    "memory": (["--memory", "8GB"], {"memory": "8GB"}),
+    "knobs": (
+        ["--clip", "streamed", "--modulation", "streamed", "--vae-slicing"],
+        {"clip": "streamed", "modulation": "streamed", "vae_slicing": "True"},
+    ),
+    "fast": (["--fast"], {}),
+    "fp8": (["--fp8", "--fast"], {"fp8": "True"}),
+    "tiles": (["--memory", "8GB", "--no-fp8", "--vae-tile", 8], {"vae_tile": "8"}),
+    "dtype": (["--dtype", "bfloat16"], {"dtype": "bfloat16"}),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_of_load(run, folder, tmp_path, name):
+    options, wanted = SETTINGS[name]
+    call = ("sample", "a bag", "--model", folder, "--steps", 1, "--width", 48)
+    call += tuple(options)
+    code, out, err = run(*call, "--output", "a.png")
+    assert (code, out) == (0, "a.png\n")  # the plan is told on stderr
+    planned = bool(wanted.keys() - {"dtype"})
+    assert err.count("memory plan: ") == err.count("\n") == planned
+    assert wanted.items() <= read_settings("a.png").items()
+    run(*call[: -len(options)], "--output", "plain.png")
+    plain, drawn = Image.open("plain.png").tobytes(), Image.open("a.png").tobytes()
+    assert name == "fast" or (plain == drawn) == (name in ("memory", "knobs"))
+
+
+def test_without_t5_its_weights_need_not_be_there(run, folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    shutil.rmtree(copy / "text_encoder_3")
+    call = ("sample", "a bag", "--model", copy, "--steps", 1)
+    code, _, err = run(*call)
+    assert code == 2 and "text_encoder_3" in err and err.count("\n") == 1
+    assert run(*call, "--t5", "none")[:2] == (0, "picture.png\n")
+
+
+def test_compile_compiles_the_blocks(run, folder, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda m, **_: compiled.append(m))
+    run("sample", "a bag", "--model", folder, "--steps", 1, "--compile")
+    assert {type(block) for block in compiled} == {JointBlock}
+
+
+def test_lora_beside_weights_that_are_not_held_in_full(run, folder, tmp_path):
+    update = randomize(LowRank(32, 32, 2))
+    layers = {"transformer": {"transformer_blocks.0.attn.to_q": update}}
+    save_lora(layers, tmp_path / "lora.safetensors")
+    call = ("sample", "a bag", "--model", folder, "--steps", 1, "--fp8", "--output")
+    assert run(*call, "without.png")[0] == 0
+    assert run(*call, "with.png", "--lora", "lora.safetensors")[0] == 0
+    bare, adapted = Image.open("without.png"), Image.open("with.png")
+    assert bare.tobytes() != adapted.tobytes()
+    assert read_settings("with.png")["lora"] == "lora.safetensors"
+
+
+def test_a_single_file_needs_its_encoders(run, tmp_path):
+    (tmp_path / "sd3.5_medium.safetensors").write_bytes(b"x")
+    code, _, err = run("sample", "a bag", "--model", "sd3.5_medium.safetensors")
+    assert code == 2 and "holds no text encoders; expected text_encoders=" in err
+
+
 def test_a_folder_that_cannot_be_written(run, folder, monkeypatch):
     if not os.path.isdir("/proc"):
         pytest.skip("needs /proc")
@@ -129,8 +205,6 @@ def test_a_folder_that_cannot_be_written(run, folder, monkeypatch):
 
 
 def test_damaged_models(run, folder, tmp_path):
-    import shutil
-
     copy = shutil.copytree(folder, tmp_path / "copy")
     weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"
     whole = weights.read_bytes()

@@ -23,6 +23,7 @@ FILES = {
     "transformer/config.json": b"{}",
     "transformer/diffusion_pytorch_model.safetensors": WEIGHTS,
     "text_encoder/model.safetensors": save({"a": torch.ones(3)}),
+    "text_encoder_3/model.safetensors": save({"b": torch.ones(3)}),
     "text_encoder/model.fp16.safetensors": b"left out",
     "text_encoders/clip_l.safetensors": b"left out",
     "sd3.5_medium.safetensors": b"left out",
@@ -106,7 +107,7 @@ def server():
 def download(server, tmp_path):
     """``minidiff download sd3.5-medium`` with this hub and an empty cache."""
 
-    def run():
+    def run(*options):
         env = {
             "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
             "HF_HOME": str(tmp_path / "cache"),
@@ -117,6 +118,7 @@ def download(server, tmp_path):
             "no_proxy": "127.0.0.1",
         }
         command = [sys.executable, "-m", "minidiff", "download", "sd3.5-medium"]
+        command += options
         done = subprocess.run(
             command, env=os.environ | env, capture_output=True, text=True, timeout=300
         )
@@ -138,6 +140,13 @@ def test_only_what_is_needed_at_the_pinned_revision(server, download):
     assert download()[0] == 0  # the second time nothing is fetched
     fetched = [p for m, p, _ in server.requests if m == "GET" and "/resolve/" in p]
     assert not fetched
+
+
+def test_t5_can_be_left_out(server, download):
+    code, folder, _ = download("--without-t5")
+    assert code == 0 and not gets(server, "text_encoder_3/model.safetensors")
+    assert not (Path(folder) / "text_encoder_3").exists()
+    assert (Path(folder) / "text_encoder").is_dir()
 
 
 def gets(server, name):
