@@ -3,18 +3,22 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import relative_error
 from PIL import Image
 from pipelines import load_tokenizers, reference_pipeline, save_tokenizers
 from safetensors.torch import load_file
+from torch import Tensor
 
 import minidiff
+from minidiff import cli
 from minidiff.extras import finetune
 from minidiff.extras.finetune import LoraConfig
-from minidiff.extras.lora import load_lora
+from minidiff.extras.lora import ATTENTION, load_lora
 from minidiff.support.captioned import captions_of, read_folder
+from minidiff.support.data import CLASSES, Scenes
 from minidiff.training import TrainingConfig
 
 
@@ -126,3 +130,75 @@ def test_a_stopped_fine_tuning_goes_on(
     again = finetune.finetune(model, pictures, tmp_path / "b", CONFIG, LoraConfig(2))
     a, b = load_file(whole), load_file(again)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# A new style: garments in stripes, between which the background shows
+
+STRIPED = 0.2  # what the judge calls striped has more
+
+
+def stripes(images: Tensor) -> Tensor:
+    """The judge: how much of each picture's change from row to row has the period of
+    the stripes, eight pixels, (B,) in [0, 1]."""
+    power = torch.fft.rfft(images, dim=-2).abs().square().sum((1, 3))  # → (B, 33)
+    return power[:, 7:10].sum(1) / power[:, 1:].sum(1)
+
+
+def tall_garments(split: str, folder: Path, n: int) -> tuple[Tensor, Tensor, list[str]]:
+    """Scenes with one garment that is no shoe and no bag: plain, striped, captions."""
+    batch = Scenes(split, folder, two_garments=0).batch(torch.arange(3 * n))
+    flat = torch.tensor([CLASSES.index(c) for c in CLASSES[5:] if c != "shirt"])
+    tall = ~torch.isin(batch.attributes.garments[:, 0], flat)
+    images, masks = batch.images[tall][:n], batch.masks[tall][:n, :1]
+    gaps = (torch.arange(64) // 4 % 2)[:, None]
+    striped = images + masks * gaps * (images[:, :, :1, :1] - images)
+    return images, striped, [batch.captions[i] for i in tall.nonzero()[:n]]
+
+
+def test_a_lora_learns_a_style_from_twenty_pictures(
+    fashion: Path, tmp_path: Path
+) -> None:
+    plain, striped, _ = tall_garments("test", fashion, 300)
+    assert (stripes(plain) > STRIPED).float().mean() < 0.01
+    assert (stripes(striped) > STRIPED).float().mean() > 0.99
+    _, striped, captions = tall_garments("train", fashion, 20)
+    data = tmp_path / "pictures"
+    data.mkdir()
+    for i, (image, caption) in enumerate(zip(striped, captions, strict=True)):
+        pixels = ((image + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0)
+        Image.fromarray(np.asarray(pixels)).save(data / f"{i}.png")
+        (data / f"{i}.txt").write_text(f"striped, {caption}")
+    output, layers = (
+        tmp_path / "lora",
+        ",".join([*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_out"]),
+    )
+    cli.train(
+        output,
+        data=data,
+        from_model="tiny",
+        lora=True,
+        targets=layers,
+        steps=120,
+        batch_size=4,
+        learning_rate=4e-3,
+        device="cpu",
+    )
+    base, tuned = draw_striped(None), draw_striped(output)
+    assert tuned >= base + 0.5, (base, tuned)
+
+
+def draw_striped(lora: Path | None) -> float:
+    """The share of striped pictures among twelve of the same prompts and noise."""
+    pipe = minidiff.load("tiny")
+    pipe.progress = False
+    if lora:
+        load_lora(pipe, lora)
+    garments = ("red dress", "yellow coat", "white shirt", "orange pullover")
+    prompts = [
+        f"striped, a {garment} on a {ground} background"
+        for garment in garments
+        for ground in ("blue", "green", "purple")
+    ]
+    with torch.no_grad():
+        images = pipe(prompts, num_inference_steps=10, output_type="pt", seed=0)
+    return (stripes(2 * images - 1) > STRIPED).float().mean().item()

@@ -15,7 +15,7 @@ from minidiff.extras.lora import ATTENTION, FILE, add_lora, save_lora
 from minidiff.flow_matching import shift_sigma
 from minidiff.sampling import Pipeline, load
 from minidiff.support import parallel, rng, trainer
-from minidiff.support.captioned import read_folder
+from minidiff.support.captioned import captions_of, read_folder
 from minidiff.support.trainer import (
     Run,
     fingerprint,
@@ -119,14 +119,14 @@ def finetune(
     whole model in ``output``/model. A stopped run goes on when called again.
     ``recomputed`` saves memory: see ``trainer.recompute``.
     """
-    trainer.check_batch(config.steps, config.batch_size, config.accumulation)
-    device = parallel.start(device)
-    pipe, output = load(model, device, torch.float32), Path(output)
+    device, output = parallel.start(device), Path(output)
+    shares = config.accumulation * parallel.size()
+    trainer.check_batch(config.steps, config.batch_size, shares)
+    captions_of(Path(pictures))  # what is wrong with the folder is told at once
+    trainer.check_folder(output)
+    pipe = load(model, device, torch.float32)
     side = pipe.transformer.config.sample_size * pipe.vae.config.factor
     images, captions = read_folder(pictures, size or side, crop)
-    name = encoding_name(pipe, images, captions)
-    path = output / "cache" / f"{name}.safetensors"
-    encoded = cached(path, lambda: encode(pipe, images, captions), pipe.device)
     trained, updates = pipe.transformer, None
     torch.manual_seed(seed)
     if lora:
@@ -138,10 +138,13 @@ def finetune(
         trained.requires_grad_(True)
     if recomputed:
         trainer.recompute(pipe.transformer.joint_blocks)
-    task = finetuning_task(pipe, encoded, trained, seed, drop)
+    name = encoding_name(pipe, images, captions)
+    path = output / "cache" / f"{name}.safetensors"
     settings = {"model": str(model), "pictures": str(pictures), "lora": str(lora)}
     settings |= {"encodings": name, "drop": drop, "seed": seed, **lasting(config)}
     with Run(output / "run", settings) as run:
+        encoded = cached(path, lambda: encode(pipe, images, captions), pipe.device)
+        task = finetuning_task(pipe, encoded, trained, seed, drop)
         averaged = fit(task, config, run, device)
     trained.load_state_dict(averaged.state_dict())
     if parallel.rank():

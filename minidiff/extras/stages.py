@@ -9,6 +9,7 @@ import filecmp
 import json
 import shutil
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
@@ -31,6 +32,8 @@ from minidiff.support.data import SCENES, Scenes, token_table
 from minidiff.support.judge import train_judge
 from minidiff.support.trainer import (
     Run,
+    check_batch,
+    check_folder,
     fingerprint,
     lasting,
     load_tensors,
@@ -206,6 +209,7 @@ class Job:
     deadline: float | None = None
     seed: int = 0
     start: Path | None = None  # a model whose weights are the beginning
+    run: Run | None = None  # of the stage that learns now
 
     @property
     def model(self) -> Path:
@@ -558,12 +562,23 @@ def begun(job: Job, model_class: type, config_class: type, name: str):
 
 
 def learn(job: Job, stage: str, task: Task) -> torch.nn.Module:
-    """Fit one stage in its own folder; what differs from a run begun there is named."""
+    """Fit one stage in its own folder."""
     config = getattr(job.recipe, stage)
+    return fit(task, config, job.run, job.device, job.deadline)
+
+
+def begin(job: Job, stage: str) -> AbstractContextManager[Run | None]:
+    """A stage's folder, opened before its first work; None for one without.
+
+    What differs from a run that was begun there is named.
+    """
+    config = getattr(job.recipe, stage, None)
+    if not isinstance(config, TrainingConfig):
+        return nullcontext()
+    check_batch(config.steps, config.batch_size, config.accumulation * parallel.size())
     settings = {"stage": stage, "seed": job.seed, **lasting(config)}
     settings |= {"start": job.start and str(job.start), **samples(job.recipe)}
-    with Run(job.output / "runs" / stage, settings) as run:
-        return fit(task, config, run, job.device, job.deadline)
+    return Run(job.output / "runs" / stage, settings)
 
 
 def samples(recipe: Recipe) -> dict:
@@ -640,8 +655,9 @@ def run_stages(job: Job, stages: tuple[str, ...]) -> None:
             continue
         start = time.time()
         torch.manual_seed(job.seed)
-        if stage not in ALONE or parallel.rank() == 0:
-            RUN[stage](job)
+        with begin(job, stage) as run:
+            if stage not in ALONE or parallel.rank() == 0:
+                RUN[stage](replace(job, run=run))
         if parallel.rank() == 0:
             done.parent.mkdir(parents=True, exist_ok=True)
             done.write_text(json.dumps({"seconds": round(time.time() - start, 1)}))
@@ -746,6 +762,7 @@ def train(
         config = replace(config, **changes) if name == stage else config
         chosen = replace(chosen, **{name: config})
     start = start and open_start(start)
+    check_folder(output)
     device = parallel.start(device)
     cache = None if cuda else output / "cache"  # a GPU encodes as fast as a disk reads
     job = Job(output, chosen, data and str(data), device, cache, start=start)

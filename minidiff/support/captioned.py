@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from minidiff.support.data import to_tensor
@@ -28,14 +28,12 @@ def captions_of(folder: Path) -> dict[str, str]:
         raise FileNotFoundError(f"{folder} is not a folder")
     listed, found = folder / "metadata.jsonl", {}
     if listed.exists():
-        for number, line in enumerate(listed.read_text("utf-8").splitlines(), 1):
+        for number, line in enumerate(_text(listed).splitlines(), 1):
             found |= _entry(listed, number, line)
-    pictures = {
-        p.stem: p.name for p in folder.iterdir() if p.suffix.lower() in PICTURES
-    }
+    pictures = {path.stem: path.name for path in pictures_in(folder)}
     for path in sorted(folder.glob("*.txt")):
         name = pictures.get(path.stem, f"{path.stem}.png")
-        found.setdefault(name, path.read_text("utf-8").strip())
+        found.setdefault(name, _text(path).strip())
     if not found:
         raise FileNotFoundError(
             f"no captions in {folder}: expected a .txt beside each picture, or "
@@ -44,6 +42,18 @@ def captions_of(folder: Path) -> dict[str, str]:
     if missing := [name for name in found if not (folder / name).is_file()]:
         raise ValueError(f"{folder}: the caption of {missing[0]} has no picture")
     return found
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The files of ``folder`` that are named like pictures, in order."""
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text in UTF-8") from None
 
 
 def _entry(path: Path, number: int, line: str) -> dict[str, str]:
@@ -73,15 +83,19 @@ def read_folder(
 ) -> tuple[Tensor, list[str]]:
     """All pictures of ``folder`` (N, 3, size, size) in [−1, 1], and their captions.
 
-    A picture that cannot be read is named on stderr and left out; ValueError if none
-    is left.
+    A picture that cannot be read or has no caption is named on stderr and left out;
+    ValueError if none is left.
     """
     folder, pictures, captions = Path(folder), [], []
-    for name, caption in captions_of(folder).items():
+    found = captions_of(folder)
+    for path in pictures_in(folder):
+        if path.name not in found:
+            print(f"{path} is left out: it has no caption", file=sys.stderr)
+    for name, caption in found.items():
         try:
             with Image.open(folder / name) as picture:
                 pictures.append(to_tensor(fitted(picture.convert("RGB"), size, crop)))
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             print(f"{folder / name} is left out: {error}", file=sys.stderr)
             continue
         captions.append(caption)

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -74,6 +75,18 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
         return load_file(path), {k: json.loads(v) for k, v in metadata.items()}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def check_folder(path: Path) -> None:
+    """Make the folder ``path``; ValueError or OSError if nothing can be written in."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; expected a folder, or a free name")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{path} cannot be written into: {reason}") from None
 
 
 class Run:
