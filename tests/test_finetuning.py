@@ -1,6 +1,7 @@
 """Fine-tuning on a folder of captioned pictures; LoRA files that diffusers loads."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,8 +62,90 @@ def test_what_is_wrong_with_a_folder_is_named(
     (pictures / "ghost.txt").write_text("nothing")
     with pytest.raises(ValueError, match=r"the caption of ghost.png has no picture"):
         read_folder(pictures, 8)
+    (pictures / "ghost.txt").unlink()
+    (pictures / "green.txt").unlink()
+    assert len(read_folder(pictures, 8)[1]) == 2
+    assert "green.png is left out: it has no caption" in capsys.readouterr().err
+    (pictures / "blue.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"blue.txt is not a text in UTF-8"):
+        read_folder(pictures, 8)
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         read_folder(pictures / "elsewhere", 8)
+
+
+BAD = {
+    "--learning-rate is 0.0": {"learning_rate": 0.0},
+    "--rank is 0": {"lora": True, "rank": 0},
+    "steps 0, batch size 1": {"steps": 0},
+    "batch size 0": {"batch_size": 0},
+    "no layer is called foo": {"lora": True, "targets": "foo"},
+    "--from has no stages, recipe": {"stage": "vae"},
+    "--from needs --data": {"data": None},
+    "model is 'nothing'": {"from_model": "nothing"},
+    "is a file; expected a folder": {"output": "metadata.jsonl"},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_what_cannot_be_fine_tuned(
+    model: Path, pictures: Path, tmp_path: Path, message: str
+) -> None:
+    (tmp_path / "metadata.jsonl").write_text("kept")
+    call = {"output": "out", "data": pictures, "from_model": str(model)}
+    call |= {"device": "cpu", **BAD[message]}
+    with pytest.raises(ValueError, match=message):
+        cli.train(tmp_path / call.pop("output"), **call)
+    with pytest.raises(ValueError, match="--lora and --recompute need --from"):
+        cli.train(tmp_path / "out", recompute=True, device="cpu")
+
+
+def test_a_run_goes_on_with_the_same_settings_and_pictures_only(
+    model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    def train(rank: int = 2, **changes) -> Path:
+        config = replace(CONFIG, steps=2, **changes)
+        return finetune.finetune(
+            model, pictures, tmp_path / "a", config, LoraConfig(rank)
+        )
+
+    train()
+    assert len([*(tmp_path / "a" / "cache").iterdir()]) == 1
+    with pytest.raises(ValueError, match="lora = LoraConfig.rank=2.*, not LoraConfig"):
+        train(rank=3)
+    with pytest.raises(ValueError, match="learning_rate = 0.01, not 0.1"):
+        train(learning_rate=0.1)
+    (pictures / "red.txt").write_text("another caption")
+    with pytest.raises(ValueError, match="encodings = "):
+        train()
+
+
+def test_encodings_are_named_after_all_that_makes_them(model: Path) -> None:
+    pipe = minidiff.load(model)
+    images = torch.zeros(1, 3, 8, 8)
+    names = {finetune.encoding_name(pipe, images, ["a"])}
+    assert finetune.encoding_name(pipe, images, ["a"]) in names
+    names.add(finetune.encoding_name(pipe, images, ["b"]))
+    names.add(finetune.encoding_name(pipe, images + 1, ["a"]))
+    for part in (pipe.vae, *pipe.text_encoders):
+        last = list(part.parameters())[-1]
+        last.data = last.data.clone()
+        last.data.view(-1)[-1] += 1
+        names.add(finetune.encoding_name(pipe, images, ["a"]))
+    assert len(names) == 7
+
+
+def test_recomputed_blocks_give_the_same_lora(
+    model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, steps=3)
+    files = [
+        finetune.finetune(
+            model, pictures, tmp_path / str(r), config, LoraConfig(2), recomputed=r
+        )
+        for r in (False, True)
+    ]
+    a, b = (load_file(file) for file in files)
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.fixture

@@ -511,6 +511,49 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
         Run(tmp_path, {}).__enter__()
 
 
+def test_a_second_run_of_a_stage_is_refused_before_it_works(
+    job: stages.Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(job: stages.Job) -> None:
+        with pytest.raises(ValueError, match="another process trains in"):
+            stages.run_stages(replace(job, run=None), ("vae",))
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(stages.RUN, "vae", work)
+    with pytest.raises(KeyboardInterrupt):
+        stages.run_stages(replace(job, output=tmp_path), ("vae",))
+    fewer = replace(job, output=tmp_path, recipe=replace(job.recipe, pictures=32))
+    with pytest.raises(ValueError, match="holds a run with pictures = 64, not 32"):
+        stages.run_stages(fewer, ("vae",))
+
+
+def test_a_batch_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
+    task, config = regression()
+
+    def greedy(indices: torch.Tensor) -> dict:
+        if indices[0] >= 7 * 16:
+            torch.empty(2**60)
+        return task.batch(indices)
+
+    settings = trainer.lasting(config)
+    with pytest.raises(TrainingError) as error, Run(tmp_path, settings) as run:
+        fit(replace(task, batch=greedy), config, run)
+    message = str(error.value)
+    assert "does not hold a batch of 16" in message and "step-6" in message
+    with pytest.raises(TrainingError, match="batch of 16"), Run(tmp_path, settings):
+        raise torch.OutOfMemoryError
+    with pytest.raises(ZeroDivisionError), Run(tmp_path, settings):
+        raise ZeroDivisionError
+
+
+def test_a_file_is_no_folder_to_train_in(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    for name in ("file", "file/below"):
+        with pytest.raises((ValueError, OSError), match="is a file|cannot be written"):
+            stages.train("vae", tmp_path / name, recipe="trial")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 def test_another_configuration_is_refused(tmp_path: Path) -> None:
     trained(tmp_path)
     with pytest.raises(ValueError, match="steps = 40, not 41"):
