@@ -485,7 +485,7 @@ class Pipeline:
             [None] * 2 if latents is None else [s * factor for s in latents.shape[2:]]
         )
         usual = config.sample_size * factor
-        sizes = [h or g or usual for h, g in zip((height, width), given, strict=True)]
+        sizes = list(map(checks.given, (height, width), [g or usual for g in given]))
         grid = factor * config.patch_size
         for name, size in zip(("height", "width"), sizes, strict=True):
             checks.check_size(name, size, grid, config.pos_embed_max_size * grid)

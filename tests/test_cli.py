@@ -114,6 +114,7 @@ BAD = [
     (["--output", "."], "expected a name that ends in .png"),
     (["--output", "a.jpg"], "--output is a.jpg; expected a name that ends in .png"),
     (["--colour", "red"], "No such option: --colour"),
+    (["--width", 0], "width is 0; expected a multiple of 8 up to 96"),
     (["--memory", "lots"], "memory is 'lots'; expected 8GB, 12GB, 16GB, 24GB"),
     (["--memory", "1GB"], "memory is 1GB; this model needs about"),
     (["--t5", "gone"], "t5 is 'gone'; expected one of resident, streamed, none"),
