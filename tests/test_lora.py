@@ -172,6 +172,14 @@ def test_nothing_is_fused_into_weights_that_are_not_there(case, small: bool) -> 
     assert all(map(torch.equal, after, before))
 
 
+def test_compiled_blocks_take_an_update_in_their_weights_only(case) -> None:
+    """torch.compile does not look again at a layer's hooks, nor at another block's."""
+    case.pipe.transformer.joint_blocks[1].compile()
+    with pytest.raises(ValueError, match="transformer is compiled .* fused=True, or"):
+        lora.load_lora(case.pipe, case.file)
+    lora.load_lora(case.pipe, case.file, fused=True)
+
+
 @torch.no_grad()
 def test_a_wrong_scale_is_noticed(case: SimpleNamespace) -> None:
     lora.load_lora(case.pipe, case.file, scale=1.01)

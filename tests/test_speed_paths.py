@@ -233,6 +233,7 @@ def test_each_kind_of_block_is_compiled_once_for_all_sizes(folder, compiles):
         again = relative_error(draw(pipe, **settings), draw(expected, **settings))
         assert again < 1e-5
     assert len(compiles) == 3
+    assert torch.fx.experimental._config.use_duck_shape  # as it was for others
 
 
 # The Triton kernels, interpreted

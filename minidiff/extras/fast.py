@@ -13,7 +13,7 @@ import ctypes
 import platform
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx.experimental._config
@@ -135,7 +135,15 @@ class FastMMDiT:
             dual = head_norms(image.attn2, image.attn2) if image.chunks == 9 else None
             self.norms.append((head_norms(text.attn, image.attn), dual))
 
-    def __call__(
+    def __call__(self, *given: Any, **options: Any) -> Tensor:
+        """As ``MMDiT.forward``: velocity (B, C, h, w)."""
+        blocks = self.model.joint_blocks
+        recorded = any(b.attention._forward_pre_hooks for b in blocks)
+        if recorded or torch.is_grad_enabled():
+            return MMDiT.forward(self.model, *given, **options)
+        return self.forward(*given, **options)
+
+    def forward(
         self,
         latents: Tensor,
         sigma: Tensor | None,
@@ -145,19 +153,8 @@ class FastMMDiT:
         skip_layers: Collection[int] = (),
         modulations: Modulations | None = None,
     ) -> Tensor:
-        """As ``MMDiT.forward``: velocity (B, C, h, w)."""
+        """The forms of this module, as they are."""
         model = self.model
-        recorded = any(b.attention._forward_pre_hooks for b in model.joint_blocks)
-        if recorded or torch.is_grad_enabled():
-            return MMDiT.forward(
-                model,
-                latents,
-                sigma,
-                context,
-                pooled,
-                skip_layers=skip_layers,
-                modulations=modulations,
-            )
         height, width = model.check(latents, context, pooled)
         if modulations is None:
             modulations = model.modulations(sigma, pooled)
@@ -278,15 +275,16 @@ def accelerate(
     block once for all sizes; ``fast`` then serves the decoder alone.
     """
     if compile:
-        # Else a length that happens to equal the width would be compiled as a constant
-        torch.fx.experimental._config.use_duck_shape = False
         for block in transformer.joint_blocks:
             block.compile(dynamic=True)
+        # Else a length that happens to equal the width would be compiled as a constant
+        apart = torch.fx.experimental._config.patch(use_duck_shape=False)
+        transformer.forward = apart(transformer.forward)
     elif fast:
         transformer.forward = FastMMDiT(transformer, multiplies_in_fp8(transformer))
     if fast:
         vae.decoder.forward = FastDecoder(vae.decoder)
-        if not transformer.pos_embed.is_cuda:
+        if not transformer.x_embedder.proj.weight.is_cuda:
             keep_freed_memory()
 
 

@@ -212,14 +212,20 @@ def load_lora(pipe, file: Path | str, scale: float = 1.0, fused: bool = False) -
 
     ``fused`` adds the updates to the weights: as fast as without, but not removable,
     and only for weights that are held in full. Otherwise they are computed beside the
-    layers, which may be stored in 8 bits or streamed.
+    layers, which may be stored in 8 bits or streamed, but not compiled.
     """
     path = Path(file)
     path = path / FILE if path.is_dir() else path
     models, handles = components(pipe), []
     found = read_lora(path, models)
-    for part in found if fused else ():
-        check_fusable(found[part], models[part])
+    for part, updates in found.items():
+        if fused:
+            check_fusable(updates, models[part])
+        elif any(module._compiled_call_impl for module in models[part].modules()):
+            raise ValueError(
+                f"the {part} is compiled and would not see {file}; "
+                "expected fused=True, or compile=False"
+            )
     for part, updates in found.items():
         for update in updates.values():
             update.scale *= scale
