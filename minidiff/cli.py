@@ -384,7 +384,7 @@ def train(
     ] = "all",
     data: Data = None,
     recipe: Annotated[
-        str | None, typer.Option(help="gpu, shipped, trial, or a JSON file of changes.")
+        str | None, typer.Option(help="gpu, shipped, longer, trial, or a JSON file.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Of the one stage named.")] = None,
     batch_size: Annotated[

@@ -110,7 +110,7 @@ RECIPES = {
         pictures=2**18,
         latents=2**20,
     ),
-    "shipped": Recipe(  # what made minidiff/pretrained/tiny, on two CPU cores
+    "shipped": Recipe(  # what began minidiff/pretrained/tiny, on two CPU cores
         clip=TrainingConfig(
             350, 128, 1.5e-3, 20, ema_decay=0.99, save_every=100, bfloat16=True
         ),
@@ -162,6 +162,36 @@ RECIPES = {
         judge={"steps": 20, "batch_size": 32, "test_scenes": 200},
     ),
 }
+
+
+# What finished minidiff/pretrained/tiny, on the same cores: ``--start`` with the model
+# that "shipped" made. The decoder and the transformer learn on.
+RECIPES["longer"] = replace(
+    RECIPES["shipped"],
+    vae=TrainingConfig(
+        2200,
+        16,
+        1.5e-3,
+        60,
+        ema_decay=0.998,
+        save_every=200,
+        validate_every=500,
+        bfloat16=True,
+    ),
+    transformer=TrainingConfig(
+        6500,
+        64,
+        1.2e-3,
+        200,
+        save_every=250,
+        validate_every=1000,
+        bfloat16=True,
+    ),
+    pictures=2**15,
+    latents=2**16,
+    two_garments=0.5,
+    keep_latents=True,
+)
 
 
 def find_recipe(name: str) -> Recipe:
@@ -734,10 +764,11 @@ def train(
     stay, its autoencoder and transformer learn on. ``scenes``: "composed" or "plain",
     for the recipe's.
 
-    ``recipe`` is "gpu" (large batches, for a large GPU), "shipped" (what made the
-    shipped model, an hour of a CPU), "trial" (a few steps of everything) or a JSON file
-    (see ``find_recipe``); by default "gpu" on a GPU, else "shipped". Raises ValueError
-    for a name or a number that cannot be.
+    ``recipe`` is "gpu" (large batches, for a large GPU), "shipped" (what began the
+    shipped model, an hour of a CPU), "longer" (what finished it, with ``start``),
+    "trial" (a few steps of everything) or a JSON file (see ``find_recipe``); by default
+    "gpu" on a GPU, else "shipped". Raises ValueError for a name or a number that cannot
+    be.
     """
     cuda = device.startswith("cuda")
     chosen = find_recipe(recipe or ("gpu" if cuda else "shipped"))
