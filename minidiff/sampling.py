@@ -387,7 +387,7 @@ class Pipeline:
         or raise StopIteration to end here. ``sigmas`` replaces the schedule.
         """
         steps = checks.given(num_inference_steps, self.defaults.num_inference_steps)
-        scale = checks.given(guidance_scale, self.defaults.guidance_scale)
+        scale = checks.guidance(guidance_scale, self.defaults.guidance_scale)
         sigmas = checks.given(sigmas, self.scheduler.sigmas(steps))
         velocity = self.velocity(context, pooled, sigmas, scale)
         start = latents.to(self.device, torch.float32)
@@ -443,7 +443,7 @@ class Pipeline:
         no = negative_prompt, negative_prompt_2, negative_prompt_3
         negatives = checks.as_prompts("negative_prompt", *no, count=len(prompts))
         steps = checks.given(num_inference_steps, self.defaults.num_inference_steps)
-        scale = checks.given(guidance_scale, self.defaults.guidance_scale)
+        scale = checks.guidance(guidance_scale, self.defaults.guidance_scale)
         checks.check_dtypes(self.transformer, self.vae)
         checks.check_choice("sampler", sampler, SAMPLERS)
         checks.check_choice("output_type", output_type, ("pil", "pt", "latent"))

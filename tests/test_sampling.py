@@ -346,6 +346,9 @@ def test_max_sequence_length_follows_the_tokenizer(pipe):
 # Bad input
 
 BAD_CALLS = [
+    ({"seed": 2**70}, "seed is 1180591620717411303424"),
+    ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+    ({"guidance_scale": float("inf")}, "guidance_scale is inf"),
     ({"num_inference_steps": 0}, "num_inference_steps is 0"),
     ({"num_inference_steps": -3}, "num_inference_steps is -3"),
     ({"num_inference_steps": 2.5}, "num_inference_steps is 2.5"),

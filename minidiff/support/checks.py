@@ -1,5 +1,6 @@
 """What the pipeline refuses before any work: one line that names what was found."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -149,3 +150,11 @@ def warn_of_overflow(name: str, values: Tensor) -> None:
 def given(value: Any, default: Any) -> Any:
     """``value``, or ``default`` where it is None."""
     return default if value is None else value
+
+
+def guidance(value: float | None, default: float) -> float:
+    """The guidance scale, or ``default`` for None; ValueError unless it is finite."""
+    scale = given(value, default)
+    if not math.isfinite(scale):
+        raise ValueError(f"guidance_scale is {scale}; expected a finite number")
+    return scale

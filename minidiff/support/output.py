@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from minidiff.support import checks
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -89,6 +91,7 @@ def described(draw: Callable) -> Callable:
         bound.apply_defaults()
         if bound.arguments["seed"] is None:
             bound.arguments["seed"] = secrets.randbelow(2**32)
+        checks.check_range("seed", bound.arguments["seed"], 0, 2**63)
         pictures = draw(*bound.args, **bound.kwargs)
         if isinstance(pictures, list):
             for i, picture in enumerate(pictures):
