@@ -53,8 +53,8 @@ from minidiff.support.unicode import LETTER, NUMBER, lowercase, nfc
 
 # %% [markdown]
 # A network reads vectors, and a table turns ids into vectors: row 17 for id 17. So the
-# text must be cut into units that number few enough for a table. Two cuts suggest
-# themselves, and both are bad.
+# text must be cut into units of which there are few enough to list in a table. Two cuts
+# suggest themselves, and both are bad.
 
 # %% tags=["active-ipynb"]
 # viz.show_pieces([list("a red dress"), ["a", "red", "dress"]], ["letters", "words"])
@@ -148,7 +148,8 @@ def word_symbols(word: str) -> tuple[str, ...]:
 # ## Learning merges
 #
 # *Byte-pair encoding* (BPE) grows a vocabulary from these symbols. It counts all pairs
-# of neighbours in a corpus, with $n_w$ the number of times that word $w$ occurs,
+# of neighbours in a corpus, with $n_w$ the number of times that word $w$ occurs and
+# $w_i$ its $i$-th symbol,
 #
 # $$
 # (a, b)^\star = \arg\max_{(a, b)} \sum_w n_w \cdot
@@ -173,7 +174,7 @@ def count_pairs(words: dict[tuple[str, ...], int]) -> Counter[Pair]:
 
 
 def best_pair(counts: Counter[Pair]) -> Pair | None:
-    """Return the most frequent pair, the first of several; None if all are rare."""
+    """Return the most frequent pair, of equals the first by name; None if all are 1."""
     best = min(counts, key=lambda pair: (-counts[pair], pair), default=None)
     return best if counts[best] > 1 else None
 
@@ -200,8 +201,8 @@ def learn_merges_naively(words: dict[tuple[str, ...], int], limit: int) -> list[
 
 # %% [markdown]
 # The tiny model draws *scenes*, coloured garments on a coloured ground, and the
-# captions of these scenes serve as the corpus. Follow some words while the merges come
-# in: each row shows them after so many merges.
+# captions of these scenes serve as the corpus (here 2,000, each with two garments).
+# Follow some words while the merges come in: each row shows them after so many merges.
 
 # %% tags=["active-ipynb"]
 # corpus = prompts(2000, "two")[0]
@@ -219,8 +220,8 @@ def learn_merges_naively(words: dict[tuple[str, ...], int], limit: int) -> list[
 # viz.show_pieces(rows, [f"{step} merges" for step in steps])
 
 # %% [markdown]
-# "ba", "back" and "background" come early, because every caption has a background. With
-# so few words in the world all of them end up whole, and the learning stops by itself.
+# The parts of "background" come early, because every caption has a background. With so
+# few words in the world all of them end up whole, and the learning stops by itself.
 #
 # The naive loop counts all words again after each merge. But a merge changes only the
 # words that hold its pair: we keep the set of these for each pair, take their old pairs
@@ -254,8 +255,8 @@ def learn_merges(words: dict[tuple[str, ...], int], limit: int) -> list[Pair]:
 # ## Applying merges
 #
 # A new word is spelled in bytes, and the merges are replayed on it: of all pairs that
-# stand side by side, the one that was learned *first* is merged, until no pair is in
-# the list. The rank of a pair is its place in that list.
+# stand side by side, the one that was learned *first* is merged, until none that is
+# left was ever learned. The rank of a pair is its place in the list of merges.
 
 
 # %%
@@ -502,8 +503,9 @@ class CLIPTokenizer(Tokenizer):
 # \qquad s(p) = \log P(p).
 # $$
 #
-# Think of the places between letters as stations and of every piece that fits as an
-# arc. A cut is a path from the first station to the last. To find all arcs quickly the
+# Think of the places between letters as stations, numbered from 0 to $|w|$, and of
+# every piece that fits as an arc; the piece $w_{i:j}$ leads from station $i$ to station
+# $j$. A cut is a path from the first station to the last. To find all arcs quickly the
 # pieces are kept in a *trie*, dictionaries nested letter by letter. A letter that is no
 # piece gets an arc too, so dear that it is the last resort. Words begin with the sign
 # `▁`, which stands for the space before them.
@@ -643,7 +645,7 @@ def maximize(counts: Counter[str], alphabet: str) -> dict[str, float]:
 
 
 # %% [markdown]
-# The vocabulary itself is found by pruning. All substrings of the corpus that occur
+# The vocabulary itself is found by pruning. All parts of words that occur at least
 # twice are candidates. After two rounds of EM the quarter of them goes that would be
 # missed least: the loss of a piece is how often it is used times what its best
 # replacement costs more. EM again, prune again, down to the size that was asked for.
@@ -817,9 +819,10 @@ class T5Tokenizer(Tokenizer):
 # %% [markdown]
 # Look at the padding. CLIP-L pads with its end token; the text encoder takes the
 # sentence's vector at the *first* of these (chapter 2), so the others do not enter it.
-# CLIP-G pads with the id 0, which happens to be `!`. T5 has a `<pad>`. Nothing hides
-# the padding from the transformer, neither in Stability's code nor in diffusers: it is
-# part of what the published weights have learned, down to the exclamation marks.
+# CLIP-G pads with the id 0, which is `!`, the first byte that prints. T5 has a `<pad>`.
+# Nothing hides the padding from the transformer, neither in Stability's code nor in
+# diffusers: it is part of what the published weights have learned, down to the
+# exclamation marks.
 #
 # The `!` has a side effect. To pad with it, CLIP-G's settings declare it a special
 # token, and special tokens are found first: *every* `!` of a prompt becomes the id 0,
@@ -839,7 +842,8 @@ class T5Tokenizer(Tokenizer):
 # %% [markdown]
 # CLIP does not see capitals; T5 spells them, since no caption had any. The emoji are
 # eight bytes to CLIP and one `<unk>` to T5, which has nothing for "é" either. (The
-# published T5 knows "é", but not the emoji, and a prompt in Chinese is one `<unk>`.)
+# published T5 knows "é", but not the emoji, and of a Chinese prompt one `<unk>` is
+# left.)
 #
 # Now break something: replay the merges with the ranks turned round, the last learned
 # first. All symbols are still in the vocabulary, and no error is raised.
@@ -896,8 +900,8 @@ class T5Tokenizer(Tokenizer):
 #   "ﬁ", and reads the full-width `＜pad＞` as its own pad token. The pipeline of SD3.5
 #   uses transformers, so we follow it in all three.
 # - **It learns at scale.** SentencePiece finds candidates with a suffix array and
-#   discounts rare pieces in the M step (a digamma function, from a Bayesian view). Our
-#   captions have 35 different words, and every one of them became a piece without this.
+#   discounts rare pieces in the M step (a digamma function, from a Bayesian view). The
+#   captions in training have only 35 different words, and each became a piece.
 # - **It reads prompts in its own ways.** Some programs parse weights such as
 #   `(word:1.2)`, or cut long prompts into several rows. Diffusers does neither: the
 #   parentheses are text, and what exceeds 77 ids is dropped by CLIP, though T5 may
@@ -915,8 +919,8 @@ class T5Tokenizer(Tokenizer):
 
 # %% [markdown]
 # **1.2 Code.** Count the paths through the lattice of a word without listing them.
-# `arcs(word, start, trie, -99.0)` gives the arcs that leave a place; Viterbi's
-# recursion is a good pattern.
+# `arcs(word, start, trie, -99.0)` gives (end, score) for the arcs that leave a place,
+# with -99 for a letter that is no piece; Viterbi's recursion is a good pattern.
 
 # %% tags=["active-ipynb", "exercise"]
 # def count_paths(word: str) -> int:
@@ -943,8 +947,8 @@ class T5Tokenizer(Tokenizer):
 
 # %% [markdown]
 # **1.3 Code.** A greedy reader takes the longest piece that fits, again and again.
-# Write it, and with it `trap`: a word and scores, as a dictionary, on which the greedy
-# reader does worse than Viterbi.
+# Write it, and with it `trap`: a word and the scores of some pieces, on which the
+# greedy reader's sum of scores is lower than Viterbi's.
 
 # %% tags=["active-ipynb", "exercise"]
 # def greedy(word: str, trie: dict) -> list[str]:
@@ -957,11 +961,12 @@ class T5Tokenizer(Tokenizer):
 # %% tags=["active-ipynb", "check"]
 # @check
 # def exercise_1_3() -> None:
-#     assert greedy("▁redboots", trie)[0] == "▁red", "the longest piece comes first"
+#     found = greedy("▁redboots", trie)
+#     assert found == ["▁red", "boot", "s"], f"{found}: the longest piece comes first"
 #     word, scores = trap()
 #     ours, best = (f(word, build_trie(scores)) for f in (greedy, best_path))
 #     assert "".join(ours) == word, f"{ours} is not {word}"
-#     assert sum(map(scores.get, ours)) < sum(map(scores.get, best)), "equally good"
+#     assert sum(map(scores.get, ours)) < sum(map(scores.get, best)), "not worse"
 
 # %% tags=["active-ipynb", "solution", "hide-cell"]
 # def greedy(word: str, trie: dict) -> list[str]:
@@ -981,9 +986,10 @@ class T5Tokenizer(Tokenizer):
 # %% [markdown]
 # **1.4 Explore.** Put `<|endoftext|>` into the middle of a prompt and look at CLIP-L's
 # ids; what will the text encoder, which reads its vector at the first end token, make
-# of the rest? Then train a BPE on the captions with `END_OF_WORD = ""` and see which
-# words still have one id. Last, let `learn_pieces` work on a text of your own language,
-# with fifty pieces more than it has different letters: which of them have a meaning?
+# of the rest? Then train a BPE on the captions with `END_OF_WORD = ""` and find two
+# prompts that now have the same ids (put the mark back afterwards). Last, let
+# `learn_pieces` work on a text of your own language, with fifty pieces more than it has
+# different letters: which of them have a meaning?
 
 # %% [markdown]
 # ## Summary
