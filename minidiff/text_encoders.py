@@ -87,7 +87,8 @@ from torch import Tensor, nn
 #
 # A batch of $B$ prompts adds an axis in front: states are tensors `(B, L, D)`. In the
 # configurations, which keep the names of the published files, $D$ is `hidden_size` or
-# `d_model`, $M$ is `intermediate_size` or `d_ff`.
+# `d_model`, $M$ is `intermediate_size` or `d_ff`, and `vocab_size` counts the rows of a
+# table of which the tokenizer may use fewer (32,100 of 32,128 in T5-XXL).
 
 # %% [markdown]
 # ## Attention with a bias
@@ -112,8 +113,9 @@ from torch import Tensor, nn
 #   i$.
 #
 # Why $1/\sqrt d$: if the entries of $q$ and $k$ are independent with variance 1, their
-# product has variance $d$, and the softmax would saturate. T5 does without; its weights
-# were *initialised* smaller by that factor instead, and have grown up with it.
+# product has variance $d$, and the softmax would *saturate*: one key takes nearly all
+# weight, and hardly a gradient is left. T5 does without; its weights were *initialised*
+# smaller by that factor instead, and have grown up with it.
 #
 # First as it is written, one pair of tokens at a time:
 
@@ -156,7 +158,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, b: Tensor, s: float) -> Tensor:
 
 # %% [markdown]
 # A layer has $H$ such heads. Each works in its own $d$ of the $D = H d$ features, so
-# that one may look for the noun behind a colour while another looks for the
+# that one may look for the colour before a noun while another looks for the
 # preposition. Cutting and joining the features costs nothing or one copy:
 
 
@@ -314,13 +316,13 @@ class CLIPLayer(nn.Module):
 # %% [markdown]
 # ### The end token speaks for the sentence
 #
-# Attention alone does not know where a token stands: it is a sum over a *set*. CLIP
-# adds a learned vector for each of the 77 positions to the token's own.
+# But for the mask, attention does not know where a token stands: it is a sum over a
+# *set*. CLIP adds a learned vector for each of the 77 positions to the token's own.
 #
 # One vector for the whole sentence must come from a token that has read all of it. With
 # the causal mask only the last one has: the *end token*. Its state, normalised and
-# multiplied by a projection, is the **pooled** vector. Two quirks are needed to find
-# it:
+# multiplied by a projection (in SD3.5's CLIP-L the identity), is the **pooled** vector.
+# Two quirks are needed to find it:
 #
 # - Behind the end token stands padding. CLIP-L pads with the end token itself, so the
 #   *first* one counts.
@@ -428,7 +430,7 @@ def check_clip_config(config: CLIPTextConfig) -> None:
 # from *one* position of the last layer's output. At all other positions the last layer
 # computes something that no loss ever looked at. The states *before* it, however, are
 # read by the end token through attention, so every one of them was trained. Gradients
-# tell it without words:
+# tell it without words ("after layer 0" are the embeddings):
 
 # %% tags=["active-ipynb"]
 # states = clip_l.hidden_states(ids_l)
@@ -453,9 +455,9 @@ def check_clip_config(config: CLIPTextConfig) -> None:
 # viz.show_heatmap(turns, rows, words, digits=2)
 
 # %% [markdown]
-# The last layer turns the words as far as the end token. But only at the end token has
-# a loss ever asked in which direction; elsewhere the turn is a by-product. So the words
-# are taken before it.
+# The last layer turns the words about as far as it turns the end token. But only at the
+# end token has a loss ever asked in which direction; elsewhere the turn is a
+# by-product. So the words are taken before it.
 #
 # ### Captions compared
 #
@@ -466,9 +468,9 @@ def check_clip_config(config: CLIPTextConfig) -> None:
 
 # %%
 def similarity(vectors: Tensor) -> Tensor:
-    """Cosine between all pairs of ``vectors`` (N, D): (N, N)."""
+    """Cosine between all pairs of ``vectors`` (B, D): (B, B)."""
     vectors = F.normalize(vectors, dim=-1)
-    return vectors @ vectors.T  # (N, D) → (N, N)
+    return vectors @ vectors.T  # (B, D) → (B, B)
 
 
 # %% tags=["active-ipynb"]
@@ -480,12 +482,11 @@ def similarity(vectors: Tensor) -> Tensor:
 # viz.show_heatmap(similarity(clip_l(tokenize_l(captions))[1]), rows, numbers, digits=2)
 
 # %% [markdown]
-# The first two captions say the same and end up in the same place. Caption 3 changes
-# the garment's class and stays close; caption 5, with nothing in common, is nearly
-# perpendicular. But the tiny CLIP, trained for a few minutes, is no perfect judge of
-# meaning: caption 2 says what caption 0 says, and yet lies nearer to caption 4, which
-# begins with the same colour. It has learned more about which words come first than
-# about what belongs to what.
+# Read row 0: caption 1 says the same, caption 3 changes only the garment's class,
+# caption 5 has nothing in common with it; in this order the cosines should fall. Then
+# read row 2: it says what caption 0 says, with nearly the words of caption 4. If 4 lies
+# nearer, the encoder has learned more about which words come first than about what
+# belongs to what: the tiny CLIP, trained for a few minutes, is no perfect judge.
 
 # %% [markdown]
 # ## T5
@@ -567,9 +568,9 @@ class RMSNorm(nn.Module):
 # T5 has no position vectors. Instead each head $h$ adds to the logit of query $i$ and
 # key $j$ a learned number that depends on how far apart they are: $b^h_{ij} =
 # T_{\mathrm{bucket}(j - i),\,h}$. The table $T$ has 32 rows. Half are for keys behind
-# the query, half for keys ahead. In each half the distances 0 to 7 have a row each;
-# beyond, rows cover ever wider ranges, evenly in the logarithm, up to 128, and the last
-# covers the rest:
+# the query, half for keys ahead. In each half the distances $n = |j - i|$ from 0 to 7
+# have a row each; beyond, rows cover ever wider ranges, even in the logarithm up to
+# 128, but the last, from 91 on, covers all the rest:
 #
 # $$
 # \mathrm{bucket}(n) = \min\left(15,\;
@@ -579,8 +580,8 @@ class RMSNorm(nn.Module):
 #
 # plus 16 if the key is ahead.
 #
-# Whether a word is 2 or 3 places away matters; whether 90 or 91, hardly. And a text of
-# 512 tokens needs no more rows than one of 32.
+# Whether a word is 2 or 3 places away matters; whether 100 or 101, hardly. And a text
+# of 512 tokens needs no more rows than one of 100.
 
 
 # %%
@@ -772,7 +773,7 @@ class T5Encoder(nn.Module):
 def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
     """Join the hidden states of the three encoders into one context.
 
-    clip_l (B, L, D_l), clip_g (B, L, D_g), t5 (B, M, D) → (B, L + M, D); ValueError
+    clip_l (B, L, D_l), clip_g (B, L, D_g), t5 (B, L_t, D) → (B, L + L_t, D); ValueError
     where D < D_l + D_g. Esser et al. 2024, figure 2.
     """
     clip = torch.cat([clip_l, clip_g], dim=-1)  # → (B, L, D_l + D_g)
@@ -780,7 +781,7 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
     if missing < 0:
         raise ValueError(f"CLIP states of width {width} exceed T5's {t5.shape[-1]}")
     clip = F.pad(clip, (0, missing))  # (B, L, D_l + D_g) → (B, L, D)
-    return torch.cat([clip, t5], dim=1)  # → (B, L + M, D)
+    return torch.cat([clip, t5], dim=1)  # → (B, L + L_t, D)
 
 
 # %% tags=["active-ipynb"]
@@ -889,7 +890,7 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 #   a fixed set of captions stores them on disk.
 # - **It moves T5 away.** With 4.76 billion parameters T5-XXL is larger than the
 #   transformer of SD3.5 Medium. It is kept in main memory or in 8 bits, loaded for a
-#   moment, or left out: the reference then puts zeros in the place of its states.
+#   moment, or left out: diffusers then puts zeros in the place of its states.
 # - **It passes no padding mask.** One would expect padding tokens to be hidden. Neither
 #   Stability's reference nor diffusers does so: the states of padding are part of what
 #   SD3.5 was trained with, and hiding them changes the picture.
