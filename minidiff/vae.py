@@ -45,9 +45,9 @@ from torch import Tensor, nn
 
 # %% [markdown]
 # Here is that latent for our prompt, drawn by the finished pipeline; the next chapters
-# build what draws it. It has 16 channels of 16 × 16 numbers, each channel shown as a
-# map, and says little yet. By the end of the chapter you will have decoded it with a
-# decoder of your own.
+# build what draws it. It has 16 channels of 16 × 16 numbers, each shown as a map (red
+# above zero, blue below), and says little yet. By the end of the chapter you will have
+# decoded it with a decoder of your own.
 
 # %% tags=["active-ipynb"]
 # pipe = minidiff.load("tiny")
@@ -100,8 +100,8 @@ from torch import Tensor, nn
 # ## A picture as a distribution
 #
 # The encoder does not return one latent. For each of the $Chw$ numbers it gives a mean
-# $\mu$ and a log-variance $\ln s^2$, and the latent is drawn from that normal
-# distribution:
+# $\mu$ (`mean`) and a log-variance $\ln s^2$ (`logvar`), and the latent is drawn from
+# that normal distribution:
 #
 # $$ z = \mu + s\,\epsilon, \qquad \epsilon \sim \mathcal N(0, 1). $$
 #
@@ -118,10 +118,11 @@ from torch import Tensor, nn
 # The sum is the Kullback–Leibler divergence from $\mathcal N(\mu, s^2)$ to $\mathcal
 # N(0, 1)$; it is zero for $\mu = 0$, $s = 1$. The two terms pull against one another.
 # The first wants large, exact latents, the second latents that say nothing. The weight
-# $\beta$ is small, so that pictures stay sharp; but it is enough to keep latents from
-# growing without bound, and the noise $s$ makes sure that latents close to one another
-# decode to pictures close to one another. A generative model needs both, since what it
-# draws will always be a little off. Chapter 7 trains with this loss.
+# $\beta$ is small (chapter 7 takes 0.0005, with means for the sums), so that pictures
+# stay sharp; but it is enough to keep latents from growing without bound, and the noise
+# $s$ makes sure that latents close to one another decode to pictures close to one
+# another. A generative model needs both, since what it draws will always be a little
+# off. Chapter 7 trains with this loss.
 
 # %% [markdown]
 # ## Build it
@@ -171,11 +172,13 @@ class VAEConfig:
 # in check. Group normalisation ([Wu and He 2018](https://arxiv.org/abs/1803.08494))
 # cuts the $C$ channels into $G$ groups. In each picture, and each group $g$, it
 # subtracts the mean $m_g$ over channels and places, divides by the standard deviation
-# $\sigma_g$, and gives every channel a learned weight and bias:
+# $\sigma_g$, and gives every channel a learned weight and bias (here $\epsilon$ is
+# $10^{-6}$, against a division by zero):
 #
 # $$ y_c = w_c\, \frac{x_c - m_g}{\sqrt{\sigma_g^2 + \epsilon}} + b_c. $$
 #
-# Once as it is written, group by group, and once for all groups:
+# Once as it is written, group by group, and once for all groups, both with the weights
+# 1 and biases 0 of a new layer:
 
 
 # %%
@@ -542,9 +545,9 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # viz.show_images(torch.cat([images[:6], restored[:6]]), columns=6)
 
 # %% [markdown]
-# Shape and colour survive; prints, seams and sharp edges are softened. This autoencoder
-# is small and learned on a CPU ([how](../book/training_log.md)); that of SD3.5 loses
-# far less.
+# Compare what is large, shape and colour, with what is fine: prints, seams, edges. The
+# fine goes first. This autoencoder is small and learned on a CPU
+# ([how](../book/training_log.md)).
 #
 # How wide are the distributions? Compare the noise $s$ with the spread of the means,
 # and look at what a draw does to the picture.
@@ -571,9 +574,9 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # viz.show_latents(latents[0])
 
 # %% [markdown]
-# The outline of the dress stands in nearly every channel; some are strong inside it,
-# some around it, some only along its edge. To find out what a channel is *for*, take it
-# away: set it to its mean over the picture, decode, and see what is missing.
+# Look for the outline of the dress: a channel may be strong inside it, around it, or
+# only along its edge. To find out what a channel is *for*, take it away: set it to its
+# mean over the picture, decode, and see what is missing.
 
 # %% tags=["active-ipynb"]
 # without = latents[:1].repeat(16, 1, 1, 1)  # (16, C, h, w): one copy a channel
@@ -584,9 +587,10 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # viz.show_images(views, losses, columns=8)
 
 # %% [markdown]
-# A few channels carry most of it: without one of them the picture loses decibels, and
-# its colours fade. Most others can be missed one at a time with hardly a trace. The
-# colours are spread over several channels; no channel is "the red one".
+# A channel without which the picture loses decibels, or its colours fade, carries much
+# of it. One that can be missed with hardly a trace carries little, or only what others
+# carry too. Is there a channel for red? Look for a view that has lost this colour and
+# nothing else; but nothing in the loss asks for such a channel.
 
 # %% [markdown]
 # ## Reconstruction against compression
@@ -620,12 +624,12 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # viz.show_curves(curves, xlabel="numbers kept", ylabel="PSNR in dB", markers=True)
 
 # %% [markdown]
-# The latent's curve climbs steeply and then goes flat: the last components are hardly
-# used. Where it lies above the other curve, the autoencoder has earned its place: for
-# the same number of numbers it gives the better picture. Where it lies below, plain
-# shrinking would have done better. With all sixteen components it is not the room in
-# the latent that limits the picture but the training of this decoder. Measure your own
-# autoencoder against plain shrinking before you trust it.
+# Where the latent's curve goes flat, further components are hardly used. Where it lies
+# above the other curve, the autoencoder has earned its place: for the same number of
+# numbers it gives the better picture. Where it lies below, plain shrinking would have
+# done better. If it ends flat, what limits the picture is not the room in the latent
+# but the network and its training. Measure your own autoencoder against plain shrinking
+# before you trust it.
 
 # %% [markdown]
 # ## A walk between two latents
@@ -641,9 +645,9 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # viz.show_images(torch.cat([walk, fade]), columns=7)
 
 # %% [markdown]
-# The mixture of pixels is a double exposure: both garments, half transparent. The
-# decoded walk is less so. Outlines move together and colours pass through each other's
-# neighbours, but in the middle a ghost of both remains. A straight line between two
+# The mixture of pixels is a double exposure: both garments, half transparent. Look at
+# the middle of the decoded walk: do outlines move, do colours pass through other
+# colours, and how much of a double exposure is left? A straight line between two
 # latents leaves the region where real pictures lie; finding the way back into it is the
 # transformer's work.
 
@@ -653,10 +657,11 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # Chapter 6 mixes data and noise along a straight line, $x_\sigma = (1 - \sigma)\,x_0 +
 # \sigma\,\epsilon$, with noise of variance 1. How much of the picture survives at a
 # given $\sigma$ then depends on the variance of $x_0$: the ratio of signal to noise is
-# $(1 - \sigma)^2 \operatorname{Var}(x_0) / \sigma^2$. Schedules, step sizes and the
-# network's initialisation all assume that $x_0$ has mean 0 and variance 1. Nothing in
-# the training of the autoencoder made it so. Hence two constants, measured once over
-# the training data and stored beside the weights:
+# $(1 - \sigma)^2 \operatorname{Var}(x_0) / \sigma^2$, at $\sigma = 0.5$ the variance
+# itself. Schedules, step sizes and the network's initialisation all assume that $x_0$
+# has mean 0 and variance 1. Nothing in the training of the autoencoder made it so.
+# Hence two constants, measured once over the training data and stored beside the
+# weights:
 #
 # $$
 # x = (z - \text{shift}) \cdot \text{scale}, \qquad
@@ -678,9 +683,8 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # viz.show_histogram(sets, xlabel="value")
 
 # %% [markdown]
-# After shift and scale the values cover the range of the noise. They are not normal:
-# many lie near zero, few far out. That is no harm, since only mean and variance enter
-# the ratio.
+# After shift and scale the values cover the range of the noise. They need not be
+# normally distributed: of their spread only the variance enters the ratio.
 
 # %% [markdown]
 # ## Predict, then break it
@@ -707,11 +711,13 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # viz.show_images(torch.cat([restored[:4], forgotten[:4], moved[:4]]), columns=4)
 
 # %% [markdown]
-# Forgetting `unscale` shrinks all contrasts: colours grow pale or shift, outlines stay.
-# Padding on the wrong side moves every picture by three pixels, one at the first level
-# and one of twice the size at the second, and smears the border above and on the left.
-# To the eye those pictures may look the better ones; measured they are worse, because a
-# shift makes every edge wrong. Neither mistake raises an error.
+# Without `unscale` all contrasts in the latent are multiplied by the scale: they shrink
+# where it is below 1, and grow where it is above, as in SD3.5. Colours change, outlines
+# stay. Padding on the wrong side moves every picture three pixels to the right and
+# down, one at the first level and one of twice the size at the second, and smears the
+# border above and on the left. To the eye those pictures may look the better ones, but
+# a shift makes every edge wrong, and decibels count that. Neither mistake raises an
+# error.
 
 # %% [markdown]
 # ## Parity
@@ -762,7 +768,7 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 #   lie side by side (`channels_last`). Converting back and forth costs more than it
 #   saves, so the whole decoder must keep to one layout.
 # - **It chooses the precision.** An older autoencoder of the family overflowed in
-#   float16 and had to run in float32. This one runs in bfloat16.
+#   float16 and had to run in float32. This one runs in 16 bits.
 # - **It turns numbers into bytes.** Stability's reference cuts off the decimals,
 #   diffusers rounds: about half of all values differ by one grey level, which nobody
 #   sees but a test that compares pictures.
@@ -796,9 +802,10 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 #
 # @check
 # def exercise_3_2() -> None:
-#     ours = Normal(posterior.mean, (0.5 * posterior.logvar).exp())
+#     some = Posterior(*torch.randn(2, 3, 16, 4, 4))
+#     ours = Normal(some.mean, (0.5 * some.logvar).exp())
 #     expected = kl_divergence(ours, Normal(0.0, 1.0)).sum((1, 2, 3))
-#     found = divergence(posterior)
+#     found = divergence(some)
 #     assert found.shape == expected.shape, f"a number a picture, not {found.shape}"
 #     assert torch.allclose(found, expected, rtol=1e-3), "another value is expected"
 
@@ -824,9 +831,9 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # %% tags=["active-ipynb", "check"]
 # @check
 # def exercise_3_3() -> None:
-#     found = to_bytes(torch.tensor([-1.2, -1.0, 0.01, 1.0, 1.01]))
+#     found = to_bytes(torch.tensor([-1.2, -1.0, 0.004, 0.01, 1.0, 1.01]))
 #     assert found.dtype == torch.uint8, f"torch.uint8, not {found.dtype}"
-#     assert found.tolist() == [0, 0, 129, 255, 255], f"found {found.tolist()}"
+#     assert found.tolist() == [0, 0, 128, 129, 255, 255], f"found {found.tolist()}"
 
 # %% tags=["active-ipynb", "solution", "hide-cell"]
 # def to_bytes(images: Tensor) -> Tensor:
@@ -850,10 +857,10 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # picture, and that attention then compares 4,096 times fewer pairs. You **built**
 # encoder and decoder from normalised convolutions and one attention, and loaded trained
 # weights into them. You **read** latents channel by channel, and **measured** what
-# dropping some of it costs in decibels. You **explained** by the ratio of signal to
-# noise why latents are shifted and scaled. What is left is the end of the journey: the
-# latent that arrived at the beginning of this chapter, through the decoder that you
-# have built.
+# dropping a part costs in decibels. You **explained** by the ratio of signal to noise
+# why latents are shifted and scaled. What is left is the end of the journey: the latent
+# that arrived at the beginning of this chapter, through the decoder that you have
+# built.
 
 # %% tags=["active-ipynb"]
 # picture = (vae.decode(vae.unscale(drawn_latents)) / 2 + 0.5).clamp(0, 1)
