@@ -132,10 +132,10 @@ def attend_loops(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 # %% [markdown]
-# Three tokens whose meaning we choose ourselves. The word *red* asks for whatever is
-# garment (first channel); the two patches offer “garment” and “background”. The values
-# are only names in numbers: 1, 10 and 100. The word reads almost nothing but the first
-# patch, so its answer lies near 10.
+# Three tokens whose meaning we choose ourselves: the word *red* and two patches. The
+# word's query asks for “garment” (first channel); the keys of the patches offer
+# “garment” and “background”. The values are only names in numbers: 1, 10 and 100. The
+# word reads almost nothing but the first patch, so its answer lies near 10.
 
 # %% tags=["active-ipynb"]
 # q = torch.tensor([[8.0, 0.0], [0.0, 0.0], [0.0, 0.0]])  # red, garment, background
@@ -342,10 +342,10 @@ class JointAttention(nn.Module):
 
 
 # %% [markdown]
-# Time to use real tokens. A hook keeps what enters the first block of the shipped model
-# when it starts to paint our prompt from pure noise. Then *your* classes, the ones
-# defined in the cells above, replace those in the model: from here on every figure
-# comes from them.
+# Time to use real tokens. A *hook*, a function that PyTorch calls when a module runs,
+# keeps the tokens that reach the first block's two `qkv` when the shipped model starts
+# to paint our prompt from pure noise. Then *your* classes, the ones defined in the
+# cells above, replace those in the model: from here on every figure comes from them.
 
 # %% tags=["active-ipynb"]
 # block, tokens = pipe.transformer.joint_blocks[0], {}
@@ -400,10 +400,10 @@ def attention_map(
 
 
 # %% [markdown]
-# A forward hook is PyTorch's way to listen: it is called with a module's inputs each
-# time the module runs. `record_attention` hangs one on every `JointAttention` of a
-# model and takes it off again at the end. One block's table exists at a time, so that
-# this works on full-size models too, where all tables together would fill any card.
+# `record_attention` hangs a hook on every `JointAttention` of a model, which gets the
+# module's inputs each time it runs, and takes it off again at the end. One block's
+# table exists at a time, so that this works on full-size models too, where all tables
+# together would fill any card.
 
 
 # %%
@@ -463,14 +463,16 @@ def record_attention(
 #     title="block 2, step 14: square root of the weights; 0–63 text, 64–127 patches")
 
 # %% [markdown]
-# The upper left field is words reading words, the lower left patches reading words.
-# Long runs of equal columns are padding, which all read alike. In the lower right field
-# look for stripes along the diagonal: a patch reads its neighbours, and those above and
-# below it stand eight places away, because a row has eight patches.
+# The upper left field is words reading words, the lower left patches reading words. A
+# long run of equal columns is padding: a reader gives all of it much the same weight.
+# In the lower right field look for stripes along the diagonal: a patch reads its
+# neighbours, and those above and below it stand eight places away, because a row has
+# eight patches.
 #
 # Now the words themselves. T5's tokens stand behind CLIP's 32. For every word we ask
 # how much each patch reads it, and lay the answer over the finished picture: one row a
-# word, one column a block, in the middle of the way from noise to picture.
+# word, one column a block, in the middle of the way from noise to picture. Bright is
+# where the word is read most; each map has a scale of its own.
 
 # %% tags=["active-ipynb"]
 # t5 = pipe.tokenizers[2]
@@ -482,11 +484,11 @@ def record_attention(
 # viz.show_attention(by_block, [f"block {i}" for i in range(5)], image, rows=words)
 
 # %% [markdown]
-# Questions to put to this figure: in which block does *red* find the garment? Does
-# *blue*, the colour of the background, find the rest? Eyes are easily persuaded, so
-# here is a number: the correlation, over the 64 patches, of each word's map with how
-# much redder than blue the finished picture is there. A word that looks for the dress
-# comes near +1, a word that looks for the background near −1.
+# Questions to put to this figure: in which block does the garment read *red*? Does the
+# rest read *blue*, the colour of the background? Eyes are easily persuaded, so here is
+# a number: the correlation, over the 64 patches, of each word's map with how much
+# redder than blue the finished picture is there. A word that is read by the dress comes
+# near +1, a word that is read by the background near −1.
 
 # %% tags=["active-ipynb"]
 # redness = F.avg_pool2d(image[:1] - image[2:], 8).flatten()  # (1, H, W) → (64,)
@@ -497,11 +499,12 @@ def record_attention(
 # %% [markdown]
 # Read the table by columns, a block at a time. Where *red* and *blue* have the same
 # sign, the block uses both colours alike: it tells garment from ground, and no more.
-# Where they have opposite signs, each colour is read in its own place. A model that
-# trained briefly does only the first. What T5's two colour words do not tell it must
-# then reach it by another way: CLIP's tokens and the pooled vector.
+# Where they have opposite signs, each colour is read in its own place. Where no block
+# shows this, what tells the colours apart must reach the picture by another way than
+# T5's two words: by CLIP's tokens or the pooled vector.
 #
-# Now one block over the steps, block 2: first noise, at the end a picture.
+# Now one block over the steps, block 2: first noise, at the end a picture. From which
+# step on does a map keep the outline of the finished garment?
 
 # %% tags=["active-ipynb"]
 # steps = [0, 4, 9, 14, 20, 27]
@@ -648,6 +651,8 @@ def record_attention(
 #     assert even.shape == (2,), "one number for each row"
 #     assert torch.allclose(even.exp(), torch.tensor(5.0)), "it should be ln 5"
 #     assert entropy(torch.eye(3)).abs().max() < 1e-6, "0 · ln 0 counts as 0"
+#     uneven = entropy(torch.tensor([0.5, 0.25, 0.25]))
+#     assert abs(uneven.item() - 1.0397) < 1e-3, "0.5 ln 2 + 2 · 0.25 ln 4 is expected"
 
 # %% tags=["active-ipynb", "hide-cell", "solution"]
 # def entropy(weights: Tensor) -> Tensor:
@@ -674,8 +679,8 @@ def record_attention(
 # def exercise_4_3() -> None:
 #     c, x = (Heads(*torch.randn(3, 2, n, 4, 8)) for n in (6, 9))
 #     shorter = Heads(*(t[:, :4] for t in c))
-#     wanted = torch.cat(JointAttention()(shorter, x), dim=1)[:, 4:]
-#     found = masked(c, x, torch.arange(6) < 4)[:, 6:]
+#     wanted = torch.cat(JointAttention()(shorter, x), dim=1)
+#     found = masked(c, x, torch.arange(6) < 4)[:, [0, 1, 2, 3, *range(6, 15)]]
 #     assert torch.allclose(found, wanted, atol=1e-5), "hidden words are still read"
 
 # %% tags=["active-ipynb", "hide-cell", "solution"]
