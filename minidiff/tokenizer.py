@@ -315,6 +315,9 @@ def merge(symbols: Sequence[str], ranks: dict[Pair, int]) -> list[str]:
 # print(len(merge(word_symbols("background" * 1000), ranks)), "symbols from 10,000")
 
 # %% [markdown]
+# Three symbols for each "background" but the last, which alone ends in `</w>` and is
+# whole.
+#
 # ## Special tokens, length and padding
 #
 # Some ids stand for no text at all: the beginning and end of a prompt, and padding. If
