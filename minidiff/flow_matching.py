@@ -214,6 +214,8 @@ def to_variance_preserving(x: Tensor, sigma: Tensor | float) -> Tensor:
 #
 # $$L = \mathbb E_{x_0, \epsilon, \sigma}\, \lVert v_\theta(x_\sigma, \sigma) -
 # (\epsilon - x_0) \rVert^2 .$$
+#
+# In code the mean over all numbers stands for the square of the norm.
 
 
 # %%
@@ -287,10 +289,11 @@ def exact_velocity(points: Tensor) -> Velocity:
 # ## Which noise levels to train on
 #
 # Drawing $\sigma$ uniformly spends equal effort everywhere. But at the two ends there
-# is little to learn: near 1 the answer is the mean of the data, near 0 the picture is
-# already there. SD3 draws levels whose *logit* $\ln\frac{\sigma}{1-\sigma}$ is normal,
-# which puts most of them in the middle. In the comparison of the SD3 paper (section
-# 5.1) this choice, with mean 0 and standard deviation 1, did best overall.
+# is little to learn: near 1 the answer is the noise less the mean of the data, near 0
+# the picture is already there. SD3 draws levels whose *logit*
+# $\ln\frac{\sigma}{1-\sigma}$ is normal, which puts most of them in the middle. In the
+# comparison of the SD3 paper (section 5.1) this choice, with mean 0 and standard
+# deviation 1, did best overall.
 
 
 # %%
@@ -334,11 +337,12 @@ def logit_normal_density(sigma: Tensor, mean: float = 0.0, std: float = 1.0) -> 
 # viz.show_curves(curves, xlabel="noise level σ", markers=True)
 
 # %% [markdown]
-# On real held-out scenes the shipped model's loss rises towards both ends. Near the
-# data end the velocity $(x - \hat x_0)/\sigma$ divides by a small number, so that the
+# These are scenes that the model has not seen, and its loss rises towards both ends.
+# Near 1 hardly anything is known of the scene, and what is unknown cannot be predicted.
+# Near 0 the velocity $(x - \hat x_0)/\sigma$ divides by a small number, so that the
 # last detail of texture counts for much. The logit-normal density deliberately does not
-# follow it: those details are cheap to be wrong about, while the middle levels decide
-# what is in the picture.
+# follow the loss: those details are cheap to be wrong about, while the middle levels
+# decide what is in the picture.
 #
 # ### Shift: larger pictures need more noise
 #
@@ -371,15 +375,17 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
 # viz.show_images(pictures, titles, columns=3)
 
 # %% [markdown]
-# The first picture had the noise of the second, and is as clear as the third. SD3.5 was
-# trained at 1024² with $s = 3$; the tiny model, at 64², with $s = 1$, no shift at all.
+# All three are divided by $1 - \sigma$, to full contrast. The first had the noise level
+# of the second, and is as clear as the third, whose odds are a quarter. SD3.5, made for
+# 1024², is drawn with $s = 3$; the tiny model, at 64², with $s = 1$, no shift at all.
 #
 # ## Which noise levels to stop at
 #
 # A drawing in $N$ steps visits $N + 1$ levels from 1 down to 0. SD3.5's list has a
-# quirk that must be kept, because everyone's defaults were tuned with it: the shift is
-# applied twice at the low end. The even spacing runs down to the *shifted* lowest
-# training level, and the result is shifted again.
+# quirk that must be kept, because diffusers and the reference code both draw with it:
+# the shift is applied twice at the low end. The lowest training level is 1/1000. The
+# even spacing runs from 1 down to that level *shifted*, and the result is shifted
+# again.
 
 
 # %%
@@ -511,7 +517,8 @@ def euler(
 #
 # **Heun** looks ahead: it makes the Euler step, asks for the velocity at the far end,
 # and walks along the mean of the two. Its error falls with the *square* of the step,
-# at the price of two calls a step.
+# at the price of two calls a step. A step to $\sigma = 0$ stays Euler's, because the
+# network was not trained to say anything there.
 
 
 # %%
@@ -539,11 +546,13 @@ def heun(
 #
 # $$x' = \frac{\sigma'}{\sigma}\,x + \Bigl(1 - \frac{\sigma'}{\sigma}\Bigr)\hat x_0,$$
 #
-# which is Euler's step, written differently. Now let $\hat x_0$ change linearly in
-# $t = -\ln\sigma$. With $h = \ln(\sigma/\sigma')$ for this step and $h_-$ for the last
-# one, its value half-way is $\hat x_0 + \frac{h}{2 h_-}(\hat x_0 - \hat x_{0,-})$, and
-# that value takes the place of $\hat x_0$. The first step has no memory, and the last
-# goes to $\sigma' = 0$, where $h$ is infinite: both are plain Euler steps.
+# which is Euler's step, written differently. But $\hat x_0$ changes on the way. As in
+# the midpoint rule, its value half-way serves better than that at the beginning, and
+# gives order 2. Let it change linearly in $-\ln\sigma$, a time in which this step is
+# $h = \ln(\sigma/\sigma')$ long and the one before, with its estimate $\hat x_{0,-}$,
+# was $h_-$ long. The line through both estimates is half-way at
+# $\hat x_0 + \frac{h}{2 h_-}(\hat x_0 - \hat x_{0,-})$. The first step has no memory,
+# and the last goes to $\sigma' = 0$, where $h$ is infinite: both are plain Euler steps.
 
 
 # %%
@@ -614,13 +623,12 @@ def dpmpp_2m(
 # %% tags=["active-ipynb"]
 # for name, (calls, error) in latent.items():
 #     assert error[-1] < error[0], name
-# best = min(latent, key=lambda name: latent[name][1][1].item())
-# print("all three come closer; with 8 steps the closest is", best)
+# print("all three come closer")
 
 # %% [markdown]
-# A network is less smooth than a formula, and the schedule ends with a long last stroke
-# to zero, so the orders are not as clean. In practice a drawing stops where pictures no
-# longer change to the eye, long before the error is small.
+# A network is less smooth than a formula, and the last stroke but one falls to 0.001, a
+# long way in $\ln\sigma$, so the orders are not as clean. In practice one takes as many
+# steps as change the picture to the eye, long before the error is small.
 #
 # ## Guidance
 #
@@ -697,8 +705,9 @@ def guide(v_neg: Tensor, v_pos: Tensor, scale: float) -> Tensor:
 
 # %% [markdown]
 # The state $x$ begins as noise, and the picture comes through it only by degrees.
-# $\hat x_0$, the place where the velocity points, is a blurred picture from the first
-# step and then sharpens.
+# $\hat x_0$, the place that the velocity points back to, is a picture from the first
+# step: blurred, its contrast exaggerated by guidance. Then it sharpens. (The first two
+# rows show three directions of a latent's sixteen channels as red, green and blue.)
 #
 # ## Predict, then break it
 #
@@ -716,7 +725,8 @@ def guide(v_neg: Tensor, v_pos: Tensor, scale: float) -> Tensor:
 # All of them land on one point, the mean of the data. At $\sigma = 1$ the state is pure
 # noise and says nothing about its origin, so the best guess is the same for all. The
 # model does the same as far as it can: one step gives the average picture *of this
-# prompt*. (Distilled models such as Large Turbo are trained so that few steps suffice.)
+# prompt*, pushed by guidance away from the average of all pictures. (Distilled models
+# such as Large Turbo are trained so that few steps suffice.)
 #
 # **Two.** Turn the sign: give the solver $-v$. Where do the points go?
 
@@ -728,8 +738,8 @@ def guide(v_neg: Tensor, v_pos: Tensor, scale: float) -> Tensor:
 # %% [markdown]
 # They flee. The velocity points towards noise; walking down in $\sigma$ we go against
 # it, and the factor $\sigma' - \sigma < 0$ in the step is what turns us round.
-# Codebases disagree about this sign and about the direction of time; most bugs in
-# ported samplers are one of the two.
+# Papers and codebases disagree about this sign and about the direction of time: when
+# you port a sampler, check these two first.
 #
 # ## Parity
 #
@@ -774,8 +784,8 @@ def guide(v_neg: Tensor, v_pos: Tensor, scale: float) -> Tensor:
 #
 # ## Exercises
 #
-# **6.1 Predict.** With shift 3, at which noise level do signal and noise have equal
-# weight *before* the shift, and where does the shift move that level?
+# **6.1 Predict.** At which noise level do data and noise have equal weight, and where
+# does a shift of 3 move that level? Find it with odds, without the formula.
 
 # %% tags=["active-ipynb", "exercise"]
 # def moved() -> float:
@@ -795,7 +805,8 @@ def guide(v_neg: Tensor, v_pos: Tensor, scale: float) -> Tensor:
 # %% [markdown]
 # **6.2 Code.** The *midpoint* method goes half a step with Euler, asks for the velocity
 # there, and makes the whole step with it. Write it. Its order is 2. (The check
-# follows $dx/d\sigma = \sigma x$ from $x = 1$; it ends at $e^{-1/2}$.)
+# follows $dx/d\sigma = \sigma x$ from $x = 1$ at $\sigma = 1$ down to $\sigma = 0$; the
+# exact end is $e^{-1/2}$, and one single step gives ¾.)
 
 # %% tags=["active-ipynb", "exercise"]
 # def midpoint(velocity: Velocity, x: Tensor, sigmas: Tensor) -> Tensor:
@@ -808,6 +819,7 @@ def guide(v_neg: Tensor, v_pos: Tensor, scale: float) -> Tensor:
 #     grow, one = lambda x, sigma: sigma * x, torch.ones(1).double()
 #     levels = [torch.linspace(1, 0, n + 1).double() for n in (20, 40)]
 #     coarse, fine = (midpoint(grow, one, s) - torch.exp(-one / 2) for s in levels)
+#     assert midpoint(grow, one, levels[0][::20]) == 0.75, "not one step by midpoint"
 #     assert coarse.abs() < 0.01, "it does not arrive at e^(−1/2)"
 #     assert 3.5 < coarse / fine < 4.5, "half the step should leave a quarter"
 
@@ -848,7 +860,17 @@ def guide(v_neg: Tensor, v_pos: Tensor, scale: float) -> Tensor:
 
 # %% [markdown]
 # **6.4 Explore.** Draw the journey's prompt with `dpmpp_2m` in 4, 6 and 10 steps and
-# compare with Euler. From how many steps on can you not tell them apart?
+# compare with Euler (`solve(guided, noise, pipe.scheduler.sigmas(n))`). From how many
+# steps on can you not tell them apart?
+#
+# <details><summary>Answer</summary>
+#
+# Decode both, and a drawing by Heun in 60 steps beside them. With few steps DPM++ 2M
+# may be the worse one: the last stroke but one is several times longer in $\ln\sigma$
+# than the one before, and the line through two estimates is drawn too far. With more
+# steps that stroke begins lower, where the estimates hardly differ any more.
+#
+# </details>
 #
 # ## Summary
 #
