@@ -170,7 +170,8 @@ def vae_loss(vae: VAE, batch: Batch, kl_weight: float = 5e-4) -> Tensor:
 # What does each term notice? We damage a picture in three ways whose squared error is
 # made equal, and look at the other terms. A blur is cheap in L1, since it is wrong at
 # outlines only; but there its error changes from pixel to pixel, and the edge term
-# charges for that. A shift of all colours costs most in L1, and nothing in edges.
+# charges for that. Noise changes from pixel to pixel everywhere, and is charged most. A
+# shift of all colours costs most in L1, and nothing in edges.
 
 # %% tags=["active-ipynb"]
 # blur = F.avg_pool2d(F.pad(images, [2] * 4, mode="replicate"), 5, 1) - images
@@ -213,8 +214,8 @@ def contrastive_loops(t: Tensor, v: Tensor, scale: float, meaning: Tensor) -> Te
 
 # %% [markdown]
 # PyTorch's cross-entropy takes such shared targets as a matrix. On several devices, a
-# row is compared with the rows of all of them: `gather` collects these, and is the
-# identity on one.
+# device's B rows are compared with the N rows of all of them: `gather` collects these,
+# and is the identity on one.
 
 
 # %%
@@ -406,9 +407,9 @@ def noise_and_levels(
 # %% [markdown]
 # Guidance ([chapter 6](06_flow_matching.ipynb)) compares the velocity with a prompt to
 # the velocity without one, so the network must know both. In one of ten samples the
-# prompt is replaced by the empty one. SD3.5 goes further and drops each encoder by
-# itself, putting zeros in its place: that is why the pipeline still works when the huge
-# T5 is left out.
+# prompt is replaced by the empty one. SD3 goes further, and the shipped model with it:
+# each encoder is dropped by itself, zeros in its place. That is why the pipeline still
+# works when the huge T5 is left out.
 
 
 # %%
@@ -448,9 +449,10 @@ def loss_by_level(model: MMDiT, batch: Batch, levels: int = 8) -> list[float]:
 # %% [markdown]
 # ## One loop for all
 #
-# The loop in its smallest form is six lines, here for a toy that learns $y = x^2$ from
-# 8 numbers to 8 numbers, with a learning rate that climbs in a straight line.
-# Everything after it makes the same six lines quick, safe and general.
+# The loop in its smallest form is five lines, here for a toy that learns $y = x^2$ from
+# 8 normal numbers to 8 numbers, with a learning rate that climbs in a straight line.
+# Everything after it makes the same five lines quick, safe and general. (The answer 0
+# costs $\mathbb E\,x^4 = 3$.)
 
 # %% tags=["active-ipynb"]
 # def toy_batch(indices):
@@ -540,7 +542,7 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
 #
 # trembles less, and pictures are drawn with $\bar\theta$. A long memory ($d = 0.999$
 # remembers about 1,000 steps) is a burden in the beginning, when it remembers random
-# weights: so $d$ starts small.
+# weights. So $d$ starts small: at step $k$ it is at most $(1 + k)/(10 + k)$.
 
 
 # %%
@@ -743,10 +745,12 @@ def fit(
 # viz.show_curves(curves, "step", "loss", logy=True)
 
 # %% [markdown]
-# Three things to read. The training loss jumps, the validation loss does not. Both fall
-# fast, then slowly: colours come first, shapes take longer. And while the learning rate
-# is high, the average is better than the weights that it averages; as the rate falls to
-# zero, the weights stop trembling and the two meet.
+# Three things to read. The training loss jumps, the validation loss does not. (Which of
+# them is lower means little: validation visits all levels alike, training mostly the
+# middle ones, whose loss is lower.) Both fall fast, then slowly: colours come first,
+# shapes take longer. And while the learning rate is high, the average is better than
+# the weights that it averages; as the rate falls to zero, the weights stop trembling
+# and the two meet.
 
 # %% tags=["active-ipynb"]
 # first, *_, last = (r for r in log if "average" in r)
@@ -756,9 +760,9 @@ def fit(
 
 # %% [markdown]
 # And what has it learned? Eight prompts, twenty steps, guidance 3. The pictures are
-# what 16 × 16 pixels and half a minute allow, but look at the colours: the model has
-# begun to understand which one belongs to the garment and which to the ground. The last
-# but one asks for a blue t-shirt, a pair that is not in its data at all.
+# what 16 × 16 pixels and half a minute allow. Look at the colours: is the one that was
+# asked for the garment on the garment, and the other on the ground? The last but one
+# asks for a blue t-shirt, a pair that is not in its data at all.
 
 # %% tags=["active-ipynb"]
 # wanted = "red dress,blue;yellow bag,black;white coat,green;purple bag,white;"
@@ -809,7 +813,7 @@ def fit(
 # %% [markdown]
 # Judged by its training loss, the model of the few is the better one. Only scenes that
 # it has never seen give it away: there its loss is higher, and it stops falling while
-# the other's goes on. The gap between the two curves of one model is overfitting. A
+# the other's goes on. That the gap between a model's two curves grows is overfitting. A
 # training loss alone says nothing about it.
 
 # %% tags=["active-ipynb"]
@@ -835,10 +839,11 @@ def fit(
 
 # %% [markdown]
 # It falls just as nicely. Predicting $\epsilon + x_0$ is a task like any other, and the
-# network learns it; only it is not the velocity of a path to a picture. Following it
-# leads away from the scene: no garment appears, and the ground drifts towards the
-# opposite of its colour, white for black and green for purple. The loss tells how well
-# a task is learned, not whether it is the right one. Draw pictures early.
+# network learns it; only it is not the velocity of a path to a picture. From noise
+# $\epsilon$ one step along it ends at $\epsilon - (\epsilon + x_0) = -x_0$, the
+# negative of the scene: look for grounds that drift to the opposite of their colour,
+# white for black and green for purple. The loss tells how well a task is learned, not
+# whether it is the right one. Draw pictures early.
 #
 # ## Stop anywhere
 #
@@ -909,10 +914,11 @@ def fit(
 #   computed. Two processes give the weights of one up to rounding, for every loss of
 #   this chapter: a test compares them in float64. Models that exceed one device shard
 #   the weights too.
-# - **Better data.** SD3 was trained on pictures whose captions were half rewritten by a
-#   vision model, filtered and deduplicated; that changes more than most losses do
-#   ([Esser et al. 2024](https://arxiv.org/abs/2403.03206), section 5.2.2). Its
-#   autoencoder also has an adversarial and a perceptual loss, and its last stage is
+# - **Better data.** SD3's pictures were filtered and deduplicated, and half of its
+#   captions written by a vision model; the authors measure that this helps
+#   ([Esser et al. 2024](https://arxiv.org/abs/2403.03206), section 5.2.2). Autoencoders
+#   of this kind also have an adversarial and a perceptual loss
+#   ([Rombach et al. 2022](https://arxiv.org/abs/2112.10752)), and at the end SD3 was
 #   tuned to human preferences.
 #
 # To train the whole tiny model yourself, in a terminal:
@@ -936,7 +942,8 @@ def fit(
 
 # %% [markdown]
 # **7.2 Code.** Write `uniform_levels`, which gives each sample a level that is uniform
-# in [0, 1), as a function of its number.
+# in [0, 1), as a function of the seed and of its number. (`rng.uniform(seed, indices,
+# n)` gives n uniform numbers for each.)
 
 # %% tags=["active-ipynb", "exercise"]
 # def uniform_levels(indices: Tensor, seed: int) -> Tensor:
@@ -948,7 +955,10 @@ def fit(
 # def exercise_7_2() -> None:
 #     levels = uniform_levels(torch.arange(4000), 0)
 #     assert levels.shape == (4000,), f"(4000,), not {tuple(levels.shape)}"
-#     assert abs(levels.mean() - 0.5) < 0.02, "the mean should be near one half"
+#     even = torch.linspace(0, 1, 4000)
+#     assert (levels.sort().values - even).abs().max() < 0.05, "[0, 1) is not filled"
+#     other = uniform_levels(torch.arange(4000), 1)
+#     assert not torch.equal(other, levels), "another seed should give other levels"
 #     again = uniform_levels(torch.tensor([7, 3]), 0)
 #     assert torch.equal(again, levels[[7, 3]]), "a level depends on its number only"
 
@@ -1003,8 +1013,21 @@ def fit(
 
 # %% [markdown]
 # **7.5 Explore.** Train the small model with prompts dropped in half of the samples, or
-# never. What does guidance do to the pictures in each case? Then set `ema_decay` to
-# 0.999 in `learn`: why is the average now worse than the weights?
+# never (the 0.1 in `flow_batch`). What does guidance do to the pictures in each case?
+# Then set `ema_decay` to 0.999 in `learn`, for a run of 280 steps. What should that do
+# to the average, and why does so little happen?
+#
+# <details><summary>Answer</summary>
+#
+# Never dropped, the empty prompt is a text that the network has not seen: $v_-$ is
+# arbitrary, and guidance pushes away from something arbitrary. Dropped in half of the
+# samples, the prompt is learned from half as many; guidance has a good $v_-$ to leave.
+# With $d = 0.999$ throughout, three quarters of the average would still be the random
+# weights of the beginning, $0.999^{280} \approx 0.76$. But `update_ema` bounds $d$ by
+# $(1 + k)/(10 + k)$, which is 0.97 at the end of this run: a memory of some thirty
+# steps.
+#
+# </details>
 
 # %% [markdown]
 # ## Summary
