@@ -77,7 +77,7 @@ SAMPLERS = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
 # ## The mathematics
 #
 # Write $E$ for the text encoders, $v_\theta$ for the transformer, $D$ for the decoder.
-# The picture of a prompt $p$, with negative prompt $p_-$, seed $s$ and guidance $g$ is
+# The picture of a prompt $p_+$ with negative prompt $p_-$, seed $s$ and guidance $g$ is
 #
 # $$\text{picture} = D\Bigl(\tfrac{x_0}{\text{scale}} + \text{shift}\Bigr), \qquad
 # x_0 = x_1 + \int_1^0 \bigl[v_- + g\,(v_+ - v_-)\bigr]\, d\sigma,$$
@@ -87,9 +87,9 @@ SAMPLERS = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
 #
 # | symbol | variable | meaning | Tiny | SD3.5 |
 # |---|---|---|---|---|
-# | $p$, $p_-$ | `prompt`, `negative_prompt` | what to draw, what to avoid | | |
+# | $p_+$, $p_-$ | `prompt`, `negative_prompt` | what to draw, what to avoid | | |
 # | $s$ | `seed` | chooses the noise | 0 | 0 |
-# | $g$ | `guidance_scale` | how much to exaggerate | see below | 3.5 to 4.5 |
+# | $g$ | `guidance_scale` | how much to exaggerate | 4 | 3.5 to 4.5; Turbo 1 |
 # | $N$ | `num_inference_steps` | steps of the solver | 28 | 4 to 40 |
 # | scale, shift | `vae.config` | of chapter 3 | measured | 1.5305, 0.0609 |
 #
@@ -619,8 +619,8 @@ def load(
 # viz.denoising_scrubber(states, guesses, pictures, times, PROMPT)
 
 # %% [markdown]
-# The background and the garment's colour stand within the first steps; then comes the
-# outline, and texture last. How much does each step still change the estimate?
+# In which order do things settle? Expect the colours of background and garment first,
+# then the outline, and texture last. How much does each step still change the estimate?
 
 # %% tags=["active-ipynb"]
 # change = (guesses[1:] - guesses[:-1]).flatten(1).norm(dim=1)  # (S − 1,)
@@ -628,6 +628,9 @@ def load(
 # viz.show_curves(curve, xlabel="noise level σ", ylabel="relative", markers=True)
 
 # %% [markdown]
+# The drawing runs from right to left. Where the curve is high, the picture is being
+# decided; where it lies near 0, the estimate stands, and more steps there buy little.
+#
 # ### Prompts
 #
 # Eight prompts, one seed each. The last two ask for pairs of garment and colour that
@@ -659,8 +662,8 @@ def load(
 # print("the spread of four pictures shrinks:", (spread[0] > spread[2]).item())
 
 # %% [markdown]
-# Guidance makes the prompt's garment plainer, and the four pictures more alike. Too
-# much of it harms them: compare the last row with the one above it.
+# Guidance makes the prompt's garment plainer, and the four pictures more alike. Does
+# too much of it harm them? Compare the last row with the one above it.
 #
 # ### Steps
 #
@@ -676,11 +679,11 @@ def load(
 
 # %% [markdown]
 # With one step all three draw the same picture, because a step to $\sigma = 0$ is
-# Euler's in each of them; and it is the average of what the prompt allows, as chapter 6
-# predicted. With four steps DPM++ 2M can go astray: its last stroke but one falls from
-# a third to a thousandth, so that $h$ is eight times the one before, and the line
-# through two estimates is drawn much too far. Heun asks twice per step: compare it with
-# its neighbours at equal work, not at equal steps.
+# Euler's in each of them; and it is the average of what the prompt allows, exaggerated
+# by guidance, as chapter 6 predicted. With four steps DPM++ 2M can go astray: its last
+# stroke but one falls from a third to a thousandth, so that $h$ is eight times the one
+# before, and the line through two estimates is drawn much too far. Heun asks twice per
+# step: compare it with its neighbours at equal work, not at equal steps.
 #
 # ## Predict, then break it
 #
@@ -813,8 +816,8 @@ def load(
 #   `minidiff.load(..., memory="12GB")` does so; the plans live in `minidiff.extras`.
 # - **Compilation.** `compile=True` compiles each kind of block once. The first picture
 #   waits for it, the others are faster.
-# - **Large pictures** are decoded in overlapping tiles, because the decoder's first
-#   feature maps need more memory than the whole transformer.
+# - **Large pictures** are decoded in overlapping tiles, because the decoder's last
+#   feature maps, 256 channels as large as the picture, take gigabytes.
 # - **Many users** share a batch, with their own prompts, seeds and guidance scales, and
 #   texts are cached.
 # - **Distillation** changes the weights rather than the code. Large Turbo is the
@@ -844,7 +847,8 @@ def load(
 # show a thumbnail after each step, without the decoder. A *memory plan* says what stays
 # on the card, and in how many bits.
 #
-# Exercise 8.2 lets you write the second line yourself. This is how it is called:
+# Exercise 8.2 lets you write the second line, image to image, yourself. This is how it
+# is called:
 #
 # ```python
 # from minidiff.extras.image_to_image import image_to_image
@@ -883,9 +887,10 @@ def load(
 # exercise_8_1()
 
 # %% [markdown]
-# **8.2 Code.** *Image to image*: encode a picture, add the noise of a level, and solve
-# only the rest of the way. Of the schedule's 28 steps take the last
-# `int(28 * strength)`; `velocity` is the guided velocity, `sigmas` the whole schedule.
+# **8.2 Code.** *Image to image*: take the latent of a picture, mix it with the
+# journey's `noise` as on chapter 6's path, and solve only the rest of the way. Of the
+# schedule's 28 steps take the last `int(28 * strength)`, so mix up to the level where
+# these begin. `velocity` is the guided velocity, `sigmas` the whole schedule.
 
 # %% tags=["active-ipynb", "exercise"]
 # def repaint(velocity: Velocity, x0: Tensor, sigmas: Tensor, strength: float):
@@ -902,7 +907,7 @@ def load(
 #     assert torch.allclose(full, naive, atol=1e-3), "strength 1 should draw anew"
 #     seen = []
 #     repaint(lambda x, s: seen.append(s.item()) or x, naive, sigmas, 0.5)
-#     assert len(seen) == 14, "strength ½ should take the last 14 steps"
+#     assert seen == sigmas[14:-1].tolist(), "strength ½ should take the last 14 steps"
 
 # %% tags=["active-ipynb", "hide-cell", "solution"]
 # def repaint(velocity: Velocity, x0: Tensor, sigmas: Tensor, strength: float):
@@ -945,8 +950,19 @@ def load(
 
 # %% [markdown]
 # **8.4 Explore.** Draw “a dress on a blue background” with the negative prompt “a red
-# dress”, and with “red”. Which one does the model understand, and why? Chapter 7 tells
-# which sentences it has seen.
+# dress”, and with “red”. Which one does the model understand, and why? In training it
+# saw whole captions, “a photo of a red dress on a blue background”, and the empty one.
+#
+# <details><summary>Answer</summary>
+#
+# Neither was ever a caption, nor was the prompt, which names no colour for the dress.
+# Draw several seeds of each and count the red dresses. “A red dress” stands in many
+# captions, in this order. “Red” alone can belong to a garment or to a ground, so moving
+# away from it may change either. A whole caption, “a red dress on a blue background”,
+# is the safest negative prompt for this model; but it moves away from the ground as
+# well.
+#
+# </details>
 #
 # ## Summary
 #
