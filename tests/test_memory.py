@@ -175,6 +175,8 @@ def test_the_plan_is_one_line(folder, capsys):
         ({"memory": "1GB"}, "memory is 1GB; this model needs about"),
         ({"t5": "gone"}, "t5 is 'gone'; expected one of resident, streamed, none"),
         ({"vae_tile": 2}, "vae_tile is 2; expected 8 latent pixels or more"),
+        ({"vae_tile": 64.5}, "vae_tile is 64.5; expected 8 latent pixels or more"),
+        ({"fp8": "no"}, "fp8 is 'no'; expected True or False"),
         ({"nonsense": 1}, "nonsense is no setting of memory; it has t5, clip"),
     ],
 )
@@ -183,12 +185,38 @@ def test_bad_settings(folder, settings, message):
         minidiff.load(folder, **settings)
 
 
-def test_a_card_that_is_too_small_is_told_before_loading(models, monkeypatch):
-    card = SimpleNamespace(total_memory=16e9)
+@pytest.mark.parametrize("gigabytes", [8.3, 11.6, 15.7, 23.9])
+def test_a_card_that_is_too_small_is_told_a_plan_that_fits(
+    models, monkeypatch, gigabytes
+):
+    card = SimpleNamespace(total_memory=gigabytes * 1e9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    with pytest.raises(ValueError, match="card has 16GB .* load.*memory='16GB'"):
+    with pytest.raises(ValueError, match=f"the card has {gigabytes}GB and") as refused:
         memory.check_device(Plan(), models["large"], "cuda")
-    memory.check_device(choose("16GB", models["large"]), models["large"], "cuda")
+    budget, named = re.search("memory='(.*)' fits: (.*)", str(refused.value)).groups()
+    plan = choose(budget, models["large"])
+    assert str(plan) == named
+    memory.check_device(plan, models["large"], "cuda")
+
+
+def test_a_card_that_no_plan_fits(models, monkeypatch):
+    card = SimpleNamespace(total_memory=4.2e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    with pytest.raises(ValueError, match="4GB; this model needs about"):
+        memory.check_device(Plan(), models["large"], "cuda")
+
+
+def test_wider_numbers_take_more_memory(models, folder, monkeypatch):
+    plan = choose("24GB", models["large"], width=4)
+    assert estimate(plan, models["large"], 4) < 24e9
+    assert memory.LADDER.index(plan) > memory.LADDER.index(
+        choose("24GB", models["large"])
+    )
+    seen = []
+    monkeypatch.setattr(memory, "estimate", lambda p, m, w: seen.append(w) or 0.0)
+    for dtype in (torch.float32, torch.bfloat16):
+        minidiff.load(folder, memory="8GB", dtype=dtype)
+    assert seen == [4, 4, 2, 2]
 
 
 # What it comes to, counted on the meta device at full size

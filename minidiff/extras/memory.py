@@ -58,10 +58,12 @@ class Plan:
             if (value := getattr(self, name)) not in known:
                 names = ", ".join(known)
                 raise ValueError(f"{name} is {value!r}; expected one of {names}")
-        if self.vae_tile is not None and self.vae_tile < 8:
-            raise ValueError(
-                f"vae_tile is {self.vae_tile}; expected 8 latent pixels or more"
-            )
+        for name in ("fp8", "vae_slicing"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name} is {value!r}; expected True or False")
+        tile = self.vae_tile
+        if tile is not None and not (isinstance(tile, int) and tile >= 8):
+            raise ValueError(f"vae_tile is {tile}; expected 8 latent pixels or more")
 
     def __str__(self) -> str:
         changed = [
@@ -132,12 +134,16 @@ def requested(memory: str | Plan | None, **knobs: Any) -> Plan:
 
 
 def choose(
-    memory: str | Plan | None, models: Mapping[str, nn.Module], **knobs: Any
+    memory: str | Plan | None,
+    models: Mapping[str, nn.Module],
+    width: int = 2,
+    **knobs: Any,
 ) -> Plan:
     """The roomiest plan of the ladder that fits ``memory``, with ``knobs`` set on it.
 
     ``memory`` is "8GB" or any other number of gigabytes, a Plan, or None (everything
-    resident). Raises ValueError for a text that is not one, or too little memory.
+    resident); ``width`` is that of ``estimate``. Raises ValueError for a text that is
+    not one, or too little memory.
     """
     plan = requested(memory, **knobs)
     if memory is None or isinstance(memory, Plan):
@@ -145,9 +151,9 @@ def choose(
     budget = parse_budget(memory)
     plans = [replace(plan, **knobs) for plan in LADDER]
     for plan in plans:
-        if estimate(plan, models) + RESERVE <= budget:
+        if estimate(plan, models, width) + RESERVE <= budget:
             return plan
-    least = (estimate(plans[-1], models) + RESERVE) / 1e9
+    least = (estimate(plans[-1], models, width) + RESERVE) / 1e9
     raise ValueError(f"memory is {memory}; this model needs about {least:.1f}GB")
 
 
@@ -161,18 +167,26 @@ def parse_budget(memory: str) -> float:
         raise ValueError(f"memory is {memory!r}; expected {names} or None") from None
 
 
-def check_device(plan: Plan, models: Mapping[str, nn.Module], device: Any) -> None:
+def check_device(
+    plan: Plan,
+    models: Mapping[str, nn.Module],
+    device: Any,
+    width: int = 2,
+    **knobs: Any,
+) -> None:
     """Raise ValueError, naming a plan that fits, where the card is too small."""
     device = torch.device(device)
     if device.type != "cuda":
         return
     total = torch.cuda.get_device_properties(device).total_memory
-    if estimate(plan, models) + RESERVE <= total:
+    need = estimate(plan, models, width) + RESERVE
+    if need <= total:
         return
-    need = (estimate(plan, models) + RESERVE) / 1e9
+    budget = f"{int(total / 1e9)}GB"  # rounded down, for the plan must fit the card
+    smaller = choose(budget, models, width, **knobs)
     raise ValueError(
-        f"the card has {total / 1e9:.0f}GB and this needs about {need:.0f}GB; "
-        f"load(…, memory='{total / 1e9:.0f}GB') picks a plan that fits"
+        f"the card has {total / 1e9:.1f}GB and this needs about {need / 1e9:.1f}GB; "
+        f"memory='{budget}' fits: {smaller}"
     )
 
 
@@ -309,12 +323,12 @@ def load_parts(
     A plan that was asked for is printed in one line. Raises ValueError where the card
     is too small, naming a plan that fits.
     """
-    models = {name: part.model for name, part in prepared.items()}
-    plan = choose(memory, models, **knobs)
+    models, width = {n: part.model for n, part in prepared.items()}, dtype.itemsize
+    plan = choose(memory, models, width, **knobs)
     if plan.t5 == "none":
         models.pop("text_encoder_3", None)
-    check_device(plan, models, device)
+    check_device(plan, models, device, width, **knobs)
     if memory is not None or knobs:
-        need = estimate(plan, models) / GIB
+        need = estimate(plan, models, width) / GIB
         print(f"memory plan: {plan}; about {need:.1f} GiB for a 1024×1024 picture")
     return {name: place(prepared[name], plan, device, dtype) for name in models}
