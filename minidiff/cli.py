@@ -481,10 +481,12 @@ def evaluate(
     from minidiff.attention import record_attention
     from minidiff.sampling import load
 
-    pipe = load(model, device, torch.float32)
+    cpu = device == "cpu"  # its caches hold few pictures at a time
+    pipe = load(model, device, torch.float32, fast=cpu)
     pipe.progress = False
+    batch = 20 if cpu else 500
     result = metrics.evaluate(
-        pipe, reader, n, guidance_scale, steps, data, seed, rows=rows, log=log
+        pipe, reader, n, guidance_scale, steps, data, seed, batch, rows, log
     )
     found = metrics.attention_correlation(pipe, record_attention, folder=data)
     result |= {"model": model, "attention": found}
