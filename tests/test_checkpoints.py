@@ -215,6 +215,14 @@ def test_read_config(tmp_path):
     file.write_text('{"size": 3, "parts": [1, 2], "other": null}')
     assert cp.read_config(Small, tmp_path) == Small(3, (1, 2))
     assert cp.read_config(Small, file) == Small(3, (1, 2))
+    for value in ('"3"', "null", "1.5"):
+        file.write_text(f'{{"size": {value}}}')
+        with pytest.raises(ValueError, match="config.json: size is .*; expected int"):
+            cp.read_config(Small, tmp_path)
+    for value in ("4", '["a"]'):
+        file.write_text(f'{{"size": 3, "parts": {value}}}')
+        with pytest.raises(ValueError, match="json: parts is .*; expected tuple"):
+            cp.read_config(Small, tmp_path)
     file.write_text('{"other": 1}')
     with pytest.raises(ValueError, match="config.json lacks size"):
         cp.read_config(Small, tmp_path)
@@ -229,12 +237,26 @@ def test_read_config(tmp_path):
         cp.read_config(Small, tmp_path)
 
 
-def test_a_bad_value_names_the_file(tmp_path):
-    saved(tmp_path, "SD3Transformer2DModel")
+BAD = {
+    "layer": ("SD3Transformer2DModel", {"qk_norm": "layer"}),
+    "modulo by zero": ("SD3Transformer2DModel", {"num_attention_heads": 0}),
+    "3 norm groups do not divide": ("AutoencoderKL", {"norm_num_groups": 3}),
+    "scaling_factor is 'x'; expected float": ("AutoencoderKL", {"scaling_factor": "x"}),
+    "hidden_act 'relu'": ("CLIPTextModelWithProjection", {"hidden_act": "relu"}),
+    "num_heads is None; expected int": ("T5EncoderModel", {"num_heads": None}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("message", BAD)
+def test_a_bad_value_names_the_file(tmp_path, message):
+    class_name, changes = BAD[message]
+    saved(tmp_path, class_name)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"qk_norm": "layer"}))
-    with pytest.raises(ValueError, match="config.json.*layer"):
-        load(tmp_path, "SD3Transformer2DModel")
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    for device in ("cpu", "meta"):
+        with pytest.raises(ValueError, match=f"config.json: .*{message}"):
+            load(tmp_path, class_name, device=device)
 
 
 # Files that cannot be used
@@ -266,11 +288,27 @@ def test_truncated_weights(vae_folder, kept):
         load(vae_folder, "AutoencoderKL")
 
 
-def test_weights_that_are_something_else(vae_folder):
+@pytest.mark.parametrize(
+    "header", [b"not json", b"[1]", b'{"a": "b"}', b'{"a": {"shape": [1]}}']
+)
+def test_weights_that_are_something_else(vae_folder, header):
     file = vae_folder / cp.WEIGHTS[0]
-    file.write_bytes((8).to_bytes(8, "little") + b"not json and more")
-    with pytest.raises(ValueError, match="is not a safetensors file"):
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match=f"{file} is not a safetensors file"):
         load(vae_folder, "AutoencoderKL")
+
+
+def test_no_tensors_at_all(vae_folder):
+    file = vae_folder / cp.WEIGHTS[0]
+    file.write_bytes((2).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ValueError, match=f"{file} holds no tensors; expected"):
+        load(vae_folder, "AutoencoderKL")
+    index = vae_folder / f"{cp.WEIGHTS[0]}.index.json"
+    file.unlink()
+    for content in ("{}", '{"weight_map": [1]}'):
+        index.write_text(content)
+        with pytest.raises(ValueError, match=f"{index} names no files"):
+            load(vae_folder, "AutoencoderKL")
 
 
 @pytest.mark.parametrize("suffix", cp.PICKLED)

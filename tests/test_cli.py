@@ -1,5 +1,6 @@
 """The command line: pictures, names, and one line for what cannot be done."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from minidiff import cli
 from minidiff.dit import JointBlock
 from minidiff.extras.files import read_settings
 from minidiff.extras.lora import LowRank, save_lora
+from minidiff.support.checkpoints import TINY, Prepared
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +144,8 @@ SETTINGS = {
         ["--clip", "streamed", "--modulation", "streamed", "--vae-slicing"],
         {"clip": "streamed", "modulation": "streamed", "vae_slicing": "True"},
     ),
-    "fast": (["--fast"], {}),
-    "fp8": (["--fp8", "--fast"], {"fp8": "True"}),
+    "fast": (["--fast"], {"fast": "True"}),
+    "fp8": (["--fp8", "--fast"], {"fp8": "True", "fast": "True"}),
     "tiles": (["--memory", "8GB", "--no-fp8", "--vae-tile", 8], {"vae_tile": "8"}),
     "dtype": (["--dtype", "bfloat16"], {"dtype": "bfloat16"}),
 }
@@ -156,7 +158,7 @@ def test_settings_of_load(run, folder, tmp_path, name):
     call += tuple(options)
     code, out, err = run(*call, "--output", "a.png")
     assert (code, out) == (0, "a.png\n")  # the plan is told on stderr
-    planned = bool(wanted.keys() - {"dtype"})
+    planned = bool(wanted.keys() - {"dtype", "fast"})
     assert err.count("memory plan: ") == err.count("\n") == planned
     assert wanted.items() <= read_settings("a.png").items()
     run(*call[: -len(options)], "--output", "plain.png")
@@ -219,6 +221,51 @@ def test_damaged_models(run, folder, tmp_path):
     weights.with_suffix(".ckpt").unlink()
     code, _, err = run(*call)
     assert code == 2 and "no weights in" in err and err.count("\n") == 1
+
+
+def vocabulary_of(folder, size):
+    """Give the last piece of CLIP-L's vocabulary the id ``size``."""
+    file = folder / "tokenizer" / "vocab.json"
+    vocab = json.loads(file.read_text())
+    file.write_text(json.dumps(vocab | {"one more": size}))
+
+
+def setting(folder, file, name, value):
+    """Change one entry of a JSON file."""
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(content | {name: value}))
+
+
+SHIFT = ("scheduler/scheduler_config.json", "shift")
+LENGTH = ("tokenizer/tokenizer_config.json", "model_max_length")
+MISFITS = {
+    "CLIP-L's tokenizer has ids up to 704": lambda f: vocabulary_of(f, 704),
+    "CLIP-L's tokenizer writes 77 ids": lambda f: setting(f, *LENGTH, 77),
+    "model_max_length is 'long'": lambda f: setting(f, *LENGTH, "long"),
+    "shift is 'x'; expected float": lambda f: setting(f, *SHIFT, "x"),
+    "Scheduler(shift=0": lambda f: setting(f, *SHIFT, 0),
+    "vae/config.json is missing": lambda f: shutil.rmtree(f / "vae"),
+    "names no vae": lambda f: setting(f, "model_index.json", "vae", None),
+    "merges.txt is not a text": lambda f: (f / "tokenizer/merges.txt").write_bytes(
+        b"\xff"
+    ),
+}
+
+
+@pytest.mark.parametrize("message", MISFITS)
+def test_files_that_do_not_fit(run, tmp_path, monkeypatch, message):
+    """They are refused before a weight is read."""
+    copy = shutil.copytree(TINY, tmp_path / "copy")
+    MISFITS[message](copy)
+    monkeypatch.setattr(Prepared, "__call__", None)
+    code, out, err = run("sample", "a bag", "--model", copy)
+    assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+
+
+def test_info_of_a_folder_without_a_model(run, tmp_path):
+    code, out, err = run("info", tmp_path)
+    assert (code, out) == (2, "")
+    assert err == f"minidiff: {tmp_path}/model_index.json is missing\n"
 
 
 def test_no_arguments_and_help(run):

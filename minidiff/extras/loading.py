@@ -10,7 +10,7 @@ from torch import nn
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.flow_matching import Scheduler
 from minidiff.support import checkpoints as cp
-from minidiff.support import hub, single_file
+from minidiff.support import checks, hub, single_file
 from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
 from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
 from minidiff.vae import VAE, VAEConfig
@@ -66,13 +66,19 @@ def open_model(
 
     t5 = requested(memory, **(knobs or {})).t5 != "none"
     if Path(model).is_file():
-        return open_single_file(Path(model), text_encoders, t5)
-    if text_encoders is not None:
+        opened = open_single_file(Path(model), text_encoders, t5)
+    elif text_encoders is not None:
         raise ValueError(
             f"text_encoders is {str(text_encoders)!r}, but {model} is no single file "
             "and has its own"
         )
-    return open_folder(model, t5)
+    else:
+        opened = open_folder(model, t5)
+    models = {name: part.model for name, part in opened.parts.items()}
+    encoders = [models.get(name) for name in ENCODERS]
+    checks.check_parts(encoders, models["transformer"], models["vae"])
+    checks.check_tokenizers(opened.tokenizers, encoders)
+    return opened
 
 
 def open_folder(model: Path | str, t5: bool = True) -> Opened:
@@ -81,23 +87,33 @@ def open_folder(model: Path | str, t5: bool = True) -> Opened:
     Without ``t5`` its weights need not be there.
     """
     folder = find_model(model, t5)
-    index = cp.read_json(folder / "model_index.json")
-    if not str(index.get("_class_name")).startswith("StableDiffusion3"):
-        found = index.get("_class_name")
-        raise ValueError(f"{folder} is a {found}; expected a StableDiffusion3Pipeline")
+    index, present = read_index(folder)
     scheduler = read_scheduler(folder / "scheduler")
-    present = [n for n in (*PARTS, *TOKENIZERS) if (index.get(n) or [None])[0]]
-    required = [n for n in (*PARTS, *TOKENIZERS) if not n.endswith("_3")]
-    if missing := [name for name in required if name not in present]:
-        raise ValueError(f"{folder}/model_index.json names no {', '.join(missing)}")
     parts = {
         name: cp.prepare_component(*classes, folder / name)
         for name, (_, *classes) in PARTS.items()
         if name in present and (t5 or name != "text_encoder_3")
     }
+    check_t5(folder, parts, present)
     origin = index.get("_name_or_path")
     name = f"{model} ({origin})" if origin else str(model)
     return Opened(name, parts, read_tokenizers(folder, present), scheduler)
+
+
+def read_index(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """A folder's model_index.json, and the parts and tokenizers that it names.
+
+    Raises FileNotFoundError without one, ValueError for what is no SD3 pipeline.
+    """
+    index = cp.read_json(folder / "model_index.json")
+    if not str(index.get("_class_name")).startswith("StableDiffusion3"):
+        found = index.get("_class_name")
+        raise ValueError(f"{folder} is a {found}; expected a StableDiffusion3Pipeline")
+    names = (*PARTS, *TOKENIZERS)
+    present = [n for n in names if index.get(n) not in (None, [None, None])]
+    if missing := [n for n in names if n not in present and not n.endswith("_3")]:
+        raise ValueError(f"{folder}/model_index.json names no {', '.join(missing)}")
+    return index, present
 
 
 def open_single_file(
@@ -137,7 +153,16 @@ def open_single_file(
     if not t5:
         parts.pop("text_encoder_3", None)
     present = [n for n in TOKENIZERS if (folder / n).is_dir() or not n.endswith("_3")]
+    check_t5(folder, parts, present)
     return Opened(file.stem, parts, read_tokenizers(folder, present), Scheduler(3.0))
+
+
+def check_t5(folder: Path, parts: Collection[str], tokenizers: Collection[str]) -> None:
+    """Raise FileNotFoundError where there are T5's weights and no tokenizer for it."""
+    if "text_encoder_3" in parts and "tokenizer_3" not in tokenizers:
+        raise FileNotFoundError(
+            f"{folder} has T5 and no tokenizer_3; expected both, or t5='none'"
+        )
 
 
 def read_tokenizers(
@@ -172,10 +197,11 @@ def blueprint(model: Path | str = "tiny") -> dict[str, nn.Module]:
                 "vae": VAE(VAEConfig.sd35()),
             }
     folder = find_model(model)
+    present = read_index(folder)[1]
     return {
         name: cp.load_component(*classes, folder / name, device="meta")
         for name, (_, *classes) in PARTS.items()
-        if (folder / name).is_dir()
+        if name in present
     }
 
 
@@ -196,7 +222,10 @@ def read_scheduler(folder: Path) -> Scheduler:
     content = cp.read_json(cp.config_file(folder))
     if used := [name for name in DYNAMIC if content.get(name)]:
         raise ValueError(f"{folder} asks for {used[0]}, which minidiff does not have")
-    return cp.read_config(Scheduler, folder)
+    scheduler = cp.read_config(Scheduler, folder)
+    if scheduler.shift <= 0 or scheduler.num_train_timesteps < 1:
+        raise ValueError(f"{folder}: {scheduler}; expected positive numbers")
+    return scheduler
 
 
 def save_pipeline(pipe: "Pipeline", folder: Path, dtype: torch.dtype | None) -> None:

@@ -14,7 +14,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -60,7 +60,8 @@ def config_file(path: Path | str) -> Path:
 def read_config(cls: type[Config], path: Path | str) -> Config:
     """Build the dataclass ``cls`` from the hub's JSON file ``path`` (or its folder).
 
-    Keys that are not fields are ignored; a field without default must be there.
+    Keys that are not fields are ignored; a field without default must be there, and
+    each value must be of its field's type.
     """
     path = config_file(path)
     content = read_json(path)
@@ -73,11 +74,22 @@ def read_config(cls: type[Config], path: Path | str) -> Config:
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
     values = {f.name: content[f.name] for f in wanted}
-    tuples = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
+    values |= {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
+    for f in wanted:
+        if not _fits(value := values[f.name], f.type):
+            kind = getattr(f.type, "__name__", f.type)
+            raise ValueError(f"{path}: {f.name} is {value!r}; expected {kind}")
     try:
-        return cls(**values | tuples)
+        return cls(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a field of type ``kind`` can hold a value from a JSON file."""
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(isinstance(v, int) for v in value)
+    return isinstance(value, int | float if kind is float else kind)
 
 
 # Names
@@ -211,12 +223,19 @@ def weight_files(folder: Path | str) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
         if (index := folder / f"{name}.index.json").is_file():
-            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-            return [folder / shard for shard in shards]
+            return [folder / shard for shard in _shards(index)]
     pickled = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLED)
     if pickled:
         raise _refused(folder / pickled[0])
     raise FileNotFoundError(f"no weights in {folder}: expected {' or '.join(WEIGHTS)}")
+
+
+def _shards(index: Path) -> list[str]:
+    """The names of the files over which ``index`` spreads the tensors."""
+    files = read_json(index).get("weight_map")
+    if not files or not isinstance(files, dict):
+        raise ValueError(f"{index} names no files; expected them in its weight_map")
+    return sorted(set(map(str, files.values())))
 
 
 def _refused(file: Path) -> ValueError:
@@ -240,15 +259,17 @@ def read_header(file: Path) -> dict[str, tuple[int, ...]]:
             raise ValueError(f"{file} is not a whole safetensors file ({size} bytes)")
         try:
             header = json.loads(stream.read(length))
-        except ValueError:
+            header.pop("__metadata__", None)
+            shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+            ends = [entry["data_offsets"][1] for entry in header.values()]
+            data = max(ends, default=0)
+        except (ValueError, LookupError, TypeError, AttributeError):
             raise ValueError(f"{file} is not a safetensors file") from None
-    header.pop("__metadata__", None)
-    data = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size != 8 + length + data:
         raise ValueError(
             f"{file} is damaged: it has {size} bytes; expected {8 + length + data}"
         )
-    return {name: tuple(entry["shape"]) for name, entry in header.items()}
+    return shapes
 
 
 # Reading
@@ -319,7 +340,7 @@ def prepare_weights(
 
     Of the files only the tensors whose names begin with ``prefix`` count.
     """
-    expected = model.state_dict()
+    expected, files = model.state_dict(), list(files)
     sources = (rename or _identity)(expected)
     found = {
         name: (file, shape)
@@ -327,6 +348,8 @@ def prepare_weights(
         for name, shape in read_header(file).items()
         if name.startswith(prefix)
     }
+    if not found:
+        raise ValueError(f"{files[0]} holds no tensors; expected {len(sources)}")
     check_names(sources, found)
     check_shapes(sources, found, expected)
     return Prepared(model, sources, found)
@@ -350,7 +373,7 @@ def check_names(
 ) -> None:
     """Raise ValueError unless the files hold exactly the tensors that are wanted."""
     wanted = {name for source in sources.values() for name in source.names}
-    folder = next((file.parent for file, _ in found.values()), "the files")
+    folder = next(iter(found.values()))[0].parent
     if missing := wanted - found.keys():
         raise ValueError(f"{folder} lacks {len(missing)} tensors: {_some(missing)}")
     if extra := found.keys() - wanted - UNUSED:
@@ -406,12 +429,23 @@ def component_class(folder: Path | str) -> str:
     return content.get("_class_name") or (content.get("architectures") or [""])[0]
 
 
+def _build(
+    model_class: type[Model], config_class: type[Config], folder: Path | str
+) -> Model:
+    """The model of a component's folder on the meta device, without weights."""
+    config = read_config(config_class, folder)
+    try:
+        with torch.device("meta"):
+            return model_class(config)
+    except (ValueError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{config_file(folder)}: {error}") from None
+
+
 def prepare_component(
     model_class: type[Model], config_class: type[Config], folder: Path | str
 ) -> Prepared:
     """The two halves of :func:`load_component`: check now, read when called."""
-    with torch.device("meta"):
-        model = model_class(read_config(config_class, folder))
+    model = _build(model_class, config_class, folder)
     rename = RENAMES.get(component_class(folder))
     return prepare_weights(model, weight_files(folder), rename)
 
@@ -429,8 +463,7 @@ def load_component(
     device nothing is read but the configuration.
     """
     if torch.device(device).type == "meta":
-        with torch.device("meta"):
-            return model_class(read_config(config_class, folder)).to(dtype).eval()
+        return _build(model_class, config_class, folder).to(dtype).eval()
     return prepare_component(model_class, config_class, folder)(device, dtype)
 
 

@@ -101,6 +101,24 @@ def check_parts(text_encoders: Sequence[Any], transformer: Any, vae: Any) -> Non
             )
 
 
+def check_tokenizers(tokenizers: Sequence[Any], text_encoders: Sequence[Any]) -> None:
+    """Raise ValueError where an encoder cannot read what its tokenizer writes."""
+    names = ("CLIP-L", "CLIP-G", "T5")
+    for name, tokenizer, encoder in zip(names, tokenizers, text_encoders, strict=True):
+        if not (tokenizer and encoder):
+            continue
+        config, last = encoder.config, max(tokenizer.vocab.values())
+        if last >= config.vocab_size:
+            found = f"{name}'s tokenizer has ids up to {last}"
+            raise ValueError(
+                f"{found}; its encoder needs them below {config.vocab_size}"
+            )
+        limit = getattr(config, "max_position_embeddings", math.inf)
+        if tokenizer.model_max_length > limit:
+            found = f"{name}'s tokenizer writes {tokenizer.model_max_length} ids"
+            raise ValueError(f"{found}; its encoder reads at most {limit}")
+
+
 def check_dtypes(transformer: nn.Module, vae: nn.Module) -> None:
     """Raise ValueError where the weights that draw are not all in one dtype.
 

@@ -136,6 +136,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_text(path: Path) -> str:
+    """Read a text file; ValueError, naming it, for what is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text in UTF-8") from None
+
+
 def first_file(folder: str | Path, *names: str) -> Path:
     """Return the first of these files that the folder holds."""
     folder = Path(folder)
@@ -176,6 +184,8 @@ def read_settings(folder: str | Path, defaults: Settings) -> Settings:
         token = _added(entry)
         added.setdefault(token.content, token)
     length = config.get("model_max_length", defaults.model_max_length)
+    if not isinstance(length, int | float):
+        raise ValueError(f"{folder}: model_max_length is {length!r}; expected a number")
     return Settings(
         {name: _added(entry).content for name, entry in named.items()},
         tuple(added.values()),
@@ -247,7 +257,7 @@ def read_bpe(
         model = content.get("model", {})
         vocab, lines = model.get("vocab"), model.get("merges", [])
     else:
-        text = first_file(folder, "merges.txt").read_text(encoding="utf-8")
+        text = read_text(first_file(folder, "merges.txt"))
         vocab, lines = content, text.removesuffix("\n").split("\n")
         lines = [line for line in lines if not line.startswith("#version")]
     if not isinstance(vocab, dict):
