@@ -1,5 +1,7 @@
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 
 from minidiff.support import data
 from minidiff.support.data import CLASSES, COLORS, HELD_OUT, Scenes, prompts
@@ -26,6 +28,17 @@ def test_folder_without_the_file(tmp_path):
         data.fashion_mnist("test", tmp_path)
     with pytest.raises(ValueError, match="split is 'val'"):
         data.fashion_mnist("val", tmp_path)
+
+
+def test_a_file_of_other_data(tmp_path):
+    file = tmp_path / "test-00000-of-00001.parquet"
+    for columns in ({"a": [1]}, {"image": [1], "label": [1]}):
+        parquet.write_table(pyarrow.table(columns), file)
+        with pytest.raises(ValueError, match="00001.parquet is not of Fashion-MNIST"):
+            data.fashion_mnist("test", tmp_path)
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(ValueError, match=r"00001.parquet.*not a parquet file"):
+        data.fashion_mnist("test", tmp_path)
 
 
 def test_no_network_names_both_ways(monkeypatch):

@@ -476,9 +476,12 @@ def _read(path: Path) -> tuple[Tensor, Tensor]:
     import pyarrow.parquet as parquet
 
     table = parquet.read_table(path)
-    files = table.column("image").combine_chunks().field("bytes").to_pylist()
+    try:
+        files = table.column("image").combine_chunks().field("bytes").to_pylist()
+        labels = table.column("label").to_numpy()
+    except (KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not of Fashion-MNIST: {error}") from None
     pictures = np.stack([np.asarray(Image.open(io.BytesIO(f))) for f in files])
-    labels = table.column("label").to_numpy()
     return torch.from_numpy(pictures), torch.tensor(labels)
 
 
@@ -497,6 +500,7 @@ def fashion_mnist(
 
     Raises:
         FileNotFoundError: the folder lacks the file, or there is no network.
+        ValueError: the file is damaged, or of another data set.
     """
     return _read(_parquet_file(split, folder))
 
