@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import resource
 from dataclasses import dataclass, replace
 
 import pytest
@@ -133,6 +134,20 @@ def test_saving_over_the_mapped_file_keeps_the_model(tmp_path):
     cp.save_component(model, tmp_path, "T5EncoderModel", torch.float16)
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_full_disk_keeps_what_was_there(tmp_path):
+    saved(tmp_path, "T5EncoderModel")
+    file = tmp_path / cp.WEIGHTS[1]
+    before, limits = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"cannot write {file}: .*too large"):
+            saved(tmp_path, "T5EncoderModel", torch.float16)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == before
+    assert not [*tmp_path.glob(".*")]
 
 
 # Names

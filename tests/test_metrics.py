@@ -146,6 +146,9 @@ def test_evaluate(fashion):
     assert again["rows"] == found["rows"]  # whatever the batch
     table = metrics.format_table(found)
     assert "two garments, one never trained" in table and "FID" not in table
+    model, floor, vae = (found["frechet"][k] for k in ("model", "floor", "vae"))
+    assert "in the judge's features, 48 pictures" in table
+    assert f"model {model}, test scenes {floor}, VAE reconstructions {vae}." in table
 
 
 def test_evaluate_refuses():

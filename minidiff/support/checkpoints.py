@@ -491,19 +491,30 @@ def save_weights(
     rename: Rename | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write ``model``'s tensors to one safetensors file, in ``dtype`` (None: as is).
+    """Write ``model``'s tensors to one safetensors file, in ``dtype`` (None: as is)."""
+    tensors = {
+        name: t.detach().to("cpu", dtype).contiguous()
+        for name, t in stored_tensors(model.state_dict(), rename).items()
+    }
+    write_tensors(tensors, file)
+
+
+def write_tensors(
+    tensors: dict[str, Tensor], file: Path | str, **metadata: str
+) -> None:
+    """Write one safetensors file; OSError if that fails, and what was there is kept.
 
     The file is written aside and then takes its name, so that a reader, and a model
     whose weights are still mapped from the old file, never see half of it.
     """
     file = Path(file)
-    tensors = {
-        name: t.detach().to("cpu", dtype).contiguous()
-        for name, t in stored_tensors(model.state_dict(), rename).items()
-    }
     aside = file.with_name(f".{file.name}.{os.getpid()}")
-    save_file(tensors, aside, metadata={"format": "pt"})
-    aside.replace(file)
+    try:
+        save_file(tensors, aside, {"format": "pt", **metadata})
+        aside.replace(file)
+    except (SafetensorError, OSError) as error:
+        aside.unlink(missing_ok=True)
+        raise OSError(f"cannot write {file}: {error}") from error
 
 
 def hub_config(config: Any, class_name: str) -> dict[str, Any]:

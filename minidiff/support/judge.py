@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from minidiff.support.checkpoints import write_tensors
 from minidiff.support.data import (
     BACKGROUNDS,
     CLASSES,
@@ -240,7 +241,7 @@ def scenes_seen(folder: str | Path) -> int:
 def save_judge(judge: Judge, output: Path, **facts) -> None:
     """Write model.safetensors (fp16) and config.json, with ``facts`` about it."""
     weights = {k: v.contiguous() for k, v in judge.half().state_dict().items()}
-    save_file(weights, output / "model.safetensors")
+    write_tensors(weights, output / "model.safetensors")
     judge.float()
     text = json.dumps(asdict(judge.config) | facts, indent=2)
     (output / "config.json").write_text(text + "\n")

@@ -235,13 +235,27 @@ def lasting(config: object) -> dict:
 def checkpoint(
     run: Run, step: int, model: nn.Module, ema: nn.Module, optimizer: Optimizer
 ) -> None:
-    """Save all that a run needs to go on after ``step`` steps."""
+    """Save all that a run needs to go on after ``step`` steps.
+
+    Raises TrainingError, and saves nothing, where a weight is not a finite number.
+    """
     tensors = {f"model/{n}": p for n, p in model.state_dict().items()}
     tensors |= {f"ema/{n}": p for n, p in ema.state_dict().items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}/{name}"] = value
-    run.save(step, {name: parallel.whole(x) for name, x in tensors.items()})
+    tensors = {name: parallel.whole(x) for name, x in tensors.items()}
+    if bad := [name for name, x in tensors.items() if not x.isfinite().all()]:
+        place = name_step(step, run.settings.get("batch_size", 0))
+        raise TrainingError(f"{bad[0]} is not finite after {place}; {run.last_good()}")
+    run.save(step, tensors)
+
+
+def name_step(step: int, batch_size: int) -> str:
+    """A step, counted from 1, and its samples (unless ``batch_size`` is 0: unknown)."""
+    last = step * batch_size - 1
+    samples = f" (samples {last + 1 - batch_size} to {last})" if batch_size else ""
+    return f"step {step}{samples}"
 
 
 def restore(
@@ -354,6 +368,8 @@ class Monitor:
         speed = len(losses) * self.batch_size / (time.time() - self.since)
         self.bar.set_postfix(loss=f"{loss:.4f}", samples_per_s=f"{speed:.0f}")
         self.bar.update(len(losses))
+        if self.done == self.steps:
+            self.bar.close()  # shows the end and leaves its line
         self.log(loss=loss, samples_per_s=round(speed, 1), **facts)
 
     def log(self, **record: object) -> None:
@@ -375,10 +391,8 @@ class Monitor:
         self.since = time.time()
 
     def _broken(self, step: int, loss: float) -> str:
-        first = step * self.batch_size
-        samples = f"samples {first} to {first + self.batch_size - 1}"
         kept = self.run.last_good() if self.run else "nothing was saved"
-        return f"the loss is {loss} at step {step + 1} ({samples}); {kept}"
+        return f"the loss is {loss} at {name_step(step + 1, self.batch_size)}; {kept}"
 
 
 @functools.cache
