@@ -37,7 +37,10 @@ def main() -> None:
         code = app(standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         fail("interrupted", 130)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        named = error.filename and error.strerror
+        fail(f"{error.filename}: {error.strerror}" if named else error)
+    except ValueError as error:
         fail(error)
     except Exception as error:
         if not hasattr(error, "format_message"):
@@ -384,7 +387,8 @@ def train(
     ] = "all",
     data: Data = None,
     recipe: Annotated[
-        str | None, typer.Option(help="gpu, shipped, longer, trial, or a JSON file.")
+        str | None,
+        typer.Option(help="gpu, shipped, longer, trial, or a JSON file (see above)."),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Of the one stage named.")] = None,
     batch_size: Annotated[
@@ -418,12 +422,22 @@ def train(
     recompute: Annotated[
         bool, typer.Option(help="Fine-tune with less memory, a third slower.")
     ] = False,
+    crop: Annotated[
+        bool, typer.Option(help="Fine-tune on each picture's middle, or squeeze it.")
+    ] = True,
     device: Device = None,
 ) -> None:
     """Train the tiny model, stage by stage; run it again to go on after a stop.
 
     With --from, fine-tune a model on a folder of pictures, each with its caption in a
     .txt beside it or in metadata.jsonl.
+
+    A JSON file as --recipe changes some of "shipped", for example
+    {"vae": {"steps": 5000}, "latents": 4096}. Of clip, t5, vae and transformer: steps,
+    batch_size, learning_rate, warmup_steps, weight_decay, beta2, max_grad_norm,
+    ema_decay, accumulation, bfloat16, compile, sharded, log_every, save_every,
+    validate_every. Of all: pictures, latents, captions, held, two_garments,
+    uniform_levels, keep_latents, shift, scenes, judge.
     """
     device = find_device(device)
     if from_model is None:
@@ -440,7 +454,7 @@ def train(
 
     size = (steps, batch_size, learning_rate)
     corrections = (rank, alpha, targets) if lora else None
-    how = (device, compile, recompute)
+    how = (device, compile, recompute, crop)
     print(finetune.train(from_model, data, output, *size, corrections, *how))
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 from helpers import randomize
@@ -16,7 +17,9 @@ from minidiff import cli
 from minidiff.dit import JointBlock
 from minidiff.extras.files import read_settings
 from minidiff.extras.lora import LowRank, save_lora
+from minidiff.extras.stages import Recipe
 from minidiff.support.checkpoints import TINY, Prepared
+from minidiff.training import TrainingConfig
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +277,19 @@ def test_no_arguments_and_help(run):
     assert code == 2 and "prompt" in err.lower() and err.count("\n") == 1
     code, out, err = run("paint")
     assert code == 2 and "paint" in err and err.count("\n") == 1
+
+
+def test_help_lists_the_whole_configuration(run):
+    code, out, _ = run("train", "--help")
+    words = {word.strip(".,") for word in out.split()}
+    known = [f.name for c in (Recipe, TrainingConfig) for f in fields(c)]
+    assert code == 0 and words.issuperset(known), set(known) - words
+
+
+def test_a_file_that_is_not_there_is_named(run):
+    code, out, err = run("sample", "--prompts", "none.txt")
+    assert (code, out) == (2, "")
+    assert err == "minidiff: none.txt: No such file or directory\n"
 
 
 def test_info(run, folder):

@@ -53,6 +53,15 @@ def test_crop_takes_the_middle_and_resize_all(tmp_path: Path) -> None:
     assert read_folder(tmp_path, 8, crop=False)[0].min() == -1
 
 
+def test_the_command_line_crops_unless_told(pictures, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(finetune, "finetune", lambda *_, **how: seen.append(how))
+    for how in ({}, {"crop": False}):
+        call = {"data": pictures, "from_model": "tiny", "device": "cpu", **how}
+        cli.train(pictures / "out", **call)
+    assert [how["crop"] for how in seen] == [True, False]
+
+
 def test_what_is_wrong_with_a_folder_is_named(
     pictures: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -75,7 +84,10 @@ def test_what_is_wrong_with_a_folder_is_named(
 
 BAD = {
     "--learning-rate is 0.0": {"learning_rate": 0.0},
+    "--learning-rate is nan": {"learning_rate": float("nan")},
     "--rank is 0": {"lora": True, "rank": 0},
+    "rank is 33; expected at most 32 in these": {"lora": True, "rank": 33},
+    "--alpha is nan": {"lora": True, "alpha": float("nan")},
     "steps 0, batch size 1": {"steps": 0},
     "batch size 0": {"batch_size": 0},
     "no layer is called foo": {"lora": True, "targets": "foo"},

@@ -238,6 +238,11 @@ def test_official_names_are_those_of_the_manifest(shared: Path) -> None:
     assert made == names
 
 
+def test_a_scale_that_is_no_number_is_refused(case: SimpleNamespace) -> None:
+    with pytest.raises(ValueError, match="lora_scale is nan; expected a finite"):
+        lora.load_lora(case.pipe, case.file, scale=float("nan"))
+
+
 def test_unknown_layers_to_adapt_are_refused() -> None:
     with pytest.raises(ValueError, match="no layer is called conv1"):
         lora.add_lora(pair(SMALL)[0], 2, names=["conv1"])

@@ -4,6 +4,7 @@ In full, or by LoRA: then only small corrections learn, and the file that comes 
 one that diffusers loads.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,6 +176,7 @@ def train(
     device: str,
     compile: bool | None,
     recomputed: bool,
+    crop: bool = True,
 ) -> Path:
     """``minidiff train --from``: 500 steps of one picture unless told otherwise.
 
@@ -182,8 +184,9 @@ def train(
     """
     if pictures is None:
         raise ValueError("--from needs --data: a folder of pictures with captions")
-    if learning_rate <= 0:
-        raise ValueError(f"--learning-rate is {learning_rate}; expected more than 0")
+    if not 0 < learning_rate < math.inf:
+        found = f"--learning-rate is {learning_rate}"
+        raise ValueError(f"{found}; expected a finite number above 0")
     steps = 500 if steps is None else steps
     config = TrainingConfig(
         steps,
@@ -199,8 +202,9 @@ def train(
         rank, alpha, names = corrections
         if rank < 1:
             raise ValueError(f"--rank is {rank}; expected at least 1")
+        if alpha is not None and not 0 < alpha < math.inf:
+            raise ValueError(f"--alpha is {alpha}; expected a finite number above 0")
         targets = tuple(names.split(",")) if names else tuple(ATTENTION)
         lora = LoraConfig(rank, alpha, targets)
-    return finetune(
-        model, pictures, output, config, lora, device, recomputed=recomputed
-    )
+    how = {"crop": crop, "recomputed": recomputed}
+    return finetune(model, pictures, output, config, lora, device, **how)

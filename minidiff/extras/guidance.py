@@ -8,6 +8,7 @@ within a window of the steps. s·(…) moves the estimate x̂₀ = x − σ·v j
 scales for x̂₀ and for v are one and the same.
 """
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ def skip_layer_guidance(
     Raises ValueError for blocks that the model lacks; warns where the model is not
     meant for it.
     """
-    check(pipe, layers, start, stop)
+    check(pipe, layers, scale, start, stop)
     plain = pipe.velocity
 
     def velocity(
@@ -75,7 +76,9 @@ def window(sigmas: Tensor, start: float, stop: float) -> Tensor:
     return sigmas[[i for i in range(steps) if start * steps < i < stop * steps]]
 
 
-def check(pipe: Pipeline, layers: Sequence[int], start: float, stop: float) -> None:
+def check(
+    pipe: Pipeline, layers: Sequence[int], scale: float, start: float, stop: float
+) -> None:
     """Raise ValueError for what the model cannot skip; warn where it should not."""
     blocks = pipe.transformer.config.num_layers
     if not layers or not all(0 <= layer < blocks for layer in layers):
@@ -83,6 +86,8 @@ def check(pipe: Pipeline, layers: Sequence[int], start: float, stop: float) -> N
             f"skip layers are {list(layers)}; expected some of 0 to {blocks - 1}, "
             "the blocks of this model"
         )
+    if not math.isfinite(scale):
+        raise ValueError(f"skip_layer_scale is {scale}; expected a finite number")
     if not 0 <= start < stop <= 1:
         raise ValueError(
             f"the window is {start} to {stop}; expected 0 ≤ start < stop ≤ 1"

@@ -6,19 +6,24 @@ in its header.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minidiff.dit import MMDiT
 from minidiff.extras.memory import StreamedLinear
 from minidiff.extras.precision import Float8Linear
-from minidiff.support.checkpoints import Source, read_header, transformer_sources
+from minidiff.support.checkpoints import (
+    Source,
+    read_header,
+    transformer_sources,
+    write_tensors,
+)
 
 FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
@@ -126,12 +131,15 @@ def add_lora(
 ) -> dict[str, LowRank]:
     """New updates for all layers whose name ends in one of ``names``, attached.
 
-    The model's own weights stop learning. Raises ValueError where nothing matches.
+    The model's own weights stop learning. Raises ValueError where nothing matches, and
+    for a rank that a layer cannot have.
     """
     ends = tuple(f".{name}" for name in names)
     chosen = {n: t for n, t in targets(model).items() if f".{n}".endswith(ends)}
     if not chosen:
         raise ValueError(f"no layer is called {', '.join(names)}; layers end in …to_q")
+    if rank > (largest := min(min(t.shape) for t in chosen.values())):
+        raise ValueError(f"rank is {rank}; expected at most {largest} in these layers")
     model.requires_grad_(False)
     updates = {
         name: LowRank(t.shape[1], t.shape[0], rank, alpha) for name, t in chosen.items()
@@ -214,6 +222,8 @@ def load_lora(pipe, file: Path | str, scale: float = 1.0, fused: bool = False) -
     and only for weights that are held in full. Otherwise they are computed beside the
     layers, which may be stored in 8 bits or streamed, but not compiled.
     """
+    if not math.isfinite(scale):
+        raise ValueError(f"lora_scale is {scale}; expected a finite number")
     path = Path(file)
     path = path / FILE if path.is_dir() else path
     models, handles = components(pipe), []
@@ -250,5 +260,4 @@ def save_lora(updates: Mapping[str, Mapping[str, LowRank]], file: Path | str) ->
                 tensors[f"{part}.{name}.lora_{key}.weight"] = (
                     weight.detach().contiguous()
                 )
-    header = {"format": "pt", METADATA: json.dumps(metadata, sort_keys=True)}
-    save_file(tensors, file, metadata=header)
+    write_tensors(tensors, file, **{METADATA: json.dumps(metadata, sort_keys=True)})
