@@ -6,8 +6,9 @@
 Both models have the shipped sizes, the same weights and the same batch; both take the
 same loss (rectified flow), clip the same gradient norm and use the same fused AdamW.
 Both are compiled unless told otherwise. They take turns; a time is the median over the
-rounds, after a warm-up, and the ratio the median of the rounds' own ratios. Printed: a
-table, and the same as one JSON line (in ``--output`` too).
+rounds, after a warm-up, and the ratio the median of the rounds' own ratios. Attention
+is PyTorch's choice for diffusers and what ``minidiff train`` chooses for minidiff.
+Printed: a table, and the same as one JSON line (in ``--output`` too).
 """
 
 import argparse
@@ -15,7 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import diffusers
@@ -24,6 +25,7 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from minidiff.dit import MMDiT, MMDiTConfig
+from minidiff.extras.stages import attention_to_train
 from minidiff.support.checkpoints import (
     hub_config,
     stored_tensors,
@@ -83,8 +85,10 @@ def make_step(
     objective = loss_of if args.eager else torch.compile(loss_of)
 
     def step() -> Tensor:
-        loss = objective(batch)
-        loss.backward()
+        ours = isinstance(model, MMDiT)
+        with attention_to_train(args.device) if ours else nullcontext():
+            loss = objective(batch)
+            loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

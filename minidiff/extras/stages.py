@@ -614,10 +614,13 @@ def begun(job: Job, model_class: type, config_class: type, name: str):
 def learn(job: Job, stage: str, task: Task) -> torch.nn.Module:
     """Fit one stage in its own folder."""
     config = getattr(job.recipe, stage)
-    # on a CPU the backward pass of fused attention is slower than four plain products
-    plain = sdpa_kernel(SDPBackend.MATH) if job.device == "cpu" else nullcontext()
-    with plain:
+    with attention_to_train(job.device):
         return fit(task, config, job.run, job.device, job.deadline)
+
+
+def attention_to_train(device: str) -> AbstractContextManager:
+    """PyTorch's own choice, or plain products on a CPU: its fused form is slow back."""
+    return sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
 
 
 def begin(job: Job, stage: str) -> AbstractContextManager[Run | None]:
