@@ -41,6 +41,7 @@ from minidiff.extras.fast import (
     FastDecoder,
     FastMMDiT,
     attention_backend,
+    compile_blocks,
     pixel_attention,
 )
 from minidiff.extras.kernels import quantize, quantize_rows
@@ -411,10 +412,11 @@ def step(bench: Bench, name: str) -> None:
             run(f"fast, {backend}", lambda f=fast: f(*given, modulations=ahead))
         profile(bench, f"{name} fast cudnn", lambda: fast(*given, modulations=ahead))
         if bench.compile and bench.left() > 50:
-            compile_blocks(theirs.transformer_blocks, None)
+            for block in theirs.transformer_blocks:
+                block.compile()
             run("diffusers compiled", diffusers_step, "each block")
             profile(bench, f"{name} diffusers compiled", diffusers_step)
-            compile_blocks(ours.joint_blocks, True)
+            compile_blocks(ours)
             with attention_backend("cudnn"):
                 run("plain compiled, cudnn", lambda: ours(*given, modulations=ahead))
             run("fast, again", lambda: fast(*given, modulations=ahead))
@@ -436,12 +438,6 @@ def step(bench: Bench, name: str) -> None:
         fast = FastMMDiT(ours, fp8=True, attention="cudnn")
         run("fast, fp8 products", lambda: fast(*given, modulations=ahead))
         profile(bench, f"{name} fast fp8", lambda: fast(*given, modulations=ahead))
-
-
-def compile_blocks(blocks: nn.ModuleList, dynamic: bool | None) -> None:
-    """Compile each block where it stands; blocks of a kind share the code."""
-    for block in blocks:
-        block.compile(dynamic=dynamic)
 
 
 def float32_reference(
@@ -889,7 +885,7 @@ def whole(bench: Bench, name: str) -> None:
         if bench.compile:
             theirs.compile()
             compare(COMPILED, diffusers_step, need=150)
-            compile_blocks(ours.joint_blocks, True)
+            compile_blocks(ours)
             with attention_backend("cudnn"):
                 compiled = lambda: ours(*given, modulations=ahead)  # noqa: E731
                 compare("compiled, each block", compiled, need=60)

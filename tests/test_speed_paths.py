@@ -219,6 +219,18 @@ def compiles(monkeypatch):
     torch._dynamo.reset()
 
 
+@torch.no_grad()
+def test_blocks_of_a_kind_share_what_is_compiled(compiles):
+    config = replace(TRANSFORMER, num_layers=5, dual_attention_layers=(0, 1))
+    model = transformer(config)
+    given = {batch: inputs(config, batch) for batch in (2, 1)}
+    expected = {batch: model(*given[batch]) for batch in given}
+    fast.compile_blocks(model)
+    for batch, kinds in ((2, 3), (1, 6)):
+        assert relative_error(model(*given[batch]), expected[batch]) < 1e-5
+        assert len(compiles) == kinds  # with dual attention, without, and the last
+
+
 @pytest.mark.filterwarnings("ignore:T5 reads")
 def test_each_kind_of_block_is_compiled_once_for_all_sizes(folder, compiles):
     expected = minidiff.load(folder)

@@ -34,6 +34,7 @@ from minidiff.extras.kernels import (
 from minidiff.extras.precision import Float8Linear
 from minidiff.vae import VAE, AttentionBlock, Decoder, ResnetBlock, Upsample
 
+ONEDNN = torch.backends.mkldnn.is_available()  # for float32 products on a CPU
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names of malloc.h; values in bytes
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -75,9 +76,10 @@ def linear(
         matrix = matrix.to(dtype) * layer.scale.to(dtype)
     if gelu and x.values.is_cuda:  # cuBLAS applies it before writing the result
         return torch._addmm_activation(layer.bias, x.values, matrix.t(), use_gelu=True)
-    if gelu and dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        fused = torch.ops.mkldnn._linear_pointwise  # oneDNN's, as torch.compile uses it
-        return fused(x.values, matrix, layer.bias, "gelu", [], "tanh")
+    if dtype == torch.float32 and not x.values.is_cuda and ONEDNN:
+        kind = ("gelu", [], "tanh") if gelu else ("none", [], "")
+        y = torch.ops.mkldnn._linear_pointwise(x.values, matrix, layer.bias, *kind)
+        return y if out is None else out.copy_(y)
     y = torch.addmm(layer.bias, x.values, matrix.t(), out=out)
     return F.gelu(y, approximate="tanh") if gelu else y
 
@@ -275,17 +277,27 @@ def accelerate(
     block once for all sizes; ``fast`` then serves the decoder alone.
     """
     if compile:
-        for block in transformer.joint_blocks:
-            block.compile(dynamic=True)
-        # Else a length that happens to equal the width would be compiled as a constant
-        apart = torch.fx.experimental._config.patch(use_duck_shape=False)
-        transformer.forward = apart(transformer.forward)
+        compile_blocks(transformer)
     elif fast:
         transformer.forward = FastMMDiT(transformer, multiplies_in_fp8(transformer))
     if fast:
         vae.decoder.forward = FastDecoder(vae.decoder)
         if not transformer.x_embedder.proj.weight.is_cuda:
             keep_freed_memory()
+
+
+def compile_blocks(transformer: MMDiT) -> None:
+    """Compile each kind of block once: for all blocks of the kind, and for all sizes.
+
+    Two samples and one are two sizes to the compiler, all other numbers are one.
+    """
+    for block in transformer.joint_blocks:
+        block.compile(dynamic=True)
+    # Else the first block, whose text is a view, would be a kind of its own
+    transformer.context_embedder.register_forward_hook(lambda *given: given[2].clone())
+    # Else a length that happens to equal the width would be compiled as a constant
+    apart = torch.fx.experimental._config.patch(use_duck_shape=False)
+    transformer.forward = apart(transformer.forward)
 
 
 def keep_freed_memory() -> None:
