@@ -1,6 +1,7 @@
 """LoRA files: the same pictures as diffusers and peft make of them."""
 
 import copy
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from helpers import randomize, relative_error
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from safetensors.torch import load_file, save_file
 from test_dit import DUAL, SMALL, pair
 from transformers import CLIPTextConfig as TheirConfig
 from transformers import CLIPTextModelWithProjection
@@ -56,7 +58,8 @@ def text_pair() -> tuple[CLIPTextEncoder, CLIPTextModelWithProjection]:
 
 
 def adapt(model: torch.nn.Module, rank: int, alpha: float, names: list[str]) -> dict:
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names))
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names)
+    inject_adapter_in_model(config, model)
     weights = {n: p for n, p in model.named_parameters() if "lora_" in n}
     for parameter in weights.values():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -225,6 +228,28 @@ def test_another_model_is_refused(case: SimpleNamespace) -> None:
         ValueError, match="another model: it updates transformer.*expected"
     ):
         lora.load_lora(pipe, case.file)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ("transformer.transformer_blocks.0.attn.to_q.lora_magnitude_vector", "has .*"),
+        ("transformer.use_rslora", "has transformer.use_rslora; expected plain LoRA"),
+        ("transformer.transformer_blocks.9.attn.to_q", "another model: .* no linear"),
+        ("lora_unet_joint_blocks_0_x_block_attn_qkv.alpha", "lacks lora_A or lora_B"),
+    ],
+)
+def test_other_kinds_of_update_are_refused(case, tmp_path, changed, message) -> None:
+    tensors, notes = load_file(case.file / lora.FILE), {}
+    if "use_" in changed:
+        notes = {lora.METADATA: json.dumps({changed: True})}
+    elif changed.endswith("to_q"):
+        tensors |= {f"{changed}.lora_{k}.weight": torch.ones(1, 1) for k in "AB"}
+    else:
+        tensors[changed] = torch.ones(1)
+    save_file(tensors, tmp_path / "other.safetensors", notes)
+    with pytest.raises(ValueError, match=message):
+        lora.load_lora(case.pipe, tmp_path / "other.safetensors")
 
 
 def test_official_names_are_those_of_the_manifest(shared: Path) -> None:

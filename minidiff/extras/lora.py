@@ -171,6 +171,7 @@ def read_lora(
     found: dict[str, dict[str, LowRank]] = {}
     with safe_open(file, "pt") as stream:
         metadata = json.loads((stream.metadata() or {}).get(METADATA, "{}"))
+        check_kind(file, [*shapes, *(k for k, v in metadata.items() if v)])
         for name in sorted({key.split(".lora_")[0] for key in shapes}):
             part, _, layer = name.partition(".")
             a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
@@ -192,13 +193,22 @@ def check(
     if a not in shapes or b not in shapes:
         raise ValueError(f"{file}: {name} lacks lora_A or lora_B (diffusers' keys)")
     if target is None:
-        raise ValueError(f"{file}: this model has no linear layer {name}")
+        raise ValueError(
+            f"{file} was made for another model: this one has no linear layer {name}"
+        )
     update = shapes[b][0], shapes[a][1]
     if update != target.shape or shapes[a][0] != shapes[b][1]:
         raise ValueError(
             f"{file} was made for another model: it updates {name} of shape "
             f"{list(update)}; expected {list(target.shape)}"
         )
+
+
+def check_kind(file: Path | str, names: Sequence[str]) -> None:
+    """Raise ValueError for settings and tensors that another formula is needed for."""
+    ends = ("use_dora", "use_rslora", "lora_magnitude_vector", "lora_B.bias")
+    if found := [name for name in names if name.endswith(ends)]:
+        raise ValueError(f"{file} has {found[0]}; expected plain LoRA: W + (α/r)·B·A")
 
 
 class LoRA:
