@@ -107,7 +107,7 @@ def server():
 def download(server, tmp_path):
     """``minidiff download sd3.5-medium`` with this hub and an empty cache."""
 
-    def run(*options):
+    def run(*options, **changed):
         env = {
             "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
             "HF_HOME": str(tmp_path / "cache"),
@@ -120,8 +120,14 @@ def download(server, tmp_path):
         command = [sys.executable, "-m", "minidiff", "download", "sd3.5-medium"]
         command += options
         done = subprocess.run(
-            command, env=os.environ | env, capture_output=True, text=True, timeout=300
+            command,
+            env=os.environ | env | changed,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
+        assert "hf_secret" not in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
         lines = [ln for ln in done.stderr.splitlines() if ln.startswith("minidiff: ")]
         return done.returncode, done.stdout.strip(), "\n".join(lines)
 
@@ -183,11 +189,24 @@ def test_a_corrupted_file_is_named(server, download):
 
 @pytest.mark.parametrize(
     ("status", "reason"),
-    [(403, "GatedRepo"), (401, "GatedRepo"), (401, "RepoNotFound")],
+    [
+        (403, "GatedRepo"),
+        (401, "GatedRepo"),
+        (401, "RepoNotFound"),
+        (401, "Invalid credentials in Authorization header"),
+        (403, "Forbidden"),
+    ],
 )
 def test_a_refusal_says_what_to_do(server, download, status, reason):
     server.refuse = status, reason
     code, out, message = download()
     assert code == 2 and not out and message.count("\n") == 0
     assert f"https://huggingface.co/{REPOSITORY}" in message and "licence" in message
-    assert "hf_secret" not in message
+
+
+def test_a_cache_that_cannot_be_written_is_named(download, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    code, out, message = download(HF_HOME=str(tmp_path / "file"))
+    assert code == 2 and not out and message.count("\n") == 0
+    assert f"{REPOSITORY} cannot be kept: " in message
+    assert str(tmp_path / "file") in message

@@ -48,6 +48,9 @@ def download(name: str, t5: bool = True) -> Path:
         what = f"{repository} is not on the hub, or not for you"
         raise FileNotFoundError(f"{what}: {needs(repository)}") from None
     except (OSError, errors.HfHubHTTPError) as error:
+        if getattr(error, "errno", None):  # of this machine: no room, not permitted, …
+            what = f"{repository} cannot be kept: {error.strerror}"
+            raise OSError(f"{what} ({error.filename or 'the cache'})") from None
         reason = type(error).__name__
         what = f"{repository} cannot be fetched ({reason}) and is not on this machine"
         raise ConnectionError(f"{what}: {needs(repository)}") from None
