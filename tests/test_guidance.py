@@ -1,5 +1,7 @@
 """Skip Layer Guidance: diffusers' latents, and what it refuses or warns of."""
 
+import inspect
+
 import pytest
 import torch
 from helpers import relative_error
@@ -73,6 +75,16 @@ def test_published_window():
     for steps, inside in ((50, range(1, 10)), (40, range(1, 8)), (28, range(1, 6))):
         found = guidance.window(torch.arange(steps + 1.0), 0.01, 0.2)
         assert found.tolist() == list(inside)
+
+
+def test_defaults_are_those_of_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    theirs = inspect.signature(diffusers.StableDiffusion3Pipeline.__call__).parameters
+    ours = inspect.signature(skip_layer_guidance).parameters
+    assert ours["layers"].default == (7, 8, 9)  # as published for SD3.5 Medium
+    for name in ("scale", "start", "stop"):
+        found = theirs[f"skip_layer_guidance_{name}"].default
+        assert ours[name].default == found
 
 
 def test_the_pipeline_comes_back_as_it_was(both):

@@ -1,6 +1,7 @@
 """Official single files: every manifest consumed, both layouts the same tensors."""
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -220,6 +221,17 @@ def test_a_truncated_file_is_named(layouts, tmp_path):
     file.write_bytes(content[:-100])
     with pytest.raises(ValueError, match="sd3.5_small.safetensors is damaged: it has"):
         minidiff.load(file, text_encoders=layouts / "encoders")
+
+
+@pytest.mark.parametrize("encoders", ["encoders", "hub"])
+def test_t5_without_its_tokenizer_is_told_before_loading(layouts, tmp_path, encoders):
+    folder = shutil.copytree(layouts / encoders, tmp_path / "copy")
+    shutil.rmtree(folder / "tokenizer_3")
+    call = {"text_encoders": folder}
+    with pytest.raises(FileNotFoundError, match="copy has T5 and no tokenizer_3; exp"):
+        minidiff.load(layouts / "sd3.5_small.safetensors", **call)
+    pipe = minidiff.load(layouts / "sd3.5_small.safetensors", t5="none", **call)
+    assert pipe.text_encoders[2] is None
 
 
 def test_a_missing_encoder_is_named(layouts, tmp_path):
