@@ -43,6 +43,9 @@ def main() -> None:
     except ValueError as error:
         fail(error)
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; not imported here
+            line = str(error).split(". ")[0]
+            fail(f"{line}; a smaller --memory, --num-images or --batch-size needs less")
         if not hasattr(error, "format_message"):
             raise
         fail(error.format_message())  # of the option parser
@@ -161,17 +164,19 @@ def sample(
         check_writable(preview, overwrite)
     blocks = parse_blocks(skip_layers)
     start = open_start(image, mask, strength)
+    if lora:
+        check_lora(lora, compile and bool(fp8))
 
     plan = {"memory": memory, "t5": t5, "clip": clip, "modulation": modulation}
     plan |= {"fp8": fp8, "vae_tile": vae_tile, "vae_slicing": vae_slicing}
     plan = {name: value for name, value in plan.items() if value is not None}
     forms = {"fast": fast, "compile": compile, "text_encoders": text_encoders}
     pipe = open_pipeline(model, find_device(device), dtype, **plan, **forms)
-    pipe.settings |= plan
+    pipe.settings |= plan | {n: True for n in ("fast", "compile") if forms[n]}
     if lora:
         from minidiff.extras.lora import load_lora
 
-        load_lora(pipe, lora, lora_scale, fused=not plan)
+        load_lora(pipe, lora, lora_scale, fused=compile or not plan)
     settings = {
         "negative_prompt": negative_prompt,
         "prompt_2": prompt_2,
@@ -232,6 +237,16 @@ def open_start(image: Path | None, mask: Path | None, strength: float) -> dict:
 
     opened = {"image": open_file(image), "mask_image": open_file(mask)}
     return opened | {"strength": strength}
+
+
+def check_lora(file: Path, compiled_fp8: bool) -> None:
+    """Raise ValueError or OSError, before a model is read, for what cannot be used."""
+    from minidiff.extras.lora import FILE
+    from minidiff.support.checkpoints import read_header
+
+    if compiled_fp8:
+        raise ValueError("--lora with --compile needs weights in full, without --fp8")
+    read_header(file / FILE if file.is_dir() else file)
 
 
 def parse_blocks(numbers: str | None) -> list[int]:

@@ -288,7 +288,8 @@ def run(monkeypatch, capsys, tmp_path, model):
 
     def call(*arguments):
         if arguments[0] == "sample":
-            arguments += ("--model", model[2], "--steps", 2)
+            chosen = () if "--model" in arguments else ("--model", model[2])
+            arguments += (*chosen, "--steps", 2)
         monkeypatch.setattr(sys, "argv", ["minidiff", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             cli.main()
@@ -360,17 +361,30 @@ BAD = [
     (["a", "--image", "m.png"], "m.png"),
     (["a", "--skip-layers", "x"], "--skip-layers is 'x'; expected whole numbers"),
     (["a", "--skip-layers", "9"], "skip layers are [9]; expected some of 0 to 3"),
-    (["a", "--lora", "none.safetensors"], "none.safetensors"),
+    (["a", "--lora", "none.safetensors"], "none.safetensors is missing"),
+    (["a", "--lora", "x", "--compile", "--fp8"], "weights in full, without --fp8"),
     (["a", "--preview", "no/p.png"], "no/p.png cannot be written"),
 ]
 
 
 @pytest.mark.parametrize("arguments, message", BAD, ids=[m for _, m in BAD])
 def test_bad_input_is_one_line(run, tmp_path, arguments, message):
+    if "--lora" in arguments:  # told before any model is read
+        arguments = [*arguments, "--model", "no/folder"]
     code, out, err = run("sample", *arguments)
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert message in err and err.startswith("minidiff: ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_runs_out_is_one_line(run, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. …")
+
+    monkeypatch.setattr(sampling.Pipeline, "decode", full)
+    code, out, err = run("sample", "a bag")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "CUDA out of memory; a smaller --memory" in err
 
 
 def test_info_of_what_is_no_picture(run, tmp_path):
