@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from minidiff.support import rng, trainer
 from minidiff.support.checkpoints import load_component
 from minidiff.support.trainer import Run, TrainingError, read_log
 from minidiff.training import Task, TrainingConfig, fit
+from minidiff.vae import VAE, VAEConfig
 
 # Objectives
 
@@ -142,6 +145,32 @@ def test_stage_learns(job: stages.Job, stage: str) -> None:
     stages.run_stages(replace(job, recipe=few), (stage,))
     values = losses(job, stage)
     assert sum(values[-3:]) < 0.9 * sum(values[:3]), values
+
+
+def test_a_compiled_decoder_learns_in_bfloat16() -> None:
+    """Also the layers in front of an upsampling: ``stages.compilable``."""
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        pytest.skip("no C++ compiler for torch.compile")
+    vae = stages.compilable(VAE(DECODED)).to(memory_format=torch.channels_last)
+    latents = torch.randn(2, 4, 16, 16)
+
+    def gradient(decode: Callable) -> torch.Tensor:
+        vae.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = decode(latents).float().square().mean()
+        loss.backward()
+        return vae.decoder.conv_in.weight.grad.clone()
+
+    plain, compiled = gradient(vae.decode), gradient(torch.compile(vae.decode))
+    assert (compiled - plain).norm() < 0.5 * plain.norm()
+
+
+DECODED = VAEConfig(
+    latent_channels=4,
+    block_out_channels=(8, 16),
+    layers_per_block=1,
+    norm_num_groups=8,
+)
 
 
 def test_transformer_learns(job: stages.Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -504,6 +533,56 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path) -> None:
     message = str(error.value)
     assert "step 8 (samples 112 to 127)" in message and "step-6" in message
     assert (tmp_path / "step-6.safetensors").exists()
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
+    """A finite loss may have a gradient that is not: √x at 0."""
+    task, config = regression(save_every=1)
+
+    def loss(model: nn.Module, batch: dict) -> torch.Tensor:
+        weight = model.layers[0].weight
+        steep = (0 * weight).square().sum().sqrt()
+        return task.loss(model, batch) + (steep if batch["last"] else 0)
+
+    def batch(indices: torch.Tensor) -> dict:
+        return task.batch(indices) | {"last": indices[0] == 7 * 16}
+
+    broken = replace(task, loss=loss, batch=batch)
+    settings = trainer.lasting(config)
+    with Run(tmp_path, settings) as run, pytest.raises(TrainingError) as error:
+        fit(broken, config, run)
+    message = str(error.value)
+    assert "not finite after step 8 (samples 112 to 127)" in message
+    assert "step-7.safetensors" in message
+    assert not (tmp_path / "step-8.safetensors").exists()
+
+
+def test_the_bar_tells_loss_speed_and_time_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(trainer.sys.stderr, "isatty", lambda: True, raising=False)
+    trained(tmp_path, steps=10)
+    shown = capsys.readouterr().err.split("\r")[-1]
+    assert shown.endswith("\n")
+    assert re.search(r"10/10 \[\d\d:\d\d<\d\d:\d\d.*loss=\d\.\d+", shown), shown
+    assert re.search(r"samples_per_s=\d+", shown)
+
+
+def test_encoded_scenes_are_named_after_all_that_made_them() -> None:
+    layers = [nn.Linear(2, 2) for _ in range(2)]
+    tables, gray = [torch.arange(6)], torch.arange(4).byte()
+
+    def name(n: int = 8, seed: int = 0, two_garments: float = 0.5) -> str:
+        scenes = SimpleNamespace(gray=gray, seed=seed, two_garments=two_garments)
+        models = SimpleNamespace(vae=layers[0], encoders=layers[1:])
+        return stages.Features.name(models, scenes, tables, n)
+
+    names = [name(), name(n=9), name(seed=1), name(two_garments=0.4)]
+    assert name() == names[0]
+    for changed in (layers[0].weight.data[0], layers[1].bias.data, tables[0], gray):
+        changed += 1
+        names.append(name())
+    assert len({*names}) == 8
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
