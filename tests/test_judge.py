@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -82,6 +83,21 @@ def test_training_goes_on(fashion, tmp_path):
 def test_no_judge(tmp_path):
     with pytest.raises(FileNotFoundError, match="train it with"):
         load_judge(tmp_path)
+
+
+def test_a_judge_that_cannot_be_used_is_named(tmp_path):
+    folder = shutil.copytree(JUDGE, tmp_path / "judge")
+    file, config = folder / "model.safetensors", folder / "config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps(values | {"features": 5}))
+    with pytest.raises(ValueError, match=f"{file} is not of its config.json: size"):
+        load_judge(folder)
+    config.write_text("{")
+    with pytest.raises(ValueError, match=f"{config} is not valid JSON"):
+        load_judge(folder)
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"{file} is not a whole safetensors file"):
+        load_judge(folder)
 
 
 @pytest.mark.skipif(not (JUDGE / "config.json").exists(), reason="no judge ships yet")

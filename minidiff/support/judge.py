@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from minidiff.support.checkpoints import write_tensors
+from minidiff.support.checkpoints import read_config, read_header, write_tensors
 from minidiff.support.data import (
     BACKGROUNDS,
     CLASSES,
@@ -248,17 +248,20 @@ def save_judge(judge: Judge, output: Path, **facts) -> None:
 
 
 def load_judge(folder: str | Path = JUDGE, device: str | torch.device = "cpu") -> Judge:
-    """The trained judge, frozen, in eval mode and float32."""
-    folder = Path(folder)
-    if not (folder / "model.safetensors").exists():
+    """The trained judge, frozen, in eval mode and float32.
+
+    Raises FileNotFoundError or ValueError, naming the file, where one cannot be used.
+    """
+    file = Path(folder) / "model.safetensors"
+    if not file.exists():
         raise FileNotFoundError(
             f"no judge in {folder}: train it with `minidiff train --stage judge`"
         )
-    values = json.loads((folder / "config.json").read_text())
-    sizes = {k: values[k] for k in JudgeConfig.__dataclass_fields__}
-    config = JudgeConfig(
-        tuple(sizes["widths"]), tuple(sizes["blocks"]), sizes["features"]
-    )
-    judge = Judge(config)
-    judge.load_state_dict(load_file(folder / "model.safetensors"))
+    read_header(file)  # is it whole?
+    judge = Judge(read_config(JudgeConfig, folder))
+    try:
+        judge.load_state_dict(load_file(file))
+    except RuntimeError as error:
+        first = str(error).split("\n")[1].strip()
+        raise ValueError(f"{file} is not of its config.json: {first}") from None
     return judge.to(device).float().eval().requires_grad_(False)
