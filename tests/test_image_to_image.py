@@ -149,6 +149,8 @@ BAD = [
     ({"strength": 0}, ValueError, "strength is 0; expected above 0"),
     ({"image": picture(33)}, ValueError, "height is 33; .*the nearest is 32"),
     ({"image": torch.rand(2, 4, 8, 8)}, ValueError, "image has shape"),
+    ({"image": picture() * 255}, ValueError, "image has values from 0"),
+    ({"height": 40}, ValueError, "is a tensor of 32×32 pixels; expected 32×40"),
     ({"image": 3}, TypeError, "image is a int"),
     ({"image": picture(count=3)}, ValueError, "image has 3 pictures; expected 1 or 2"),
     ({"mask": mask_of(40)}, ValueError, "the mask is 32×40 pixels; .* 32×32"),

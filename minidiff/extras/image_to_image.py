@@ -134,6 +134,7 @@ def as_tensor(image: Any, mode: str, height: int | None, width: int | None) -> T
         if found.ndim != 4 or found.shape[1] != channels:
             shape = tuple(image.shape)
             raise ValueError(f"image has shape {shape}; expected (B, {channels}, H, W)")
+        check_tensor(found, height, width)
         return found
     if not hasattr(image, "convert"):
         kind = type(image).__name__
@@ -146,6 +147,17 @@ def as_tensor(image: Any, mode: str, height: int | None, width: int | None) -> T
     values = torch.from_numpy(np.array(image, dtype=np.float32) / 255)
     # (H, W) or (H, W, 3) → (1, C, H, W)
     return values.reshape(*values.shape[:2], channels).permute(2, 0, 1)[None]
+
+
+def check_tensor(image: Tensor, height: int | None, width: int | None) -> None:
+    """Raise ValueError unless ``image`` is in [0, 1] and of the size asked for."""
+    (h, w), (low, high) = image.shape[2:], image.aminmax()
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"image has values from {low:g} to {high:g}; expected 0 to 1")
+    wanted = width or w, height or h
+    if wanted != (w, h):
+        x, y = wanted
+        raise ValueError(f"image is a tensor of {w}×{h} pixels; expected {x}×{y}")
 
 
 def encode(pipe: Pipeline, pictures: Tensor, seeds: range) -> tuple[Tensor, Tensor]:
