@@ -360,6 +360,23 @@ def test_a_file_changes_the_recipe(tmp_path: Path) -> None:
         stages.find_recipe("fast")
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ('{"pictures": 0}', "pictures is 0; expected 1 to"),
+        ('{"vae": {"save_every": 0}}', "save_every is 0; expected 1 to"),
+        ('{"vae": {"learning_rate": -1.0}}', "learning_rate is -1.0; expected 0 to"),
+        ('{"t5": {"ema_decay": 2.0}}', "ema_decay is 2.0; expected 0 to 1"),
+        ('{"clip": {"learning_rate": NaN}}', "learning_rate is nan; expected 0 to"),
+    ],
+)
+def test_a_file_with_impossible_numbers(tmp_path: Path, change, message) -> None:
+    path = tmp_path / "recipe.json"
+    path.write_text(change)
+    with pytest.raises(ValueError, match=message):
+        stages.find_recipe(str(path))
+
+
 def test_bad_settings_are_refused(tmp_path: Path) -> None:
     cases = {"paint": {}, "vae": {"steps": 0}, "all": {"steps": 5}}
     for stage, settings in cases.items():

@@ -7,6 +7,7 @@ under ``OUTPUT/runs/STAGE`` and exports float16 weights in the hub's layout into
 
 import filecmp
 import json
+import math
 import shutil
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -70,6 +71,8 @@ ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 CLIP_VOCABULARY = 704  # rows of the table: 512 bytes, then merges and two markers
 LENGTH = 32  # tokens of a prompt, for each encoder
+MAY_BE_0 = ("warmup_steps", "validate_every", "weight_decay", "two_garments")
+FRACTIONS = ("ema_decay", "beta2", "two_garments")
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,7 @@ def changed(settings, changes: dict, where: str):
         old = getattr(settings, name)
         deeper = is_dataclass(old) and isinstance(value, dict)
         values[name] = changed(old, value, f"{where}, {name},") if deeper else value
+        check_number(name, value, where)
         if not isinstance(values[name], type(old) if old is not None else object):
             kinds = type(old).__name__, type(value).__name__
             if kinds != ("float", "int"):
@@ -226,6 +230,16 @@ def changed(settings, changes: dict, where: str):
                     f"{where}: {name} is a {kinds[1]}, expected {kinds[0]}"
                 )
     return replace(settings, **values)
+
+
+def check_number(name: str, value: object, where: str) -> None:
+    """Raise ValueError for a number that no setting of this kind can be."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    least = 0 if isinstance(value, float) or name in MAY_BE_0 else 1
+    most = 1 if name in FRACTIONS else math.inf
+    if not (least <= value <= most and math.isfinite(value)):
+        raise ValueError(f"{where}: {name} is {value}; expected {least} to {most}")
 
 
 @dataclass(frozen=True)
