@@ -658,8 +658,8 @@ def fit(
 
 
 # %% [markdown]
-# With a warm-up that never ends, no clipping and no average, `fit` is the plain loop, up
-# to rounding.
+# With a warm-up that never ends, no clipping and no average, `fit` is the plain loop,
+# up to rounding.
 
 # %% tags=["active-ipynb"]
 # fitted = toy_model()
