@@ -23,7 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 SIDE_BY_SIDE = ("clip", "t5", "vae", "judge")
-PACKED = ("model", "judge", "logs", "evaluation.txt", "evaluation.json")
+STAGES = (*SIDE_BY_SIDE, "transformer")
+PACKED = ("model", "judge", "logs", "grids", "evaluation.txt", "evaluation.json")
 PART = 15 * 2**20  # bytes of one file of the results
 
 
@@ -34,15 +35,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", default="runs/gpu", type=Path)
     parser.add_argument("--results", type=Path, help="folder for the packed results")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--recipe", default="gpu", choices=("gpu", "shipped", "trial"))
+    parser.add_argument(
+        "--recipe", default="gpu", choices=("gpu", "shipped", "longer", "trial")
+    )
     parser.add_argument("--seconds", default=570.0, type=float)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--stage", help="run one stage only, in this process")
     parser.add_argument("--until", choices=("parallel", "transformer", "evaluate"))
-    for stage in ("clip", "t5", "vae", "transformer"):
+    for stage in STAGES:
         parser.add_argument(f"--{stage}-steps", type=int)
         parser.add_argument(f"--{stage}-batch", type=int)
-    parser.add_argument("--judge-steps", type=int)
     parser.add_argument("--latents", type=int, help="scenes kept as latents")
     parser.add_argument("--pictures", type=int, help="scenes kept as pictures")
     parser.add_argument("--learning-rate", type=float, help="of the transformer")
@@ -62,7 +64,7 @@ def make_job(args: argparse.Namespace):
     from minidiff.extras.stages import RECIPES, Job
 
     recipe, cuda = RECIPES[args.recipe], args.device != "cpu"
-    for stage in ("clip", "t5", "vae", "transformer"):
+    for stage in STAGES:
         config = getattr(recipe, stage)
         changes = {"steps": getattr(args, f"{stage}_steps")}
         changes["batch_size"] = getattr(args, f"{stage}_batch")
@@ -76,12 +78,10 @@ def make_job(args: argparse.Namespace):
             changes |= {"steps": 60, "warmup_steps": 10, "log_every": 10}
             changes |= {"save_every": 60, "validate_every": 60}
         recipe = replace(recipe, **{stage: replace(config, **changes)})
-    if args.judge_steps:
-        recipe = replace(recipe, judge={**recipe.judge, "steps": args.judge_steps})
     recipe = replace(recipe, latents=args.latents or recipe.latents)
     recipe = replace(recipe, pictures=args.pictures or recipe.pictures)
     if args.probe:
-        recipe = replace(recipe, pictures=2**14, latents=2**15, judge={"steps": 100})
+        recipe = replace(recipe, pictures=2**14, latents=2**15)
     deadline = args.deadline or time.time() + args.seconds
     return Job(args.output, recipe, args.data, args.device, args.cache, deadline)
 

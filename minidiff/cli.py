@@ -3,6 +3,7 @@
 Commands import what they need when they run, so that ``--help`` answers at once.
 """
 
+import functools
 import sys
 import warnings
 from contextlib import nullcontext, redirect_stdout
@@ -98,8 +99,9 @@ def sample(
         Path | None, typer.Option(help="Picture to begin from (image to image).")
     ] = None,
     strength: Annotated[
-        float, typer.Option(help="How much of it may change, above 0 to 1.")
-    ] = 0.6,
+        float | None,
+        typer.Option(help="How much of it may change, above 0 to 1; by default 0.6."),
+    ] = None,
     mask: Annotated[
         Path | None, typer.Option(help="White where to draw, black where to keep.")
     ] = None,
@@ -152,6 +154,7 @@ def sample(
 ) -> None:
     """Draw pictures of a prompt, or of each prompt in a file."""
     from minidiff.extras import files
+    from minidiff.extras.rehearsal import rehearse
 
     if (prompt is None) == (prompts is None):
         raise ValueError("expected a prompt, or --prompts with a file, and not both")
@@ -161,6 +164,7 @@ def sample(
     texts = [prompt] if prompts is None else files.read_prompts(prompts)
     names = output_files(output, len(texts) * num_images, overwrite)
     if preview:
+        check_png("--preview", preview)
         check_writable(preview, overwrite)
     blocks = parse_blocks(skip_layers)
     start = open_start(image, mask, strength)
@@ -170,14 +174,7 @@ def sample(
     plan = {"memory": memory, "t5": t5, "clip": clip, "modulation": modulation}
     plan |= {"fp8": fp8, "vae_tile": vae_tile, "vae_slicing": vae_slicing}
     plan = {name: value for name, value in plan.items() if value is not None}
-    forms = {"fast": fast, "compile": compile, "text_encoders": text_encoders}
-    pipe = open_pipeline(model, find_device(device), dtype, **plan, **forms)
-    pipe.settings |= plan | {n: True for n in ("fast", "compile") if forms[n]}
-    if lora:
-        from minidiff.extras.lora import load_lora
-
-        load_lora(pipe, lora, lora_scale, fused=compile or not plan)
-    settings = {
+    call = {
         "negative_prompt": negative_prompt,
         "prompt_2": prompt_2,
         "prompt_3": prompt_3,
@@ -186,21 +183,30 @@ def sample(
         "num_inference_steps": steps,
         "guidance_scale": guidance_scale,
         "sampler": sampler,
+        "height": height,
+        "width": width,
+        "num_images_per_prompt": num_images,
     }
-    size = {"height": height, "width": width, "num_images_per_prompt": num_images}
-    follow = {"callback_on_step_end": preview_into(preview, pipe)} if preview else {}
-    with skipping(pipe, blocks, skip_layer_scale):
-        for i in range(0, len(texts), batch_size):
-            first = i * num_images
-            pictures = draw(
-                pipe,
-                texts[i : i + batch_size],
-                seed=seed + first,
-                **(start | settings | size | follow),
-            )
-            for name, picture in zip(names[first:], pictures, strict=False):
-                files.save_picture(picture, name, overwrite)
-                print(name, flush=True)
+
+    def perform(pipe: "Pipeline") -> None:
+        if lora:
+            from minidiff.extras.lora import load_lora
+
+            load_lora(pipe, lora, lora_scale, fused=compile or not plan)
+        follow = {"callback_on_step_end": preview_into(preview)} if preview else {}
+        with skipping(pipe, blocks, skip_layer_scale):
+            for i in range(0, len(texts), batch_size):
+                first, part = i * num_images, texts[i : i + batch_size]
+                options = start | call | follow
+                pictures = draw(pipe, part, seed=seed + first, **options)
+                for name, picture in zip(names[first:], pictures, strict=False):
+                    files.save_picture(picture, name, overwrite)
+                    print(name, flush=True)
+
+    forms = {"text_encoders": text_encoders, **plan}
+    rehearse(perform, model, **forms)
+    forms |= {"fast": fast, "compile": compile}
+    perform(open_pipeline(model, find_device(device), dtype, **forms))
 
 
 def open_pipeline(
@@ -227,16 +233,15 @@ def draw(pipe: "Pipeline", prompts: list[str], **call: Any) -> list:
     return image_to_image(pipe, prompts, **call)
 
 
-def open_start(image: Path | None, mask: Path | None, strength: float) -> dict:
+def open_start(image: Path | None, mask: Path | None, strength: float | None) -> dict:
     """The picture to begin from with its mask, opened; empty without one."""
     if not image:
-        if mask:
-            raise ValueError("--mask needs --image, the picture to keep outside of it")
+        refuse("--image, the picture to begin from", mask=mask, strength=strength)
         return {}
     from minidiff.extras.image_to_image import open_file
 
     opened = {"image": open_file(image), "mask_image": open_file(mask)}
-    return opened | {"strength": strength}
+    return opened | ({} if strength is None else {"strength": strength})
 
 
 def check_lora(file: Path, compiled_fp8: bool) -> None:
@@ -267,17 +272,29 @@ def skipping(pipe: "Pipeline", blocks: list[int], scale: float) -> Any:
     return skip_layer_guidance(pipe, blocks, scale)
 
 
-def preview_into(file: Path, pipe: "Pipeline") -> Any:
+def preview_into(file: Path) -> Any:
     """A callback that writes each step's first estimate, enlarged, into ``file``."""
     from minidiff.extras.previews import fit_preview, show_previews
 
-    def show(step: int, pictures: list) -> None:
-        side = pipe.vae.config.factor
-        small = pictures[0]
-        large = small.resize((small.width * side, small.height * side), resample=0)
-        large.save(file, "PNG")
+    fit = functools.cache(fit_preview)
 
-    return show_previews(fit_preview(pipe.vae), show)
+    def follow(pipe: "Pipeline", *state: Any) -> None:
+        side = pipe.vae.config.factor
+
+        def show(step: int, pictures: list) -> None:
+            small = pictures[0]
+            large = small.resize((small.width * side, small.height * side), resample=0)
+            large.save(file, "PNG")
+
+        show_previews(fit(pipe.vae), show)(pipe, *state)
+
+    return follow
+
+
+def check_png(option: str, file: Path) -> None:
+    """Raise ValueError unless ``file`` is named as what is written."""
+    if file.suffix.lower() != ".png":
+        raise ValueError(f"{option} is {file}; expected a name that ends in .png")
 
 
 def output_files(output: Path | None, count: int, overwrite: bool) -> list[Path]:
@@ -285,12 +302,12 @@ def output_files(output: Path | None, count: int, overwrite: bool) -> list[Path]
 
     Without ``output`` the first free picture.png, picture-1.png, … are taken.
     """
+    if output:
+        check_png("--output", output)
     if output is None:
         names = (f"picture{f'-{i}' if i else ''}.png" for i in range(10**6))
         free = (Path(name) for name in names if not Path(name).exists())
         files = [next(free) for _ in range(count)]
-    elif output.suffix.lower() != ".png":
-        raise ValueError(f"--output is {output}; expected a name that ends in .png")
     elif count == 1:
         files = [output]
     else:
@@ -349,9 +366,7 @@ def download(
     if model not in hub.REPOSITORIES and model.count("/") != 1:
         known = ", ".join(hub.REPOSITORIES)
         raise ValueError(f"model is {model!r}; expected {known} or a hub id owner/name")
-    folder = hub.download(model, t5=not without_t5)
-    hub.verify(folder)
-    print(folder)
+    print(hub.download(model, not without_t5, check_all=True))
 
 
 @app.command()
@@ -426,16 +441,20 @@ def train(
     lora: Annotated[
         bool, typer.Option(help="Fine-tune small corrections only.")
     ] = False,
-    rank: Annotated[int, typer.Option(help="Of the corrections.")] = 8,
+    rank: Annotated[
+        int | None, typer.Option(help="Of the corrections; by default 8.")
+    ] = None,
     alpha: Annotated[
         float | None, typer.Option(help="Their strength; by default the rank.")
     ] = None,
     targets: Annotated[
         str | None, typer.Option(help="Layers to correct: to_q,to_k,…")
     ] = None,
-    learning_rate: Annotated[float, typer.Option(help="Of fine-tuning.")] = 1e-4,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of fine-tuning; by default 1e-4.")
+    ] = None,
     recompute: Annotated[
-        bool, typer.Option(help="Fine-tune with less memory, a third slower.")
+        bool, typer.Option(help="Less memory for the transformer, a third slower.")
     ] = False,
     crop: Annotated[
         bool, typer.Option(help="Fine-tune on each picture's middle, or squeeze it.")
@@ -448,29 +467,39 @@ def train(
     .txt beside it or in metadata.jsonl.
 
     A JSON file as --recipe changes some of "shipped", for example
-    {"vae": {"steps": 5000}, "latents": 4096}. Of clip, t5, vae and transformer: steps,
-    batch_size, learning_rate, warmup_steps, weight_decay, beta2, max_grad_norm,
+    {"vae": {"steps": 5000}, "latents": 4096}. Of clip, t5, vae, judge and transformer:
+    steps, batch_size, learning_rate, warmup_steps, weight_decay, beta2, max_grad_norm,
     ema_decay, accumulation, bfloat16, compile, sharded, log_every, save_every,
     validate_every. Of all: pictures, latents, captions, held, two_garments,
-    uniform_levels, keep_latents, shift, scenes, judge.
+    uniform_levels, keep_latents, shift, scenes.
     """
     device = find_device(device)
+    if not lora:
+        refuse("--lora", rank=rank, alpha=alpha, targets=targets)
     if from_model is None:
-        if lora or recompute:
-            raise ValueError("--lora and --recompute need --from, the model to tune")
+        refuse("--from", lora=lora or None, learning_rate=learning_rate)
         from minidiff.extras import stages
 
         size = (steps, batch_size)
-        stages.train(stage, output, data, device, recipe, *size, compile, start, scenes)
+        how = (compile, start, scenes, recompute)
+        stages.train(stage, output, data, device, recipe, *size, *how)
         return
     if recipe or start or scenes or stage != "all":
         raise ValueError("--from has no stages, recipe, start or scenes")
     from minidiff.extras import finetune
 
-    size = (steps, batch_size, learning_rate)
-    corrections = (rank, alpha, targets) if lora else None
+    size = (steps, batch_size, 1e-4 if learning_rate is None else learning_rate)
+    corrections = (8 if rank is None else rank, alpha, targets) if lora else None
     how = (device, compile, recompute, crop)
     print(finetune.train(from_model, data, output, *size, corrections, *how))
+
+
+def refuse(needed: str, **options: Any) -> None:
+    """Raise ValueError where one of ``options`` is set, but not what it belongs to."""
+    for name, value in options.items():
+        if value is not None:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} is {value}, which needs {needed}")
 
 
 # Measurements
@@ -499,9 +528,10 @@ def evaluate(
     """Measure how well a model that draws scenes follows its prompts."""
     if output:
         check_writable(output, overwrite)
-    from minidiff.support import metrics
+    from minidiff.support import checks, metrics
     from minidiff.support.judge import JUDGE, load_judge
 
+    checks.check_range("--seed", seed, 0)
     rows = metrics.choose_rows(garments)
     device = find_device(device)
     reader = load_judge(judge or JUDGE, device)

@@ -450,6 +450,7 @@ class Pipeline:
         checks.check_range("num_inference_steps", steps, 1, 1000)
         checks.check_range("num_images_per_prompt", num_images_per_prompt, 1)
         checks.check_text_length(max_sequence_length)
+        checks.check_sigmas(sigmas)
         count = len(prompts) * num_images_per_prompt
         latents = self.prepare_latents(count, height, width, seed, latents)
 
@@ -555,24 +556,23 @@ def load(
     """
     from minidiff.extras import loading
 
-    opened = loading.open_model(model, text_encoders, memory, knobs)
-    device = torch.device(device or "cpu")
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    device, dtype = checks.check_target(device, dtype)
+    opened = loading.open_model(model, text_encoders, memory, knobs, fast, compile)
     if memory is None and not knobs and device.type != "cuda":
         parts = {name: read(device, dtype) for name, read in opened.parts.items()}
     else:
         from minidiff.extras.memory import load_parts
 
         parts = load_parts(opened.parts, device, dtype, memory, **knobs)
-    encoders = [parts.get(name) for name in loading.ENCODERS]
-    transformer, vae = parts["transformer"], parts["vae"]
+    *encoders, transformer, vae = (parts.get(name) for name in loading.PARTS)
     if fast or compile:
         from minidiff.extras.fast import accelerate
 
         accelerate(transformer, vae, fast, compile)
-    return Pipeline(
-        opened.tokenizers, encoders, transformer, vae, opened.scheduler, opened.name
-    )
+    given = opened.scheduler, opened.name
+    pipe = Pipeline(opened.tokenizers, encoders, transformer, vae, *given)
+    pipe.settings |= checks.chosen(memory=memory, fast=fast, compile=compile, **knobs)
+    return pipe
 
 
 # %% [markdown]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.support import parallel, rng
+from minidiff.support.judge import Judge, JudgeConfig, judge_loss
 from minidiff.text_encoders import (
     CLIPTextConfig,
     CLIPTextEncoder,
@@ -90,12 +91,22 @@ def t5() -> Task:
     return Task(T5Training(T5Encoder(T5Config(20, 8, 4, 16, 2, 2)), 6), t5_loss, batch)
 
 
+def judge() -> Task:
+    def batch(i: Tensor) -> Batch:
+        known = {"images": normal(1, i, 3, 64, 64), "layout": i % 3}
+        known |= {"garments": words(i, 2) % 10, "colors": words(i, 2) % 8}
+        known["garments"][known["layout"] == 0, 1] = -1
+        return known | {"background": i % 8}
+
+    return Task(Judge(JudgeConfig((8, 8, 8), (1, 1, 1), 12)), judge_loss, batch)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     parallel.start("cpu")
     weights = {}
-    for stage in (clip, t5, vae, transformer):
+    for stage in (clip, t5, vae, judge, transformer):
         torch.manual_seed(0)
         task = stage()
         before = {k: v.clone() for k, v in task.model.state_dict().items()}

@@ -132,7 +132,11 @@ BAD = [
 
 
 @pytest.mark.parametrize("arguments, message", BAD, ids=[m for _, m in BAD])
-def test_bad_input_is_one_line_and_status_2(run, folder, tmp_path, arguments, message):
+def test_bad_input_is_one_line_and_status_2(
+    run, folder, tmp_path, monkeypatch, arguments, message
+):
+    """And told before the first weight is read."""
+    monkeypatch.setattr(Prepared, "__call__", lambda *_: 1 / 0)
     model = [] if "--model" in arguments else ["--model", folder]
     code, out, err = run("sample", "a bag", *model, *arguments)
     assert (code, out) == (2, "")

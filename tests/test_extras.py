@@ -9,6 +9,7 @@ import torch
 from helpers import randomize, relative_error
 from PIL import Image
 from pipelines import pair
+from safetensors.torch import save_file
 from test_sampling import LONG
 
 from minidiff import cli, sampling
@@ -18,6 +19,7 @@ from minidiff.extras.image_to_image import image_to_image
 from minidiff.extras.lora import LowRank, save_lora
 from minidiff.extras.previews import fit_preview, show_previews
 from minidiff.support import checks
+from minidiff.support.checkpoints import Prepared
 from minidiff.vae import VAE, Posterior, VAEConfig
 
 CALL = {"num_inference_steps": 6, "guidance_scale": 4.0, "output_type": "latent"}
@@ -357,20 +359,41 @@ BAD = [
     (["a", "--prompts", "p.txt"], "and not both"),
     (["--prompts", "p.txt"], "p.txt"),
     (["a", "--batch-size", 0], "--batch-size is 0; expected at least 1"),
-    (["a", "--mask", "m.png"], "--mask needs --image"),
+    (["a", "--mask", "m.png"], "--mask is m.png, which needs --image"),
     (["a", "--image", "m.png"], "m.png"),
     (["a", "--skip-layers", "x"], "--skip-layers is 'x'; expected whole numbers"),
     (["a", "--skip-layers", "9"], "skip layers are [9]; expected some of 0 to 3"),
     (["a", "--lora", "none.safetensors"], "none.safetensors is missing"),
     (["a", "--lora", "x", "--compile", "--fp8"], "weights in full, without --fp8"),
     (["a", "--preview", "no/p.png"], "no/p.png cannot be written"),
+    (["a", "--preview", "p.jpg"], "--preview is p.jpg; expected a name that ends"),
+    (["a", "--strength", 0.5], "--strength is 0.5, which needs --image"),
+    (["a", "--image", "{large}", "--mask", "{small}"], "the mask is 32×32 pixels"),
+    (["a", "--image", "{odd}"], "height is 30; expected a multiple of 8"),
+    (["a", "--image", "{small}", "--strength", 2], "strength is 2.0; expected above 0"),
+    (["a", "--lora", "{other}"], "was made for another model"),
 ]
 
 
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """Pictures of three sizes, and a LoRA that no tiny model has the layers of."""
+    folder = tmp_path_factory.mktemp("given")
+    files = {"large": 64, "small": 32, "odd": 30}
+    for name, side in files.items():
+        Image.new("RGB", (side, side)).save(folder / f"{name}.png")
+    pair = {"A": torch.zeros(2, 8), "B": torch.zeros(8, 2)}
+    weights = {f"transformer.some.layer.lora_{k}.weight": w for k, w in pair.items()}
+    save_file(weights, folder / "other.safetensors")
+    paths = {name: folder / f"{name}.png" for name in files}
+    return paths | {"other": folder / "other.safetensors"}
+
+
 @pytest.mark.parametrize("arguments, message", BAD, ids=[m for _, m in BAD])
-def test_bad_input_is_one_line(run, tmp_path, arguments, message):
-    if "--lora" in arguments:  # told before any model is read
-        arguments = [*arguments, "--model", "no/folder"]
+def test_bad_input_is_one_line(run, tmp_path, given, monkeypatch, arguments, message):
+    """And told before the first weight is read."""
+    monkeypatch.setattr(Prepared, "__call__", lambda *_: 1 / 0)
+    arguments = [a.format(**given) if "{" in str(a) else a for a in arguments]
     code, out, err = run("sample", *arguments)
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert message in err and err.startswith("minidiff: ")

@@ -107,8 +107,10 @@ def test_what_cannot_be_fine_tuned(
     call |= {"device": "cpu", **BAD[message]}
     with pytest.raises(ValueError, match=message):
         cli.train(tmp_path / call.pop("output"), **call)
-    with pytest.raises(ValueError, match="--lora and --recompute need --from"):
-        cli.train(tmp_path / "out", recompute=True, device="cpu")
+    with pytest.raises(ValueError, match="--lora is True, which needs --from"):
+        cli.train(tmp_path / "out", lora=True, device="cpu")
+    with pytest.raises(ValueError, match="--rank is 4, which needs --lora"):
+        cli.train(tmp_path / "out", from_model="tiny", rank=4, device="cpu")
 
 
 def test_a_run_goes_on_with_the_same_settings_and_pictures_only(

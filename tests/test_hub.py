@@ -107,7 +107,7 @@ def server():
 def download(server, tmp_path):
     """``minidiff download sd3.5-medium`` with this hub and an empty cache."""
 
-    def run(*options, **changed):
+    def run(*options, words=("download", "sd3.5-medium"), **changed):
         env = {
             "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
             "HF_HOME": str(tmp_path / "cache"),
@@ -117,8 +117,7 @@ def download(server, tmp_path):
             "HF_HUB_OFFLINE": "0",
             "no_proxy": "127.0.0.1",
         }
-        command = [sys.executable, "-m", "minidiff", "download", "sd3.5-medium"]
-        command += options
+        command = [sys.executable, "-m", "minidiff", *words, *options]
         done = subprocess.run(
             command,
             env=os.environ | env | changed,
@@ -183,6 +182,18 @@ def test_after_an_interruption_only_missing_files_are_fetched(server, download):
 def test_a_corrupted_file_is_named(server, download):
     name = "transformer/diffusion_pytorch_model.safetensors"
     server.changed[name] = WEIGHTS[:-1] + bytes([WEIGHTS[-1] ^ 1])
+    code, _, message = download()
+    assert code == 2 and name in message and "SHA-256" in message
+
+
+def test_sample_too_checks_what_it_fetches(server, download):
+    name = "text_encoder/model.safetensors"
+    server.changed[name] = FILES[name][:-1] + bytes([FILES[name][-1] ^ 1])
+    words = "sample", "a bag", "--model", "sd3.5-medium"
+    code, _, message = download(words=words)
+    assert code == 2 and name in message and "SHA-256" in message
+    code, _, message = download(words=words)  # it is older than this command
+    assert code == 2 and "SHA-256" not in message
     code, _, message = download()
     assert code == 2 and name in message and "SHA-256" in message
 

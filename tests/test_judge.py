@@ -1,24 +1,25 @@
 import json
 import shutil
+import time
+from dataclasses import replace
 
 import pytest
 import torch
 
+from minidiff.extras.stages import RECIPES, Job, run_stages
 from minidiff.support.data import Scenes
 from minidiff.support.judge import (
     JUDGE,
     Judge,
-    JudgeConfig,
     accuracy,
     choose_windows,
+    judge_loss,
     load_judge,
-    scenes_seen,
-    train_judge,
     windows,
     with_silhouette,
 )
-
-SMALL = JudgeConfig((16, 24, 32), (1, 1, 1), 48)
+from minidiff.support.trainer import read_log
+from minidiff.training import TrainingConfig
 
 
 def test_shapes_and_size():
@@ -56,28 +57,38 @@ def test_layout_chooses_the_windows():
 
 
 def test_training_learns_and_saves(fashion, tmp_path):
-    lines = []
-    measured = train_judge(
-        fashion, tmp_path, steps=60, batch_size=32, config=SMALL, test_scenes=100,
-        log=lines.append,
-    )  # fmt: skip
-    losses = [float(line.rsplit(" ", 1)[1]) for line in lines]
-    assert losses[-1] < 0.8 * losses[0]
-    assert measured["two garments, seen"]["background"] > 0.5
-    assert json.loads((tmp_path / "config.json").read_text())["accuracy"] == measured
-    judge = load_judge(tmp_path)
-    assert not judge.training and judge.config == SMALL
-    scenes = Scenes("test", fashion, seed=2, two_garments=0)
-    assert accuracy(judge, scenes, 100) == measured["one garment, seen"]
-
-
-def test_training_goes_on(fashion, tmp_path):
-    given = {"batch_size": 8, "config": SMALL, "test_scenes": 10, "log": lambda _: None}
-    train_judge(fashion, tmp_path / "a", steps=2, **given)
-    train_judge(fashion, tmp_path / "b", steps=3, start=tmp_path / "a", **given)
-    assert (
-        scenes_seen(tmp_path / "b") == 40 and load_judge(tmp_path / "b").config == SMALL
+    """And a run that is stopped goes on: a judge is a stage like any other."""
+    config = TrainingConfig(
+        60, 32, 2e-3, 10, ema_decay=0.9, log_every=10, save_every=20, validate_every=60
     )
+    recipe = replace(RECIPES["trial"], judge=config, held=8)
+    job = Job(tmp_path, recipe, str(fashion), deadline=time.time())
+    with pytest.raises(TimeoutError, match="step 1 of 60"):
+        run_stages(job, ("judge",))
+    run_stages(replace(job, deadline=None), ("judge",))
+    log = read_log(tmp_path / "runs" / "judge" / "log.jsonl")
+    losses = [record["loss"] for record in log if "loss" in record]
+    assert losses[-1] < 0.8 * losses[0]
+    assert 0 <= log[-1]["one garment"] <= 1
+    saved = json.loads((tmp_path / "judge" / "config.json").read_text())
+    assert saved["accuracy"]["two garments, seen"]["background"] > 0.5
+    assert saved["seen"] == 60 * 32 and saved["test_scenes"] == 160
+    judge = load_judge(tmp_path / "judge")
+    assert not judge.training
+    scenes = Scenes("test", fashion, seed=2, two_garments=0)
+    assert accuracy(judge, scenes, 160) == saved["accuracy"]["one garment, seen"]
+
+
+def test_the_loss_is_a_mean_over_scenes(fashion):
+    """Of halves with unlike numbers of garments too, so that devices can share."""
+    torch.manual_seed(0)
+    scene, judge = Scenes("train", fashion).batch(torch.arange(12)), Judge().double()
+    whole = {"images": scene.images.double()} | scene.attributes._asdict()
+    parts = [{k: v[i : i + 6] for k, v in whole.items()} for i in (0, 6)]
+    counts = {int((part["garments"] >= 0).sum()) for part in parts}
+    assert len(counts) == 2
+    losses = [judge_loss(judge, part).item() for part in parts]
+    assert judge_loss(judge, whole).item() == pytest.approx(sum(losses) / 2, rel=1e-12)
 
 
 def test_no_judge(tmp_path):

@@ -147,7 +147,7 @@ def test_quantization_keeps_a_sixteenth():
 
 
 def test_models_without_head_norms_are_refused():
-    with pytest.raises(ValueError, match="qk_norm None: expected 'rms_norm'"):
+    with pytest.raises(ValueError, match="qk_norm None; fast expects 'rms_norm'"):
         FastMMDiT(MMDiT(replace(TRANSFORMER, qk_norm=None)))
     with pytest.raises(ValueError, match="backend 'quick': expected one of cudnn"):
         with attention_backend("quick"):

@@ -203,9 +203,9 @@ def go_on(job: stages.Job, made: Path, tmp_path: Path) -> Callable[..., Path]:
     small = {"latents": 32, "pictures": 4, "held": 8, "keep_latents": True}
     recipe.write_text(json.dumps({"transformer": quick, "vae": quick, **small}))
 
-    def train(stage: str, output: Path, start: Path = made) -> Path:
+    def train(stage: str, output: Path, start: Path = made, **flags) -> Path:
         TABLES[output / "model"] = TABLES[job.model]
-        stages.train(stage, output, job.data, recipe=str(recipe), start=start)
+        stages.train(stage, output, job.data, recipe=str(recipe), start=start, **flags)
         return output / "model"
 
     return train
@@ -286,6 +286,52 @@ def test_the_decoder_learns_alone(
     assert all(torch.equal(old[k], new[k]) for k in old if k.startswith("encoder"))
 
 
+def test_recomputed_blocks_of_the_transformer(
+    go_on: Callable[..., Path], tmp_path: Path
+) -> None:
+    plain = go_on("transformer", tmp_path / "plain")
+    recomputed = go_on("transformer", tmp_path / "new", recompute=True)
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    old, new = load_file(plain / name), load_file(recomputed / name)
+    assert all(torch.allclose(old[k], new[k], atol=1e-3) for k in old)
+
+
+@pytest.mark.parametrize(
+    ("changes", "middle"),
+    [({}, 0.5), ({"uniform_levels": True}, 0.5), ({"shift": 3.0}, 0.75)],
+    ids=str,
+)
+def test_levels_are_distributed_as_the_recipe_says(
+    job: stages.Job,
+    made: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict,
+    middle: float,
+) -> None:
+    """Logit-normal or uniform; shifted, 1/2 becomes 3/4."""
+    tasks = []
+
+    def learn(job: stages.Job, stage: str, task: Task) -> nn.Module:
+        tasks.append(task)
+        return task.model
+
+    monkeypatch.setattr(stages, "learn", learn)
+    stages.train_transformer(replace(job, recipe=replace(job.recipe, **changes)))
+    sigma = tasks[0].batch(torch.arange(4000))["sigma"]
+    assert sigma.median() == pytest.approx(middle, abs=0.03)
+    outer = (sigma < 0.1).double().mean()
+    # a tenth of uniform levels; of logit-normal ones Φ(logit 0.1) = 0.014, or 0.0004
+    expected = 0.1 if changes.get("uniform_levels") else 0.014 if not changes else 0
+    assert outer == pytest.approx(expected, abs=0.015 if expected == 0.1 else 0.006)
+
+
+@pytest.mark.parametrize("stage", ["clip", "t5", "transformer"])
+def test_a_stage_says_what_it_lacks(tmp_path: Path, stage: str) -> None:
+    with pytest.raises(ValueError, match=f"--stage {stage} needs .*tokenizer, which"):
+        stages.train(stage, tmp_path / "new", recipe="trial")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_start_in_float32_is_left_as_it_is(
     go_on: Callable[..., Path], made: Path, tmp_path: Path
 ) -> None:
@@ -327,6 +373,7 @@ def test_what_cannot_be_a_start(
 def test_plain_fashion_mnist_trains_every_stage(fashion: Path, tmp_path: Path) -> None:
     quick = {"steps": 2, "batch_size": 4, "validate_every": 0, "bfloat16": False}
     recipe = {name: quick for name in ("clip", "t5", "vae", "transformer")}
+    recipe["transformer"] = quick | {"validate_every": 1}
     recipe |= {"pictures": 16, "latents": 16, "held": 8, "captions": 200}
     file, output = tmp_path / "recipe.json", tmp_path / "model"
     file.write_text(json.dumps(recipe))
@@ -336,6 +383,8 @@ def test_plain_fashion_mnist_trains_every_stage(fashion: Path, tmp_path: Path) -
         stages.train("judge", output, fashion, recipe=str(file), scenes="plain")
     stages.train("all", output, fashion, recipe=str(file), scenes="plain")
     assert Image.open(output / "grid.png").size == (512, 64)
+    grids = [path.name for path in sorted((output / "grids").iterdir())]
+    assert grids == ["000.png", "001.png"]
     assert not (output / "judge").exists()
     pictures = minidiff.load(output / "model")("a dress", num_inference_steps=2)
     assert pictures[0].size == (64, 64)

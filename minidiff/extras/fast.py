@@ -32,6 +32,7 @@ from minidiff.extras.kernels import (
     residual_norm,
 )
 from minidiff.extras.precision import Float8Linear
+from minidiff.support.checks import check_fast
 from minidiff.vae import VAE, AttentionBlock, Decoder, ResnetBlock, Upsample
 
 ONEDNN = torch.backends.mkldnn.is_available()  # for float32 products on a CPU
@@ -127,8 +128,7 @@ class FastMMDiT:
     def __init__(
         self, model: MMDiT, fp8: bool = False, attention: str | None = "cudnn"
     ) -> None:
-        if model.config.qk_norm != "rms_norm":
-            raise ValueError(f"qk_norm {model.config.qk_norm!r}: expected 'rms_norm'")
+        check_fast(model.config)
         self.model, self.heads = model, model.config.num_attention_heads
         self.fp8, self.attention = fp8, attention
         self.norms = []

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from minidiff.extras.loading import blueprint
 from minidiff.extras.lora import ATTENTION, FILE, add_lora, save_lora
 from minidiff.flow_matching import shift_sigma
 from minidiff.sampling import Pipeline, load
@@ -125,9 +126,10 @@ def finetune(
     trainer.check_batch(config.steps, config.batch_size, shares)
     captions_of(Path(pictures))  # what is wrong with the folder is told at once
     trainer.check_folder(output)
-    pipe = load(model, device, torch.float32)
-    side = pipe.transformer.config.sample_size * pipe.vae.config.factor
+    parts = blueprint(model)
+    side = parts["transformer"].config.sample_size * parts["vae"].config.factor
     images, captions = read_folder(pictures, size or side, crop)
+    pipe = load(model, device, torch.float32)
     trained, updates = pipe.transformer, None
     torch.manual_seed(seed)
     if lora:

@@ -60,8 +60,14 @@ def open_model(
     text_encoders: Path | str | None,
     memory: "str | Plan | None" = None,
     knobs: Mapping[str, Any] | None = None,
+    fast: bool = False,
+    compile: bool = False,
 ) -> Opened:
-    """Check the settings of memory, then the files of ``model``: one, or a folder."""
+    """Check the settings of memory, then the files of ``model``: one, or a folder.
+
+    With ``fast``, unless blocks are to be compiled, the transformer must be one that
+    ``minidiff.extras.fast`` runs.
+    """
     from minidiff.extras.memory import requested
 
     t5 = requested(memory, **(knobs or {})).t5 != "none"
@@ -78,6 +84,8 @@ def open_model(
     encoders = [models.get(name) for name in ENCODERS]
     checks.check_parts(encoders, models["transformer"], models["vae"])
     checks.check_tokenizers(opened.tokenizers, encoders)
+    if fast and not compile:
+        checks.check_fast(models["transformer"].config)
     return opened
 
 

@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ from minidiff.support.checkpoints import (
     write_json,
 )
 from minidiff.support.data import SCENES, Scenes, token_table
-from minidiff.support.judge import train_judge
+from minidiff.support.judge import Judge, accuracy, judge_loss, measure, save_judge
 from minidiff.support.trainer import (
     Run,
     check_batch,
@@ -39,6 +39,7 @@ from minidiff.support.trainer import (
     fingerprint,
     lasting,
     load_tensors,
+    recompute,
     save_tensors,
 )
 from minidiff.text_encoders import (
@@ -82,6 +83,7 @@ class Recipe:
     clip: TrainingConfig
     t5: TrainingConfig
     vae: TrainingConfig
+    judge: TrainingConfig
     transformer: TrainingConfig
     pictures: int  # scenes kept as pictures, for CLIP and the autoencoder
     latents: int  # scenes kept as latents, for the transformer
@@ -92,7 +94,6 @@ class Recipe:
     keep_latents: bool = False  # of the autoencoder only the decoder learns
     shift: float = 1.0  # moves noise levels towards 1
     scenes: str = "composed"  # or "plain": grey garments, captioned by their class
-    judge: dict = field(default_factory=dict)  # arguments of ``train_judge``
 
 
 RECIPES = {
@@ -102,6 +103,7 @@ RECIPES = {
         vae=TrainingConfig(
             3200, 256, 1e-3, warmup_steps=100, save_every=500, validate_every=500
         ),
+        judge=TrainingConfig(4000, 512, 2e-3, 200, weight_decay=0.05, save_every=500),
         transformer=TrainingConfig(
             24_000,
             512,
@@ -131,6 +133,16 @@ RECIPES = {
             validate_every=400,
             bfloat16=True,
         ),
+        judge=TrainingConfig(
+            6000,
+            128,
+            3e-3,
+            200,
+            weight_decay=0.05,
+            save_every=500,
+            validate_every=1000,
+            bfloat16=True,
+        ),
         transformer=TrainingConfig(
             2800,
             32,
@@ -145,17 +157,12 @@ RECIPES = {
         latents=2**15,
         held=256,
         two_garments=0.4,
-        judge={
-            "steps": 2000,
-            "batch_size": 64,
-            "learning_rate": 3e-3,
-            "test_scenes": 2000,
-        },
     ),
     "trial": Recipe(  # every stage for a few steps
         clip=TrainingConfig(60, 64, 1e-3, warmup_steps=10, log_every=5, save_every=20),
         t5=TrainingConfig(60, 64, 1e-3, warmup_steps=10, log_every=5, save_every=20),
         vae=TrainingConfig(30, 8, 1e-3, warmup_steps=5, log_every=5, save_every=10),
+        judge=TrainingConfig(20, 32, 2e-3, warmup_steps=5, log_every=5, save_every=10),
         transformer=TrainingConfig(
             60, 16, 1e-3, warmup_steps=5, log_every=5, save_every=20, validate_every=60
         ),
@@ -163,7 +170,6 @@ RECIPES = {
         latents=1024,
         captions=2000,
         held=32,
-        judge={"steps": 20, "batch_size": 32, "test_scenes": 200},
     ),
 }
 
@@ -254,6 +260,7 @@ class Job:
     deadline: float | None = None
     seed: int = 0
     start: Path | None = None  # a model whose weights are the beginning
+    recompute: bool = False  # the transformer's blocks: see ``trainer.recompute``
     run: Run | None = None  # of the stage that learns now
 
     @property
@@ -456,6 +463,37 @@ def measured(vae: VAE, images: Tensor) -> VAE:
     return copy.eval()
 
 
+# Judge
+
+
+def train_judge(job: Job) -> None:
+    """The judge of ``minidiff evaluate``, under ``OUTPUT/judge``.
+
+    All pairs are among its scenes, and both layouts as often: see its module.
+    """
+    scenes = Scenes("train", job.data, job.device, job.seed, held_out=None)
+    tests = Scenes("test", job.data, job.device, job.seed, 0.0, held_out=None)
+
+    def batch(indices: Tensor) -> dict[str, Tensor]:
+        scene = scenes.batch(indices)
+        images = scene.images.contiguous(memory_format=torch.channels_last)
+        return {"images": images} | scene.attributes._asdict()
+
+    def validate(judge: Judge) -> dict[str, float]:
+        return {"one garment": accuracy(judge, tests, 4 * job.recipe.held)["all"]}
+
+    model = Judge().to(memory_format=torch.channels_last)
+    judge = learn(job, "judge", Task(model, judge_loss, batch, validate))
+    if parallel.rank():
+        return
+    judge = judge.half().float()  # measured as it will be read back
+    n = 20 * job.recipe.held
+    measured, config = measure(judge, job.data, n), job.recipe.judge
+    seen = config.steps * config.batch_size
+    folder = job.output / "judge"
+    save_judge(judge, folder, accuracy=measured, test_scenes=n, seen=seen)
+
+
 # Transformer
 
 
@@ -556,12 +594,16 @@ def train_transformer(job: Job) -> None:
     numbers = torch.arange(len(fixed["x0"]), device=job.device)
     fixed["noise"] = rng.normal(key(job, "validation"), numbers, shape)
 
+    grids = job.output / "grids"  # one of each validation, in their order
+
     def validate(model: MMDiT) -> dict:
         losses = loss_by_level(model, fixed)
-        save_grid(job, model, held)
+        save_grid(model, held, grids / f"{len(list(grids.glob('*.png'))):03}.png")
         return {"validation": sum(losses) / len(losses), "by_level": losses}
 
     model = begun(job, MMDiT, MMDiTConfig, "transformer")
+    if job.recompute:
+        recompute(model.joint_blocks)
     task = Task(model, transformer_loss, batch, validate)
     try:
         model = learn(job, "transformer", task)
@@ -570,7 +612,7 @@ def train_transformer(job: Job) -> None:
         raise
     export(job, model, "transformer", "SD3Transformer2DModel")
     finish(job)
-    save_grid(job, model, held)
+    save_grid(model, held, job.output / "grid.png")
 
 
 def export_unfinished(job: Job) -> None:
@@ -588,15 +630,16 @@ def export_unfinished(job: Job) -> None:
 
 
 @torch.no_grad()
-def save_grid(job: Job, model: MMDiT, held: Features, scale: float = 4.0) -> None:
-    """Thirty-two held-out captions drawn in 28 steps: ``OUTPUT/grid.png``."""
+def save_grid(model: MMDiT, held: Features, file: Path, scale: float = 4.0) -> None:
+    """Thirty-two held-out captions drawn in 28 steps, as one picture."""
     if parallel.rank():
         return
+    file.parent.mkdir(exist_ok=True)
     n = min(32, len(held.latents) // 8 * 8)
     device = held.latents.device
     row = torch.cat([held.place[:n], torch.zeros(n, dtype=torch.long, device=device)])
     context, pooled = held.context[row].float(), held.pooled[row].float()
-    noise = rng.normal(job.seed, torch.arange(n, device=device), held.latents.shape[1:])
+    noise = rng.normal(0, torch.arange(n, device=device), held.latents.shape[1:])
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
         v = model(torch.cat([x, x]), sigma.expand(2 * n), context, pooled)
@@ -609,7 +652,7 @@ def save_grid(job: Job, model: MMDiT, held: Features, scale: float = 4.0) -> Non
         images.unflatten(0, (-1, 8)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     )
     pixels = ((rows + 1) * 127.5).round().byte().cpu().numpy()
-    Image.fromarray(pixels).save(job.output / "grid.png")
+    Image.fromarray(pixels).save(file)
 
 
 # All stages
@@ -654,7 +697,7 @@ def begin(job: Job, stage: str) -> AbstractContextManager[Run | None]:
 def samples(recipe: Recipe) -> dict:
     """The settings that change what is learned from, the same for all stages."""
     values = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
-    return {k: v for k, v in values.items() if not isinstance(v, TrainingConfig | dict)}
+    return {k: v for k, v in values.items() if not isinstance(v, TrainingConfig)}
 
 
 def export(job: Job, model: torch.nn.Module, name: str, class_name: str) -> None:
@@ -694,24 +737,19 @@ def load_encoders(job: Job) -> list:
     ]
 
 
-def judge(job: Job) -> None:
-    """The judge of ``minidiff evaluate``, under ``OUTPUT/judge``."""
-    train_judge(job.data, job.output / "judge", job.device, **job.recipe.judge)
-
-
 RUN = {
     "tokenizers": train_tokenizers,
     "clip": train_clip,
     "t5": train_t5,
     "vae": train_vae,
-    "judge": judge,
+    "judge": train_judge,
     "transformer": train_transformer,
 }
 
 
 GOES_ON = ("vae", "transformer")  # stages that can begin with a model's weights
 COPIED = ("tokenizers", "clip", "t5")  # whose results they leave as they are
-ALONE = ("tokenizers", "judge")  # stages that one process does for all
+ALONE = ("tokenizers",)  # stages that one process does for all
 
 
 def run_stages(job: Job, stages: tuple[str, ...]) -> None:
@@ -746,6 +784,23 @@ def choose_stages(stage: str, start: Path | None, scenes: str) -> tuple[str, ...
         known = ", ".join(possible)
         raise ValueError(f"--stage is {stage!r}; expected all, {known}{case}")
     return possible if stage == "all" else (stage,)
+
+
+NEEDS = {
+    "clip": TOKENIZERS,
+    "t5": TOKENIZERS,
+    "transformer": (*TOKENIZERS, *ENCODERS, "vae"),
+}
+
+
+def check_needs(stage: str, model: Path) -> None:
+    """Raise ValueError where a stage alone lacks what others make before it."""
+    for name in NEEDS.get(stage, ()):
+        if not (model / name).is_dir():
+            raise ValueError(
+                f"--stage {stage} needs {model / name}, which is not there; "
+                "expected --stage all, or the stages before it first"
+            )
 
 
 def log(line: str) -> None:
@@ -797,12 +852,13 @@ def train(
     compile: bool | None = None,
     start: Path | None = None,
     scenes: str | None = None,
+    recompute: bool = False,
 ) -> None:
     """``minidiff train``: one stage, or "all" that are not done yet, into ``output``.
 
     ``start`` names a folder of a model to go on from: its tokenizers and text encoders
     stay, its autoencoder and transformer learn on. ``scenes``: "composed" or "plain",
-    for the recipe's.
+    for the recipe's. ``recompute`` trains the transformer with less memory.
 
     ``recipe`` is "gpu" (large batches, for a large GPU), "shipped" (what began the
     shipped model, an hour of a CPU), "longer" (what finished it, with ``start``),
@@ -823,9 +879,7 @@ def train(
         raise ValueError("--steps and --batch-size need a --stage that has them")
     if bad := [name for name, value in changes.items() if value < 1]:
         raise ValueError(f"{bad[0]} is {changes[bad[0]]}; expected at least 1")
-    if stage == "judge":
-        chosen = replace(chosen, judge=chosen.judge | changes)
-    for name in ("clip", "t5", "vae", "transformer"):
+    for name in STAGES[1:]:
         config = getattr(chosen, name)
         config = replace(config, compile=cuda if compile is None else compile)
         if cuda:  # CLIP compares unit vectors: bfloat16 is too coarse for the logits
@@ -833,10 +887,12 @@ def train(
         config = replace(config, **changes) if name == stage else config
         chosen = replace(chosen, **{name: config})
     start = start and open_start(start)
+    check_needs(stage, start or output / "model")
     check_folder(output)
     device = parallel.start(device)
     cache = None if cuda else output / "cache"  # a GPU encodes as fast as a disk reads
-    job = Job(output, chosen, data and str(data), device, cache, start=start)
+    parts = {"start": start, "recompute": recompute}
+    job = Job(output, chosen, data and str(data), device, cache, **parts)
     if start and parallel.rank() == 0:
         copy_start(job)
     parallel.wait()

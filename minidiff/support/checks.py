@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Texts = str | Sequence[str]
@@ -67,6 +68,44 @@ def check_range(name: str, value: int, low: int, high: int | None = None) -> Non
     if not isinstance(value, int) or value < low or (high and value > high):
         limits = f"at least {low}" if high is None else f"{low} to {high}"
         raise ValueError(f"{name} is {value}; expected a whole number, {limits}")
+
+
+def check_target(
+    device: torch.device | str | None, dtype: torch.dtype | None
+) -> tuple[torch.device, torch.dtype]:
+    """Where and in what to work: None is the CPU; float32 there, else bfloat16.
+
+    Raises ValueError for a device that torch does not know, and for numbers that are
+    not floating point.
+    """
+    try:
+        device = torch.device(device or "cpu")
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device is {device!r}; expected cpu, cuda, …") from None
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    known = torch.float32, torch.bfloat16, torch.float16, torch.float64
+    if dtype not in known:
+        names = ", ".join(map(str, known))
+        raise ValueError(f"dtype is {dtype!r}; expected one of {names}")
+    return device, dtype
+
+
+def check_fast(config: Any) -> None:
+    """Raise ValueError for a transformer that ``minidiff.extras.fast`` cannot run."""
+    if config.qk_norm != "rms_norm":
+        found = f"this transformer has qk_norm {config.qk_norm!r}"
+        raise ValueError(f"{found}; fast expects 'rms_norm'")
+
+
+def check_sigmas(sigmas: Tensor | None) -> None:
+    """Raise ValueError unless levels (S + 1,) fall from at most 1 to at least 0."""
+    if sigmas is None:
+        return
+    if not isinstance(sigmas, Tensor) or sigmas.ndim != 1 or len(sigmas) < 2:
+        raise ValueError("sigmas are no tensor of two or more levels, (S + 1,)")
+    if not (sigmas.diff() < 0).all() or sigmas[0] > 1 or sigmas[-1] < 0:
+        levels = ", ".join(f"{level:.4g}" for level in sigmas.tolist())
+        raise ValueError(f"sigmas are {levels}; expected levels that fall from 1 to 0")
 
 
 def check_text_length(length: int | None) -> None:
@@ -163,6 +202,12 @@ def warn_of_overflow(name: str, values: Tensor) -> None:
             "where float16 overflows, load with dtype=torch.bfloat16",
             stacklevel=3,
         )
+
+
+def chosen(**settings: Any) -> dict[str, Any]:
+    """Those of ``settings`` that say something, for pictures to carry."""
+    said = {name: x for name, x in settings.items() if x not in (None, False)}
+    return {name: x if isinstance(x, int) else str(x) for name, x in said.items()}
 
 
 def given(value: Any, default: Any) -> Any:

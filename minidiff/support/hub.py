@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import time
 from pathlib import Path
 
 from minidiff.support.checkpoints import read_header
@@ -23,14 +24,16 @@ KINDS = ("*.json", "*.txt", "*.model", "*.safetensors")
 LEFT_OUT = ["*.fp16*", "text_encoders/*"]
 
 
-def download(name: str, t5: bool = True) -> Path:
+def download(name: str, t5: bool = True, check_all: bool = False) -> Path:
     """The local folder of a hub repository or alias, downloaded where it is not yet.
 
     Only the files of the diffusers layout are fetched, of an alias at its pinned
     revision; T5's weights only if ``t5``. A broken connection is taken up again where
-    it broke; after an interruption only the files that are missing are fetched. Raises
-    OSError saying what is needed where the hub cannot be reached or refuses.
+    it broke; after an interruption only the files that are missing are fetched. What
+    was fetched is verified, with ``check_all`` what was here before too. Raises OSError
+    saying what is needed where the hub cannot be reached or refuses.
     """
+    began = time.time()
     from huggingface_hub import errors, snapshot_download
 
     repository = REPOSITORIES.get(name, name)
@@ -61,18 +64,22 @@ def download(name: str, t5: bool = True) -> Path:
             f"the download of {repository} was interrupted ({type(error).__name__}); "
             "asked for again, it fetches the files that are missing"
         ) from None
+    verify(Path(folder), 0 if check_all else began)
     return Path(folder)
 
 
-def verify(folder: Path) -> None:
+def verify(folder: Path, since: float = 0) -> None:
     """Raise ValueError naming the first weights' file in ``folder`` that is damaged.
 
     The size must be what the file's header says, and the SHA-256 what the hub
-    published: its cache names each file after it.
+    published: its cache names each file after it. Files that were written before
+    ``since`` (seconds since the epoch) are left out.
     """
-    for file in sorted(Path(folder).glob("*/*.safetensors")):
-        read_header(file)
+    for file in sorted(folder.glob("*/*.safetensors")):
         stored = file.resolve()
+        if stored.stat().st_mtime < since:
+            continue
+        read_header(file)
         if not re.fullmatch("[0-9a-f]{64}", stored.name):
             continue  # not from the hub's cache
         with stored.open("rb") as stream:

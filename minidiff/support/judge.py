@@ -8,8 +8,6 @@ hidden layer gives the features of the Fréchet distance.
 """
 
 import json
-import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,14 +40,17 @@ class JudgeConfig:
 
 
 class Residual(nn.Module):
-    """Two convolutions beside a shortcut (He et al. 2016, section 3.3)."""
+    """Two convolutions beside a shortcut (He et al. 2016, section 3.3).
+
+    Group normalisation: a picture's logits do not depend on its neighbours in a batch.
+    """
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(width)
+        self.norm1 = nn.GroupNorm(8, width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(width)
+        self.norm2 = nn.GroupNorm(8, width)
         same = width_in == width and stride == 1
         self.shortcut = None if same else nn.Conv2d(width_in, width, 1, stride)
 
@@ -98,10 +99,9 @@ class Judge(nn.Module):
         x = windows(self.blocks(F.relu(self.stem(x))))
         x = F.relu(self.window(x))  # (B, 5, 16·W) → (B, 5, F)
         layout = self.layout(x.flatten(1))
-        garments = choose_windows(x, layout.float().softmax(1))  # → (B, 2, F)
+        garments = choose_windows(x, layout.softmax(1))  # → (B, 2, F)
         heads = layout, self.garment(garments), self.color(garments)
-        logits = Attributes(*heads, self.background(x.flatten(1)))
-        return garments.flatten(1), Attributes(*(logit.float() for logit in logits))
+        return garments.flatten(1), Attributes(*heads, self.background(x.flatten(1)))
 
 
 def with_silhouette(images: Tensor) -> Tensor:
@@ -133,13 +133,22 @@ def choose_windows(x: Tensor, layout: Tensor) -> Tensor:
     return (pair * layout[:, None, :, None].to(x.dtype)).sum(2)
 
 
-def judge_loss(logits: Attributes, target: Attributes) -> Tensor:
-    """Sum of the attributes' cross-entropies; absent garments (−1) do not count."""
+def judge_loss(judge: Judge, batch: dict[str, Tensor]) -> Tensor:
+    """Cross-entropies of all attributes, summed; absent garments (−1) cost nothing.
+
+    ``batch`` holds "images" (B, 3, 64, 64) and the ``Attributes`` by their names.
+    """
+    logits = judge(batch["images"])
     losses = (
-        F.cross_entropy(p.flatten(0, -2), t.flatten(), ignore_index=-1)
-        for p, t in zip(logits, target, strict=True)
+        F.cross_entropy(
+            logit.flatten(0, -2),
+            batch[name].flatten(),
+            ignore_index=-1,
+            reduction="sum",
+        )
+        for name, logit in zip(Attributes._fields, logits, strict=True)
     )
-    return sum(losses)
+    return sum(losses) / len(batch["images"])
 
 
 def score(logits: Attributes, target: Attributes) -> dict[str, Tensor]:
@@ -179,70 +188,11 @@ def measure(judge: Judge, folder: str | Path | None, n: int = 10_000) -> dict:
     }
 
 
-def train_judge(
-    folder: str | Path | None = None,
-    output: str | Path = JUDGE,
-    device: str | torch.device = "cpu",
-    steps: int = 4000,
-    batch_size: int = 512,
-    learning_rate: float = 2e-3,
-    config: JudgeConfig = JudgeConfig(),  # noqa: B008
-    test_scenes: int = 10_000,
-    start: str | Path | None = None,
-    log: Callable[[str], None] = print,
-) -> dict:
-    """Train the judge on real training scenes, measure it on test scenes, save both.
-
-    AdamW, 5 % warm-up, cosine to zero, bfloat16. A run that was stopped starts again.
-    ``start`` names the folder of a judge to go on from, with new scenes and a new
-    cosine (Loshchilov and Hutter 2017); its configuration then replaces ``config``.
-
-    Returns:
-        The accuracies on test scenes, as they stand in ``output``/config.json.
-    """
-    device, output = torch.device(device), Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    judge, done = Judge(config), 0
-    if start:
-        judge, done = load_judge(start).requires_grad_(True).train(), scenes_seen(start)
-    judge = judge.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(judge.parameters(), learning_rate, weight_decay=0.05)
-    warmup = max(steps // 20, 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda i: min((i + 1) / warmup, (1 + math.cos(math.pi * i / steps)) / 2),
-    )
-    scenes = Scenes("train", folder, device, held_out=None)
-    for step in range(steps):
-        first = done + step * batch_size
-        batch = scenes.batch(torch.arange(first, first + batch_size, device=device))
-        images = batch.images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = judge_loss(judge(images), batch.attributes)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % max(steps // 20, 1) == 0 or step == steps - 1:
-            log(f"judge: step {step} of {steps}, loss {loss.item():.4f}")
-    save_judge(judge.half().float(), output)  # measured as it will be read back
-    measured = measure(judge.eval(), folder, test_scenes)
-    seen = done + steps * batch_size
-    save_judge(judge, output, accuracy=measured, test_scenes=test_scenes, seen=seen)
-    return measured
-
-
-def scenes_seen(folder: str | Path) -> int:
-    """How many training scenes a saved judge has learned from."""
-    return json.loads((Path(folder) / "config.json").read_text())["seen"]
-
-
 def save_judge(judge: Judge, output: Path, **facts) -> None:
     """Write model.safetensors (fp16) and config.json, with ``facts`` about it."""
-    weights = {k: v.contiguous() for k, v in judge.half().state_dict().items()}
+    output.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.half().contiguous() for k, v in judge.state_dict().items()}
     write_tensors(weights, output / "model.safetensors")
-    judge.float()
     text = json.dumps(asdict(judge.config) | facts, indent=2)
     (output / "config.json").write_text(text + "\n")
 
