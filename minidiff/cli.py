@@ -418,7 +418,7 @@ def train(
     data: Data = None,
     recipe: Annotated[
         str | None,
-        typer.Option(help="gpu, shipped, longer, trial, or a JSON file (see above)."),
+        typer.Option(help="gpu, shipped, longer, further, trial, or a JSON file."),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Of the one stage named.")] = None,
     batch_size: Annotated[
@@ -518,6 +518,12 @@ def evaluate(
     judge: Annotated[
         Path | None, typer.Option(help="Folder of a judge; by default the shipped one.")
     ] = None,
+    inception: Annotated[
+        Path | None,
+        typer.Option(
+            help="Inception-v3's weights, safetensors: distances are then FID."
+        ),
+    ] = None,
     data: Data = None,
     output: Annotated[
         Path | None, typer.Option(help="JSON file to write as well.")
@@ -529,12 +535,14 @@ def evaluate(
     if output:
         check_writable(output, overwrite)
     from minidiff.support import checks, metrics
+    from minidiff.support.inception import load_inception
     from minidiff.support.judge import JUDGE, load_judge
 
     checks.check_range("--seed", seed, 0)
     rows = metrics.choose_rows(garments)
     device = find_device(device)
     reader = load_judge(judge or JUDGE, device)
+    extractor = load_inception(inception, device) if inception else None
     import torch
 
     from minidiff.attention import record_attention
@@ -545,7 +553,7 @@ def evaluate(
     pipe.progress = False
     batch = 20 if cpu else 500
     result = metrics.evaluate(
-        pipe, reader, n, guidance_scale, steps, data, seed, batch, rows, log
+        pipe, reader, n, guidance_scale, steps, data, seed, batch, rows, log, extractor
     )
     found = metrics.attention_correlation(pipe, record_attention, folder=data)
     result |= {"model": model, "attention": found}

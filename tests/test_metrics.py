@@ -147,8 +147,26 @@ def test_evaluate(fashion):
     table = metrics.format_table(found)
     assert "two garments, one never trained" in table and "FID" not in table
     model, floor, vae = (found["frechet"][k] for k in ("model", "floor", "vae"))
-    assert "in the judge's features, 48 pictures" in table
+    assert "in the judge's last hidden layer, 48 pictures" in table
     assert f"model {model}, test scenes {floor}, VAE reconstructions {vae}." in table
+
+
+def test_evaluate_with_other_features(fashion):
+    """With Inception-v3's, here means of three channels, the distances are FID."""
+    judge, seen = Judge(JudgeConfig((8, 8, 8), (1, 1, 1), 12)).eval(), []
+
+    def means(images):
+        seen.append(len(images))
+        return images.mean((2, 3))
+
+    rows = metrics.choose_rows("all")[::2]  # those with seen pairs
+    options = {"folder": fashion, "batch": 8, "rows": rows, "inception": means}
+    found = metrics.evaluate(Echo(), judge, 8, guidance_scale=1.0, **options)
+    assert sum(seen) == 2 * (8 + 8) + 16 + 16  # rows, then training, then the VAE's
+    assert 0 < found["frechet"]["floor"] < found["frechet"]["model"]
+    assert "in Inception-v3's last pool (FID), 16 pictures" in metrics.format_table(
+        found
+    )
 
 
 def test_evaluate_refuses():

@@ -174,8 +174,8 @@ RECIPES = {
 }
 
 
-# What finished minidiff/pretrained/tiny, on the same cores: ``--start`` with the model
-# that "shipped" made. The autoencoder and the transformer learn on.
+# What went on with minidiff/pretrained/tiny, on the same cores: ``--start`` with the
+# model that "shipped" made. The autoencoder and the transformer learn on.
 RECIPES["longer"] = replace(
     RECIPES["shipped"],
     vae=TrainingConfig(
@@ -201,6 +201,14 @@ RECIPES["longer"] = replace(
     pictures=2**15,
     latents=2**16,
     two_garments=0.5,
+)
+# What finished it: ``--start`` with what "longer" made, ``--stage transformer``.
+RECIPES["further"] = replace(
+    RECIPES["longer"],
+    transformer=replace(
+        RECIPES["longer"].transformer, steps=6500, learning_rate=1.2e-3
+    ),
+    two_garments=0.65,
 )
 
 
@@ -861,10 +869,10 @@ def train(
     for the recipe's. ``recompute`` trains the transformer with less memory.
 
     ``recipe`` is "gpu" (large batches, for a large GPU), "shipped" (what began the
-    shipped model, an hour of a CPU), "longer" (what finished it, with ``start``),
-    "trial" (a few steps of everything) or a JSON file (see ``find_recipe``); by default
-    "gpu" on a GPU, else "shipped". Raises ValueError for a name or a number that cannot
-    be.
+    shipped model, an hour of a CPU), "longer" and "further" (what went on with it, with
+    ``start``), "trial" (a few steps of everything) or a JSON file (see
+    ``find_recipe``); by default "gpu" on a GPU, else "shipped". Raises ValueError for a
+    name or a number that cannot be.
     """
     cuda = device.startswith("cuda")
     chosen = find_recipe(recipe or ("gpu" if cuda else "shipped"))

@@ -14,9 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minidiff.support.data import IMAGE_SIZE, Scenes, captions, prompts
+from minidiff.support.inception import InceptionV3
 from minidiff.support.judge import EVALUATION_SEED, Judge, load_judge, score
 from minidiff.support.rng import fold_in, normal
 
+Extract = Callable[[Tensor], Tensor]  # pictures (B, 3, 64, 64) → features (B, D)
+FEATURES = "the judge's last hidden layer", "Inception-v3's last pool (FID)"
 ROWS = {
     "one garment, seen pairs": ("one", False),
     "one garment, pair never trained": ("one", True),
@@ -107,7 +110,15 @@ def generate(pipe, texts: list[str], indices: Tensor, seed: int, **options) -> T
 
 @torch.no_grad()
 def evaluate_row(
-    pipe, judge: Judge, row: str, n: int, seed: int, folder, batch: int, **options
+    pipe,
+    judge: Judge,
+    extract: Extract,
+    row: str,
+    n: int,
+    seed: int,
+    folder,
+    batch: int,
+    **options,
 ) -> tuple[dict, dict[str, Tensor]]:
     """One row of the table, and the features (n, D) that its pictures gave.
 
@@ -124,16 +135,15 @@ def evaluate_row(
             "model": generate(pipe, part, i, seed, **options).to(device),
         }
         for name, images in pictures.items():
-            feature, logits = judge.read(images)
-            scores[name].append(score(logits, wanted.select(i).to(device)))
-            features[name].append(feature)
+            scores[name].append(score(judge(images), wanted.select(i).to(device)))
+            features[name].append(extract(images))
     means = {name: _average(s) for name, s in scores.items()}
     return means, {name: torch.cat(f) for name, f in features.items()}
 
 
 @torch.no_grad()
 def reconstructions(
-    pipe, judge: Judge, n: int, seed: int, folder, batch: int
+    pipe, extract: Extract, n: int, seed: int, folder, batch: int
 ) -> tuple[float, Tensor]:
     """Mean PSNR of the VAE on n test scenes, half with one garment, and features."""
     weight = next(pipe.vae.parameters())
@@ -145,19 +155,19 @@ def reconstructions(
             decoded = pipe.vae.decode(pipe.vae.encode(images.to(weight.dtype)).mode())
             decoded = decoded.float().clamp(-1, 1)
             ratios.append(psnr(decoded, images))
-            judged = decoded.to(next(judge.parameters()).device)
-            features.append(judge.read(judged)[0])
+            features.append(extract(decoded))
     return torch.cat(ratios).mean().item(), torch.cat(features)
 
 
 @torch.no_grad()
-def training_features(judge: Judge, n: int, seed: int, folder, batch: int) -> Tensor:
+def training_features(
+    extract: Extract, n: int, seed: int, folder, device: torch.device, batch: int
+) -> Tensor:
     """Features of n real training scenes, half with one garment: the reference."""
-    device = next(judge.parameters()).device
     parts = []
     for kind in ("one", "two"):
         scenes = _scenes(kind, False, "train", folder, device, fold_in(seed, 2))
-        parts += [judge.read(scenes.batch(i).images)[0] for i in _chunks(n // 2, batch)]
+        parts += [extract(scenes.batch(i).images) for i in _chunks(n // 2, batch)]
     return torch.cat(parts)
 
 
@@ -172,6 +182,7 @@ def evaluate(
     batch: int = 500,
     rows: tuple[str, ...] = tuple(ROWS),
     log: Callable[[str], None] = lambda line: None,
+    inception: InceptionV3 | None = None,
 ) -> dict:
     """Measure a pipeline that draws scenes: prompts followed and Fréchet distance.
 
@@ -182,6 +193,7 @@ def evaluate(
         guidance_scale: the pipeline's default if None. Choose it with another ``seed``.
         folder: the data set (see ``fashion_mnist``).
         rows: which of ``ROWS``. The Fréchet distance is of the rows with seen pairs.
+        inception: gives the features of the distance; the judge does if None.
 
     Returns:
         What ``format_table`` prints, ready for JSON.
@@ -200,29 +212,42 @@ def evaluate(
         "guidance_scale": guidance_scale,
     }
     result, features = {"n": n, "seed": seed, **options, "rows": {}}, []
+    extract = inception or (lambda images: judge.read(images)[0])
+    size = n, seed, folder, batch
     for row in rows:
         start = time.perf_counter()
-        means, found = evaluate_row(pipe, judge, row, n, seed, folder, batch, **options)
+        means, found = evaluate_row(pipe, judge, extract, row, *size, **options)
         result["rows"][row] = means
         features += [found] if not ROWS[row][1] else []
         real, model = means["real"]["all"], means["model"]["all"]
         seconds = time.perf_counter() - start
         log(f"{row}: real {real:.3f}, model {model:.3f} ({seconds:.0f} s)")
     if len(features) == 2:
-        result |= _distances(pipe, judge, features, n, seed, folder, batch)
+        name = FEATURES[inception is not None]
+        result |= _distances(pipe, extract, name, features, *size, device)
     return result
 
 
-def _distances(pipe, judge, features, n: int, seed: int, folder, batch: int) -> dict:
+def _distances(
+    pipe,
+    extract: Extract,
+    name: str,
+    features: list[dict[str, Tensor]],
+    n: int,
+    seed: int,
+    folder,
+    batch: int,
+    device: torch.device,
+) -> dict:
     """Fréchet distances to training scenes: of pictures, test scenes, the VAE's."""
     model, real = (torch.cat([f[k] for f in features]) for k in ("model", "real"))
-    reference = training_features(judge, 2 * n, seed, folder, batch)
-    ratio, decoded = reconstructions(pipe, judge, 2 * n, seed, folder, batch)
+    reference = training_features(extract, 2 * n, seed, folder, device, batch)
+    ratio, decoded = reconstructions(pipe, extract, 2 * n, seed, folder, batch)
     distances = {"model": model, "floor": real, "vae": decoded}
     distances = {
         k: round(frechet_distance(v, reference), 2) for k, v in distances.items()
     }
-    facts = {"features": "judge, last hidden layer", "n": 2 * n}
+    facts = {"features": name, "n": 2 * n}
     return {"frechet": facts | distances, "vae_psnr": round(ratio, 2)}
 
 
@@ -246,7 +271,7 @@ def format_table(result: dict) -> str:
     if "frechet" in result:
         f = result["frechet"]
         lines += [
-            f"Fréchet distance in the judge's features, {f['n']} pictures against as "
+            f"Fréchet distance in {f['features']}, {f['n']} pictures against as "
             f"many training scenes: model {f['model']}, test scenes {f['floor']}, "
             f"VAE reconstructions {f['vae']}.",
             f"VAE: {result['vae_psnr']} dB PSNR.",
