@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    import torch
+
     from minidiff.sampling import Pipeline
 
 app = typer.Typer(
@@ -203,25 +205,24 @@ def sample(
                     files.save_picture(picture, name, overwrite)
                     print(name, flush=True)
 
+    target = find_device(device), parse_dtype(dtype)
     forms = {"text_encoders": text_encoders, **plan}
-    rehearse(perform, model, **forms)
-    forms |= {"fast": fast, "compile": compile}
-    perform(open_pipeline(model, find_device(device), dtype, **forms))
-
-
-def open_pipeline(
-    model: str, device: str, dtype: str | None, **settings: Any
-) -> "Pipeline":
-    """``minidiff.load``, which tells of its plan on stderr; stdout is for the names."""
-    import torch
-
+    rehearse(perform, model, *target, **forms)
     from minidiff.sampling import load
 
+    with redirect_stdout(sys.stderr):  # stdout is for the names
+        pipe = load(model, *target, fast=fast, compile=compile, **forms)
+    perform(pipe)
+
+
+def parse_dtype(name: str | None) -> "torch.dtype | None":
+    """torch's number of that name."""
+    import torch
+
     known = ("float32", "bfloat16", "float16")
-    if dtype not in (None, *known):
-        raise ValueError(f"--dtype is {dtype!r}; expected one of {', '.join(known)}")
-    with redirect_stdout(sys.stderr):
-        return load(model, device, dtype and getattr(torch, dtype), **settings)
+    if name not in (None, *known):
+        raise ValueError(f"--dtype is {name!r}; expected one of {', '.join(known)}")
+    return name and getattr(torch, name)
 
 
 def draw(pipe: "Pipeline", prompts: list[str], **call: Any) -> list:

@@ -16,6 +16,7 @@ from minidiff.extras import memory, tiling
 from minidiff.extras.loading import blueprint
 from minidiff.extras.memory import GIB, Plan, choose, estimate
 from minidiff.extras.precision import Float8Linear
+from minidiff.extras.rehearsal import rehearse
 from minidiff.support import checkpoints as cp
 from minidiff.vae import VAE, VAEConfig
 
@@ -199,6 +200,36 @@ def test_a_card_that_is_too_small_is_told_a_plan_that_fits(
     memory.check_device(plan, models["large"], "cuda")
 
 
+def test_more_pixels_take_more_memory(models, monkeypatch):
+    """They are refused with the settings that would fit, where there are any."""
+    plan, one = choose("12GB", models["medium"]), memory.PICTURE
+    card = SimpleNamespace(total_memory=12e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    four, many = (4, *one[1:]), (64, *one[1:])
+    for size in (one, (1, 16, 96, 170)):
+        memory.check_device(plan, models["medium"], "cuda", size=size)
+    with pytest.raises(ValueError, match="this would fit: t5 streamed") as refused:
+        memory.check_device(Plan(), models["medium"], "cuda", size=four)
+    smaller = choose("12GB", models["medium"], size=four)
+    assert str(refused.value).endswith(f": {smaller}") and smaller.vae_slicing
+    memory.check_device(smaller, models["medium"], "cuda", size=four)
+    with pytest.raises(ValueError, match="so many pixels at once needs about"):
+        memory.check_device(Plan(), models["medium"], "cuda", size=many)
+
+
+def test_a_rehearsal_weighs_the_call(monkeypatch):
+    """Before weights are read: the tiny model on a card of 2 GB, 0.6 of it CUDA's."""
+    card = SimpleNamespace(total_memory=2e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+
+    def draw(n):
+        return lambda pipe: pipe("a red dress", num_images_per_prompt=n)
+
+    rehearse(draw(1), "tiny", "cuda")
+    with pytest.raises(ValueError, match="so many pixels at once needs about"):
+        rehearse(draw(10_000), "tiny", "cuda")
+
+
 def test_a_card_that_no_plan_fits(models, monkeypatch):
     card = SimpleNamespace(total_memory=4.2e9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
@@ -213,7 +244,7 @@ def test_wider_numbers_take_more_memory(models, folder, monkeypatch):
         choose("24GB", models["large"])
     )
     seen = []
-    monkeypatch.setattr(memory, "estimate", lambda p, m, w: seen.append(w) or 0.0)
+    monkeypatch.setattr(memory, "estimate", lambda p, m, w, *_: seen.append(w) or 0.0)
     for dtype in (torch.float32, torch.bfloat16):
         minidiff.load(folder, memory="8GB", dtype=dtype)
     assert seen == [4, 4, 2, 2]

@@ -8,6 +8,7 @@ output is computed for all steps at once, and they leave. And a weight in 8 bits
 half of its place in bfloat16.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -28,6 +29,7 @@ from minidiff.vae import VAE
 GIB = 2**30
 RESERVE = 0.6 * GIB  # what CUDA itself and the allocator's gaps take
 BUDGETS = ("8GB", "12GB", "16GB", "24GB")
+PICTURE = (1, 16, 128, 128)  # the latents (B, C, h, w) of one picture of 1024²
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,17 @@ def weigh(module: nn.Module, kind: Callable[[str], bool] = lambda name: True) ->
     return sum(t.numel() for name, t in tensors if kind(name))
 
 
-def estimate(plan: Plan, models: Mapping[str, nn.Module], width: int = 2) -> float:
-    """About how many bytes of the device a 1024² picture with guidance takes.
+def estimate(
+    plan: Plan,
+    models: Mapping[str, nn.Module],
+    width: int = 2,
+    size: tuple[int, ...] = PICTURE,
+) -> float:
+    """About how many bytes of the device it takes to draw with guidance.
 
     ``models`` maps the hub's names of the parts to models (the meta device will do);
-    ``width`` is the number of bytes of a working value. Working memory is what
-    ``benchmarks/memory_count.py`` counts, and some room.
+    ``width`` is the number of bytes of a working value, ``size`` the latents'. Working
+    memory is what ``benchmarks/memory_count.py`` counts, and some room.
     """
     t = models["transformer"]
     blocks = weigh(t, lambda n: "joint_blocks" in n and "adaLN" not in n)
@@ -116,9 +123,12 @@ def estimate(plan: Plan, models: Mapping[str, nn.Module], width: int = 2) -> flo
     ):
         if where == "resident" and name in models:
             total += weigh(models[name]) * width
-    side = plan.vae_tile or 128
-    decoding = 2.5 * GIB * (side / 128) ** 2
-    denoising = 22 * 2 * 4429 * t.config.width * width
+    batch, _, *sides = size
+    area = math.prod(sides)  # in latent pixels
+    decoded = min(area, plan.vae_tile**2) if plan.vae_tile else area
+    decoding = 2.5 * GIB * decoded / 128**2 * (1 if plan.vae_slicing else batch)
+    tokens = area // t.config.patch_size**2 + 333
+    denoising = 22 * 2 * batch * tokens * t.config.width * width
     return total + max(decoding, denoising)
 
 
@@ -137,13 +147,14 @@ def choose(
     memory: str | Plan | None,
     models: Mapping[str, nn.Module],
     width: int = 2,
+    size: tuple[int, ...] = PICTURE,
     **knobs: Any,
 ) -> Plan:
     """The roomiest plan of the ladder that fits ``memory``, with ``knobs`` set on it.
 
     ``memory`` is "8GB" or any other number of gigabytes, a Plan, or None (everything
-    resident); ``width`` is that of ``estimate``. Raises ValueError for a text that is
-    not one, or too little memory.
+    resident); ``width`` and ``size`` are those of ``estimate``. Raises ValueError for a
+    text that is not one, or too little memory.
     """
     plan = requested(memory, **knobs)
     if memory is None or isinstance(memory, Plan):
@@ -151,10 +162,11 @@ def choose(
     budget = parse_budget(memory)
     plans = [replace(plan, **knobs) for plan in LADDER]
     for plan in plans:
-        if estimate(plan, models, width) + RESERVE <= budget:
+        if estimate(plan, models, width, size) + RESERVE <= budget:
             return plan
-    least = (estimate(plans[-1], models, width) + RESERVE) / 1e9
-    raise ValueError(f"memory is {memory}; this model needs about {least:.1f}GB")
+    least = (estimate(plans[-1], models, width, size) + RESERVE) / 1e9
+    what = "this model" if size == PICTURE else "so many pixels at once"
+    raise ValueError(f"memory is {memory}; {what} needs about {least:.1f}GB")
 
 
 def parse_budget(memory: str) -> float:
@@ -172,21 +184,27 @@ def check_device(
     models: Mapping[str, nn.Module],
     device: Any,
     width: int = 2,
+    size: tuple[int, ...] = PICTURE,
     **knobs: Any,
 ) -> None:
-    """Raise ValueError, naming a plan that fits, where the card is too small."""
+    """Raise ValueError, naming a plan that fits, where the card is too small.
+
+    A plan that ``memory`` chooses fits one picture of 1024²; for more, ``size``, the
+    settings are named one by one.
+    """
     device = torch.device(device)
     if device.type != "cuda":
         return
     total = torch.cuda.get_device_properties(device).total_memory
-    need = estimate(plan, models, width) + RESERVE
+    need = estimate(plan, models, width, size) + RESERVE
     if need <= total:
         return
     budget = f"{int(total / 1e9)}GB"  # rounded down, for the plan must fit the card
-    smaller = choose(budget, models, width, **knobs)
+    smaller = choose(budget, models, width, size, **knobs)
+    name = f"memory='{budget}' fits" if size == PICTURE else "this would fit"
     raise ValueError(
         f"the card has {total / 1e9:.1f}GB and this needs about {need / 1e9:.1f}GB; "
-        f"memory='{budget}' fits: {smaller}"
+        f"{name}: {smaller}"
     )
 
 

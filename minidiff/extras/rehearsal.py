@@ -10,8 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+from torch import Tensor
+
 from minidiff.extras import loading
+from minidiff.extras.memory import check_device, choose
 from minidiff.sampling import Pipeline
+from minidiff.support.checks import check_target
 
 
 class Began(Exception):
@@ -21,6 +26,12 @@ class Began(Exception):
 class Rehearsal(Pipeline):
     """A pipeline on the meta device that ends at its first work."""
 
+    def prepare_latents(self, *args: Any, **options: Any) -> Tensor:
+        """The latents, whose shape is kept: memory depends on it."""
+        latents = super().prepare_latents(*args, **options)
+        self.size = tuple(latents.shape)
+        return latents
+
     def encode_prompt(self, *_: object) -> NoReturn:
         """Prompts are encoded once all checks have passed."""
         raise Began
@@ -29,22 +40,27 @@ class Rehearsal(Pipeline):
 def rehearse(
     perform: Callable[[Pipeline], None],
     model: Path | str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
     text_encoders: Path | str | None = None,
     memory: Any = None,
     **knobs: Any,
 ) -> None:
     """Call ``perform`` with a rehearsal of ``model``; its errors are the real call's.
 
-    The arguments are those of ``minidiff.load``. Warnings wait for the real call.
+    So is that of a card too small for the call. The arguments are those of
+    ``minidiff.load``. Warnings wait for the real call.
     """
+    device, dtype = check_target(device, dtype)
     opened = loading.open_model(model, text_encoders, memory, knobs)
     models = {name: part.model for name, part in opened.parts.items()}
-    encoders = [models.get(name) for name in loading.ENCODERS]
-    parts = models["transformer"], models["vae"], opened.scheduler, opened.name
+    *encoders, transformer, vae = (models.get(name) for name in loading.PARTS)
+    parts = transformer, vae, opened.scheduler, opened.name
     pipe = Rehearsal(opened.tokenizers, encoders, *parts)
     pipe.progress = False
     with warnings.catch_warnings(action="ignore"):
         try:
             perform(pipe)
         except Began:
-            pass
+            plan = choose(memory, models, dtype.itemsize, **knobs)
+            check_device(plan, models, device, dtype.itemsize, pipe.size, **knobs)

@@ -134,7 +134,7 @@ RECIPES = {
             bfloat16=True,
         ),
         judge=TrainingConfig(
-            6000,
+            7000,
             128,
             3e-3,
             200,

@@ -35,7 +35,7 @@ class JudgeConfig:
     """Widths and residual blocks at 32, 16 and 8 pixels; features of each garment."""
 
     widths: tuple[int, ...] = (24, 48, 96)
-    blocks: tuple[int, ...] = (1, 1, 1)
+    blocks: tuple[int, ...] = (1, 2, 2)
     features: int = 96
 
 
