@@ -234,6 +234,9 @@ def test_read_config(tmp_path):
         file.write_text(f'{{"size": {value}}}')
         with pytest.raises(ValueError, match="config.json: size is .*; expected int"):
             cp.read_config(Small, tmp_path)
+    file.write_text('{"size": 0}')
+    with pytest.raises(ValueError, match="json: size is 0; expected at least 1"):
+        cp.read_config(Small, tmp_path)
     for value in ("4", '["a"]'):
         file.write_text(f'{{"size": 3, "parts": {value}}}')
         with pytest.raises(ValueError, match="json: parts is .*; expected tuple"):

@@ -105,6 +105,7 @@ def job(fashion: Path, tmp_path_factory: pytest.TempPathFactory) -> stages.Job:
         clip=replace(quick, steps=20, batch_size=32),
         t5=replace(quick, steps=20, batch_size=32),
         vae=replace(quick, steps=12, batch_size=4),
+        judge=quick,
         transformer=quick,
         pictures=64,
         latents=32,

@@ -79,6 +79,8 @@ def read_config(cls: type[Config], path: Path | str) -> Config:
         if not _fits(value := values[f.name], f.type):
             kind = getattr(f.type, "__name__", f.type)
             raise ValueError(f"{path}: {f.name} is {value!r}; expected {kind}")
+        if type(value) is int and value < 1 and not f.name.endswith("_id"):
+            raise ValueError(f"{path}: {f.name} is {value}; expected at least 1")
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:

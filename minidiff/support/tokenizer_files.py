@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from minidiff.support.checkpoints import read_json
 from minidiff.support.sentencepiece import Piece, read_model
 from minidiff.support.unicode import WHITE_SPACE
 
@@ -123,17 +124,6 @@ def tidy(text: str) -> str:
     for spaced in " .| ?| !| ,| ' | n't| 'm| 's| 've| 're".split("|"):
         text = text.replace(spaced, spaced.replace(" ", ""))
     return text
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; a damaged file is a ValueError that names it."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(content)}")
-    return content
 
 
 def read_text(path: Path) -> str:
