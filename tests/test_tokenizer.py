@@ -458,7 +458,7 @@ def test_damaged_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="merges.txt"):
         CLIPTokenizer.from_pretrained(tmp_path / "clip")
     (tmp_path / "clip" / "vocab.json").write_text('{"a": ')
-    with pytest.raises(ValueError, match="vocab.json is not readable"):
+    with pytest.raises(ValueError, match="vocab.json is not valid JSON"):
         CLIPTokenizer.from_pretrained(tmp_path / "clip")
     shutil.copy(tmp_path / "t5" / "tokenizer.json", tmp_path / "clip")
     with pytest.raises(ValueError, match="expected a BPE vocabulary"):
