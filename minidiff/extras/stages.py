@@ -202,8 +202,8 @@ RECIPES["longer"] = replace(
     latents=2**16,
     two_garments=0.5,
 )
-# What finished it: ``--start`` with what "longer" made, ``--stage transformer``. Which
-# garment it is, is decided above sigma 0.7: the shift takes three samples of five there.
+# What finished it: ``--start`` with what "longer" made, ``--stage transformer``. The
+# noise above sigma 0.7 decides which garment it is: the shift has 3 samples of 5 there.
 RECIPES["further"] = replace(
     RECIPES["longer"],
     transformer=replace(
