@@ -71,7 +71,9 @@ def test_training_learns_and_saves(fashion, tmp_path):
     assert losses[-1] < 0.8 * losses[0]
     assert 0 <= log[-1]["one garment"] <= 1
     saved = json.loads((tmp_path / "judge" / "config.json").read_text())
-    assert saved["accuracy"]["two garments, seen"]["background"] > 0.5
+    assert (
+        saved["accuracy"]["two garments, seen"]["background"] > 0.3
+    )  # one in 8 by chance
     assert saved["seen"] == 60 * 32 and saved["test_scenes"] == 160
     judge = load_judge(tmp_path / "judge")
     assert not judge.training
@@ -118,4 +120,4 @@ def test_the_shipped_judge(fashion):
     scenes = Scenes("test", fashion, seed=2, two_garments=0)
     found = accuracy(load_judge(), scenes, 500)["all"]
     assert abs(found - claimed["one garment, seen"]["all"]) < 0.05
-    assert found > 0.75
+    assert found > 0.87
