@@ -207,7 +207,7 @@ RECIPES["longer"] = replace(
 RECIPES["further"] = replace(
     RECIPES["longer"],
     transformer=replace(
-        RECIPES["longer"].transformer, steps=8500, learning_rate=1.2e-3
+        RECIPES["longer"].transformer, steps=10_000, learning_rate=1.2e-3
     ),
     two_garments=0.65,
     shift=3.0,
