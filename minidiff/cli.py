@@ -24,8 +24,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-MODEL = "tiny, sd3.5-medium, sd3.5-large, sd3.5-large-turbo, a hub id, or a folder"
-Model = Annotated[str, typer.Option(help=f"{MODEL}.")]
+MODEL = "tiny, sd3.5-medium, sd3.5-large, sd3.5-large-turbo, a hub id, a folder"
+Model = Annotated[str, typer.Option(help=f"{MODEL}, or an official single file.")]
 DEVICE = "cpu, cuda, mps; by default a GPU if there is one."
 Device = Annotated[str | None, typer.Option(help=DEVICE)]
 DATA = "Folder of Fashion-MNIST's parquet files."
@@ -92,7 +92,9 @@ def sample(
     prompts: Annotated[
         Path | None, typer.Option(help="File with a prompt on each line.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Prompts drawn at once.")] = 1,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Prompts drawn at once; by default 1.")
+    ] = None,
     num_images: Annotated[int, typer.Option(help="How many pictures of each.")] = 1,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
@@ -111,11 +113,15 @@ def sample(
         str | None,
         typer.Option(help="Skip Layer Guidance; 7,8,9 for SD3.5 Medium."),
     ] = None,
-    skip_layer_scale: Annotated[float, typer.Option(help="Its strength.")] = 2.8,
+    skip_layer_scale: Annotated[
+        float | None, typer.Option(help="Its strength; by default 2.8.")
+    ] = None,
     lora: Annotated[
         Path | None, typer.Option(help="LoRA file in diffusers' keys.")
     ] = None,
-    lora_scale: Annotated[float, typer.Option(help="Its strength.")] = 1.0,
+    lora_scale: Annotated[
+        float | None, typer.Option(help="Its strength; by default 1.")
+    ] = None,
     preview: Annotated[
         Path | None, typer.Option(help="PNG written anew at each step.")
     ] = None,
@@ -160,6 +166,15 @@ def sample(
 
     if (prompt is None) == (prompts is None):
         raise ValueError("expected a prompt, or --prompts with a file, and not both")
+    if t5 == "none":
+        refuse("T5", prompt_3=prompt_3, negative_prompt_3=negative_prompt_3)
+    if not prompts:
+        refuse("--prompts", batch_size=batch_size)
+    if not lora:
+        refuse("--lora", lora_scale=lora_scale)
+    if not skip_layers:
+        refuse("--skip-layers", skip_layer_scale=skip_layer_scale)
+    batch_size = 1 if batch_size is None else batch_size
     for name, count in (("--num-images", num_images), ("--batch-size", batch_size)):
         if count < 1:
             raise ValueError(f"{name} is {count}; expected at least 1")
@@ -168,10 +183,12 @@ def sample(
     if preview:
         check_png("--preview", preview)
         check_writable(preview, overwrite)
+        if preview.resolve() in {name.resolve() for name in names}:
+            raise ValueError(f"--preview is {preview}, which a picture will be called")
     blocks = parse_blocks(skip_layers)
     start = open_start(image, mask, strength)
     if lora:
-        check_lora(lora, compile and bool(fp8))
+        check_lora(lora)
 
     plan = {"memory": memory, "t5": t5, "clip": clip, "modulation": modulation}
     plan |= {"fp8": fp8, "vae_tile": vae_tile, "vae_slicing": vae_slicing}
@@ -194,7 +211,8 @@ def sample(
         if lora:
             from minidiff.extras.lora import load_lora
 
-            load_lora(pipe, lora, lora_scale, fused=compile or not plan)
+            scale = 1.0 if lora_scale is None else lora_scale
+            load_lora(pipe, lora, scale, fused=compile or not plan)
         follow = {"callback_on_step_end": preview_into(preview)} if preview else {}
         with skipping(pipe, blocks, skip_layer_scale):
             for i in range(0, len(texts), batch_size):
@@ -202,16 +220,21 @@ def sample(
                 options = start | call | follow
                 pictures = draw(pipe, part, seed=seed + first, **options)
                 for name, picture in zip(names[first:], pictures, strict=False):
+                    if output is None and name.exists():  # since this run began
+                        name = output_files(None, 1, overwrite)[0]
                     files.save_picture(picture, name, overwrite)
                     print(name, flush=True)
 
     target = find_device(device), parse_dtype(dtype)
     forms = {"text_encoders": text_encoders, **plan}
-    rehearse(perform, model, *target, **forms)
+    fitting = rehearse(perform, model, *target, **forms)
+    if memory:
+        forms = {"text_encoders": text_encoders, "memory": fitting}
     from minidiff.sampling import load
 
     with redirect_stdout(sys.stderr):  # stdout is for the names
         pipe = load(model, *target, fast=fast, compile=compile, **forms)
+    pipe.settings |= plan  # as it was asked for
     perform(pipe)
 
 
@@ -245,13 +268,11 @@ def open_start(image: Path | None, mask: Path | None, strength: float | None) ->
     return opened | ({} if strength is None else {"strength": strength})
 
 
-def check_lora(file: Path, compiled_fp8: bool) -> None:
+def check_lora(file: Path) -> None:
     """Raise ValueError or OSError, before a model is read, for what cannot be used."""
     from minidiff.extras.lora import FILE
     from minidiff.support.checkpoints import read_header
 
-    if compiled_fp8:
-        raise ValueError("--lora with --compile needs weights in full, without --fp8")
     read_header(file / FILE if file.is_dir() else file)
 
 
@@ -264,13 +285,14 @@ def parse_blocks(numbers: str | None) -> list[int]:
         raise ValueError(f"{found}; expected whole numbers: 7,8,9") from None
 
 
-def skipping(pipe: "Pipeline", blocks: list[int], scale: float) -> Any:
+def skipping(pipe: "Pipeline", blocks: list[int], scale: float | None) -> Any:
     """The context in which ``pipe`` draws: Skip Layer Guidance where there are any."""
     if not blocks:
         return nullcontext()
     from minidiff.extras.guidance import skip_layer_guidance
 
-    return skip_layer_guidance(pipe, blocks, scale)
+    strength = () if scale is None else (scale,)
+    return skip_layer_guidance(pipe, blocks, *strength)
 
 
 def preview_into(file: Path) -> Any:
@@ -344,10 +366,13 @@ def find_device(name: str | None) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     found = {"cpu": True, "cuda": torch.cuda.is_available()}
     found["mps"] = torch.backends.mps.is_available()
-    kind = name.split(":")[0]
-    if not found.get(kind):
+    kind, _, number = name.partition(":")
+    if not found.get(kind) or not (number or "0").isdecimal():
         usable = ", ".join(kind for kind, there in found.items() if there)
         raise ValueError(f"--device is {name!r}; expected one that is here: {usable}")
+    if kind == "cuda" and int(number or 0) >= (count := torch.cuda.device_count()):
+        last = f"cuda:{count - 1}"
+        raise ValueError(f"--device is {name!r}; expected cuda:0 to {last}")
     return name
 
 

@@ -316,7 +316,7 @@ class Pipeline:
         texts = checks.for_encoders(prompt)
         lengths = [self.tokenizers[0].model_max_length] * 2
         lengths.append(max_sequence_length or self.max_sequence_length)
-        checks.warn_of_cuts(self.tokenizers, texts, lengths)
+        checks.warn_of_cuts(self, texts, lengths)
         clips = []
         for i in range(2):
             ids = self.tokenizers[i](texts[i], max_length=lengths[i])  # (B, L)
@@ -444,13 +444,8 @@ class Pipeline:
         negatives = checks.as_prompts("negative_prompt", *no, count=len(prompts))
         steps = checks.given(num_inference_steps, self.defaults.num_inference_steps)
         scale = checks.guidance(guidance_scale, self.defaults.guidance_scale)
-        checks.check_dtypes(self.transformer, self.vae)
-        checks.check_choice("sampler", sampler, SAMPLERS)
-        checks.check_choice("output_type", output_type, ("pil", "pt", "latent"))
-        checks.check_range("num_inference_steps", steps, 1, 1000)
-        checks.check_range("num_images_per_prompt", num_images_per_prompt, 1)
-        checks.check_text_length(max_sequence_length)
-        checks.check_sigmas(sigmas)
+        how = SAMPLERS, sampler, output_type, max_sequence_length, sigmas
+        checks.check_call(self, steps, num_images_per_prompt, *how)
         count = len(prompts) * num_images_per_prompt
         latents = self.prepare_latents(count, height, width, seed, latents)
 

@@ -339,7 +339,7 @@ def test_pickled_weights_are_refused_unopened(vae_folder, suffix):
     with pytest.raises(ValueError, match="pickled checkpoint.*expected a .safetensors"):
         load(vae_folder, "AutoencoderKL")
     with pytest.raises(ValueError, match="pickled checkpoint"):
-        cp.load_weights(nn.Linear(1, 1), [file])
+        cp.prepare_weights(nn.Linear(1, 1), [file])
 
 
 def test_wrong_shape(vae_folder):

@@ -3,6 +3,7 @@
 import logging
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,6 +146,11 @@ def test_other_errors_of_a_callback_pass(both):
 # Numbers that break
 
 
+def nan(x, *_):
+    """In place of a layer: its output overflows."""
+    return torch.full((*x.shape[:2], 64), float("nan"))
+
+
 def test_overflow_is_said_before_the_picture_is_black(both, monkeypatch):
     pipe = both[0]
     plain = sampling.assemble
@@ -153,6 +159,25 @@ def test_overflow_is_said_before_the_picture_is_black(both, monkeypatch):
         pipe.encode_prompt("a bag")
     with pytest.warns(UserWarning, match="the picture holds infinite .*bfloat16"):
         pipe.decode(torch.full((1, 16, 4, 4), float("nan")))
+
+
+def test_overflow_of_the_transformer_is_said_at_the_first_step(both, monkeypatch):
+    def stop(*_):
+        raise StopIteration
+
+    monkeypatch.setattr(both[0].transformer.final_layer, "forward", nan)
+    call = CALL | {"callback_on_step_end": stop}
+    with pytest.warns(UserWarning, match="the first step holds infinite .*bfloat16"):
+        both[0]("a bag", **call)
+
+
+def test_what_a_missing_encoder_would_not_see_is_no_matter(model):
+    """Without T5 a long prompt is not said to be too long for it."""
+    pipe = sampling.load(model[2], t5="none")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        pipe.encode_prompt(LONG, 4)
+    assert not [w for w in found if "T5" in str(w.message)]
 
 
 def test_mixed_dtypes(model):
@@ -354,17 +379,44 @@ def test_every_option_changes_the_picture(run, tmp_path, model):
     assert Image.open("step.png").size == (32, 32)
 
 
+def test_a_name_that_is_taken_meanwhile_costs_no_picture(run, monkeypatch):
+    """Two runs in one folder: the later picture goes to the next free name."""
+    decode = sampling.Pipeline.decode
+
+    def slow(pipe, latents):
+        Path("picture.png").write_text("of the other run")
+        return decode(pipe, latents)
+
+    monkeypatch.setattr(sampling.Pipeline, "decode", slow)
+    assert run("sample", "a bag")[:2] == (0, "picture-1.png\n")
+    assert Path("picture.png").read_text() == "of the other run"
+
+
 BAD = [
     ([], "expected a prompt, or --prompts with a file"),
     (["a", "--prompts", "p.txt"], "and not both"),
     (["--prompts", "p.txt"], "p.txt"),
-    (["a", "--batch-size", 0], "--batch-size is 0; expected at least 1"),
+    (["--prompts", "{texts}", "--batch-size", 0], "--batch-size is 0; expected at"),
     (["a", "--mask", "m.png"], "--mask is m.png, which needs --image"),
     (["a", "--image", "m.png"], "m.png"),
     (["a", "--skip-layers", "x"], "--skip-layers is 'x'; expected whole numbers"),
     (["a", "--skip-layers", "9"], "skip layers are [9]; expected some of 0 to 3"),
     (["a", "--lora", "none.safetensors"], "none.safetensors is missing"),
-    (["a", "--lora", "x", "--compile", "--fp8"], "weights in full, without --fp8"),
+    (["a", "--lora", "{fits}", "--compile", "--fp8"], "they are in 8 bits or stay in"),
+    (
+        ["a", "--lora", "{norm}", "--compile", "--modulation", "streamed"],
+        "a LoRA cannot be added to the weights of transformer_blocks.0.norm1_context",
+    ),
+    (["a", "--preview", "picture.png"], "--preview is picture.png, which a picture"),
+    (["a", "--batch-size", 2], "--batch-size is 2, which needs --prompts"),
+    (["a", "--lora-scale", 2], "--lora-scale is 2.0, which needs --lora"),
+    (["a", "--skip-layer-scale", 2], "--skip-layer-scale is 2.0, which needs --skip"),
+    (["a", "--t5", "none", "--prompt-3", "b"], "--prompt-3 is b, which needs T5"),
+    (["a", "--model", "sd3.5-large", "--sampler", "ddim"], "sampler is 'ddim'"),
+    (["a", "--model", "sd3.5-medium", "--height", 33], "the nearest is 32"),
+    (["a", "--model", "{missing}"], "expected tiny, sd3.5-medium"),
+    (["a", "--memory", "2GB", "--num-images", 9000], "so many pixels at once needs"),
+    (["a", "--device", "cpu:x"], "--device is 'cpu:x'; expected one that is here"),
     (["a", "--preview", "no/p.png"], "no/p.png cannot be written"),
     (["a", "--preview", "p.jpg"], "--preview is p.jpg; expected a name that ends"),
     (["a", "--strength", 0.5], "--strength is 0.5, which needs --image"),
@@ -376,17 +428,26 @@ BAD = [
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory):
-    """Pictures of three sizes, and a LoRA that no tiny model has the layers of."""
+def given(tmp_path_factory, model):
+    """Pictures of three sizes; LoRAs, of layers that the tiny model has and has not."""
     folder = tmp_path_factory.mktemp("given")
     files = {"large": 64, "small": 32, "odd": 30}
     for name, side in files.items():
         Image.new("RGB", (side, side)).save(folder / f"{name}.png")
-    pair = {"A": torch.zeros(2, 8), "B": torch.zeros(8, 2)}
-    weights = {f"transformer.some.layer.lora_{k}.weight": w for k, w in pair.items()}
-    save_file(weights, folder / "other.safetensors")
+    width = model[0].transformer.config.width
+    block = "transformer_blocks.0"
+    layers = {"other": ("some.layer", 8, 8)}
+    layers["fits"] = (f"{block}.attn.to_q", width, width)
+    layers["norm"] = (f"{block}.norm1_context.linear", width, 6 * width)
     paths = {name: folder / f"{name}.png" for name in files}
-    return paths | {"other": folder / "other.safetensors"}
+    for name, (layer, inputs, outputs) in layers.items():
+        pair = {"A": torch.zeros(2, inputs), "B": torch.zeros(outputs, 2)}
+        weights = {f"transformer.{layer}.lora_{k}.weight": w for k, w in pair.items()}
+        paths[name] = folder / f"{name}.safetensors"
+        save_file(weights, paths[name])
+    (folder / "texts.txt").write_text("a bag")
+    missing = folder / "sd3.5_large.safetensors"
+    return paths | {"texts": folder / "texts.txt", "missing": missing}
 
 
 @pytest.mark.parametrize("arguments, message", BAD, ids=[m for _, m in BAD])

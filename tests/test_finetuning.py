@@ -68,6 +68,10 @@ def test_what_is_wrong_with_a_folder_is_named(
     (pictures / "red.png").write_bytes(b"no picture")
     assert len(read_folder(pictures, 8)[1]) == 3
     assert "red.png is left out" in capsys.readouterr().err
+    chunks = b"\x89PNG\r\n\x1a\n" + b"\0\0\0\x01IHDR\0" + b"\0" * 8
+    (pictures / "red.png").write_bytes(chunks)  # a header that ends too early
+    assert len(read_folder(pictures, 8)[1]) == 3
+    assert "red.png is left out" in capsys.readouterr().err
     (pictures / "ghost.txt").write_text("nothing")
     with pytest.raises(ValueError, match=r"the caption of ghost.png has no picture"):
         read_folder(pictures, 8)

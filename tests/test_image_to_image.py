@@ -1,5 +1,8 @@
 """Image to image and inpainting: diffusers' pictures, random draws included."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from helpers import relative_error
@@ -7,7 +10,7 @@ from PIL import Image
 from pipelines import pair
 
 from minidiff.extras import image_to_image as module
-from minidiff.extras.image_to_image import first_step, image_to_image
+from minidiff.extras.image_to_image import first_step, image_to_image, open_file
 
 BOUND = 1e-5
 CALL = {"num_inference_steps": 10, "guidance_scale": 4.0, "negative_prompt": "a bag"}
@@ -145,6 +148,18 @@ def test_the_steps_that_diffusers_runs():
             first_step(50, strength)
 
 
+def test_a_photograph_stands_as_the_camera_was_held(tmp_path):
+    """Cameras write the picture as the sensor sees it, and how it is to be turned."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn to the right
+    stored = Image.new("RGB", (40, 24))
+    stored.paste((255, 255, 255), (0, 0, 20, 24))
+    stored.save(tmp_path / "photo.jpg", exif=exif)
+    seen = open_file(tmp_path / "photo.jpg")
+    assert seen.size == (24, 40) and seen.filename == str(tmp_path / "photo.jpg")
+    assert min(seen.getpixel((12, 3))) > 240 and max(seen.getpixel((12, 37))) < 15
+
+
 BAD = [
     ({"strength": 0}, ValueError, "strength is 0; expected above 0"),
     ({"image": picture(33)}, ValueError, "height is 33; .*the nearest is 32"),
@@ -157,6 +172,15 @@ BAD = [
     ({"image": "no/such.png"}, FileNotFoundError, "no/such.png"),
     ({"image": __file__}, ValueError, "is not a picture that can be read"),
     ({"num_inference_steps": 0}, ValueError, "num_inference_steps is 0"),
+    ({"image": np.zeros((32, 32, 3))}, TypeError, "image is a ndarray; expected a PIL"),
+    ({"mask": [1]}, TypeError, "mask_image is a list; expected a PIL"),
+    ({"mask": picture()[:, :2]}, ValueError, "mask_image has shape"),
+    ({"mask": picture(count=3)[:, :1]}, ValueError, "mask_image has 3 pictures"),
+    ({"sampler": "ddim"}, ValueError, "sampler is 'ddim'"),
+    ({"output_type": "np"}, ValueError, "output_type is 'np'"),
+    ({"guidance_scale": math.nan}, ValueError, "guidance_scale is nan"),
+    ({"negative_prompt": ["a", "b", "c"]}, ValueError, "negative_prompt has 3 texts"),
+    ({"max_sequence_length": 0}, ValueError, "max_sequence_length is 0"),
 ]
 
 

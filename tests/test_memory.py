@@ -1,6 +1,7 @@
 """Memory plans: the same pictures from less memory, and the memory counted."""
 
 import re
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -215,6 +216,30 @@ def test_more_pixels_take_more_memory(models, monkeypatch):
     memory.check_device(smaller, models["medium"], "cuda", size=four)
     with pytest.raises(ValueError, match="so many pixels at once needs about"):
         memory.check_device(Plan(), models["medium"], "cuda", size=many)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"t5": "streamed"}], ids=str)
+def test_t5_that_is_stored_in_8_bits(folder, tmp_path, knobs):
+    """Its values are those of the file, whether it stays or comes layer by layer."""
+    stored = shutil.copytree(folder, tmp_path / "stored")
+    encoder = minidiff.load(folder).text_encoders[2]
+    cp.save_component(
+        encoder, stored / "text_encoder_3", "T5EncoderModel", torch.float8_e4m3fn
+    )
+    for weight in encoder.parameters():
+        weight.data = weight.to(torch.float8_e4m3fn).float()
+    found = minidiff.load(stored, **knobs).text_encoders[2]
+    ids = torch.arange(12).reshape(2, 6)
+    assert relative_error(found(ids), encoder(ids)) < 1e-6
+
+
+@pytest.mark.parametrize("knobs", [{"modulation": "streamed"}, {"fp8": True}], ids=str)
+def test_a_planned_pipeline_is_not_saved(folder, tmp_path, knobs):
+    """Its weights are not held in full; nothing is written."""
+    pipe = minidiff.load(folder, **knobs)
+    with pytest.raises(ValueError, match="transformer.* expected a pipeline loaded"):
+        pipe.save_pretrained(tmp_path / "saved")
+    assert not list(tmp_path.glob("saved/*"))
 
 
 def test_a_rehearsal_weighs_the_call(monkeypatch):

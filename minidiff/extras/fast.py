@@ -274,15 +274,19 @@ def accelerate(
 
     A transformer whose blocks are in fp8 then also multiplies in fp8, where the device
     can. With ``compile`` the chapters' own blocks are compiled instead, each kind of
-    block once for all sizes; ``fast`` then serves the decoder alone.
+    block once for all sizes; ``fast`` then serves the decoder alone. The model's GPU
+    becomes the current one: Triton starts its kernels there.
     """
+    weight = transformer.x_embedder.proj.weight
+    if weight.is_cuda:
+        torch.cuda.set_device(weight.device)
     if compile:
         compile_blocks(transformer)
     elif fast:
         transformer.forward = FastMMDiT(transformer, multiplies_in_fp8(transformer))
     if fast:
         vae.decoder.forward = FastDecoder(vae.decoder)
-        if not transformer.x_embedder.proj.weight.is_cuda:
+        if not weight.is_cuda:
             keep_freed_memory()
 
 
@@ -318,7 +322,9 @@ def multiplies_in_fp8(model: MMDiT) -> bool:
     weight = model.joint_blocks[0].x_block.mlp.fc1.weight
     if weight.dtype != FLOAT8:
         return False
-    return not weight.is_cuda or torch.cuda.get_device_capability() >= (8, 9)
+    if not weight.is_cuda:
+        return True
+    return torch.cuda.get_device_capability(weight.device) >= (8, 9)
 
 
 # The decoder

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minidiff.flow_matching import interpolate
-from minidiff.sampling import Pipeline
+from minidiff.sampling import SAMPLERS, Pipeline
 from minidiff.support import checks, output
 from minidiff.vae import Posterior
 
@@ -50,14 +50,14 @@ def image_to_image(
     in a call of the pipeline. Raises ValueError or TypeError before any work.
     """
     steps = checks.given(num_inference_steps, pipe.defaults.num_inference_steps)
-    checks.check_range("num_inference_steps", steps, 1, 1000)
-    checks.check_range("num_images_per_prompt", num_images_per_prompt, 1)
+    count = check_call(pipe, prompt, steps, num_images_per_prompt, call)
     sigmas = pipe.scheduler.sigmas(steps)[first_step(steps, strength) :]
-    count = len(checks.as_texts("prompt", prompt)) * num_images_per_prompt
     pictures, mask = open_pictures(image, mask_image, height, width)
     shape = pipe.prepare_latents(count, *pictures.shape[2:]).shape
-    if len(pictures) not in (1, count):
-        raise ValueError(f"image has {len(pictures)} pictures; expected 1 or {count}")
+    for name, given in (("image", pictures), ("mask_image", mask)):
+        if given is not None and len(given) not in (1, count):
+            found = f"{name} has {len(given)} pictures"
+            raise ValueError(f"{found}; expected 1 or {count}")
 
     data, noise = encode(pipe, pictures, range(seed, seed + count))
     callback = callback_on_step_end
@@ -73,6 +73,21 @@ def image_to_image(
         callback_on_step_end=callback,
         **call,
     )
+
+
+def check_call(
+    pipe: Pipeline, prompt: checks.Texts, steps: int, num: int, call: dict[str, Any]
+) -> int:
+    """What the pipeline would check, before the first work; how many pictures."""
+    usual = {"sampler": "euler", "output_type": "pil", "max_sequence_length": None}
+    how = (call.get(name, value) for name, value in usual.items())
+    checks.check_call(pipe, steps, num, SAMPLERS, *how)
+    checks.guidance(call.get("guidance_scale"), pipe.defaults.guidance_scale)
+    others = call.get("prompt_2"), call.get("prompt_3")
+    prompts = checks.as_prompts("prompt", prompt, *others)
+    no = (call.get(f"negative_prompt{end}") for end in ("", "_2", "_3"))
+    checks.as_prompts("negative_prompt", next(no) or "", *no, count=len(prompts))
+    return len(prompts) * num
 
 
 def first_step(steps: int, strength: float) -> int:
@@ -96,25 +111,40 @@ def open_pictures(
     Raises ValueError where the mask has another size than the picture.
     """
     image, mask = open_file(image), open_file(mask)
+    for name, value in (("image", image), ("mask_image", mask)):
+        check_kind(name, value)
     if mask is not None and size(mask) != size(image):
         (w, h), (x, y) = size(mask), size(image)
         raise ValueError(f"the mask is {w}×{h} pixels; expected the picture's {x}×{y}")
-    pictures = as_tensor(image, "RGB", height, width) * 2 - 1
+    pictures = as_tensor("image", image, "RGB", height, width) * 2 - 1
     if mask is None:
         return pictures, None
-    return pictures, (as_tensor(mask, "L", height, width) >= 0.5).float()
+    mask = as_tensor("mask_image", mask, "L", height, width)
+    return pictures, (mask >= 0.5).float()
 
 
 def open_file(image: "Picture | None") -> Any:
     """The picture in a file; pictures, tensors and None come back as they are."""
     if not isinstance(image, str | Path):
         return image
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        return Image.open(image)
+        picture = Image.open(image)
     except UnidentifiedImageError:
         raise ValueError(f"{image} is not a picture that can be read") from None
+    ImageOps.exif_transpose(picture, in_place=True)  # as the camera was held
+    return picture
+
+
+def check_kind(name: str, value: Any) -> None:
+    """Raise TypeError for what is no picture at all."""
+    picture = isinstance(value, Tensor) or hasattr(value, "convert")
+    if not (picture or value is None):
+        kind = type(value).__name__
+        raise TypeError(
+            f"{name} is a {kind}; expected a PIL picture, a file or a tensor"
+        )
 
 
 def size(image: Any) -> tuple[int, int]:
@@ -124,7 +154,9 @@ def size(image: Any) -> tuple[int, int]:
     return image.size
 
 
-def as_tensor(image: Any, mode: str, height: int | None, width: int | None) -> Tensor:
+def as_tensor(
+    name: str, image: Any, mode: str, height: int | None, width: int | None
+) -> Tensor:
     """A picture in [0, 1] as (B, C, H, W): C is 3 for "RGB", 1 for "L"."""
     channels = len(mode)
     if isinstance(image, Tensor):
@@ -133,14 +165,11 @@ def as_tensor(image: Any, mode: str, height: int | None, width: int | None) -> T
         found = found[None] if found.ndim == 3 else found
         if found.ndim != 4 or found.shape[1] != channels:
             shape = tuple(image.shape)
-            raise ValueError(f"image has shape {shape}; expected (B, {channels}, H, W)")
-        check_tensor(found, height, width)
+            raise ValueError(
+                f"{name} has shape {shape}; expected (B, {channels}, H, W)"
+            )
+        check_tensor(name, found, height, width)
         return found
-    if not hasattr(image, "convert"):
-        kind = type(image).__name__
-        raise TypeError(
-            f"image is a {kind}; expected a PIL picture, a file or a tensor"
-        )
     wanted = width or image.width, height or image.height
     image = image.convert(mode)
     image = image if image.size == wanted else image.resize(wanted, resample=1)
@@ -149,15 +178,17 @@ def as_tensor(image: Any, mode: str, height: int | None, width: int | None) -> T
     return values.reshape(*values.shape[:2], channels).permute(2, 0, 1)[None]
 
 
-def check_tensor(image: Tensor, height: int | None, width: int | None) -> None:
+def check_tensor(
+    name: str, image: Tensor, height: int | None, width: int | None
+) -> None:
     """Raise ValueError unless ``image`` is in [0, 1] and of the size asked for."""
     (h, w), (low, high) = image.shape[2:], image.aminmax()
     if not 0 <= low <= high <= 1:
-        raise ValueError(f"image has values from {low:g} to {high:g}; expected 0 to 1")
+        raise ValueError(f"{name} has values from {low:g} to {high:g}; expected 0 to 1")
     wanted = width or w, height or h
     if wanted != (w, h):
         x, y = wanted
-        raise ValueError(f"image is a tensor of {w}×{h} pixels; expected {x}×{y}")
+        raise ValueError(f"{name} is a tensor of {w}×{h} pixels; expected {x}×{y}")
 
 
 def encode(pipe: Pipeline, pictures: Tensor, seeds: range) -> tuple[Tensor, Tensor]:

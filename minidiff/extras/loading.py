@@ -204,7 +204,7 @@ def blueprint(model: Path | str = "tiny") -> dict[str, nn.Module]:
                 "transformer": MMDiT(PUBLISHED[model]()),
                 "vae": VAE(VAEConfig.sd35()),
             }
-    folder = find_model(model)
+    folder = find_model(model, weights=False)
     present = read_index(folder)[1]
     return {
         name: cp.load_component(*classes, folder / name, device="meta")
@@ -213,14 +213,16 @@ def blueprint(model: Path | str = "tiny") -> dict[str, nn.Module]:
     }
 
 
-def find_model(model: Path | str, t5: bool = True) -> Path:
+def find_model(model: Path | str, t5: bool = True, weights: bool = True) -> Path:
     """The folder that ``model`` names; downloaded if it is on the hub."""
     if str(model) == "tiny":
         return cp.TINY
     if str(model) and Path(model).is_dir():
         return Path(model)
-    if str(model) in hub.REPOSITORIES or str(model).count("/") == 1:
-        return hub.download(str(model), t5)
+    owner, _, name = str(model).partition("/")
+    hub_id = name and "/" not in name and not Path(owner).is_dir()
+    if str(model) in hub.REPOSITORIES or (hub_id and not name.endswith(".safetensors")):
+        return hub.download(str(model), t5, weights=weights)
     known = ", ".join(["tiny", *hub.REPOSITORIES])
     raise ValueError(f"model is {str(model)!r}; expected {known} or a folder")
 
@@ -237,9 +239,14 @@ def read_scheduler(folder: Path) -> Scheduler:
 
 
 def save_pipeline(pipe: "Pipeline", folder: Path, dtype: torch.dtype | None) -> None:
-    """Write every part of ``pipe`` and the index that names them."""
+    """Write every part of ``pipe`` and the index that names them.
+
+    Raises ValueError where a part does not hold all its weights in full.
+    """
     models = (*pipe.text_encoders, pipe.transformer, pipe.vae)
     parts = dict(zip(PARTS, models, strict=True))
+    for name, part in parts.items():
+        check_whole(name, part)
     tokenizers = dict(zip(TOKENIZERS, pipe.tokenizers, strict=True))
     for name, part in parts.items():
         if part:
@@ -251,6 +258,28 @@ def save_pipeline(pipe: "Pipeline", folder: Path, dtype: torch.dtype | None) -> 
     present = [name for name, part in (parts | tokenizers).items() if part]
     index = pipeline_index(present) | {"_name_or_path": pipe.name}
     cp.write_json(folder / "model_index.json", index)
+
+
+def check_whole(name: str, model: nn.Module | None) -> None:
+    """Raise ValueError for weights in 8 bits, in their file, or beside their layer."""
+    from minidiff.extras.memory import StreamedEmbedding, StreamedLinear
+    from minidiff.extras.precision import Float8Linear
+
+    away = StreamedLinear, StreamedEmbedding, Float8Linear
+    for layer, module in model.named_modules() if model else ():
+        if isinstance(module, away):
+            raise ValueError(
+                f"{name}.{layer} is stored in 8 bits or in its file; expected a "
+                "pipeline loaded without a plan of memory"
+            )
+        if any(
+            hook.__module__ == "minidiff.extras.lora"
+            for hook in module._forward_hooks.values()
+        ):
+            raise ValueError(
+                f"{name}.{layer} has a LoRA beside it; expected one loaded with "
+                "fused=True, or removed"
+            )
 
 
 def pipeline_index(present: Collection[str]) -> dict[str, object]:

@@ -116,10 +116,10 @@ def check_fusable(updates: Mapping[str, LowRank], model: nn.Module) -> None:
     """Raise ValueError where a layer's weights are in 8 bits or stay in their file."""
     layers = targets(model)
     for name in updates:
-        if not isinstance(layer := layers[name].layer, nn.Linear):
+        if not isinstance(layers[name].layer, nn.Linear):
             raise ValueError(
-                f"{name} is a {type(layer).__name__}, whose weights a LoRA cannot be "
-                "added to; expected fused=False"
+                f"a LoRA cannot be added to the weights of {name}: they are in 8 bits "
+                "or stay in their file; expected fused=False, and no compile"
             )
 
 

@@ -311,6 +311,17 @@ def place(prepared: Prepared, plan: Plan, device: Any, dtype: torch.dtype) -> nn
     return model
 
 
+def stand_in(model: nn.Module, plan: Plan) -> None:
+    """Mark the linear layers of a meta model whose weights ``plan`` keeps elsewhere.
+
+    A ``StreamedLinear`` takes their place, for those in 8 bits too.
+    """
+    for name, layer in list(model.named_modules()):
+        away = is_streamed(plan, model, name) or is_float8(plan, model, name)
+        if isinstance(layer, nn.Linear) and away:
+            swap(model, name, StreamedLinear(layer))
+
+
 def swap(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put ``layer`` where ``name`` is in ``model``."""
     parent, _, attribute = name.rpartition(".")

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from minidiff.extras import loading
-from minidiff.extras.memory import check_device, choose
+from minidiff.extras.memory import Plan, check_device, choose, requested, stand_in
+from minidiff.flow_matching import Scheduler
 from minidiff.sampling import Pipeline
 from minidiff.support.checks import check_target
 
@@ -45,15 +46,19 @@ def rehearse(
     text_encoders: Path | str | None = None,
     memory: Any = None,
     **knobs: Any,
-) -> None:
+) -> Plan:
     """Call ``perform`` with a rehearsal of ``model``; its errors are the real call's.
 
     So is that of a card too small for the call. The arguments are those of
-    ``minidiff.load``. Warnings wait for the real call.
+    ``minidiff.load``. Warnings wait for the real call. Returns the plan of memory with
+    which the call fits.
     """
     device, dtype = check_target(device, dtype)
-    opened = loading.open_model(model, text_encoders, memory, knobs)
-    models = {name: part.model for name, part in opened.parts.items()}
+    opened = outline(model, text_encoders, memory, knobs)
+    models, width = opened.parts, dtype.itemsize
+    plan = choose(memory, models, width, **knobs)
+    for part in models.values():
+        stand_in(part, plan)
     *encoders, transformer, vae = (models.get(name) for name in loading.PARTS)
     parts = transformer, vae, opened.scheduler, opened.name
     pipe = Rehearsal(opened.tokenizers, encoders, *parts)
@@ -62,5 +67,23 @@ def rehearse(
         try:
             perform(pipe)
         except Began:
-            plan = choose(memory, models, dtype.itemsize, **knobs)
-            check_device(plan, models, device, dtype.itemsize, pipe.size, **knobs)
+            plan = choose(memory, models, width, pipe.size, **knobs)
+            check_device(plan, models, device, width, pipe.size, **knobs)
+    return plan
+
+
+def outline(
+    model: Path | str, text_encoders: Path | str | None, memory: Any, knobs: dict
+) -> loading.Opened:
+    """A pipeline's files, opened, their models on the meta device.
+
+    Of a published model they need not be here yet: what is wrong with a call is told
+    before the download.
+    """
+    if str(model) not in loading.PUBLISHED or text_encoders is not None:
+        opened = loading.open_model(model, text_encoders, memory, knobs)
+        return opened._replace(parts={n: p.model for n, p in opened.parts.items()})
+    models = loading.blueprint(model)
+    if requested(memory, **knobs).t5 == "none":
+        del models["text_encoder_3"]
+    return loading.Opened(str(model), models, [None] * 3, Scheduler(3.0))

@@ -10,12 +10,15 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from minidiff.support.data import to_tensor
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+# What Pillow raises for a damaged file
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def captions_of(folder: Path) -> dict[str, str]:
@@ -94,8 +97,9 @@ def read_folder(
     for name, caption in found.items():
         try:
             with Image.open(folder / name) as picture:
+                ImageOps.exif_transpose(picture, in_place=True)
                 pictures.append(to_tensor(fitted(picture.convert("RGB"), size, crop)))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             print(f"{folder / name} is left out: {error}", file=sys.stderr)
             continue
         captions.append(caption)

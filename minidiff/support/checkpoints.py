@@ -79,7 +79,7 @@ def read_config(cls: type[Config], path: Path | str) -> Config:
         if not _fits(value := values[f.name], f.type):
             kind = getattr(f.type, "__name__", f.type)
             raise ValueError(f"{path}: {f.name} is {value!r}; expected {kind}")
-        if type(value) is int and value < 1 and not f.name.endswith("_id"):
+        if f.type is int and value < 1 and not f.name.endswith("_id"):
             raise ValueError(f"{path}: {f.name} is {value}; expected at least 1")
     try:
         return cls(**values)
@@ -277,23 +277,6 @@ def read_header(file: Path) -> dict[str, tuple[int, ...]]:
 # Reading
 
 
-def load_weights(
-    model: Model,
-    files: Iterable[Path],
-    rename: Rename | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-) -> Model:
-    """Give ``model`` (best built on the meta device) the tensors of safetensors files.
-
-    Each tensor goes from the memory map straight to ``device`` and ``dtype`` (None:
-    as stored); on a CPU, in the dtype stored, it stays in the map. ``rename`` says
-    where the files keep each tensor. Names and shapes are checked before any is read:
-    ValueError names what is missing, unexpected or of the wrong shape.
-    """
-    return prepare_weights(model, files, rename)(device, dtype)
-
-
 Read = Callable[[torch.device | str, torch.dtype | None], Tensor]
 Place = Callable[[str, Read], Tensor | None]
 
@@ -338,9 +321,12 @@ def prepare_weights(
     rename: Rename | None = None,
     prefix: str = "",
 ) -> Prepared:
-    """The two halves of :func:`load_weights`: check now, read when called.
+    """Check safetensors files against ``model``, built on the meta device.
 
-    Of the files only the tensors whose names begin with ``prefix`` count.
+    ``rename`` says where the files keep each tensor; of them only those whose names
+    begin with ``prefix`` count. ValueError names what is missing, unexpected or of the
+    wrong shape. When read, each tensor goes from the memory map straight to its device
+    and dtype; on a CPU, in the dtype stored, it stays in the map.
     """
     expected, files = model.state_dict(), list(files)
     sources = (rename or _identity)(expected)

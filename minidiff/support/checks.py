@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ def as_texts(name: str, value: str | Sequence[str]) -> list[str]:
     return list(texts)
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
@@ -108,10 +108,25 @@ def check_sigmas(sigmas: Tensor | None) -> None:
         raise ValueError(f"sigmas are {levels}; expected levels that fall from 1 to 0")
 
 
-def check_text_length(length: int | None) -> None:
-    """Raise ValueError unless T5 can read as many tokens; None leaves the choice."""
-    if length is not None:
-        check_range("max_sequence_length", length, 1, 512)
+def check_call(
+    pipe: Any,
+    steps: int,
+    num_images_per_prompt: int,
+    samplers: Collection[str],
+    sampler: str,
+    output_type: str,
+    max_sequence_length: int | None,
+    sigmas: Tensor | None = None,
+) -> None:
+    """Raise ValueError for settings of a drawing that ``pipe`` cannot follow."""
+    check_dtypes(pipe.transformer, pipe.vae)
+    check_choice("sampler", sampler, samplers)
+    check_choice("output_type", output_type, ("pil", "pt", "latent"))
+    check_range("num_inference_steps", steps, 1, 1000)
+    check_range("num_images_per_prompt", num_images_per_prompt, 1)
+    if max_sequence_length is not None:  # None leaves the choice
+        check_range("max_sequence_length", max_sequence_length, 1, 512)
+    check_sigmas(sigmas)
 
 
 def check_size(name: str, size: int, grid: int, largest: int) -> None:
@@ -174,18 +189,18 @@ def check_dtypes(transformer: nn.Module, vae: nn.Module) -> None:
 
 
 def warn_of_cuts(
-    tokenizers: Sequence[Any], texts: Sequence[Sequence[str]], lengths: Sequence[int]
+    pipe: Any, texts: Sequence[Sequence[str]], lengths: Sequence[int]
 ) -> None:
     """Warn, naming it, of text that an encoder will not see: its tokens are too many.
 
     All three kinds of ids end with one special token, which a cut keeps.
     """
     lost: dict[tuple[int, str], list[str]] = {}
-    names = ("CLIP-L", "CLIP-G", "T5")
-    for name, tokenizer, column, length in zip(
-        names, tokenizers, texts, lengths, strict=True
+    known = zip(("CLIP-L", "CLIP-G", "T5"), pipe.text_encoders, strict=True)
+    for (name, reads), tokenizer, column, length in zip(
+        known, pipe.tokenizers, texts, lengths, strict=True
     ):
-        for text in dict.fromkeys(column if tokenizer else ()):
+        for text in dict.fromkeys(column if reads else ()):
             if len(ids := tokenizer.encode(text)) > length:
                 cut = tokenizer.decode(ids[length - 1 : -1])
                 lost.setdefault((length, cut), []).append(name)

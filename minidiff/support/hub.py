@@ -24,20 +24,24 @@ KINDS = ("*.json", "*.txt", "*.model", "*.safetensors")
 LEFT_OUT = ["*.fp16*", "text_encoders/*"]
 
 
-def download(name: str, t5: bool = True, check_all: bool = False) -> Path:
+def download(
+    name: str, t5: bool = True, check_all: bool = False, weights: bool = True
+) -> Path:
     """The local folder of a hub repository or alias, downloaded where it is not yet.
 
     Only the files of the diffusers layout are fetched, of an alias at its pinned
-    revision; T5's weights only if ``t5``. A broken connection is taken up again where
-    it broke; after an interruption only the files that are missing are fetched. What
-    was fetched is verified, with ``check_all`` what was here before too. Raises OSError
-    saying what is needed where the hub cannot be reached or refuses.
+    revision; T5's weights only if ``t5``, and none without ``weights``. A broken
+    connection is taken up again where it broke; after an interruption only the files
+    that are missing are fetched. What was fetched is verified, with ``check_all`` what
+    was here before too. Raises OSError saying what is needed where the hub cannot be
+    reached or refuses.
     """
     began = time.time()
     from huggingface_hub import errors, snapshot_download
 
     repository = REPOSITORIES.get(name, name)
-    wanted = [f"{part}/{kind}" for part in COMPONENTS for kind in KINDS]
+    kinds = KINDS if weights else ["*.json"]
+    wanted = [f"{part}/{kind}" for part in COMPONENTS for kind in kinds]
     try:
         folder = snapshot_download(
             repository,

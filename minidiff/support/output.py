@@ -56,6 +56,8 @@ class Watch:
         self, step: int, sigma: Tensor, x: Tensor, x0_hat: Tensor
     ) -> Tensor | None:
         self.bar.update()
+        if step == 0:
+            checks.warn_of_overflow("the first step", x0_hat)
         if self.callback is None:
             return None
         self.tensors = {"latents": x, "denoised": x0_hat}
