@@ -565,6 +565,8 @@ def evaluate(
     from minidiff.support.judge import JUDGE, load_judge
 
     checks.check_range("--seed", seed, 0)
+    if garments != "all":
+        refuse("--garments all", inception=inception)
     rows = metrics.choose_rows(garments)
     device = find_device(device)
     reader = load_judge(judge or JUDGE, device)

@@ -99,7 +99,14 @@ def finetuning_task(
     def loss(_: nn.Module, batch: Batch) -> Tensor:
         return transformer_loss(pipe.transformer, batch)
 
-    return Task(model, loss, batch)
+    def validate(averaged: nn.Module) -> dict:
+        learned = {k: v.clone() for k, v in model.state_dict().items()}
+        model.load_state_dict(averaged.state_dict())
+        losses = level_losses(pipe, encoded, seed)
+        model.load_state_dict(learned)
+        return {"validation": sum(losses) / len(losses), "by_level": losses}
+
+    return Task(model, loss, batch, validate)
 
 
 def finetune(
@@ -128,6 +135,8 @@ def finetune(
     trainer.check_folder(output)
     parts = blueprint(model)
     side = parts["transformer"].config.sample_size * parts["vae"].config.factor
+    if lora:  # a rank or names that these layers do not have
+        add_lora(parts["transformer"], lora.rank, lora.alpha, lora.targets)
     images, captions = read_folder(pictures, size or side, crop)
     pipe = load(model, device, torch.float32)
     trained, updates = pipe.transformer, None
@@ -160,8 +169,8 @@ def finetune(
 
 
 def level_losses(pipe: Pipeline, encoded: Batch, seed: int = 0) -> list[float]:
-    """The loss on encoded pictures by noise level, with fixed noise."""
-    n = len(encoded["x0"])
+    """The loss on the first 32 pictures by noise level, with fixed noise."""
+    n = min(32, len(encoded["x0"]))
     noise = rng.normal(seed, torch.arange(n), tuple(encoded["x0"].shape[1:]))
     fixed = {k: encoded[k][:n] for k in ("x0", "context", "pooled")}
     return loss_by_level(pipe.transformer, fixed | {"noise": noise.to(fixed["x0"])})
@@ -198,6 +207,7 @@ def train(
         bfloat16=device.startswith("cuda"),
         compile=bool(compile),
         save_every=100,
+        validate_every=100,
     )
     lora = None
     if corrections:

@@ -161,13 +161,13 @@ def reconstructions(
 
 @torch.no_grad()
 def training_features(
-    extract: Extract, n: int, seed: int, folder, device: torch.device, batch: int
+    extract: Extract, n: int, seed: int, folder, batch: int, device: torch.device
 ) -> Tensor:
-    """Features of n real training scenes, half with one garment: the reference."""
+    """Features of 2·n real training scenes, n with one garment: the reference."""
     parts = []
     for kind in ("one", "two"):
         scenes = _scenes(kind, False, "train", folder, device, fold_in(seed, 2))
-        parts += [extract(scenes.batch(i).images) for i in _chunks(n // 2, batch)]
+        parts += [extract(scenes.batch(i).images) for i in _chunks(n, batch)]
     return torch.cat(parts)
 
 
@@ -214,6 +214,8 @@ def evaluate(
     result, features = {"n": n, "seed": seed, **options, "rows": {}}, []
     extract = inception or (lambda images: judge.read(images)[0])
     size = n, seed, folder, batch
+    whole = set(choose_rows("all")[::2]) <= set(rows)  # both rows with seen pairs
+    reference = training_features(extract, *size, device) if whole else None
     for row in rows:
         start = time.perf_counter()
         means, found = evaluate_row(pipe, judge, extract, row, *size, **options)
@@ -222,9 +224,9 @@ def evaluate(
         real, model = means["real"]["all"], means["model"]["all"]
         seconds = time.perf_counter() - start
         log(f"{row}: real {real:.3f}, model {model:.3f} ({seconds:.0f} s)")
-    if len(features) == 2:
+    if whole:
         name = FEATURES[inception is not None]
-        result |= _distances(pipe, extract, name, features, *size, device)
+        result |= _distances(pipe, extract, name, features, reference, *size)
     return result
 
 
@@ -233,15 +235,14 @@ def _distances(
     extract: Extract,
     name: str,
     features: list[dict[str, Tensor]],
+    reference: Tensor,
     n: int,
     seed: int,
     folder,
     batch: int,
-    device: torch.device,
 ) -> dict:
     """Fréchet distances to training scenes: of pictures, test scenes, the VAE's."""
     model, real = (torch.cat([f[k] for f in features]) for k in ("model", "real"))
-    reference = training_features(extract, 2 * n, seed, folder, device, batch)
     ratio, decoded = reconstructions(pipe, extract, 2 * n, seed, folder, batch)
     distances = {"model": model, "floor": real, "vae": decoded}
     distances = {
