@@ -5,7 +5,8 @@
 Run it again after it was stopped, with the same flags, until it says "finished". The
 stages that do not need one another (both CLIPs, T5, autoencoder, judge) run side by
 side; the transformer follows; then the evaluation. ``--seconds`` stops in time, with
-everything saved. ``--probe`` runs a few steps of each stage and prints its speed.
+everything saved. ``--probe`` runs a few steps of each stage, in a folder of its own
+below the output's, and prints its speed.
 """
 
 import argparse
@@ -58,7 +59,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sequential", action="store_true", help="one stage at a time")
     parser.add_argument("--cache", type=Path, help="folder for encoded scenes")
     parser.add_argument("--probe", action="store_true")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.probe:
+        args.output /= "probe"
+    return args
 
 
 def make_job(args: argparse.Namespace):
@@ -241,9 +245,10 @@ def main() -> int:
         return 0
     done = False
     try:
-        run_stages(job, ("tokenizers",))
         runs = args.output / "runs"
         todo = [s for s in SIDE_BY_SIDE if not (runs / f"{s}.done").exists()]
+        made = [s for s in SIDE_BY_SIDE if s not in todo]  # with the same settings?
+        run_stages(job, ("tokenizers", *made))
         groups = [(s,) for s in todo] if args.sequential else [tuple(todo)]
         done = all([spawn(args, group, job.deadline) for group in groups])
         print(f"side by side: {time.time() - start:.0f} s so far", flush=True)

@@ -643,18 +643,17 @@ def fit(
     for step in range(start, config.steps):
         monitor.add(learner.step(step))
         done, late = step + 1, time.time() > (deadline or math.inf)
-        last = done == config.steps or late
-        if last or done % config.log_every == 0 or done % config.save_every == 0:
+        logs, saves, validates = trainer.due(config, done, late)
+        if logs or saves or validates:
             monitor.flush(lr=learning_rate(step, config))
-        if task.validate and config.validate_every:
-            if last or done % config.validate_every == 0:
-                monitor.validated(learner.ema, task.validate(learner.ema))
-        if run and (last or done % config.save_every == 0):
+        if task.validate and validates:
+            monitor.validate(task.validate, learner.ema)
+        if run and saves:
             trainer.checkpoint(run, done, learner.model, learner.ema, learner.optimizer)
             monitor.restart()
         if late and done < config.steps:
             raise TimeoutError(f"stopped after step {done} of {config.steps}")
-    return learner.ema
+    return parallel.whole_model(learner.ema)
 
 
 # %% [markdown]

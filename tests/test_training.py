@@ -23,7 +23,7 @@ import minidiff
 from minidiff import training
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.extras import stages
-from minidiff.support import rng, trainer
+from minidiff.support import data, rng, trainer
 from minidiff.support.checkpoints import load_component
 from minidiff.support.trainer import Run, TrainingError, read_log
 from minidiff.training import Task, TrainingConfig, fit
@@ -92,6 +92,17 @@ def test_the_best_validation_is_kept(tmp_path: Path) -> None:
     assert_same(best, seen[1])
 
 
+def test_a_validation_is_logged_at_its_step(tmp_path: Path) -> None:
+    task, config = regression(log_every=25, save_every=40, validate_every=15)
+    with Run(tmp_path, {}) as run:
+        looked = replace(task, validate=lambda _: {"validation": math.nan})
+        fit(looked, config, run)
+    log = read_log(tmp_path / "log.jsonl")
+    assert [r["step"] for r in log if "validation" in r] == [15, 30, 40]
+    assert [r["step"] for r in log if "loss" in r] == [15, 25, 30, 40]
+    assert not (tmp_path / "best.safetensors").exists()  # not a number is no score
+
+
 # Stages
 
 
@@ -141,11 +152,48 @@ def losses(job: stages.Job, stage: str) -> list[float]:
 
 
 @pytest.mark.parametrize("stage", ["clip", "t5", "vae"])
-def test_stage_learns(job: stages.Job, stage: str) -> None:
-    few = replace(job.recipe, pictures=4) if stage == "vae" else job.recipe
-    stages.run_stages(replace(job, recipe=few), (stage,))
+def test_stage_learns(job: stages.Job, tmp_path: Path, stage: str) -> None:
+    if stage == "vae":
+        few = replace(job.recipe, pictures=4)
+        job = replace(job, recipe=few, output=tmp_path)
+    stages.run_stages(job, (stage,))
     values = losses(job, stage)
     assert sum(values[-3:]) < 0.9 * sum(values[:3]), values
+
+
+def test_a_stage_is_done_with_its_settings_only(
+    job: stages.Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(stages.RUN, "vae", lambda job: None)
+    job = replace(job, output=tmp_path)
+    stages.run_stages(job, ("vae",))
+    stages.run_stages(job, ("vae",))
+    longer = replace(job.recipe, vae=replace(job.recipe.vae, steps=24))
+    with pytest.raises(ValueError, match="holds a run with steps = 12, not 24"):
+        stages.run_stages(replace(job, recipe=longer), ("vae",))
+    pictures, labels = data.fashion_mnist("train", job.data)
+    monkeypatch.setattr(stages, "fashion_mnist", lambda *_: (pictures[1:], labels[1:]))
+    with pytest.raises(ValueError, match="holds a run with data = "):
+        stages.run_stages(job, ("vae",))
+    file = tmp_path / "runs" / "vae" / "run.json"
+    older = {k: v for k, v in json.loads(file.read_text()).items() if k != "data"}
+    file.write_text(json.dumps(older))
+    stages.run_stages(job, ("vae",))
+
+
+def test_the_transformer_belongs_to_its_encoders(job: stages.Job, made: Path) -> None:
+    name = stages.encoders_name(job)
+    assert stages.encoders_name(job) == name
+    settings = job.output / "runs" / "transformer" / "run.json"
+    assert json.loads(settings.read_text())["encoders"] == name
+    file = made / "text_encoder_2" / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        with pytest.raises(ValueError, match=f"holds a run with encoders = {name}"):
+            stages.run_stages(job, ("transformer",))
+    finally:
+        file.write_bytes(whole)
 
 
 def test_a_compiled_decoder_learns_in_bfloat16() -> None:
@@ -221,15 +269,15 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def killed_after_step_4(action: Callable[[], object]) -> None:
-    """Run ``action`` in a child that dies when it has saved its fourth step."""
+def killed_after_step(step: int, action: Callable[[], object]) -> None:
+    """Run ``action`` in a child that dies when it has saved this step."""
 
     def fatal() -> None:
         save = trainer.save_tensors
 
         def die(path: Path, *arguments, **facts) -> None:
             save(path, *arguments, **facts)
-            if path.name == "step-4.safetensors":
+            if path.name == f"step-{step}.safetensors":
                 os.kill(os.getpid(), signal.SIGKILL)
 
         trainer.save_tensors = die
@@ -246,7 +294,7 @@ def test_a_stage_goes_on_from_a_model(
     old, new = files(made), files(model)
     changed = {name.split("/")[0] for name in old if old[name] != new[name]}
     assert old.keys() == new.keys() and changed == {stage}
-    killed_after_step_4(lambda: go_on(stage, tmp_path / "killed"))
+    killed_after_step(4, lambda: go_on(stage, tmp_path / "killed"))
     again = tmp_path / "killed" / "runs" / stage
     assert (again / "step-4.safetensors").exists()
     assert not (again / "step-6.safetensors").exists()
@@ -385,7 +433,7 @@ def test_plain_fashion_mnist_trains_every_stage(fashion: Path, tmp_path: Path) -
     stages.train("all", output, fashion, recipe=str(file), scenes="plain")
     assert Image.open(output / "grid.png").size == (512, 64)
     grids = [path.name for path in sorted((output / "grids").iterdir())]
-    assert grids == ["000.png", "001.png"]
+    assert grids == ["000001.png", "000002.png"]
     assert not (output / "judge").exists()
     pictures = minidiff.load(output / "model")("a dress", num_inference_steps=2)
     assert pictures[0].size == (64, 64)
@@ -418,6 +466,8 @@ def test_a_file_changes_the_recipe(tmp_path: Path) -> None:
         ('{"vae": {"learning_rate": -1.0}}', "learning_rate is -1.0; expected 0 to"),
         ('{"t5": {"ema_decay": 2.0}}', "ema_decay is 2.0; expected 0 to 1"),
         ('{"clip": {"learning_rate": NaN}}', "learning_rate is nan; expected 0 to"),
+        ('{"clip": {"beta2": 1.0}}', "beta2 is 1.0; expected below 1"),
+        ('{"clip": {"beta2": 1}}', "beta2 is 1; expected below 1"),
     ],
 )
 def test_a_file_with_impossible_numbers(tmp_path: Path, change, message) -> None:
@@ -435,6 +485,23 @@ def test_bad_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be cut into 3 equal parts"):
         trained(accumulation=3)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_later_stage_is_checked_before_the_first(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.json"
+    file.write_text('{"transformer": {"accumulation": 5}}')
+    with pytest.raises(ValueError, match="32 samples cannot be cut into 5 equal"):
+        stages.train("all", tmp_path / "out", recipe=str(file))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("lacking", ["train", "test"])
+def test_a_split_that_is_not_there(fashion: Path, tmp_path: Path, lacking: str) -> None:
+    for file in fashion.rglob("*.parquet"):
+        if not file.name.startswith(lacking):
+            (tmp_path / file.name).symlink_to(file)
+    with pytest.raises(FileNotFoundError, match=f"no {lacking}-00000-of-00001.parq"):
+        stages.train("all", tmp_path / "out", tmp_path, recipe="trial")
 
 
 # A run and its folder
@@ -562,6 +629,27 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> Non
     assert_same(trained(tmp_path), whole)
 
 
+def test_damaged_checkpoints_alone_begin_the_run_anew(tmp_path: Path) -> None:
+    whole = trained(tmp_path)
+    for path in Run(tmp_path, {}).checkpoints():
+        path.write_bytes(b"damaged")
+    killed_after_step(6, lambda: trained(tmp_path))
+    kept = [path.stem for path in Run(tmp_path, {}).checkpoints()]
+    assert kept[:2] == ["step-6", "step-4"]
+    assert_same(trained(tmp_path), whole)
+
+
+def test_a_checkpoint_of_another_model_is_named(tmp_path: Path) -> None:
+    trained(tmp_path)
+    task, config = regression()
+    task.model.layers[0] = nn.Linear(8, 99)
+    with Run(tmp_path, {}) as run, pytest.raises(ValueError) as error:
+        fit(task, config, run)
+    message = str(error.value)
+    assert "step-40.safetensors is of another model" in message
+    assert "model/layers.0.bias is (256,), expected (99,)" in message
+
+
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     whole = trained()
 
@@ -633,6 +721,9 @@ def test_the_bar_tells_loss_speed_and_time_left(
     assert shown.endswith("\n")
     assert re.search(r"10/10 \[\d\d:\d\d<\d\d:\d\d.*loss=\d\.\d+", shown), shown
     assert re.search(r"samples_per_s=\d+", shown)
+    monkeypatch.setattr(trainer.parallel, "rank", lambda: 1)
+    trained(steps=10)
+    assert not capsys.readouterr().err  # the first of several processes shows it
 
 
 def test_encoded_scenes_are_named_after_all_that_made_them() -> None:
@@ -686,10 +777,22 @@ def test_a_batch_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
         fit(replace(task, batch=greedy), config, run)
     message = str(error.value)
     assert "does not hold a batch of 16" in message and "step-6" in message
-    with pytest.raises(TrainingError, match="batch of 16"), Run(tmp_path, settings):
+    early = pytest.raises(TrainingError, match="expected fewer pictures or latents")
+    with early, Run(tmp_path, settings):
         raise torch.OutOfMemoryError
     with pytest.raises(ZeroDivisionError), Run(tmp_path, settings):
         raise ZeroDivisionError
+
+
+def test_compilation_does_not_hide_a_lack_of_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(batch: dict) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "compile", lambda module: full)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.compiled(nn.Identity())({})
 
 
 def test_a_file_is_no_folder_to_train_in(tmp_path: Path) -> None:
@@ -717,13 +820,17 @@ def test_accumulated_batches_equal_one_batch() -> None:
 
 
 def test_recomputed_blocks_learn_the_same() -> None:
-    def run(recomputed: bool) -> dict[str, torch.Tensor]:
+    def run(recomputed: bool) -> tuple[dict[str, torch.Tensor], int]:
         task, config = regression(steps=5)
+        calls = []
+        task.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
         if recomputed:
             trainer.recompute([task.model.layers])
-        return fit(task, config).state_dict()
+        return fit(task, config).state_dict(), len(calls)
 
-    assert_same(run(True), run(False))
+    (again, twice), (plain, once) = run(True), run(False)
+    assert_same(again, plain)
+    assert (once, twice) == (5, 10)
 
 
 def test_tensorboard_gets_the_log(

@@ -6,6 +6,7 @@ under ``OUTPUT/runs/STAGE`` and exports float16 weights in the hub's layout into
 """
 
 import filecmp
+import io
 import json
 import math
 import shutil
@@ -30,7 +31,7 @@ from minidiff.support.checkpoints import (
     save_component,
     write_json,
 )
-from minidiff.support.data import SCENES, Scenes, token_table
+from minidiff.support.data import SCENES, Scenes, fashion_mnist, token_table
 from minidiff.support.judge import Judge, accuracy, judge_loss, measure, save_judge
 from minidiff.support.trainer import (
     Run,
@@ -41,6 +42,7 @@ from minidiff.support.trainer import (
     load_tensors,
     recompute,
     save_tensors,
+    write_atomically,
 )
 from minidiff.text_encoders import (
     CLIPTextConfig,
@@ -252,10 +254,12 @@ def check_number(name: str, value: object, where: str) -> None:
     """Raise ValueError for a number that no setting of this kind can be."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    least = 0 if isinstance(value, float) or name in MAY_BE_0 else 1
-    most = 1 if name in FRACTIONS else math.inf
+    may_be_0 = isinstance(value, float) or name in (*MAY_BE_0, *FRACTIONS)
+    least, most = 0 if may_be_0 else 1, 1 if name in FRACTIONS else math.inf
     if not (least <= value <= most and math.isfinite(value)):
         raise ValueError(f"{where}: {name} is {value}; expected {least} to {most}")
+    if name == "beta2" and value == 1:  # Adam would divide by 0
+        raise ValueError(f"{where}: beta2 is {value}; expected below 1")
 
 
 @dataclass(frozen=True)
@@ -604,11 +608,9 @@ def train_transformer(job: Job) -> None:
     numbers = torch.arange(len(fixed["x0"]), device=job.device)
     fixed["noise"] = rng.normal(key(job, "validation"), numbers, shape)
 
-    grids = job.output / "grids"  # one of each validation, in their order
-
     def validate(model: MMDiT) -> dict:
         losses = loss_by_level(model, fixed)
-        save_grid(model, held, grids / f"{len(list(grids.glob('*.png'))):03}.png")
+        save_grid(model, held, job.output / "grids" / f"{job.run.step:06}.png")
         return {"validation": sum(losses) / len(losses), "by_level": losses}
 
     model = begun(job, MMDiT, MMDiTConfig, "transformer")
@@ -662,7 +664,9 @@ def save_grid(model: MMDiT, held: Features, file: Path, scale: float = 4.0) -> N
         images.unflatten(0, (-1, 8)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     )
     pixels = ((rows + 1) * 127.5).round().byte().cpu().numpy()
-    Image.fromarray(pixels).save(file)
+    picture = io.BytesIO()
+    Image.fromarray(pixels).save(picture, "png")
+    write_atomically(file, picture.getvalue())
 
 
 # All stages
@@ -698,10 +702,20 @@ def begin(job: Job, stage: str) -> AbstractContextManager[Run | None]:
     config = getattr(job.recipe, stage, None)
     if not isinstance(config, TrainingConfig):
         return nullcontext()
-    check_batch(config.steps, config.batch_size, config.accumulation * parallel.size())
     settings = {"stage": stage, "seed": job.seed, **lasting(config)}
     settings |= {"start": job.start and str(job.start), **samples(job.recipe)}
+    settings["data"] = fingerprint(*fashion_mnist("train", job.data))
+    if stage == "transformer":
+        settings["encoders"] = encoders_name(job)
     return Run(job.output / "runs" / stage, settings)
+
+
+def encoders_name(job: Job) -> str:
+    """A short name for what makes the transformer's latents and contexts."""
+    vae = load_vae(job)
+    parts = (vae.encoder, *load_encoders(job))
+    weights = [x for part in parts for x in part.state_dict().values()]
+    return fingerprint(*weights, vae.config)
 
 
 def samples(recipe: Recipe) -> dict:
@@ -763,17 +777,22 @@ ALONE = ("tokenizers",)  # stages that one process does for all
 
 
 def run_stages(job: Job, stages: tuple[str, ...]) -> None:
-    """Run ``stages`` in order; one that is done already is left alone."""
+    """Run ``stages`` in order; one that is done already is left alone.
+
+    ValueError for one that was done with other settings.
+    """
     for stage in stages:
         done = job.output / "runs" / f"{stage}.done"
-        finished = done.exists()
+        finished, folder = done.exists(), begin(job, stage)
         parallel.wait()  # nobody begins before all have looked
         if finished:
+            if isinstance(folder, Run):
+                folder.check()
             log(f"{stage}: was done before")
             continue
         start = time.time()
         torch.manual_seed(job.seed)
-        with begin(job, stage) as run:
+        with folder as run:
             if stage not in ALONE or parallel.rank() == 0:
                 RUN[stage](replace(job, run=run))
         if parallel.rank() == 0:
@@ -811,6 +830,13 @@ def check_needs(stage: str, model: Path) -> None:
                 f"--stage {stage} needs {model / name}, which is not there; "
                 "expected --stage all, or the stages before it first"
             )
+
+
+def check_batches(recipe: Recipe, stages: tuple[str, ...]) -> None:
+    """Raise ValueError where a stage's batch cannot be cut into its parts."""
+    for stage in stages:
+        if c := getattr(recipe, stage, None):
+            check_batch(c.steps, c.batch_size, c.accumulation * parallel.size())
 
 
 def log(line: str) -> None:
@@ -898,8 +924,11 @@ def train(
         chosen = replace(chosen, **{name: config})
     start = start and open_start(start)
     check_needs(stage, start or output / "model")
-    check_folder(output)
     device = parallel.start(device)
+    check_batches(chosen, stages)
+    check_folder(output)
+    for split in ("train", "test"):
+        fashion_mnist(split, data)
     cache = None if cuda else output / "cache"  # a GPU encodes as fast as a disk reads
     parts = {"start": start, "recompute": recompute}
     job = Job(output, chosen, data and str(data), device, cache, **parts)

@@ -6,6 +6,7 @@ so that the training loop is the same in both cases.
 
 import copy
 import os
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -56,14 +57,43 @@ def wrap(module: nn.Module, sharded: bool = False) -> nn.Module:
     if sharded:
         from torch.distributed.fsdp import fully_shard
 
-        return fully_shard(module)
+        # FSDP takes no weights in channels_last
+        return fully_shard(module.to(memory_format=torch.contiguous_format))
     return nn.parallel.DistributedDataParallel(module)
 
 
 def replica(module: nn.Module, sharded: bool = False) -> nn.Module:
-    """A copy of ``module`` that does not learn, sharded as ``wrap`` would shard it."""
-    copied = copy.deepcopy(module).eval().requires_grad_(False)
-    return wrap(copied, True) if sharded and active() else copied
+    """A copy of ``module`` that does not learn, its weights cut as ``wrap`` cuts them.
+
+    Cut, it only keeps weights: ``whole_model`` makes one that computes.
+    """
+    return replaced(module, cut if sharded and active() else torch.clone)
+
+
+def whole_model(module: nn.Module) -> nn.Module:
+    """``module``, or a copy with all of each weight where they are sharded.
+
+    Every process must ask, and each gets one.
+    """
+    sharded = any(hasattr(p, "full_tensor") for p in module.parameters())
+    return replaced(module, whole) if sharded else module
+
+
+def replaced(module: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of ``module`` that does not learn, with ``change(weight)`` for each."""
+    known = {
+        id(p): nn.Parameter(change(p.detach()), requires_grad=False)
+        for p in module.parameters()
+    }
+    return copy.deepcopy(module, known).eval()
+
+
+def cut(x: Tensor) -> Tensor:
+    """The whole weight ``x`` in equal parts of its rows, one for each process."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    return distribute_tensor(x, init_device_mesh(x.device.type, (size(),)), [Shard(0)])
 
 
 def local(x: Tensor) -> Tensor:

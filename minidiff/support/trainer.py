@@ -99,10 +99,12 @@ class Run:
         settings: what must be equal for the run to go on (JSON values); a folder begun
             with other settings raises ValueError and names the difference.
         keep: how many of the last checkpoints stay.
+
+    ``step`` tells how many steps are done and logged, None before learning begins.
     """
 
     def __init__(self, folder: Path | str, settings: dict, keep: int = 2) -> None:
-        self.folder, self.keep = Path(folder), keep
+        self.folder, self.keep, self.step = Path(folder), keep, None
         self.settings = json.loads(json.dumps(settings))
 
     def __enter__(self) -> "Run":
@@ -123,10 +125,13 @@ class Run:
                 f"another process trains in {self.folder}; expected a folder of its own"
             ) from None
         try:
-            self._check_settings()
+            self.check()
         except BaseException:
             self._lock.close()
             raise
+        path = self.folder / "run.json"
+        if not path.exists():
+            write_atomically(path, json.dumps(self.settings, indent=1).encode())
         for part in self.folder.glob(".*.part"):  # what a killed save left behind
             part.unlink()
 
@@ -134,20 +139,24 @@ class Run:
         if parallel.rank() == 0:
             self._lock.close()
         if is_out_of_memory(error):
-            size = self.settings.get("batch_size")
+            what, less = "what to learn from", "fewer pictures or latents"
+            if self.step is not None:
+                size = self.settings.get("batch_size")
+                what, less = f"a batch of {size}", "a smaller one"
             raise TrainingError(
-                f"the memory does not hold a batch of {size}: expected a smaller one "
-                f"(in a new folder); {self.last_good()}"
+                f"the memory does not hold {what}: expected {less} (in a new folder); "
+                f"{self.last_good()}"
             ) from error
 
-    def _check_settings(self) -> None:
+    def check(self) -> None:
+        """Raise ValueError where a run with other settings was begun.
+
+        Only settings that both know are compared: older runs may lack some.
+        """
         path = self.folder / "run.json"
-        if not path.exists():
-            write_atomically(path, json.dumps(self.settings, indent=1).encode())
-            return
-        found = json.loads(path.read_text())
-        for key in sorted({*found, *self.settings}):
-            old, new = found.get(key), self.settings.get(key)
+        found = json.loads(path.read_text()) if path.exists() else {}
+        for key in sorted(found.keys() & self.settings.keys()):
+            old, new = found[key], self.settings[key]
             if old != new:
                 raise ValueError(
                     f"{self.folder} holds a run with {key} = {old}, not {new}: choose "
@@ -157,7 +166,7 @@ class Run:
     def checkpoints(self) -> list[Path]:
         """The numbered checkpoints, newest first."""
         paths = self.folder.glob("step-*.safetensors")
-        return sorted(paths, key=lambda path: int(path.stem[5:]), reverse=True)
+        return sorted(paths, key=number, reverse=True)
 
     def save(self, step: int, tensors: dict[str, Tensor]) -> None:
         """Checkpoint after ``step`` steps; older ones than the last ``keep`` go."""
@@ -168,16 +177,19 @@ class Run:
             path.unlink()
 
     def restore(self) -> tuple[dict[str, Tensor], int] | None:
-        """The newest checkpoint that is whole, and its step; None in a new folder."""
+        """The newest checkpoint that is whole, and its step; None if there is none.
+
+        Damaged ones that are newer go.
+        """
         for path in self.checkpoints():
             try:
                 tensors, metadata = load_tensors(path)
-            except (ValueError, OSError) as error:
-                print(f"{error}; going back to the checkpoint before", file=sys.stderr)
+            except (ValueError, FileNotFoundError) as error:
+                print(f"{error}; it is left out", file=sys.stderr)
                 continue
-            self._rewind_log(metadata["step"])
+            self._rewind(metadata["step"])
             return tensors, metadata["step"]
-        self._rewind_log(0)
+        self._rewind(0)
         return None
 
     def last_good(self) -> str:
@@ -188,9 +200,12 @@ class Run:
         )
 
     def save_best(self, score: float, tensors: dict[str, Tensor]) -> None:
-        """Keep ``tensors`` as ``best.safetensors`` unless a lower score was kept."""
+        """Keep ``tensors`` as ``best.safetensors`` unless a lower score was kept.
+
+        A score that is not finite is none.
+        """
         path = self.folder / "best.safetensors"
-        if parallel.rank():
+        if parallel.rank() or not math.isfinite(score):
             return
         if path.exists() and load_tensors(path)[1]["score"] <= score:
             return
@@ -198,6 +213,7 @@ class Run:
 
     def log(self, record: dict) -> None:
         """Append ``record`` to ``log.jsonl``, with the time of day."""
+        self.step = record.get("step", self.step)
         if parallel.rank():
             return
         with open(self.folder / "log.jsonl", "a") as file:
@@ -207,14 +223,22 @@ class Run:
                 if name != "step" and isinstance(value, int | float):
                     board.add_scalar(name, value, record.get("step", 0))
 
-    def _rewind_log(self, step: int) -> None:
+    def _rewind(self, step: int) -> None:
+        self.step = step
         if parallel.rank():
             return
+        for later in (p for p in self.checkpoints() if number(p) > step):
+            later.unlink()
         path = self.folder / "log.jsonl"
         kept = [line for line in read_log(path) if line.get("step", 0) <= step]
         if path.exists():
             text = "".join(json.dumps(line) + "\n" for line in kept)
             write_atomically(path, text.encode())
+
+
+def number(checkpoint: Path) -> int:
+    """The step after which a run's checkpoint was saved."""
+    return int(checkpoint.stem[5:])
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -230,6 +254,13 @@ def lasting(config: object) -> dict:
     """
     passing = ("compile", "log_every", "save_every", "validate_every")
     return {k: v for k, v in asdict(config).items() if k not in passing}
+
+
+def due(config: object, done: int, late: bool) -> tuple[bool, ...]:
+    """Whether to log, to save and to validate after ``done`` steps; at the end all."""
+    last = late or done == config.steps
+    every = config.log_every, config.save_every, config.validate_every
+    return tuple(n > 0 and (last or done % n == 0) for n in every)
 
 
 def checkpoint(
@@ -266,6 +297,7 @@ def restore(
     if saved is None:
         return 0
     tensors, step = saved
+    check_fit(run.folder / f"step-{step}.safetensors", tensors, model)
     for part, module in (("model/", model), ("ema/", ema)):
         load_whole(module, {n: tensors[part + n] for n in module.state_dict()})
     state, keys = optimizer.state_dict(), ("step", "exp_avg", "exp_avg_sq")
@@ -276,6 +308,18 @@ def restore(
         state["state"][i] = {key: laid_like(x, parameter) for key, x in kept.items()}
     optimizer.load_state_dict(state)
     return step
+
+
+def check_fit(path: Path, tensors: dict[str, Tensor], model: nn.Module) -> None:
+    """Raise ValueError for a checkpoint whose model has other names or shapes."""
+    found = {n: tuple(x.shape) for n, x in tensors.items() if n.startswith("model/")}
+    own = {f"model/{n}": tuple(x.shape) for n, x in model.state_dict().items()}
+    for key in sorted({*found, *own}):
+        old, new = found.get(key, "missing"), own.get(key, "none")
+        if old != new:
+            raise ValueError(
+                f"{path} is of another model: {key} is {old}, expected {new}"
+            )
 
 
 def laid_like(x: Tensor, parameter: Tensor) -> Tensor:
@@ -307,7 +351,7 @@ def compiled(module: nn.Module) -> Callable:
         try:
             return fast(batch)
         except Exception as error:
-            if fast is module:
+            if fast is module or is_out_of_memory(error):
                 raise
             print(f"compilation failed, going on without: {error}", file=sys.stderr)
             fast = module
@@ -346,7 +390,7 @@ class Monitor:
     ) -> None:
         self.steps, self.batch_size, self.run = steps, batch_size, run
         self.done, self.waiting = start, []
-        quiet = not sys.stderr.isatty()
+        quiet = parallel.rank() > 0 or not sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=start, disable=quiet, unit="step")
         self.since = time.time()
 
@@ -378,13 +422,13 @@ class Monitor:
             self.run.log({"step": self.done, **record})
         self.restart()
 
-    def validated(self, ema: nn.Module, facts: dict) -> None:
-        """Log what validation found; keep the weights with the lowest "validation"."""
+    def validate(self, look: Callable[[nn.Module], dict], ema: nn.Module) -> None:
+        """Log what ``look`` finds; keep the weights with the lowest "validation"."""
+        model = parallel.whole_model(ema)
+        facts = look(model)
         self.log(**facts)
         if self.run and "validation" in facts:
-            weights = ema.state_dict().items()
-            weights = {name: parallel.whole(x) for name, x in weights}
-            self.run.save_best(facts["validation"], weights)
+            self.run.save_best(facts["validation"], model.state_dict())
 
     def restart(self) -> None:
         """Time what follows from here."""
