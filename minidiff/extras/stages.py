@@ -117,6 +117,7 @@ RECIPES = {
         ),
         pictures=2**18,
         latents=2**20,
+        shift=2.0,  # between what texture and what garments need: see "further"
     ),
     "shipped": Recipe(  # what began minidiff/pretrained/tiny, on two CPU cores
         clip=TrainingConfig(
