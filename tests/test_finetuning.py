@@ -20,6 +20,7 @@ from minidiff.extras.finetune import LoraConfig
 from minidiff.extras.lora import ATTENTION, load_lora
 from minidiff.support.captioned import captions_of, read_folder
 from minidiff.support.data import CLASSES, Scenes
+from minidiff.support.trainer import read_log
 from minidiff.training import TrainingConfig
 
 
@@ -164,6 +165,25 @@ def test_recomputed_blocks_give_the_same_lora(
     ]
     a, b = (load_file(file) for file in files)
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_validation_leaves_alone_what_learns(
+    model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    files = [
+        finetune.finetune(
+            model,
+            pictures,
+            tmp_path / str(every),
+            replace(CONFIG, steps=3, validate_every=every),
+            LoraConfig(2),
+        )
+        for every in (0, 2)
+    ]
+    a, b = (load_file(file) for file in files)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    log = read_log(tmp_path / "2" / "run" / "log.jsonl")
+    assert [r["step"] for r in log if "validation" in r] == [2, 3]
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ print(json.dumps([max(peak, anonymous()) - before, model.training]))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A third of a gigabyte: Medium's transformer with two of its blocks."""
+    """Four fifths of a gigabyte: Medium's transformer with two of its blocks."""
     config = MMDiTConfig.sd35_medium()
     config = replace(config, num_layers=2, dual_attention_layers=(0,))
     with torch.device("meta"):
@@ -64,7 +64,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("plan", "share"),
-    [({}, 0.15), ({"modulation": "streamed"}, 0.15), ({"fp8": True}, 0.55)],
+    [({}, 0.13), ({"modulation": "streamed"}, 0.13), ({"fp8": True}, 0.55)],
     ids=str,
 )
 def test_weights_stay_in_the_file(folder, plan, share):
@@ -77,5 +77,5 @@ def test_weights_stay_in_the_file(folder, plan, share):
     assert done.returncode == 0, done.stderr
     grown, training = json.loads(done.stdout)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    assert size > 300e6 and not training
+    assert size > 700e6 and not training
     assert grown < share * size, f"{grown / 1e6:.0f} MB of {size / 1e6:.0f} MB"

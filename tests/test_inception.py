@@ -25,6 +25,21 @@ def test_the_size_is_the_published_one():
     assert sum(p.numel() for p in model.parameters()) == 21_785_568
 
 
+def pictures() -> torch.Tensor:
+    return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_features_that_pytorch_fid_gave():
+    """Four of either picture's, from pytorch-fid 0.3.0 with these random weights."""
+    found = filled(InceptionV3())(pictures() * 2 - 1)
+    given = [[0.0226176, 0.0002306, 0.4021653, 3.1585009]]
+    given += [[0.0306424, 0.0007365, 0.4107002, 3.1647642]]
+    torch.testing.assert_close(
+        found[:, ::512], torch.tensor(given), rtol=1e-4, atol=1e-5
+    )
+
+
 @torch.no_grad()
 def test_features_equal_pytorch_fid(tmp_path, monkeypatch):
     """With its own patched blocks and our random weights, read from a file."""
@@ -34,7 +49,7 @@ def test_features_equal_pytorch_fid(tmp_path, monkeypatch):
     save_file(state, tmp_path / "weights.safetensors")
     state |= {"fc.bias": torch.zeros(1008)}
     monkeypatch.setattr(theirs, "load_state_dict_from_url", lambda *_, **__: state)
-    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    images = pictures()
     expected = theirs.InceptionV3().eval()(images)[0].flatten(1)
     found = load_inception(tmp_path / "weights.safetensors")(images * 2 - 1)
     assert found.shape == (2, 2048) and expected.std() > 0.01

@@ -19,6 +19,7 @@ from minidiff.dit import MMDiT
 from minidiff.extras import lora, memory
 from minidiff.extras.fast import FastMMDiT
 from minidiff.extras.kernels import quantize
+from minidiff.extras.loading import check_whole
 from minidiff.extras.memory import StreamedLinear
 from minidiff.extras.precision import Float8Linear
 from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder
@@ -115,8 +116,13 @@ def test_agrees_with_diffusers(case: SimpleNamespace, fused: bool) -> None:
     assert relative_error(v, case.velocity) <= BOUND
     assert relative_error(case.pipe.text_encoders[0](case.ids)[1], case.pooled) <= BOUND
     assert case.pipe.settings == {"lora": str(case.file), "lora_scale": 1.0}
-    if not fused:
+    if fused:
+        check_whole("transformer", case.pipe.transformer)
+    else:
+        with pytest.raises(ValueError, match="has a LoRA beside it; expected"):
+            check_whole("transformer", case.pipe.transformer)
         loaded.remove()
+        check_whole("transformer", case.pipe.transformer)
         assert not case.pipe.settings
         assert relative_error(case.pipe.transformer(*case.inputs), case.bare) <= BOUND
 

@@ -336,10 +336,16 @@ def test_the_decoder_learns_alone(
 
 
 def test_recomputed_blocks_of_the_transformer(
-    go_on: Callable[..., Path], tmp_path: Path
+    go_on: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked = []
+    monkeypatch.setattr(
+        stages, "recompute", lambda blocks: asked.append(trainer.recompute(blocks))
+    )
     plain = go_on("transformer", tmp_path / "plain")
+    assert not asked
     recomputed = go_on("transformer", tmp_path / "new", recompute=True)
+    assert len(asked) == 1
     name = "transformer/diffusion_pytorch_model.safetensors"
     old, new = load_file(plain / name), load_file(recomputed / name)
     assert all(torch.allclose(old[k], new[k], atol=1e-3) for k in old)

@@ -189,8 +189,8 @@ def check_device(
 ) -> None:
     """Raise ValueError, naming a plan that fits, where the card is too small.
 
-    A plan that ``memory`` chooses fits one picture of 1024²; for more, ``size``, the
-    settings are named one by one.
+    What ``load`` chooses for ``memory`` fits one picture of 1024², so that for another
+    ``size`` the settings are named one by one.
     """
     device = torch.device(device)
     if device.type != "cuda":
