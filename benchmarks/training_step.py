@@ -25,12 +25,13 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from minidiff.dit import MMDiT, MMDiTConfig
-from minidiff.extras.stages import attention_to_train
+from minidiff.extras.stages import attention_to_train, plain_attention
 from minidiff.support.checkpoints import (
     hub_config,
     stored_tensors,
     transformer_sources,
 )
+from minidiff.support.trainer import INDUCTOR
 from minidiff.training import Batch, transformer_loss
 
 AIM = 1.5
@@ -82,7 +83,7 @@ def make_step(
         with precision(args):
             return transformer_loss(model, batch)
 
-    objective = loss_of if args.eager else torch.compile(loss_of)
+    objective = loss_of if args.eager else torch.compile(loss_of, options=INDUCTOR)
 
     def step() -> Tensor:
         ours = isinstance(model, MMDiT)
@@ -174,6 +175,8 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     ours = MMDiT(MMDiTConfig.tiny())
     random_weights(ours)
+    if args.device == "cpu":
+        plain_attention(ours)
     theirs = Diffusers(ours)
     batch = make_batch(ours.config, args.batch_size, args.device)
     models = {"minidiff": ours, "diffusers": theirs}

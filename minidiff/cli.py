@@ -458,7 +458,10 @@ def train(
     ] = None,
     scenes: Annotated[
         str | None,
-        typer.Option(help="composed, or plain: grey garments, captioned by class."),
+        typer.Option(
+            help="composed, plain (grey garments, captioned by class), or a folder of "
+            "pictures with captions."
+        ),
     ] = None,
     from_model: Annotated[
         str | None,
@@ -483,8 +486,11 @@ def train(
         bool, typer.Option(help="Less memory for the transformer, a third slower.")
     ] = False,
     crop: Annotated[
-        bool, typer.Option(help="Fine-tune on each picture's middle, or squeeze it.")
+        bool, typer.Option(help="Of your pictures the middle, or all of it squeezed.")
     ] = True,
+    seed: Annotated[
+        int | None, typer.Option(help="Of scenes, order and noise; by default 0.")
+    ] = None,
     device: Device = None,
 ) -> None:
     """Train the tiny model, stage by stage; run it again to go on after a stop.
@@ -507,11 +513,11 @@ def train(
         from minidiff.extras import stages
 
         size = (steps, batch_size)
-        how = (compile, start, scenes, recompute)
+        how = (compile, start, scenes, recompute, seed or 0, crop)
         stages.train(stage, output, data, device, recipe, *size, *how)
         return
-    if recipe or start or scenes or stage != "all":
-        raise ValueError("--from has no stages, recipe, start or scenes")
+    if recipe or start or scenes or stage != "all" or seed is not None:
+        raise ValueError("--from has no stages, recipe, start, scenes or seed")
     from minidiff.extras import finetune
 
     size = (steps, batch_size, 1e-4 if learning_rate is None else learning_rate)

@@ -184,6 +184,11 @@ def test_validation_leaves_alone_what_learns(
     assert all(torch.equal(a[k], b[k]) for k in a)
     log = read_log(tmp_path / "2" / "run" / "log.jsonl")
     assert [r["step"] for r in log if "validation" in r] == [2, 3]
+    grids = sorted((tmp_path / "2" / "grids").iterdir())
+    assert [path.name for path in grids] == ["000002.png", "000003.png"]
+    first, second = (np.asarray(Image.open(path)) for path in grids)
+    assert first.shape[1] == 4 * first.shape[0]
+    assert (first != second).any()  # each is drawn with the weights of its step
 
 
 @pytest.fixture
@@ -236,6 +241,22 @@ def test_lora_learns_and_diffusers_loads_it(
 def test_a_whole_model_learns(model: Path, pictures: Path, tmp_path: Path) -> None:
     folder = finetune.finetune(model, pictures, tmp_path / "full", CONFIG)
     assert gain(model, pictures, lambda _: minidiff.load(folder)) < 0.95
+
+
+def test_a_streamed_t5_learns_the_same_and_is_saved_whole(
+    model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resident = finetune.finetune(model, pictures, tmp_path / "a", CONFIG)
+    how = [{}, {"t5": "streamed"}]  # the last load is the one that is saved
+    monkeypatch.setattr(
+        finetune, "load", lambda *given: minidiff.load(*given, **how.pop())
+    )
+    streamed = finetune.finetune(model, pictures, tmp_path / "b", CONFIG)
+    files = [path.relative_to(resident) for path in resident.rglob("*.safetensors")]
+    assert len(files) == 5
+    for name in files:
+        a, b = load_file(resident / name), load_file(streamed / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_a_stopped_fine_tuning_goes_on(

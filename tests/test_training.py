@@ -23,7 +23,7 @@ import minidiff
 from minidiff import training
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.extras import stages
-from minidiff.support import data, rng, trainer
+from minidiff.support import captioned, data, rng, trainer
 from minidiff.support.checkpoints import load_component
 from minidiff.support.trainer import Run, TrainingError, read_log
 from minidiff.training import Task, TrainingConfig, fit
@@ -448,6 +448,64 @@ def test_plain_fashion_mnist_trains_every_stage(fashion: Path, tmp_path: Path) -
         stages.train("vae", output, fashion, recipe=str(file))
 
 
+@pytest.fixture
+def own_pictures(tmp_path: Path) -> Path:
+    """Twenty pictures of a square each, 80 × 60 pixels, with captions in words."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(20):
+        color, place = ("red", "blue")[i % 2], 10 + i
+        picture = Image.new("RGB", (80, 60), "gray")
+        picture.paste(color, (place, 20, place + 20, 40))
+        picture.save(folder / f"{i:02}.png")
+        (folder / f"{i:02}.txt").write_text(f"A {color} square, {place} from the left.")
+    return folder
+
+
+def test_own_pictures_train_every_stage(
+    own_pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    quick = {"steps": 2, "batch_size": 4, "validate_every": 0, "bfloat16": False}
+    recipe = {name: quick for name in ("clip", "t5", "vae", "transformer")}
+    file, output = tmp_path / "recipe.json", tmp_path / "model"
+    file.write_text(json.dumps(recipe))
+    how = {"recipe": str(file), "scenes": str(own_pictures)}
+    with pytest.raises(ValueError, match="expected all, .* with your pictures"):
+        stages.train("judge", output, **how)
+    (own_pictures / "00.txt").write_text("a red square " * 40)
+    (own_pictures / "01.png").write_bytes(b"no picture")
+    no_data = tmp_path / "no_data"  # Fashion-MNIST is not asked for
+    stages.train("all", output, no_data, **how)
+    found = capfd.readouterr()
+    assert "01.png is left out" in found.err
+    assert "1 of 19 captions are cut: they have over 32 tokens" in found.out
+    assert Image.open(output / "grid.png").size == (512, 64)
+    minidiff.load(output / "model")("A red square", num_inference_steps=2)
+    for path in sorted(own_pictures.glob("1*.png")):
+        path.unlink()
+        path.with_suffix(".txt").unlink()
+    captioned._read_bytes.cache_clear()
+    with pytest.raises(ValueError, match="holds 9 pictures .* at least 16"):
+        stages.train("all", tmp_path / "new", **how)
+
+
+def test_own_pictures_are_split_once(own_pictures: Path) -> None:
+    folder = str(own_pictures)
+    seen, held = (captioned.Pictures(s, folder) for s in ("train", "test"))
+    assert (len(seen), len(held), len(seen.all_captions())) == (12, 8, 20)
+    batches = [p.batch(torch.arange(len(p))) for p in (seen, held)]
+    texts = [text for batch in batches for text in batch.captions]
+    assert sorted(texts) == sorted(seen.all_captions())
+    images, captions = captioned.read_folder(own_pictures, 64)
+    where = [captions.index(text) for text in texts]
+    shown = torch.cat([batch.images for batch in batches])
+    torch.testing.assert_close(shown, images[where], atol=1 / 255, rtol=0)
+    other = captioned.Pictures("test", folder, seed=1)
+    assert set(other.numbers.tolist()) != set(held.numbers.tolist())
+    squeezed = captioned.Pictures("train", folder, crop=False)
+    assert not torch.equal(squeezed.images, seen.images)
+
+
 def test_a_file_changes_the_recipe(tmp_path: Path) -> None:
     path = tmp_path / "recipe.json"
     path.write_text('{"transformer": {"steps": 7, "learning_rate": 1}, "shift": 3.0}')
@@ -737,9 +795,9 @@ def test_encoded_scenes_are_named_after_all_that_made_them() -> None:
     tables, gray = [torch.arange(6)], torch.arange(4).byte()
 
     def name(n: int = 8, seed: int = 0, two_garments: float = 0.5) -> str:
-        scenes = SimpleNamespace(gray=gray, seed=seed, two_garments=two_garments)
+        content = (gray, "Scenes", seed, two_garments)
         models = SimpleNamespace(vae=layers[0], encoders=layers[1:])
-        return stages.Features.name(models, scenes, tables, n)
+        return stages.Features.name(models, content, tables, n)
 
     names = [name(), name(n=9), name(seed=1), name(two_garments=0.4)]
     assert name() == names[0]

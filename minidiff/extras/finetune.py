@@ -23,6 +23,7 @@ from minidiff.support.trainer import (
     fingerprint,
     lasting,
     load_tensors,
+    save_sheet,
     save_tensors,
 )
 from minidiff.training import (
@@ -51,12 +52,12 @@ def encode(pipe: Pipeline, images: Tensor, captions: list[str]) -> Batch:
 
     ``context`` and ``pooled`` have one more row, the last: the empty prompt's.
     """
-    latents, contexts = [], []
+    latents, contexts, texts = [], [], [*captions, ""]
     for image in images.split(1):
         mode = pipe.vae.encode(image.to(pipe.device, pipe.dtype)).mode()
         latents.append(pipe.vae.scale(mode))
-    for caption in [*captions, ""]:
-        contexts.append(pipe.encode_prompt(caption))
+    for start in range(0, len(texts), 32):  # a streamed T5 comes once for each
+        contexts.append(pipe.encode_prompt(texts[start : start + 32]))
     context, pooled = (torch.cat(part) for part in zip(*contexts, strict=True))
     return {"x0": torch.cat(latents), "context": context, "pooled": pooled}
 
@@ -81,9 +82,17 @@ def cached(path: Path, make: Callable[[], Batch], device: torch.device) -> Batch
 
 
 def finetuning_task(
-    pipe: Pipeline, encoded: Batch, model: nn.Module, seed: int, drop: float
+    pipe: Pipeline,
+    encoded: Batch,
+    model: nn.Module,
+    seed: int,
+    drop: float,
+    draw: Callable[[], None],
 ) -> Task:
-    """Learn ``model`` (the transformer, or its corrections) on encoded pictures."""
+    """Learn ``model`` (the transformer, or its corrections) on encoded pictures.
+
+    ``draw`` is called at each validation, while the averaged weights are in place.
+    """
     n, shape = len(encoded["x0"]), tuple(encoded["x0"].shape[1:])
     shift = pipe.scheduler.shift
 
@@ -103,6 +112,7 @@ def finetuning_task(
         learned = {k: v.clone() for k, v in model.state_dict().items()}
         model.load_state_dict(averaged.state_dict())
         losses = level_losses(pipe, encoded, seed)
+        draw()
         model.load_state_dict(learned)
         return {"validation": sum(losses) / len(losses), "by_level": losses}
 
@@ -138,7 +148,9 @@ def finetune(
     if lora:  # a rank or names that these layers do not have
         add_lora(parts["transformer"], lora.rank, lora.alpha, lora.targets)
     images, captions = read_folder(pictures, size or side, crop)
-    pipe = load(model, device, torch.float32)
+    cuda = device.startswith("cuda")  # T5 visits the card while it encodes
+    pipe = load(model, device, torch.float32, **{"t5": "streamed"} if cuda else {})
+    pipe.progress = False
     trained, updates = pipe.transformer, None
     torch.manual_seed(seed)
     if lora:
@@ -156,13 +168,20 @@ def finetune(
     settings |= {"encodings": name, "drop": drop, "seed": seed, **lasting(config)}
     with Run(output / "run", settings) as run:
         encoded = cached(path, lambda: encode(pipe, images, captions), pipe.device)
-        task = finetuning_task(pipe, encoded, trained, seed, drop)
+        grids = output / "grids"
+
+        def draw() -> None:
+            save_samples(pipe, encoded, seed, grids / f"{run.step:06}.png")
+
+        task = finetuning_task(pipe, encoded, trained, seed, drop, draw)
         averaged = fit(task, config, run, device)
     trained.load_state_dict(averaged.state_dict())
     if parallel.rank():
         return output
     if updates is None:
-        pipe.save_pretrained(output / "model")
+        whole = load(model, "cpu", torch.float32)
+        whole.transformer = pipe.transformer.cpu()
+        whole.save_pretrained(output / "model")
         return output / "model"
     save_lora({"transformer": updates}, output / FILE)
     return output / FILE
@@ -174,6 +193,21 @@ def level_losses(pipe: Pipeline, encoded: Batch, seed: int = 0) -> list[float]:
     noise = rng.normal(seed, torch.arange(n), tuple(encoded["x0"].shape[1:]))
     fixed = {k: encoded[k][:n] for k in ("x0", "context", "pooled")}
     return loss_by_level(pipe.transformer, fixed | {"noise": noise.to(fixed["x0"])})
+
+
+@torch.no_grad()
+def save_samples(pipe: Pipeline, encoded: Batch, seed: int, file: Path) -> None:
+    """Draw the first four captions with the model's usual settings, as one picture."""
+    if parallel.rank():
+        return
+    n, scale = min(4, len(encoded["x0"])), pipe.defaults.guidance_scale
+    negative = [-1] * n if scale > 1 else []  # the last row is the empty prompt
+    context, pooled = (
+        encoded[k][[*negative, *range(n)]] for k in ("context", "pooled")
+    )
+    height, width = (side * pipe.vae.config.factor for side in encoded["x0"].shape[2:])
+    noise = pipe.prepare_latents(n, height, width, seed)
+    save_sheet(pipe.decode(pipe.denoise(noise, context, pooled)), n, file)
 
 
 def train(
@@ -207,7 +241,7 @@ def train(
         bfloat16=device.startswith("cuda"),
         compile=bool(compile),
         save_every=100,
-        validate_every=100,
+        validate_every=max(100, steps // 5),
     )
     lora = None
     if corrections:

@@ -6,7 +6,6 @@ under ``OUTPUT/runs/STAGE`` and exports float16 weights in the hub's layout into
 """
 
 import filecmp
-import io
 import json
 import math
 import shutil
@@ -16,14 +15,15 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from minidiff.attention import Heads, JointAttention
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.extras import loading
 from minidiff.flow_matching import Scheduler, euler, guide, shift_sigma
 from minidiff.support import parallel, rng
+from minidiff.support.captioned import Pictures
 from minidiff.support.checkpoints import (
     TINY,
     load_component,
@@ -31,6 +31,7 @@ from minidiff.support.checkpoints import (
     save_component,
     write_json,
 )
+from minidiff.support.checks import check_range
 from minidiff.support.data import SCENES, Scenes, fashion_mnist, token_table
 from minidiff.support.judge import Judge, accuracy, judge_loss, measure, save_judge
 from minidiff.support.trainer import (
@@ -41,8 +42,8 @@ from minidiff.support.trainer import (
     lasting,
     load_tensors,
     recompute,
+    save_sheet,
     save_tensors,
-    write_atomically,
 )
 from minidiff.text_encoders import (
     CLIPTextConfig,
@@ -95,7 +96,7 @@ class Recipe:
     uniform_levels: bool = False  # noise levels uniform, not logit-normal
     keep_latents: bool = False  # of the autoencoder only the decoder learns
     shift: float = 1.0  # moves noise levels towards 1
-    scenes: str = "composed"  # or "plain": grey garments, captioned by their class
+    scenes: str = "composed"  # or "plain" (garments as they are), or a folder
 
 
 RECIPES = {
@@ -276,6 +277,7 @@ class Job:
     seed: int = 0
     start: Path | None = None  # a model whose weights are the beginning
     recompute: bool = False  # the transformer's blocks: see ``trainer.recompute``
+    crop: bool = True  # pictures of a folder: their middle, or all of them squeezed
     run: Run | None = None  # of the stage that learns now
 
     @property
@@ -283,10 +285,14 @@ class Job:
         """The exported model, in the hub's layout."""
         return self.output / "model"
 
-    def scenes(self, two_garments: float = 0.5, split: str = "train") -> Scenes:
-        """Scenes of one split on this job's device."""
-        kind = SCENES[self.recipe.scenes]
-        return kind(split, self.data, self.device, self.seed, two_garments)
+    def scenes(
+        self, two_garments: float = 0.5, split: str = "train"
+    ) -> Scenes | Pictures:
+        """Scenes, or the pictures of a folder, of one split on this job's device."""
+        name = self.recipe.scenes
+        if name not in SCENES:
+            return Pictures(split, name, self.device, self.seed, self.crop)
+        return SCENES[name](split, self.data, self.device, self.seed, two_garments)
 
 
 def shuffled(indices: Tensor, n: int) -> Tensor:
@@ -300,11 +306,13 @@ def key(job: Job, purpose: str) -> int:
 
 
 @torch.no_grad()
-def picture_pool(scenes: Scenes, n: int, chunk: int = 4096) -> tuple[Tensor, ...]:
+def picture_pool(
+    scenes: Scenes | Pictures, n: int, chunk: int = 4096
+) -> tuple[Tensor, ...]:
     """Scenes 0 … n − 1: pictures uint8 (n, 3, 64, 64), captions and meanings (n,)."""
     parts = []
     for start in range(0, n, chunk):
-        device = scenes.gray.device
+        device = scenes.device
         batch = scenes.batch(torch.arange(start, min(n, start + chunk), device=device))
         images = ((batch.images + 1) * 127.5).round().clamp(0, 255).byte()
         parts.append((images, batch.caption_ids, batch.meanings))
@@ -331,10 +339,18 @@ def load_tokenizers(job: Job) -> list:
 def token_tables(job: Job) -> list[Tensor]:
     """Ids of every caption by each tokenizer, (captions + 1, L); the last row is ""."""
     texts, tables = job.scenes().all_captions(), []
+    encode = token_table if job.recipe.scenes in SCENES else encode_all
     for tokenizer in load_tokenizers(job):
         empty = tokenizer([""]).short()
-        tables.append(torch.cat([token_table(tokenizer, texts), empty]).to(job.device))
+        tables.append(torch.cat([encode(tokenizer, texts), empty]).to(job.device))
     return tables
+
+
+def encode_all(tokenizer, texts: list[str]) -> Tensor:
+    """Token ids of any ``texts`` (N, L); how many had to be cut is told."""
+    if cut := sum(len(tokenizer.encode(text)) > LENGTH for text in texts):
+        log(f"{cut} of {len(texts)} captions are cut: they have over {LENGTH} tokens")
+    return tokenizer(texts).int()
 
 
 def train_tokenizers(job: Job) -> None:
@@ -519,10 +535,10 @@ class Features:
     prompt's. With ``job.cache`` all is kept there, under a name made of what made it.
     """
 
-    def __init__(self, job: Job, scenes: Scenes, n: int) -> None:
+    def __init__(self, job: Job, scenes: Scenes | Pictures, n: int) -> None:
         self.vae, self.encoders = load_vae(job), load_encoders(job)
         tables = token_tables(job)
-        path = job.cache and job.cache / self.name(scenes, tables, n)
+        path = job.cache and job.cache / self.name(scenes.content, tables, n)
         if path and path.exists():
             kept = load_tensors(path)[0]
         else:
@@ -534,14 +550,15 @@ class Features:
         self.latents, self.place = kept["latents"], kept["place"]
         self.context, self.pooled = kept["context"], kept["pooled"]
 
-    def name(self, scenes: Scenes, tables: list[Tensor], n: int) -> str:
-        """The file of these models' encodings of these scenes."""
+    def name(self, content: tuple, tables: list[Tensor], n: int) -> str:
+        """The file of these models' encodings of n scenes made of ``content``."""
         parts = (self.vae, *self.encoders)
         weights = [x for part in parts for x in part.state_dict().values()]
-        drawn = type(scenes).__name__, scenes.seed, scenes.two_garments, n
-        return f"{fingerprint(*weights, *tables, scenes.gray, *drawn)}.safetensors"
+        return f"{fingerprint(*weights, *tables, *content, n)}.safetensors"
 
-    def encode(self, scenes: Scenes, tables: list[Tensor], n: int) -> dict[str, Tensor]:
+    def encode(
+        self, scenes: Scenes | Pictures, tables: list[Tensor], n: int
+    ) -> dict[str, Tensor]:
         """Latents, places, contexts and pooled vectors, as the attributes are."""
         latents, captions = encode_scenes(self.vae, scenes, n)
         # the empty prompt, the last row of the tables, is encoded too, as row 0 here
@@ -554,9 +571,9 @@ class Features:
 
 
 @torch.no_grad()
-def encode_scenes(vae: VAE, scenes: Scenes, n: int) -> tuple[Tensor, Tensor]:
+def encode_scenes(vae: VAE, scenes: Scenes | Pictures, n: int) -> tuple[Tensor, Tensor]:
     """float16 latents (n, C, h, w), scaled, and caption numbers (n,) of n scenes."""
-    device, latents, captions = scenes.gray.device, [], []
+    device, latents, captions = scenes.device, [], []
     chunk = 64 if device.type == "cpu" else 2048  # what its caches hold
     for start in range(0, n, chunk):
         batch = scenes.batch(torch.arange(start, min(n, start + chunk), device=device))
@@ -615,6 +632,7 @@ def train_transformer(job: Job) -> None:
         return {"validation": sum(losses) / len(losses), "by_level": losses}
 
     model = begun(job, MMDiT, MMDiTConfig, "transformer")
+    model = plain_attention(model) if job.device == "cpu" else model
     if job.recompute:
         recompute(model.joint_blocks)
     task = Task(model, transformer_loss, batch, validate)
@@ -647,7 +665,6 @@ def save_grid(model: MMDiT, held: Features, file: Path, scale: float = 4.0) -> N
     """Thirty-two held-out captions drawn in 28 steps, as one picture."""
     if parallel.rank():
         return
-    file.parent.mkdir(exist_ok=True)
     n = min(32, len(held.latents) // 8 * 8)
     device = held.latents.device
     row = torch.cat([held.place[:n], torch.zeros(n, dtype=torch.long, device=device)])
@@ -661,13 +678,7 @@ def save_grid(model: MMDiT, held: Features, file: Path, scale: float = 4.0) -> N
 
     x = euler(velocity, noise, Scheduler(shift=1.0).sigmas(28).to(device))
     images = held.vae.decode(held.vae.unscale(x)).clamp(-1, 1)
-    rows = (
-        images.unflatten(0, (-1, 8)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-    )
-    pixels = ((rows + 1) * 127.5).round().byte().cpu().numpy()
-    picture = io.BytesIO()
-    Image.fromarray(pixels).save(picture, "png")
-    write_atomically(file, picture.getvalue())
+    save_sheet((images + 1) / 2, 8, file)
 
 
 # All stages
@@ -690,6 +701,32 @@ def learn(job: Job, stage: str, task: Task) -> torch.nn.Module:
         return fit(task, config, job.run, job.device, job.deadline)
 
 
+class PlainAttention(JointAttention):
+    """Joint attention in two products with a softmax between.
+
+    On a CPU that is the fastest to go back through: PyTorch's fused form is slow there,
+    and its own plain form (``SDPBackend.MATH``) multiplies bfloat16 as float32. The
+    scale stands before the products, where inductor does not take them for the fused
+    form.
+    """
+
+    def forward(self, context: Heads, image: Heads) -> tuple[Tensor, Tensor]:
+        pairs = zip(context, image, strict=True)
+        q, k, v = (torch.cat(pair, dim=1).transpose(1, 2) for pair in pairs)
+        weights = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1).to(v.dtype)
+        out = (weights @ v).transpose(1, 2).flatten(2)
+        length = context.q.shape[1]
+        return out[:, :length].contiguous(), out[:, length:].contiguous()
+
+
+def plain_attention(model: MMDiT) -> MMDiT:
+    """The same transformer, faster to train on a CPU."""
+    for layer in model.modules():
+        if isinstance(layer, JointAttention):
+            layer.__class__ = PlainAttention
+    return model
+
+
 def attention_to_train(device: str) -> AbstractContextManager:
     """PyTorch's own choice, or plain products on a CPU: its fused form is slow back."""
     return sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
@@ -705,7 +742,9 @@ def begin(job: Job, stage: str) -> AbstractContextManager[Run | None]:
         return nullcontext()
     settings = {"stage": stage, "seed": job.seed, **lasting(config)}
     settings |= {"start": job.start and str(job.start), **samples(job.recipe)}
-    settings["data"] = fingerprint(*fashion_mnist("train", job.data))
+    own = job.recipe.scenes not in SCENES
+    data = job.scenes().content if own else fashion_mnist("train", job.data)
+    settings["data"] = fingerprint(*data)
     if stage == "transformer":
         settings["encoders"] = encoders_name(job)
     return Run(job.output / "runs" / stage, settings)
@@ -808,13 +847,16 @@ def choose_stages(stage: str, start: Path | None, scenes: str) -> tuple[str, ...
     possible, case = STAGES, ""
     if start:
         possible, case = GOES_ON, " with --start"
-    elif scenes == "plain":  # the judge reads what only composed scenes have
-        possible, case = tuple(s for s in STAGES if s != "judge"), " with plain scenes"
+    elif scenes != "composed":  # the judge reads what only composed scenes have
+        possible = tuple(s for s in STAGES if s != "judge")
+        case = " with plain scenes" if scenes == "plain" else " with your pictures"
     if stage not in (*possible, "all"):
         known = ", ".join(possible)
         raise ValueError(f"--stage is {stage!r}; expected all, {known}{case}")
     return possible if stage == "all" else (stage,)
 
+
+POOLS = ("pictures", "latents", "captions")
 
 NEEDS = {
     "clip": TOKENIZERS,
@@ -878,6 +920,16 @@ def copy_start(job: Job) -> None:
         (job.output / "runs" / f"{stage}.done").write_text(f'"{job.start}"')
 
 
+def limited(recipe: Recipe, seed: int, crop: bool) -> Recipe:
+    """The recipe with no more samples than its folder of pictures has."""
+    seen, held = (
+        len(Pictures(split, recipe.scenes, seed=seed, crop=crop))
+        for split in ("train", "test")
+    )
+    sizes = {name: min(getattr(recipe, name), seen) for name in POOLS}
+    return replace(recipe, held=min(recipe.held, held), **sizes)
+
+
 def train(
     stage: str,
     output: Path,
@@ -890,12 +942,16 @@ def train(
     start: Path | None = None,
     scenes: str | None = None,
     recompute: bool = False,
+    seed: int = 0,
+    crop: bool = True,
 ) -> None:
     """``minidiff train``: one stage, or "all" that are not done yet, into ``output``.
 
     ``start`` names a folder of a model to go on from: its tokenizers and text encoders
-    stay, its autoencoder and transformer learn on. ``scenes``: "composed" or "plain",
-    for the recipe's. ``recompute`` trains the transformer with less memory.
+    stay, its autoencoder and transformer learn on. ``scenes``: "composed", "plain" or
+    a folder of pictures with captions, for the recipe's; ``crop`` takes their middle,
+    or squeezes them. ``recompute`` trains the transformer with less memory. ``seed``
+    decides what is drawn by chance: other scenes, another order, other noise.
 
     ``recipe`` is "gpu" (large batches, for a large GPU), "shipped" (what began the
     shipped model, an hour of a CPU), "longer" and "further" (what went on with it, with
@@ -906,9 +962,13 @@ def train(
     cuda = device.startswith("cuda")
     chosen = find_recipe(recipe or ("gpu" if cuda else "shipped"))
     chosen = replace(chosen, scenes=scenes or chosen.scenes)
-    if chosen.scenes not in SCENES:
+    own = chosen.scenes not in SCENES
+    if own and not Path(chosen.scenes).is_dir():
         known = ", ".join(SCENES)
-        raise ValueError(f"scenes is {chosen.scenes!r}; expected {known}")
+        raise ValueError(
+            f"scenes is {chosen.scenes!r}; expected {known}, or a folder of pictures"
+        )
+    check_range("--seed", seed, 0)
     stages = choose_stages(stage, start, chosen.scenes)
     changes = {"steps": steps, "batch_size": batch_size}
     changes = {name: value for name, value in changes.items() if value is not None}
@@ -928,10 +988,13 @@ def train(
     device = parallel.start(device)
     check_batches(chosen, stages)
     check_folder(output)
-    for split in ("train", "test"):
-        fashion_mnist(split, data)
+    if own:
+        chosen = limited(chosen, seed, crop)
+    else:
+        for split in ("train", "test"):
+            fashion_mnist(split, data)
     cache = None if cuda else output / "cache"  # a GPU encodes as fast as a disk reads
-    parts = {"start": start, "recompute": recompute}
+    parts = {"start": start, "recompute": recompute, "seed": seed, "crop": crop}
     job = Job(output, chosen, data and str(data), device, cache, **parts)
     if start and parallel.rank() == 0:
         copy_start(job)

@@ -5,15 +5,17 @@ A caption stands beside its picture (``dress.png``, ``dress.txt``), or all of th
 hub's image folders.
 """
 
+import functools
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from minidiff.support.data import to_tensor
+from minidiff.support.data import IMAGE_SIZE, to_tensor
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -106,3 +108,87 @@ def read_folder(
     if not pictures:
         raise ValueError(f"{folder}: none of its pictures can be read")
     return torch.stack(pictures), captions
+
+
+# The trainer's data, in place of ``data.Scenes``
+
+
+@functools.lru_cache(maxsize=1)
+def _read_bytes(folder: str, size: int, crop: bool) -> tuple[Tensor, list[str]]:
+    images, captions = read_folder(folder, size, crop)
+    return ((images + 1) * 127.5).round().byte(), captions
+
+
+@dataclass(frozen=True)
+class PictureBatch:
+    """Pictures (B, 3, 64, 64) in [−1, 1], and the numbers (B,) of their captions."""
+
+    images: Tensor
+    caption_ids: Tensor
+    texts: list[str]
+
+    @property
+    def captions(self) -> list[str]:
+        """The captions as strings."""
+        return [self.texts[i] for i in self.caption_ids.tolist()]
+
+    @property
+    def meanings(self) -> Tensor:
+        """Every caption means something else (B,)."""
+        return self.caption_ids
+
+
+class Pictures:
+    """The pictures of a folder, called like ``data.Scenes``.
+
+    One in ten, but 8 to 512, is kept for the split "test"; which ones, ``seed`` says.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        folder: str,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+        crop: bool = True,
+    ) -> None:
+        images, captions = _read_bytes(folder, IMAGE_SIZE, crop)
+        held = min(512, max(8, len(images) // 10))
+        if len(images) < 2 * held:
+            raise ValueError(
+                f"{folder} holds {len(images)} pictures with captions, too few to "
+                f"learn from; expected at least {2 * held}"
+            )
+        order = torch.randperm(len(images), generator=torch.manual_seed(seed))
+        chosen = order[:held] if split == "test" else order[held:]
+        self.texts = list(dict.fromkeys(captions))
+        number = {text: i for i, text in enumerate(self.texts)}
+        numbers = torch.tensor([number[text] for text in captions])
+        self.images = images[chosen].to(device)
+        self.numbers = numbers[chosen].to(device)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pictures are."""
+        return self.images.device
+
+    @property
+    def content(self) -> tuple:
+        """All that decides what ``batch`` returns."""
+        return self.images, self.numbers, *self.texts
+
+    def all_captions(self) -> list[str]:
+        """Every caption of both splits once: entry i is the one with number i."""
+        return self.texts
+
+    def batch(self, indices: Tensor) -> PictureBatch:
+        """The pictures with the numbers ``indices`` (B,), each below the length."""
+        images = self.images[indices].float() / 127.5 - 1
+        return PictureBatch(images, self.numbers[indices], self.texts)
+
+    def caption_pairs(self, indices: Tensor) -> Tensor:
+        """Each picture's caption twice (B, 2): nobody has said it in other words."""
+        return self.numbers[indices, None].expand(-1, 2)

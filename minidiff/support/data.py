@@ -341,6 +341,16 @@ class Scenes:
         self.starts = self.sizes.cumsum(0) - self.sizes
         self.seed, self.two_garments, self.held_out = seed, two_garments, held_out
 
+    @property
+    def device(self) -> torch.device:
+        """Where the garments are."""
+        return self.gray.device
+
+    @property
+    def content(self) -> tuple:
+        """All that decides what ``batch`` returns."""
+        return self.gray, type(self).__name__, self.seed, self.two_garments
+
     def all_captions(self) -> list[str]:
         """Every caption: entry i is the one with number i."""
         return all_captions()

@@ -8,6 +8,7 @@ and a lock that the operating system frees when the process ends, however it end
 import functools
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -342,9 +344,26 @@ def load_whole(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     )
 
 
+# For a CPU: GELU's tanh made of an exponential, twice as fast, and fused multiply-adds.
+INDUCTOR = {
+    "cpp.use_decompose_tanh": True,
+    "cpp.enable_floating_point_contract_flag": "fast",
+}
+
+
+def save_sheet(pictures: Tensor, columns: int, file: Path) -> None:
+    """Write ``pictures`` (N, 3, H, W) in [0, 1] as one PNG, N / ``columns`` rows."""
+    rows = pictures.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)
+    pixels = (rows.flatten(2, 3).flatten(0, 1) * 255).round().byte()
+    png = io.BytesIO()
+    Image.fromarray(pixels.cpu().numpy()).save(png, "png")
+    file.parent.mkdir(exist_ok=True)
+    write_atomically(file, png.getvalue())
+
+
 def compiled(module: nn.Module) -> Callable:
     """``module`` through torch.compile, or as it is where that fails (it says so)."""
-    fast = torch.compile(module)
+    fast = torch.compile(module, options=INDUCTOR)
 
     def call(batch: dict[str, Tensor]) -> Tensor:
         nonlocal fast
