@@ -45,8 +45,7 @@ from minidiff.extras.fast import (
     pixel_attention,
 )
 from minidiff.extras.kernels import quantize, quantize_rows
-from minidiff.extras.memory import Plan, place
-from minidiff.extras.precision import to_float8
+from minidiff.extras.memory import Plan, place, to_float8
 from minidiff.flow_matching import Scheduler
 from minidiff.sampling import Pipeline, load
 from minidiff.support.checkpoints import (

@@ -486,6 +486,7 @@ class Pipeline:
         for name, size in zip(("height", "width"), sizes, strict=True):
             checks.check_size(name, size, grid, config.pos_embed_max_size * grid)
         shape = (config.in_channels, *(size // factor for size in sizes))
+        checks.check_room(self, (count, *shape))
         if latents is None:
             first = secrets.randbelow(2**32) if seed is None else seed
             return starting_noise(range(first, first + count), shape)

@@ -18,6 +18,7 @@ from minidiff.extras.loading import blueprint
 from minidiff.extras.memory import GIB, Plan, choose, estimate
 from minidiff.extras.precision import Float8Linear
 from minidiff.extras.rehearsal import rehearse
+from minidiff.sampling import Pipeline
 from minidiff.support import checkpoints as cp
 from minidiff.vae import VAE, VAEConfig
 
@@ -253,6 +254,23 @@ def test_a_rehearsal_weighs_the_call(monkeypatch):
     rehearse(draw(1), "tiny", "cuda")
     with pytest.raises(ValueError, match="so many pixels at once needs about"):
         rehearse(draw(10_000), "tiny", "cuda")
+
+
+def test_a_call_from_python_is_weighed_too(folder, monkeypatch):
+    """Against what the card has left beside the weights: here 1.1 GB."""
+    plain, sliced = minidiff.load(folder), minidiff.load(folder, vae_slicing=True)
+    monkeypatch.setattr(Pipeline, "device", torch.device("cuda"))
+    left = {"mem_get_info": (1e9, 9e9), "memory_reserved": 5e8, "memory_allocated": 4e8}
+    for name, value in left.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    side = plain.transformer.config.sample_size
+    at_once = int(1.1e9 / (2.5 * memory.GIB * side**2 / 128**2))
+    plain.prepare_latents(at_once)
+    sliced.prepare_latents(at_once + 1)
+    with pytest.raises(
+        ValueError, match=r"take about .* card has 1.1GB left: expected"
+    ):
+        plain("a red dress", num_images_per_prompt=at_once + 1)
 
 
 def test_a_card_that_no_plan_fits(models, monkeypatch):

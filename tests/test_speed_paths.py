@@ -1,10 +1,12 @@
 """The fused and the compiled forms compute what the chapters' classes compute."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +15,12 @@ from small import AUTOENCODER, TRANSFORMER, small_pipeline
 from torch import nn
 
 import minidiff
+from benchmarks import gpu
 from minidiff.attention import record_attention
 from minidiff.dit import MMDiT
 from minidiff.extras import fast, kernels
 from minidiff.extras.fast import FastDecoder, FastMMDiT, attention_backend
-from minidiff.extras.precision import to_float8
+from minidiff.extras.memory import to_float8
 from minidiff.vae import VAE, VAEConfig
 
 CONFIGS = {
@@ -277,3 +280,26 @@ def test_triton_kernels_compute_the_plain_forms():
     subprocess.run(
         [sys.executable, "-c", INTERPRETED], env=os.environ | env, check=True
     )
+
+
+# The benchmark for a GPU, rehearsed at tiny size
+
+
+def test_the_gpu_benchmark_runs_and_goes_on(tmp_path):
+    output = tmp_path / "results.jsonl"
+    command = [sys.executable, "benchmarks/gpu.py", "--tiny", "--no-compile"]
+    command += ["--output", output, "--folder", tmp_path / "weights"]
+    root = Path(__file__).parents[1]
+
+    def records(*stages):
+        subprocess.run([*command, "--stages", *stages], cwd=root, check=True)
+        return [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+
+    assert [r["done"] for r in records("t5") if "done" in r] == [True]
+    found = records(*gpu.STAGES)
+    assert {r["stage"] for r in found if r.get("done")} == {*gpu.STAGES}
+    assert not [r for r in found if r.get("failed") or r.get("skipped")]
+    assert len([r for r in found if r["stage"] == "t5" and "done" in r]) == 1
+    steps = [r for r in found if r["stage"] == "step" and "fp8" not in r["rung"]]
+    exact = [r["error"] for r in steps if r.get("error") is not None]
+    assert len(exact) > 8 and max(exact) < 1e-5

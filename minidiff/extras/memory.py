@@ -123,13 +123,19 @@ def estimate(
     ):
         if where == "resident" and name in models:
             total += weigh(models[name]) * width
+    return total + working(plan, t, width, size)
+
+
+def working(plan: Plan, transformer: MMDiT, width: int, size: tuple[int, ...]) -> float:
+    """About how many bytes a drawing takes beside the weights; see ``estimate``."""
     batch, _, *sides = size
     area = math.prod(sides)  # in latent pixels
     decoded = min(area, plan.vae_tile**2) if plan.vae_tile else area
     decoding = 2.5 * GIB * decoded / 128**2 * (1 if plan.vae_slicing else batch)
-    tokens = area // t.config.patch_size**2 + 333
-    denoising = 22 * 2 * batch * tokens * t.config.width * width
-    return total + max(decoding, denoising)
+    config = transformer.config
+    tokens = area // config.patch_size**2 + 333
+    denoising = 22 * 2 * batch * tokens * config.width * width
+    return max(decoding, denoising)
 
 
 def requested(memory: str | Plan | None, **knobs: Any) -> Plan:
@@ -205,6 +211,24 @@ def check_device(
     raise ValueError(
         f"the card has {total / 1e9:.1f}GB and this needs about {need / 1e9:.1f}GB; "
         f"{name}: {smaller}"
+    )
+
+
+def check_room(pipe: Any, size: tuple[int, ...], free: float) -> None:
+    """Raise ValueError where latents of ``size`` need more than ``free`` bytes.
+
+    ``pipe`` is loaded: the memory that its weights take is not free.
+    """
+    plan = getattr(pipe.vae, "plan", Plan())
+    need = working(plan, pipe.transformer, pipe.dtype.itemsize, size)
+    if need <= free:
+        return
+    factor = pipe.vae.config.factor
+    batch, _, height, width = size
+    what = f"{batch} × {factor * width}×{factor * height} pixels at once"
+    raise ValueError(
+        f"{what} take about {need / 1e9:.1f}GB beside the weights; the card has "
+        f"{free / 1e9:.1f}GB left: expected fewer or smaller ones, or a tighter plan"
     )
 
 
@@ -322,6 +346,15 @@ def stand_in(model: nn.Module, plan: Plan) -> None:
             swap(model, name, StreamedLinear(layer))
 
 
+@torch.no_grad()
+def to_float8(model: MMDiT) -> MMDiT:
+    """Store a model's blocks in 8 bits, in place, as ``place`` does while it reads."""
+    for name, layer in list(model.named_modules()):
+        if is_float8(Plan(fp8=True), model, name):
+            swap(model, name, Float8Linear(quantize(layer.weight), layer.bias))
+    return model
+
+
 def swap(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put ``layer`` where ``name`` is in ``model``."""
     parent, _, attribute = name.rpartition(".")
@@ -330,6 +363,7 @@ def swap(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 def tile(vae: VAE, plan: Plan) -> VAE:
     """Let ``vae.decode`` work in tiles and slices as the plan says."""
+    vae.plan = plan  # ``check_room`` asks for it
     if plan.vae_tile:
         factor = vae.config.factor
         vae.decode = partial(

@@ -4,11 +4,10 @@ A value is stored as fp8 e4m3 (4 exponent and 3 mantissa bits: a relative step o
 to 1/16) times its row's scale, chosen so that the row's largest value becomes 448.
 """
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minidiff.extras.kernels import Rows, quantize
+from minidiff.extras.kernels import Rows
 
 
 class Float8Linear(nn.Module):
@@ -27,21 +26,3 @@ class Float8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype) * self.scale.to(x.dtype)
         return F.linear(x, weight, self.bias)
-
-
-@torch.no_grad()
-def to_float8(model: nn.Module, prefix: str = "joint_blocks") -> nn.Module:
-    """Store the linear layers under ``prefix`` in fp8, one after another, in place.
-
-    AdaLN's layers stay as they are: a sampler runs them once and lets them go.
-    """
-    for name, layer in list(model.named_modules()):
-        linear = isinstance(layer, nn.Linear) and "adaLN" not in name
-        if linear and name.startswith(prefix):
-            parent, _, attribute = name.rpartition(".")
-            rows = quantize(layer.weight.detach())
-            setattr(
-                model.get_submodule(parent), attribute, Float8Linear(rows, layer.bias)
-            )
-            layer.weight = None
-    return model

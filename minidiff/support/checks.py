@@ -139,6 +139,16 @@ def check_size(name: str, size: int, grid: int, largest: int) -> None:
         )
 
 
+def check_room(pipe: Any, size: tuple[int, ...]) -> None:
+    """Raise ValueError where the card has no room for latents of ``size``."""
+    if pipe.device.type == "cuda":
+        from minidiff.extras import memory
+
+        free = torch.cuda.mem_get_info(pipe.device)[0]
+        free += torch.cuda.memory_reserved(pipe.device)
+        memory.check_room(pipe, size, free - torch.cuda.memory_allocated(pipe.device))
+
+
 def check_parts(text_encoders: Sequence[Any], transformer: Any, vae: Any) -> None:
     """Raise ValueError where the parts of a pipeline do not fit each other."""
     clip_l, clip_g, t5 = (encoder and encoder.config for encoder in text_encoders)
