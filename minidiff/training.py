@@ -646,11 +646,11 @@ def fit(
         logs, saves, validates = trainer.due(config, done, late)
         if logs or saves or validates:
             monitor.flush(lr=learning_rate(step, config))
-        if task.validate and validates:
-            monitor.validate(task.validate, learner.ema)
         if run and saves:
             trainer.checkpoint(run, done, learner.model, learner.ema, learner.optimizer)
             monitor.restart()
+        if task.validate and validates:
+            monitor.validate(task.validate, learner.ema)
         if late and done < config.steps:
             raise TimeoutError(f"stopped after step {done} of {config.steps}")
     return parallel.whole_model(learner.ema)

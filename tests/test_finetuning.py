@@ -18,6 +18,8 @@ from minidiff import cli
 from minidiff.extras import finetune
 from minidiff.extras.finetune import LoraConfig
 from minidiff.extras.lora import ATTENTION, load_lora
+from minidiff.extras.memory import StreamedLinear
+from minidiff.support import checks
 from minidiff.support.captioned import captions_of, read_folder
 from minidiff.support.data import CLASSES, Scenes
 from minidiff.support.trainer import read_log
@@ -87,6 +89,43 @@ def test_what_is_wrong_with_a_folder_is_named(
         read_folder(pictures / "elsewhere", 8)
 
 
+def test_damaged_exif_costs_one_picture(
+    pictures: Path, capsys: pytest.CaptureFixture
+) -> None:
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x02"  # turned, and a word for a white point
+    exif += b"\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"
+    exif += b"\x01\x3e\0\x02\0\0\0\x04abc\0" + bytes(4)
+    Image.new("RGB", (20, 14)).save(pictures / "red.jpg", exif=exif)
+    (pictures / "red.png").unlink()
+    assert len(read_folder(pictures, 8)[1]) == 3
+    assert "red.jpg is left out" in capsys.readouterr().err
+
+
+def test_pictures_of_every_kind_look_as_they_should(tmp_path: Path) -> None:
+    half = np.full((8, 8), 32768, np.uint16)
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    palette = Image.new("P", (8, 8))
+    palette.putpalette([0, 255, 0])
+    Image.fromarray(half).save(tmp_path / "half.png")
+    clear.save(tmp_path / "clear.png")
+    palette.save(tmp_path / "palette.png", transparency=0)
+    palette.save(tmp_path / "green.gif")
+    clear.convert("LA").save(tmp_path / "two.png")
+    names = [path.name for path in tmp_path.iterdir()]
+    lines = [json.dumps({"file_name": n, "text": n}) for n in names]
+    lines.append(json.dumps({"file_name": "half.png", "text": "a\u2028b"}))
+    text = "\n".join(lines).replace("\\u2028", "\u2028")  # legal within a string
+    (tmp_path / "metadata.jsonl").write_text(text, "utf-8")
+    images, captions = read_folder(tmp_path, 8)
+    shown = {c: i.mean((1, 2)).tolist() for i, c in zip(images, captions, strict=True)}
+    white, grey = [1.0] * 3, [pytest.approx(0, abs=0.01)] * 3
+    assert shown.pop("green.gif") == [-1, 1, -1] and shown.pop("a\u2028b") == grey
+    assert list(shown.values()) == [white] * 3
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "half.png", "text": null}')
+    with pytest.raises(ValueError, match="line 1: expected an object with file_name"):
+        read_folder(tmp_path, 8)
+
+
 BAD = {
     "--learning-rate is 0.0": {"learning_rate": 0.0},
     "--learning-rate is nan": {"learning_rate": float("nan")},
@@ -138,16 +177,18 @@ def test_a_run_goes_on_with_the_same_settings_and_pictures_only(
         train()
 
 
-def test_encodings_are_named_after_all_that_makes_them(model: Path) -> None:
-    pipe = minidiff.load(model)
+@pytest.mark.parametrize("t5", ["resident", "streamed"])
+def test_encodings_are_named_after_all_that_makes_them(model: Path, t5: str) -> None:
+    plain, pipe = minidiff.load(model), minidiff.load(model, t5=t5)
     images = torch.zeros(1, 3, 8, 8)
-    names = {finetune.encoding_name(pipe, images, ["a"])}
+    names = {finetune.encoding_name(plain, images, ["a"])}
     assert finetune.encoding_name(pipe, images, ["a"]) in names
     names.add(finetune.encoding_name(pipe, images, ["b"]))
     names.add(finetune.encoding_name(pipe, images + 1, ["a"]))
     for part in (pipe.vae, *pipe.text_encoders):
-        last = list(part.parameters())[-1]
-        last.data = last.data.clone()
+        layers = [m for m in part.modules() if isinstance(m, StreamedLinear)]
+        last = [*part.parameters(), *(layer.stored[0] for layer in layers)][-1]
+        last.data = last.data.clone()  # it may be a read-only memory map
         last.data.view(-1)[-1] += 1
         names.add(finetune.encoding_name(pipe, images, ["a"]))
     assert len(names) == 7
@@ -241,6 +282,31 @@ def test_lora_learns_and_diffusers_loads_it(
 def test_a_whole_model_learns(model: Path, pictures: Path, tmp_path: Path) -> None:
     folder = finetune.finetune(model, pictures, tmp_path / "full", CONFIG)
     assert gain(model, pictures, lambda _: minidiff.load(folder)) < 0.95
+
+
+def test_a_grid_that_does_not_fit_is_told_and_the_run_goes_on(
+    model: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    def full(*_: object) -> None:
+        raise ValueError("no room")
+
+    monkeypatch.setattr(checks, "check_room", full)
+    config = replace(CONFIG, steps=4, validate_every=2)
+    file = finetune.finetune(model, pictures, tmp_path / "out", config, LoraConfig(2))
+    assert file.exists() and not (tmp_path / "out" / "grids").exists()
+    assert "000002.png is not drawn: no room" in capsys.readouterr().err
+
+
+def test_validation_in_parts_is_the_same(model: Path, pictures: Path) -> None:
+    pipe = minidiff.load(model)
+    side = pipe.transformer.config.sample_size * pipe.vae.config.factor
+    encoded = finetune.encode(pipe, *read_folder(pictures, side))
+    whole, parts = (finetune.level_losses(pipe, encoded, at_once=n) for n in (32, 3))
+    assert whole == pytest.approx(parts, rel=1e-5)
 
 
 def test_a_streamed_t5_learns_the_same_and_is_saved_whole(

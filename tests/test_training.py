@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import relative_error
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -26,6 +27,7 @@ from minidiff.extras import stages
 from minidiff.support import captioned, data, rng, trainer
 from minidiff.support.checkpoints import load_component
 from minidiff.support.trainer import Run, TrainingError, read_log
+from minidiff.tokenizer import T5Tokenizer
 from minidiff.training import Task, TrainingConfig, fit
 from minidiff.vae import VAE, VAEConfig
 
@@ -489,6 +491,78 @@ def test_own_pictures_train_every_stage(
         stages.train("all", tmp_path / "new", **how)
 
 
+def test_own_pictures_in_any_letters(own_pictures: Path, tmp_path: Path) -> None:
+    """More letters than T5's vocabulary has pieces; tokenizers are of one folder."""
+    texts = sorted(own_pictures.glob("*.txt"))
+    for i, path in enumerate(texts):
+        path.write_text("".join(chr(0x4E00 + 40 * i + j) for j in range(40)), "utf-8")
+    how = {"recipe": "trial", "scenes": str(own_pictures)}
+    stages.train("tokenizers", tmp_path / "model", **how)
+    t5 = T5Tokenizer.from_pretrained(tmp_path / "model" / "model" / "tokenizer_3")
+    known = [len({*t5.encode(path.read_text("utf-8"))}) for path in texts]
+    assert max(known) > 30 and min(known) <= 3
+    again = own_pictures.parent / "pictures" / "."  # the same folder by another name
+    stages.train("tokenizers", tmp_path / "model", **how | {"scenes": f"{again}/"})
+    texts[0].write_text("other")
+    captioned._read_bytes.cache_clear()
+    with pytest.raises(ValueError, match="tokenizers holds a run with data = "):
+        stages.train("tokenizers", tmp_path / "model", **how)
+    for path in texts:
+        path.write_text(" ")
+    captioned._read_bytes.cache_clear()
+    with pytest.raises(ValueError, match="all captions are empty"):
+        stages.train("tokenizers", tmp_path / "new", **how)
+
+
+def test_the_seed_decides(fashion: Path, tmp_path: Path) -> None:
+    quick = {"steps": 2, "batch_size": 4, "log_every": 1, "bfloat16": False}
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps({"vae": quick, "pictures": 16, "held": 4}))
+    how = {"data": fashion, "recipe": str(file)}
+    for name, seed in (("a", 0), ("b", 0), ("c", 5)):
+        stages.train("vae", tmp_path / name, seed=seed, **how)
+    logs = [read_log(tmp_path / n / "runs" / "vae" / "log.jsonl") for n in "abc"]
+    first, same, other = ([r["loss"] for r in log if "loss" in r] for log in logs)
+    assert first == same and not set(first) & set(other)
+    with pytest.raises(ValueError, match="holds a run with seed = 5, not 0"):
+        stages.train("vae", tmp_path / "c", **how)
+    with pytest.raises(ValueError, match="--seed is -1; expected a whole number"):
+        stages.train("vae", tmp_path / "d", seed=-1, **how)
+
+
+def test_few_held_out_scenes_make_a_small_grid(fashion: Path, tmp_path: Path) -> None:
+    quick = {"steps": 1, "batch_size": 4, "validate_every": 0, "bfloat16": False}
+    file, output = tmp_path / "recipe.json", tmp_path / "model"
+    recipe = {"transformer": quick, "pictures": 16, "latents": 16, "held": 3}
+    file.write_text(json.dumps(recipe))
+    stages.train("transformer", output, fashion, recipe=str(file), start=Path("tiny"))
+    assert Image.open(output / "grid.png").size == (192, 64)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+def test_plain_attention_has_the_same_gradients(kind: torch.dtype) -> None:
+    sizes = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
+    model = MMDiT(replace(MMDiTConfig.tiny(), **sizes))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, 0, 0.2)
+    c = model.config
+    x, sigma = torch.randn(2, c.in_channels, 8, 8), torch.tensor([0.2, 0.7])
+    context = torch.randn(2, 5, c.joint_attention_dim)
+    pooled = torch.randn(2, c.pooled_projection_dim)
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        with torch.autocast("cpu", kind, enabled=kind != torch.float32):
+            model(x, sigma, context, pooled).float().square().mean().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    expected = gradient()
+    assert stages.plain_attention(model) is model
+    assert type(model.joint_blocks[0].attention) is stages.PlainAttention
+    tolerance = 1e-5 if kind == torch.float32 else 2e-2
+    assert relative_error(gradient(), expected) < tolerance
+
+
 def test_own_pictures_are_split_once(own_pictures: Path) -> None:
     folder = str(own_pictures)
     seen, held = (captioned.Pictures(s, folder) for s in ("train", "test"))
@@ -854,7 +928,7 @@ def test_compilation_does_not_hide_a_lack_of_memory(
     def full(batch: dict) -> torch.Tensor:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(torch, "compile", lambda module: full)
+    monkeypatch.setattr(torch, "compile", lambda module, **_: full)
     with pytest.raises(torch.OutOfMemoryError):
         trainer.compiled(nn.Identity())({})
 

@@ -5,6 +5,7 @@ one that diffusers loads.
 """
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from minidiff.extras.loading import blueprint
 from minidiff.extras.lora import ATTENTION, FILE, add_lora, save_lora
+from minidiff.extras.memory import StreamedEmbedding, StreamedLinear
 from minidiff.flow_matching import shift_sigma
 from minidiff.sampling import Pipeline, load
 from minidiff.support import parallel, rng, trainer
@@ -62,10 +64,22 @@ def encode(pipe: Pipeline, images: Tensor, captions: list[str]) -> Batch:
     return {"x0": torch.cat(latents), "context": context, "pooled": pooled}
 
 
+def all_weights(model: nn.Module) -> list[Tensor]:
+    """The tensors of ``model`` by name, those that stay in their file among them."""
+    found = dict(model.state_dict())
+    for name, layer in model.named_modules():
+        if isinstance(layer, StreamedLinear):
+            pairs = zip(("weight", "bias"), layer.stored, strict=True)
+            found |= {f"{name}.{k}": x for k, x in pairs if x is not None}
+        elif isinstance(layer, StreamedEmbedding):
+            found[f"{name}.weight"] = layer.stored
+    return [found[name] for name in sorted(found)]
+
+
 def encoding_name(pipe: Pipeline, images: Tensor, captions: list[str]) -> str:
     """A name for what ``encode`` returns, made of all that goes into it."""
     parts = (pipe.vae, *filter(None, pipe.text_encoders))
-    weights = [x for part in parts for x in part.state_dict().values()]
+    weights = [fingerprint(x.to(pipe.dtype)) for p in parts for x in all_weights(p)]
     ids = [tokenizer(captions) for tokenizer in filter(None, pipe.tokenizers)]
     return fingerprint(images, captions, pipe.vae.config, *ids, *weights)
 
@@ -87,11 +101,13 @@ def finetuning_task(
     model: nn.Module,
     seed: int,
     drop: float,
+    at_once: int,
     draw: Callable[[], None],
 ) -> Task:
     """Learn ``model`` (the transformer, or its corrections) on encoded pictures.
 
-    ``draw`` is called at each validation, while the averaged weights are in place.
+    Validation looks at ``at_once`` pictures at a time, then calls ``draw``, while the
+    averaged weights are in place.
     """
     n, shape = len(encoded["x0"]), tuple(encoded["x0"].shape[1:])
     shift = pipe.scheduler.shift
@@ -111,7 +127,7 @@ def finetuning_task(
     def validate(averaged: nn.Module) -> dict:
         learned = {k: v.clone() for k, v in model.state_dict().items()}
         model.load_state_dict(averaged.state_dict())
-        losses = level_losses(pipe, encoded, seed)
+        losses = level_losses(pipe, encoded, seed, at_once)
         draw()
         model.load_state_dict(learned)
         return {"validation": sum(losses) / len(losses), "by_level": losses}
@@ -173,7 +189,8 @@ def finetune(
         def draw() -> None:
             save_samples(pipe, encoded, seed, grids / f"{run.step:06}.png")
 
-        task = finetuning_task(pipe, encoded, trained, seed, drop, draw)
+        how = seed, drop, config.batch_size, draw
+        task = finetuning_task(pipe, encoded, trained, *how)
         averaged = fit(task, config, run, device)
     trained.load_state_dict(averaged.state_dict())
     if parallel.rank():
@@ -187,27 +204,40 @@ def finetune(
     return output / FILE
 
 
-def level_losses(pipe: Pipeline, encoded: Batch, seed: int = 0) -> list[float]:
+def level_losses(
+    pipe: Pipeline, encoded: Batch, seed: int = 0, at_once: int = 32
+) -> list[float]:
     """The loss on the first 32 pictures by noise level, with fixed noise."""
     n = min(32, len(encoded["x0"]))
     noise = rng.normal(seed, torch.arange(n), tuple(encoded["x0"].shape[1:]))
     fixed = {k: encoded[k][:n] for k in ("x0", "context", "pooled")}
-    return loss_by_level(pipe.transformer, fixed | {"noise": noise.to(fixed["x0"])})
+    fixed["noise"] = noise.to(fixed["x0"])
+    losses = torch.zeros(8)
+    for part in torch.arange(n).split(at_once):
+        found = loss_by_level(pipe.transformer, {k: x[part] for k, x in fixed.items()})
+        losses += torch.tensor(found) * len(part) / n
+    return losses.tolist()
 
 
 @torch.no_grad()
 def save_samples(pipe: Pipeline, encoded: Batch, seed: int, file: Path) -> None:
-    """Draw the first four captions with the model's usual settings, as one picture."""
+    """Draw the first four captions with the model's usual settings, as one picture.
+
+    Where the memory does not hold a drawing, a line on stderr takes its place.
+    """
     if parallel.rank():
         return
-    n, scale = min(4, len(encoded["x0"])), pipe.defaults.guidance_scale
-    negative = [-1] * n if scale > 1 else []  # the last row is the empty prompt
-    context, pooled = (
-        encoded[k][[*negative, *range(n)]] for k in ("context", "pooled")
-    )
+    guided = [-1] if pipe.defaults.guidance_scale > 1 else []  # the empty prompt
     height, width = (side * pipe.vae.config.factor for side in encoded["x0"].shape[2:])
-    noise = pipe.prepare_latents(n, height, width, seed)
-    save_sheet(pipe.decode(pipe.denoise(noise, context, pooled)), n, file)
+    pictures = []
+    try:
+        for i in range(min(4, len(encoded["x0"]))):
+            text = (encoded[k][[*guided, i]] for k in ("context", "pooled"))
+            noise = pipe.prepare_latents(1, height, width, seed + i)
+            pictures.append(pipe.decode(pipe.denoise(noise, *text)))
+        save_sheet(torch.cat(pictures), len(pictures), file)
+    except (ValueError, torch.OutOfMemoryError) as error:
+        print(f"{file.name} is not drawn: {error}", file=sys.stderr)
 
 
 def train(

@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 import time
+from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from minidiff.support.checkpoints import (
 from minidiff.support.checks import check_range
 from minidiff.support.data import SCENES, Scenes, fashion_mnist, token_table
 from minidiff.support.judge import Judge, accuracy, judge_loss, measure, save_judge
+from minidiff.support.metrics import psnr
 from minidiff.support.trainer import (
     Run,
     check_batch,
@@ -354,7 +356,10 @@ def encode_all(tokenizer, texts: list[str]) -> Tensor:
 
 
 def train_tokenizers(job: Job) -> None:
-    """BPE for both CLIPs and Unigram for T5, from training captions."""
+    """BPE for both CLIPs and Unigram for T5, from training captions.
+
+    T5 has room for 250 letters: rarer ones it will read as unknown.
+    """
     from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
 
     indices = torch.arange(job.recipe.captions, device=job.device)
@@ -362,7 +367,9 @@ def train_tokenizers(job: Job) -> None:
     for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
         clip = CLIPTokenizer.train(captions, CLIP_VOCABULARY, LENGTH, pad)
         clip.save_pretrained(job.model / name)
-    t5 = T5Tokenizer.train(captions, T5Config.tiny().vocab_size, 32, LENGTH)
+    letters = {c for c, _ in Counter("".join(captions)).most_common(250)}
+    known = ["".join(c if c in letters else " " for c in text) for text in captions]
+    t5 = T5Tokenizer.train(known, T5Config.tiny().vocab_size, 32, LENGTH)
     t5.save_pretrained(job.model / "tokenizer_3")
 
 
@@ -465,22 +472,16 @@ def train_vae(job: Job) -> None:
         noise = rng.normal(seed, indices, shape)
         return {"images": from_bytes(images[place]), "noise": noise}
 
+    @torch.no_grad()
     def validate(vae: VAE) -> dict[str, float]:
-        return {"psnr": psnr(vae, tests)}
+        decoded = vae.decode(vae.encode(tests).mode())
+        return {"psnr": psnr(decoded, tests).mean().item()}
 
     vae.encoder.requires_grad_(not job.recipe.keep_latents)
     vae = learn(job, "vae", Task(vae, vae_loss, batch, validate))
     if not job.recipe.keep_latents:
         vae = measured(vae, from_bytes(images[:1024]))
     export(job, vae, "vae", "AutoencoderKL")
-
-
-@torch.no_grad()
-def psnr(vae: VAE, images: Tensor) -> float:
-    """Mean peak signal-to-noise ratio (dB) of reconstructions from the mode."""
-    decoded = vae.decode(vae.encode(images).mode()).clamp(-1, 1)
-    error = ((decoded - images) / 2).square().mean((1, 2, 3))
-    return (-10 * error.log10()).mean().item()
 
 
 @torch.no_grad()
@@ -665,7 +666,8 @@ def save_grid(model: MMDiT, held: Features, file: Path, scale: float = 4.0) -> N
     """Thirty-two held-out captions drawn in 28 steps, as one picture."""
     if parallel.rank():
         return
-    n = min(32, len(held.latents) // 8 * 8)
+    columns = min(8, len(held.latents))
+    n = min(32, len(held.latents) // columns * columns)
     device = held.latents.device
     row = torch.cat([held.place[:n], torch.zeros(n, dtype=torch.long, device=device)])
     context, pooled = held.context[row].float(), held.pooled[row].float()
@@ -678,7 +680,7 @@ def save_grid(model: MMDiT, held: Features, file: Path, scale: float = 4.0) -> N
 
     x = euler(velocity, noise, Scheduler(shift=1.0).sigmas(28).to(device))
     images = held.vae.decode(held.vae.unscale(x)).clamp(-1, 1)
-    save_sheet((images + 1) / 2, 8, file)
+    save_sheet((images + 1) / 2, columns, file)
 
 
 # All stages
@@ -737,14 +739,12 @@ def begin(job: Job, stage: str) -> AbstractContextManager[Run | None]:
 
     What differs from a run that was begun there is named.
     """
-    config = getattr(job.recipe, stage, None)
-    if not isinstance(config, TrainingConfig):
-        return nullcontext()
-    settings = {"stage": stage, "seed": job.seed, **lasting(config)}
-    settings |= {"start": job.start and str(job.start), **samples(job.recipe)}
-    own = job.recipe.scenes not in SCENES
-    data = job.scenes().content if own else fashion_mnist("train", job.data)
-    settings["data"] = fingerprint(*data)
+    settings = {"stage": stage, "seed": job.seed, **samples(job)}
+    if stage == "tokenizers":
+        settings = {k: settings[k] for k in ("stage", "seed", "scenes", "data")}
+        return Run(job.output / "runs" / stage, settings)
+    settings |= lasting(getattr(job.recipe, stage))
+    settings["start"] = job.start and str(job.start)
     if stage == "transformer":
         settings["encoders"] = encoders_name(job)
     return Run(job.output / "runs" / stage, settings)
@@ -758,10 +758,16 @@ def encoders_name(job: Job) -> str:
     return fingerprint(*weights, vae.config)
 
 
-def samples(recipe: Recipe) -> dict:
+def samples(job: Job) -> dict:
     """The settings that change what is learned from, the same for all stages."""
-    values = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
-    return {k: v for k, v in values.items() if not isinstance(v, TrainingConfig)}
+    values = {f.name: getattr(job.recipe, f.name) for f in fields(Recipe)}
+    values = {k: v for k, v in values.items() if not isinstance(v, TrainingConfig)}
+    if job.recipe.scenes in SCENES:
+        return values | {"data": fingerprint(*fashion_mnist("train", job.data))}
+    for name in (*POOLS, "held"):  # as many as the folder has: the content decides
+        del values[name]
+    content = job.scenes().content
+    return values | {"scenes": "pictures", "data": fingerprint(*content)}
 
 
 def export(job: Job, model: torch.nn.Module, name: str, class_name: str) -> None:
@@ -968,7 +974,7 @@ def train(
         raise ValueError(
             f"scenes is {chosen.scenes!r}; expected {known}, or a folder of pictures"
         )
-    check_range("--seed", seed, 0)
+    check_range("--seed", seed, 0, 2**63 - 1)
     stages = choose_stages(stage, start, chosen.scenes)
     changes = {"steps": steps, "batch_size": batch_size}
     changes = {name: value for name, value in changes.items() if value is not None}

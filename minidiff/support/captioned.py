@@ -15,12 +15,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from minidiff.support.data import IMAGE_SIZE, to_tensor
+from minidiff.support.data import IMAGE_SIZE, in_rgb, to_tensor
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-# What Pillow raises for a damaged file
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def captions_of(folder: Path) -> dict[str, str]:
@@ -33,7 +30,7 @@ def captions_of(folder: Path) -> dict[str, str]:
         raise FileNotFoundError(f"{folder} is not a folder")
     listed, found = folder / "metadata.jsonl", {}
     if listed.exists():
-        for number, line in enumerate(_text(listed).splitlines(), 1):
+        for number, line in enumerate(_text(listed).split("\n"), 1):
             found |= _entry(listed, number, line)
     pictures = {path.stem: path.name for path in pictures_in(folder)}
     for path in sorted(folder.glob("*.txt")):
@@ -66,7 +63,10 @@ def _entry(path: Path, number: int, line: str) -> dict[str, str]:
         return {}
     try:
         entry = json.loads(line)
-        return {str(entry["file_name"]): str(entry["text"])}
+        name, text = entry["file_name"], entry["text"]
+        if not (isinstance(name, str) and isinstance(text, str)):
+            raise TypeError
+        return {name: text}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}, line {number}: expected an object with file_name and text "
@@ -100,8 +100,10 @@ def read_folder(
         try:
             with Image.open(folder / name) as picture:
                 ImageOps.exif_transpose(picture, in_place=True)
-                pictures.append(to_tensor(fitted(picture.convert("RGB"), size, crop)))
-        except UNREADABLE as error:
+                pictures.append(to_tensor(fitted(in_rgb(picture), size, crop)))
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow has many names for a damaged file
             print(f"{folder / name} is left out: {error}", file=sys.stderr)
             continue
         captions.append(caption)
@@ -153,13 +155,16 @@ class Pictures:
         crop: bool = True,
     ) -> None:
         images, captions = _read_bytes(folder, IMAGE_SIZE, crop)
+        if not any(text.strip() for text in captions):
+            raise ValueError(f"{folder}: all captions are empty")
         held = min(512, max(8, len(images) // 10))
         if len(images) < 2 * held:
             raise ValueError(
                 f"{folder} holds {len(images)} pictures with captions, too few to "
                 f"learn from; expected at least {2 * held}"
             )
-        order = torch.randperm(len(images), generator=torch.manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(images), generator=generator)
         chosen = order[:held] if split == "test" else order[held:]
         self.texts = list(dict.fromkeys(captions))
         number = {text: i for i, text in enumerate(self.texts)}

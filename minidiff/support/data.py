@@ -528,11 +528,25 @@ def sample_scenes() -> tuple[Tensor, list[str]]:
     return tiles.permute(1, 3, 0, 2, 4).flatten(0, 1).contiguous(), texts
 
 
+def in_rgb(picture: Image.Image) -> Image.Image:
+    """A picture in RGB; what is transparent lies on white, 16 bits become 8."""
+    import numpy as np
+
+    if picture.mode.startswith("I"):
+        values = np.asarray(picture).clip(0, 65535) // 257
+        picture = Image.fromarray(values.astype("uint8"))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        ground = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(ground, picture)
+    return picture.convert("RGB")
+
+
 def to_tensor(picture: Image.Image) -> Tensor:
     """A picture as a tensor (3, H, W) in [−1, 1]."""
     import numpy as np
 
-    pixels = torch.from_numpy(np.array(picture.convert("RGB")))
+    pixels = torch.from_numpy(np.array(in_rgb(picture)))
     return pixels.permute(2, 0, 1) / 127.5 - 1  # (H, W, 3) → (3, H, W)
 
 

@@ -70,7 +70,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio (B,) in dB of pictures (B, C, H, W) in [−1, 1]."""
-    error = (a.clamp(-1, 1) - b.clamp(-1, 1)).double().square().mean((1, 2, 3))
+    difference = (a.clamp(-1, 1) - b.clamp(-1, 1)).cpu().double()  # not every GPU can
+    error = difference.square().mean((1, 2, 3))
     return 10 * (4 / error).log10()  # peak to peak, 2² = 4
 
 
