@@ -1,15 +1,17 @@
 """minidiff and diffusers side by side on one GPU: time, memory, error.
 
     python benchmarks/gpu.py --output results.jsonl
-    python benchmarks/gpu.py --output results.jsonl --stages vae --models medium
+    python benchmarks/gpu.py --output results.jsonl --stages products --models medium
+    python benchmarks/gpu.py --output results.jsonl --models large
     python benchmarks/gpu.py --output rehearsal.jsonl --tiny      # on a CPU
 
 Both codes run in one process on the same random weights and inputs: 1024×1024 pixels,
 a batch of two for guidance, 333 text tokens, bfloat16. A time is the median of single
-calls between CUDA events after a warm-up. Errors are ‖a − b‖ / ‖b‖ against diffusers in
-float32. Every result is one JSON line, written as it comes; a stage that fails is
-reported and the next one runs. Run again with the same output, it goes on with the
-stages that are not done.
+calls between CUDA events after a warm-up. An error or difference is ‖a − b‖ / ‖b‖: of
+the stages "step" and "decode" against diffusers in float32, of all others against the
+stage's first result. Every result is one JSON line, written as it comes; a stage that
+fails is reported and the next one runs. Run again with the same output, it goes on with
+the stages that are not done. ``--models`` leaves out the stages of other models.
 """
 
 import argparse
@@ -911,6 +913,12 @@ STAGES = {
 }
 
 
+def chosen(stages: list[str], models: list[str]) -> list[str]:
+    """Those of ``stages`` that are not named after a model that is not asked for."""
+    others = tuple(f"-{name}" for name in MODELS.keys() - models)
+    return [stage for stage in stages if not stage.endswith(others)]
+
+
 def finished(output: Path) -> set[str]:
     """The stages that an earlier run has done."""
     if not output.is_file():
@@ -942,7 +950,7 @@ def main() -> None:
         not options.no_compile,
     )
     before = finished(options.output)
-    for name in options.stages:
+    for name in chosen(options.stages, options.models):
         if name in before:
             continue
         if bench.left() < 5:

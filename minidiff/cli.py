@@ -46,13 +46,22 @@ def main() -> None:
     except ValueError as error:
         fail(error)
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's; not imported here
-            line = str(error).split(". ")[0]
-            fail(f"{line}; a smaller --memory, --num-images or --batch-size needs less")
-        if not hasattr(error, "format_message"):
-            raise
-        fail(error.format_message())  # of the option parser
+        fail(explain(error))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def explain(error: Exception) -> str:
+    """What to tell of the option parser's errors and some of torch's; raises others."""
+    less = "--num-images or --batch-size needs less"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; not imported here
+        return f"{str(error).split('. ')[0]}; a smaller --memory, {less}"
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return f"this machine's memory is full; a smaller {less}"
+    if "InvalidCxxCompiler" in f"{type(error).__name__} {error}":
+        return "--compile needs a C++ compiler; expected g++ or clang++ in PATH"
+    if not hasattr(error, "format_message"):
+        raise error
+    return error.format_message()
 
 
 def fail(message: object, code: int = 2) -> None:
@@ -226,14 +235,13 @@ def sample(
                     print(name, flush=True)
 
     target = find_device(device), parse_dtype(dtype)
-    forms = {"text_encoders": text_encoders, **plan}
-    fitting = rehearse(perform, model, *target, **forms)
-    if memory:
-        forms = {"text_encoders": text_encoders, "memory": fitting}
     from minidiff.sampling import load
 
     with redirect_stdout(sys.stderr):  # stdout is for the names
-        pipe = load(model, *target, fast=fast, compile=compile, **forms)
+        fits = rehearse(perform, model, *target, text_encoders, **plan)
+        how = {"text_encoders": text_encoders, "fast": fast, "compile": compile}
+        pipe = load(model, *target, memory=fits, **how)
+    del pipe.settings["memory"]
     pipe.settings |= plan  # as it was asked for
     perform(pipe)
 
@@ -373,7 +381,7 @@ def find_device(name: str | None) -> str:
     if kind == "cuda" and int(number or 0) >= (count := torch.cuda.device_count()):
         last = f"cuda:{count - 1}"
         raise ValueError(f"--device is {name!r}; expected cuda:0 to {last}")
-    return name
+    return "cpu" if kind == "cpu" else name
 
 
 # Models
@@ -411,7 +419,7 @@ def info(
         for name, value in read_settings(model).items():
             print(f"{name}: {value}")
         return
-    from minidiff.extras.loading import blueprint
+    from minidiff.extras.loading import blueprint, known_as
     from minidiff.sampling import DEFAULTS, recognize
     from minidiff.support.checkpoints import count_parameters
 
@@ -424,7 +432,7 @@ def info(
     print(f"{'all':<16}{total:>16,}{2 * total / 1e6:>10,.1f}")
     config = parts["transformer"].config
     side = config.sample_size * parts["vae"].config.factor
-    usual = DEFAULTS[recognize(model, config)]
+    usual = DEFAULTS[recognize(known_as(model), config)]
     print(
         f"{side}×{side} pixels, {usual.num_inference_steps} steps, "
         f"guidance {usual.guidance_scale}"

@@ -237,8 +237,13 @@ DEFAULTS = {
 
 
 def recognize(name: str, config: MMDiTConfig) -> str:
-    """The key of ``DEFAULTS`` for a model, by its name and its transformer."""
-    if "turbo" in name.lower():  # Large and Large Turbo have the same configuration
+    """The key of ``DEFAULTS`` for a model, by its name and its transformer.
+
+    A hub id or a path is known by its last part, and by the hub's folder in it.
+    """
+    parts = Path(name).parts
+    named = parts[-1:] + tuple(p for p in parts if p.startswith("models--"))
+    if "turbo" in " ".join(named).lower():  # Large and Turbo are configured alike
         return "sd3.5-large-turbo"
     if config == MMDiTConfig.tiny():
         return "tiny"
@@ -565,9 +570,10 @@ def load(
         from minidiff.extras.fast import accelerate
 
         accelerate(transformer, vae, fast, compile)
-    given = opened.scheduler, opened.name
+    given = opened.scheduler, opened.known_as
     pipe = Pipeline(opened.tokenizers, encoders, transformer, vae, *given)
-    pipe.settings |= checks.chosen(memory=memory, fast=fast, compile=compile, **knobs)
+    how = {"memory": memory, "fast": fast, "compile": compile, **knobs}
+    pipe.settings |= checks.chosen(model=opened.name, **how)
     return pipe
 
 

@@ -121,7 +121,8 @@ BAD = [
     (["--colour", "red"], "No such option: --colour"),
     (["--width", 0], "width is 0; expected a multiple of 8 up to 96"),
     (["--memory", "lots"], "memory is 'lots'; expected 8GB, 12GB, 16GB, 24GB"),
-    (["--memory", "1GB"], "memory is 1GB; this model needs about"),
+    (["--memory", "0.5GB"], "memory is 0.5GB; this model needs about"),
+    (["--negative-prompt", "bad \udcff"], "negative_prompt is not a text in UTF-8"),
     (["--t5", "gone"], "t5 is 'gone'; expected one of resident, streamed, none"),
     (["--clip", "none"], "clip is 'none'; expected one of resident, streamed"),
     (["--vae-tile", 2], "vae_tile is 2; expected 8 latent pixels or more"),
@@ -294,6 +295,22 @@ def test_a_file_that_is_not_there_is_named(run):
     code, out, err = run("sample", "--prompts", "none.txt")
     assert (code, out) == (2, "")
     assert err == "minidiff: none.txt: No such file or directory\n"
+
+
+def test_info_and_sample_know_a_model_by_the_same_name(run, folder, tmp_path):
+    """The one that its folder remembers; not that of a folder around it."""
+    copy = shutil.copytree(folder, tmp_path / "turbo" / "copy")
+    for origin, steps in ((None, 28), ("a/large-turbo", 4)):
+        setting(copy, "model_index.json", "_name_or_path", origin)
+        assert f"{steps} steps" in run("info", copy)[1]
+        name = run("sample", "a bag", "--model", copy)[1].strip()
+        found = read_settings(name)
+        assert found["num_inference_steps"] == str(steps)
+    assert found["model"] == f"{copy} (a/large-turbo)"
+
+
+def test_the_first_cpu_is_the_cpu():
+    assert cli.find_device("cpu:0") == "cpu"
 
 
 def test_info(run, folder):

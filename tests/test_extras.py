@@ -12,6 +12,7 @@ from PIL import Image
 from pipelines import pair
 from safetensors.torch import save_file
 from test_sampling import LONG
+from torch._inductor.exc import InvalidCxxCompiler
 
 from minidiff import cli, sampling
 from minidiff.extras import files
@@ -414,7 +415,7 @@ BAD = [
     (["a", "--t5", "none", "--prompt-3", "b"], "--prompt-3 is b, which needs T5"),
     (["a", "--model", "sd3.5-large", "--sampler", "ddim"], "sampler is 'ddim'"),
     (["a", "--model", "sd3.5-medium", "--height", 33], "the nearest is 32"),
-    (["a", "--model", "{missing}"], "expected tiny, sd3.5-medium"),
+    (["a", "--model", "{missing}"], "sd3.5_large.safetensors is missing"),
     (["a", "--memory", "2GB", "--num-images", 9000], "so many pixels at once needs"),
     (["a", "--device", "cpu:x"], "--device is 'cpu:x'; expected one that is here"),
     (["a", "--preview", "no/p.png"], "no/p.png cannot be written"),
@@ -461,14 +462,40 @@ def test_bad_input_is_one_line(run, tmp_path, given, monkeypatch, arguments, mes
     assert list(tmp_path.iterdir()) == []
 
 
-def test_memory_that_runs_out_is_one_line(run, monkeypatch):
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. …")
+HOST = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
+CUDA = "CUDA out of memory. Tried to allocate 9 GiB. …"
 
-    monkeypatch.setattr(sampling.Pipeline, "decode", full)
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError(CUDA), "CUDA out of memory; a smaller --memory"),
+        (RuntimeError(HOST), "this machine's memory is full; a smaller --num-images"),
+        (MemoryError(), "this machine's memory is full; a smaller --num-images"),
+        (InvalidCxxCompiler(), "--compile needs a C++ compiler; expected g++"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(run, monkeypatch, error, message):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(sampling.Pipeline, "decode", fail)
     code, out, err = run("sample", "a bag")
     assert (code, out) == (2, "") and err.count("\n") == 1
-    assert "CUDA out of memory; a smaller --memory" in err
+    assert err.startswith(f"minidiff: {message}")
+
+
+def test_other_errors_are_not_hidden(run, monkeypatch):
+    monkeypatch.setattr(sampling.Pipeline, "decode", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("sample", "a bag")
+
+
+def test_info_of_a_damaged_picture(run, tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:-30])
+    code, _, err = run("info", "a.png")
+    assert code == 2 and err.startswith("minidiff: a.png is not a picture that can")
 
 
 def test_info_of_what_is_no_picture(run, tmp_path):

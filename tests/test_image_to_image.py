@@ -1,16 +1,20 @@
 """Image to image and inpainting: diffusers' pictures, random draws included."""
 
 import math
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from helpers import relative_error
-from PIL import Image
+from PIL import Image, ImageOps
 from pipelines import pair
 
+import minidiff
 from minidiff.extras import image_to_image as module
 from minidiff.extras.image_to_image import first_step, image_to_image, open_file
+from minidiff.support import checks
 
 BOUND = 1e-5
 CALL = {"num_inference_steps": 10, "guidance_scale": 4.0, "negative_prompt": "a bag"}
@@ -160,11 +164,79 @@ def test_a_photograph_stands_as_the_camera_was_held(tmp_path):
     assert min(seen.getpixel((12, 3))) > 240 and max(seen.getpixel((12, 37))) < 15
 
 
+def damage(file, kind):
+    """Write a picture that PIL cannot read."""
+    if kind == "truncated":
+        Image.new("RGB", (64, 64), "red").save(file, "JPEG")
+        file.write_bytes(file.read_bytes()[:-200])
+    elif kind == "too many pixels":
+        header = chunk(b"IHDR", (60000, 60000, 8, 2, 0, 0, 0))
+        file.write_bytes(b"\x89PNG\r\n\x1a\n" + header)
+    else:
+        file.write_bytes(b"no picture")
+
+
+def chunk(kind, values):
+    data = kind + struct.pack(">IIBBBBB", *values)
+    return struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
+
+
+@pytest.mark.parametrize("kind", ["truncated", "too many pixels", "text"])
+def test_a_damaged_picture_is_named(tmp_path, kind):
+    damage(tmp_path / "photo.jpg", kind)
+    with pytest.raises(ValueError, match="photo.jpg is not a picture that can be read"):
+        open_file(tmp_path / "photo.jpg")
+
+
+@pytest.mark.parametrize(
+    "error", [struct.error("x"), TypeError("x"), AttributeError("x"), OSError("x")]
+)
+def test_damaged_notes_of_a_camera_are_named(tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    monkeypatch.setattr(ImageOps, "exif_transpose", fail)
+    with pytest.raises(ValueError, match="photo.png is not a picture that .*: x"):
+        open_file(tmp_path / "photo.png")
+
+
+def test_a_size_is_refused_before_pixels_are_read(pipes, monkeypatch):
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(Image.Image, "resize", lambda *_: pytest.fail("work began"))
+    large = Image.new("RGB", (4000, 32))
+    with pytest.raises(ValueError, match="width is 4000; expected a multiple of 8"):
+        ours(pipes[0], large, 0.6)
+    with pytest.raises(ValueError, match="height is 0; expected a multiple of 8"):
+        ours(pipes[0], large, 0.6, height=0, width=32)
+
+
+def test_slices_are_encoded_as_the_whole(pipes, tmp_path):
+    pipes[0].save_pretrained(tmp_path)
+    sliced = minidiff.load(tmp_path, vae_slicing=True)
+    sliced.progress = False
+    expected = ours(pipes[0], picture(), 0.6)
+    assert relative_error(ours(sliced, picture(), 0.6), expected) <= BOUND
+
+
+def test_what_is_encoded_is_weighed(pipes, monkeypatch):
+    seen = []
+    monkeypatch.setattr(checks, "check_room", lambda *given: seen.append(given[1:]))
+    ours(pipes[0], picture(), 0.6)
+    assert seen[1] == ((2, 16, 8, 8), 2)
+
+
 BAD = [
     ({"strength": 0}, ValueError, "strength is 0; expected above 0"),
     ({"image": picture(33)}, ValueError, "height is 33; .*the nearest is 32"),
     ({"image": torch.rand(2, 4, 8, 8)}, ValueError, "image has shape"),
     ({"image": picture() * 255}, ValueError, "image has values from 0"),
+    ({"height": 0}, ValueError, "height is 0; expected a multiple of 8"),
+    ({"image": torch.rand(8)}, ValueError, "image has shape .8,.; expected"),
+    ({"latents": picture()}, TypeError, "takes no argument 'latents'"),
+    ({"sigmas": torch.ones(2)}, TypeError, "takes no argument 'sigmas'"),
+    ({"strenght": 0.5}, TypeError, "takes no argument 'strenght'"),
+    ({"prompt": "bad \udcff byte"}, ValueError, "prompt is not a text in UTF-8"),
     ({"height": 40}, ValueError, "is a tensor of 32×32 pixels; expected 32×40"),
     ({"image": 3}, TypeError, "image is a int"),
     ({"image": picture(count=3)}, ValueError, "image has 3 pictures; expected 1 or 2"),

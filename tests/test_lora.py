@@ -174,7 +174,7 @@ def test_layers_in_8_bits_keep_theirs_beside_it(
 def test_nothing_is_fused_into_weights_that_are_not_there(case, small: bool) -> None:
     swap(case.pipe.text_encoders[0], small)
     before = [p.clone() for p in case.pipe.transformer.parameters()]
-    message = "a LoRA cannot be added to the weights of .*; expected fused=False"
+    message = "a LoRA cannot be added to the weights of .*; expected an unfused LoRA"
     with pytest.raises(ValueError, match=message):
         lora.load_lora(case.pipe, case.file, fused=True)
     after = case.pipe.transformer.parameters()
@@ -184,7 +184,7 @@ def test_nothing_is_fused_into_weights_that_are_not_there(case, small: bool) -> 
 def test_compiled_blocks_take_an_update_in_their_weights_only(case) -> None:
     """torch.compile does not look again at a layer's hooks, nor at another block's."""
     case.pipe.transformer.joint_blocks[1].compile()
-    with pytest.raises(ValueError, match="transformer is compiled .* fused=True, or"):
+    with pytest.raises(ValueError, match="transformer is compiled .* a fused LoRA or"):
         lora.load_lora(case.pipe, case.file)
     lora.load_lora(case.pipe, case.file, fused=True)
 
@@ -217,6 +217,65 @@ def test_what_we_save_diffusers_loads(tmp_path: Path) -> None:
     with torch.no_grad():
         v, reference = ours(*x), their_velocity(theirs, *x)
     assert relative_error(v, reference) <= BOUND
+
+
+@pytest.mark.parametrize(
+    "pattern", [{"attn.to_q": 9, "to_[vk]": 1}, {r"1\.attn\.to_q": 9, "no": 2}], ids=str
+)
+@torch.no_grad()
+def test_patterns_of_alpha_match_as_in_peft(tmp_path: Path, pattern: dict) -> None:
+    """A pattern is a regular expression for the end of a layer's name."""
+    adapted, (ours, theirs), x = pair(SMALL)[1], pair(SMALL), inputs()
+    layers = adapt(adapted, 3, 3, list(lora.ATTENTION))
+    notes = metadata(adapted) | {"alpha_pattern": pattern}
+    notes = {"transformer_lora_adapter_metadata": notes}
+    StableDiffusion3Pipeline.save_lora_weights(tmp_path, layers, **notes)
+    state, notes = StableDiffusion3Pipeline.lora_state_dict(
+        str(tmp_path), return_lora_metadata=True
+    )
+    theirs.load_lora_adapter(state, prefix="transformer", metadata=notes)
+    pipe = SimpleNamespace(transformer=ours, text_encoders=[], settings={})
+    lora.load_lora(pipe, tmp_path)
+    reference = their_velocity(theirs, *x)
+    assert relative_error(ours(*x), reference) <= BOUND
+    assert relative_error(their_velocity(adapted, *x), reference) > 1e-3
+
+
+LAYER = "transformer.transformer_blocks.0.attn.to_q"
+ALPHA = "transformer.lora_alpha"
+PATTERN = "transformer.alpha_pattern"
+GOOD = [(2, 32), (32, 2)]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "notes", "message"),
+    [
+        ([], None, "holds no LoRA: it has no tensors"),
+        (
+            [(0, 32), (32, 0)],
+            None,
+            "lora_A.weight has shape .0, 32.; expected a matrix",
+        ),
+        ([(2, 32), (32, 2, 1, 1)], None, "lora_B.weight has shape .32, 2, 1, 1.; exp"),
+        (GOOD, "{", "metadata is '{'; expected a JSON object"),
+        (GOOD, "[]", "metadata is '..'; expected a JSON object"),
+        (GOOD, {ALPHA: "x"}, "to_q is 'x'; expected a number"),
+        (GOOD, {PATTERN: [1]}, "alpha_pattern cannot be read"),
+        (GOOD, {PATTERN: {"(": 1}}, "alpha_pattern cannot be read"),
+        (GOOD, {PATTERN: None}, ""),
+    ],
+)
+def test_malformed_files_are_named(tmp_path, shapes, notes, message) -> None:
+    file, pairs = tmp_path / "bad.safetensors", zip("AB", shapes, strict=False)
+    tensors = {f"{LAYER}.lora_{k}.weight": torch.zeros(s) for k, s in pairs}
+    text = notes if isinstance(notes, str) else json.dumps(notes)
+    save_file(tensors, file, {lora.METADATA: text} if notes else None)
+    models = {"transformer": pair(SMALL)[0]}
+    if not message:
+        assert lora.read_lora(file, models)
+        return
+    with pytest.raises(ValueError, match=f"bad.safetensors.*{message}"):
+        lora.read_lora(file, models)
 
 
 @torch.no_grad()

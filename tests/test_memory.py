@@ -8,13 +8,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import randomize, relative_error
+from safetensors.torch import save_file
 from small import small_pipeline
 
 import minidiff
-from benchmarks.memory_count import STREAMED, denoising_peak, t5_peak
+from benchmarks.memory_count import (
+    STREAMED,
+    Count,
+    denoising_peak,
+    fused_attention,
+    on_meta,
+    t5_peak,
+)
 from minidiff.dit import MMDiTConfig
 from minidiff.extras import memory, tiling
+from minidiff.extras.image_to_image import image_to_image
 from minidiff.extras.loading import blueprint
+from minidiff.extras.lora import load_lora
 from minidiff.extras.memory import GIB, Plan, choose, estimate
 from minidiff.extras.precision import Float8Linear
 from minidiff.extras.rehearsal import rehearse
@@ -133,6 +143,26 @@ def test_a_tile_too_small_to_overlap():
         tiling.tiled_decode(lambda z: z, torch.zeros(1, 16, 4, 4), 1, 4)
 
 
+@pytest.mark.parametrize("tile", range(8, 16))
+def test_tiles_of_any_size_make_the_whole(tile):
+    def decode(z):
+        return z[:, :3].repeat_interleave(4, 2).repeat_interleave(4, 3).clone()
+
+    latents = torch.randn(1, 16, 16, 33)
+    whole = decode(latents)
+    assert relative_error(tiling.tiled_decode(decode, latents, tile, 4), whole) < 1e-6
+
+
+def test_slices_are_encoded_one_by_one(monkeypatch):
+    vae, images, seen = VAE(VAEConfig.tiny()), torch.rand(3, 3, 16, 16), []
+    expected, encode = vae.encode(images), vae.encode
+    monkeypatch.setattr(vae, "encode", lambda x: seen.append(len(x)) or encode(x))
+    found = memory.tile(vae, Plan(vae_slicing=True)).encode(images)
+    assert seen == [1, 1, 1]
+    assert relative_error(found.mean, expected.mean) < 1e-5
+    assert relative_error(found.logvar, expected.logvar) < 1e-5
+
+
 # Choosing a plan
 
 
@@ -166,7 +196,7 @@ def test_knobs_hold_whatever_the_budget(models):
 def test_the_plan_is_one_line(folder, capsys):
     draw(folder, memory="8GB")
     out = capsys.readouterr().out
-    assert re.fullmatch(r"memory plan: .*; about \d+\.\d GiB for a .*\n", out)
+    assert re.fullmatch(r"memory plan: .*; about \d+\.\d GiB for 1 × .* pixels\n", out)
     draw(folder)
     assert not capsys.readouterr().out
 
@@ -256,6 +286,106 @@ def test_a_rehearsal_weighs_the_call(monkeypatch):
         rehearse(draw(10_000), "tiny", "cuda")
 
 
+@pytest.fixture
+def card(monkeypatch):
+    """Give a card of so many GB to what asks torch for one."""
+
+    def set_memory(gigabytes):
+        found = SimpleNamespace(total_memory=gigabytes * 1e9)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+
+    return set_memory
+
+
+def small(pipe):
+    pipe("a red dress", height=512, width=512)
+
+
+@pytest.mark.parametrize(
+    ("size", "how"), [(21, {"t5": "none"}), (99, {"memory": "6.9GB"})], ids=str
+)
+def test_what_was_rehearsed_is_what_is_loaded(models, monkeypatch, card, size, how):
+    """A picture of 1024² would not fit; loading does not ask for one."""
+    card(size)
+    parts = {n: SimpleNamespace(model=m) for n, m in models["large"].items()}
+    monkeypatch.setattr(memory, "place", lambda part, plan, *_: plan)
+    with pytest.raises(ValueError, match="needs about"):
+        memory.load_parts(parts, "cuda", torch.bfloat16, **how)
+    plan = rehearse(small, "sd3.5-large", "cuda", **how)
+    loaded = memory.load_parts(parts, "cuda", torch.bfloat16, plan)
+    assert set(loaded.values()) == {plan}
+    card(3)
+    with pytest.raises(ValueError, match="the card has 3.0GB; this model needs about"):
+        memory.load_parts(parts, "cuda", torch.bfloat16, plan)
+
+
+def test_a_rehearsal_weighs_what_its_plan_leaves_in_the_files(models):
+    how = {"dtype": torch.bfloat16, "memory": "12GB"}
+    plan = rehearse(lambda pipe: pipe("a bag"), "sd3.5-large", "cpu", **how)
+    assert plan == choose("12GB", models["large"]) != Plan()
+
+
+def test_a_rehearsal_tries_a_lora_on_its_plan(tmp_path):
+    """The plan follows from the call: a LoRA is not fused into what it streams."""
+    name = "transformer.transformer_blocks.0.norm1.linear.lora"
+    width = MMDiTConfig.sd35_large().width
+    pair = {"A": torch.zeros(2, width), "B": torch.zeros(6 * width, 2)}
+    save_file({f"{name}_{k}.weight": v for k, v in pair.items()}, tmp_path / "a")
+
+    def perform(pipe):
+        load_lora(pipe, tmp_path / "a", fused=True)
+        pipe("a bag")
+
+    how = {"dtype": torch.bfloat16, "device": "cpu"}
+    rehearse(perform, "sd3.5-large", memory="99GB", **how)
+    with pytest.raises(ValueError, match="a LoRA cannot be added to the weights"):
+        rehearse(perform, "sd3.5-large", memory="12GB", **how)
+
+
+def test_settings_that_do_not_fit_are_named(models, card):
+    """With the plan that would fit without them, whoever set the limit."""
+    call, fits = (
+        (models["large"], 2, memory.PICTURE, 0),
+        choose("12GB", models["large"]),
+    )
+    reason = memory.shortage(12e9, *call, t5="resident")
+    assert reason.startswith("with t5 resident this model needs about 1")
+    assert reason.endswith(f"; this would fit: {fits}")
+    with pytest.raises(ValueError, match=re.escape(f"memory is 12GB; {reason}")):
+        choose("12GB", models["large"], t5="resident")
+    card(12)
+    with pytest.raises(ValueError, match=re.escape(f"card has 12.0GB; {reason}")):
+        memory.check_device(Plan(), models["large"], "cuda", t5="resident")
+
+
+def test_encoding_is_counted(models, card):
+    """In tiles a picture is decoded in little memory, but encoded whole."""
+    plan, size = Plan(vae_tile=64, vae_slicing=True), (1, 16, 192, 192)
+    parts = models["medium"]
+    more = memory.working(plan, parts["transformer"], 2, size, 3)
+    assert more == pytest.approx(1.1 * 1.5**2 * GIB)
+    assert more > memory.working(plan, parts["transformer"], 2, size)
+    plan = replace(plan, vae_slicing=False)
+    three = memory.working(plan, parts["transformer"], 2, size, 3)
+    assert three == pytest.approx(3 * more)
+    card(estimate(plan, parts, 2, size) / 1e9 + 0.7)
+    memory.check_device(plan, parts, "cuda", 2, size)
+    with pytest.raises(ValueError, match="the card has"):
+        memory.check_device(plan, parts, "cuda", 2, size, 3)
+
+
+def test_a_rehearsal_counts_the_pictures_that_are_encoded(monkeypatch):
+    seen, plain = [], memory.estimate
+    monkeypatch.setattr(memory, "estimate", lambda *a: seen.append(a) or plain(*a))
+    image = torch.rand(2, 3, 32, 48)
+
+    def perform(pipe):
+        image_to_image(pipe, ["a bag", "a coat"], image)
+
+    rehearse(perform, "tiny", "cpu", memory="8GB")
+    assert {call[3:] for call in seen} == {((2, 16, 8, 12), 2)}
+
+
 def test_a_call_from_python_is_weighed_too(folder, monkeypatch):
     """Against what the card has left beside the weights: here 1.1 GB."""
     plain, sliced = minidiff.load(folder), minidiff.load(folder, vae_slicing=True)
@@ -276,7 +406,7 @@ def test_a_call_from_python_is_weighed_too(folder, monkeypatch):
 def test_a_card_that_no_plan_fits(models, monkeypatch):
     card = SimpleNamespace(total_memory=4.2e9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    with pytest.raises(ValueError, match="4GB; this model needs about"):
+    with pytest.raises(ValueError, match="card has 4.2GB; this model needs about"):
         memory.check_device(Plan(), models["large"], "cuda")
 
 
@@ -310,6 +440,15 @@ def test_counted_peak_of_a_denoising_call(models, config, plan, most):
     assert peak < most
     parts = models["medium" if config.dual_attention_layers else "large"]
     assert peak < estimate(plan, parts) / GIB
+
+
+@torch.no_grad()
+def test_counted_peak_of_encoding():
+    vae = on_meta(VAE, VAEConfig.sd35(), Plan())
+    with fused_attention(), Count(vae, Plan()) as count:
+        weights = count.live
+        vae.encode(torch.empty(1, 3, 1024, 1024, device="meta", dtype=torch.bfloat16))
+    assert 1 < (count.peak - weights) / GIB < 1.1
 
 
 def test_counted_peak_of_streamed_t5():

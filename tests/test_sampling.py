@@ -323,6 +323,12 @@ def test_meta_pipeline_needs_no_weights(pipe):
         ("sd3.5-medium", MMDiTConfig.sd35_medium(), "sd3.5-medium"),
         ("a/b", MMDiTConfig.sd35_medium(), "sd3.5-medium"),
         ("sd3.5-large", MMDiTConfig.sd35_large(), "sd3.5-large"),
+        ("/turbo/large", MMDiTConfig.sd35_large(), "sd3.5-large"),
+        (
+            "models--a--Turbo/snapshots/1f",
+            MMDiTConfig.sd35_large(),
+            "sd3.5-large-turbo",
+        ),
         ("stabilityai/…-large-Turbo", MMDiTConfig.sd35_large(), "sd3.5-large-turbo"),
     ],
 )

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,6 +138,16 @@ def test_fp8_products_stay_close():
     assert relative_error(FastMMDiT(model)(*given), stored) < 1e-5
     error = relative_error(FastMMDiT(model, fp8=True)(*given), exact)
     assert relative_error(stored, exact) < error < 0.15
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_gpu_multiplies_in_fp8_beside_bfloat16_alone(monkeypatch, dtype):
+    weight = SimpleNamespace(dtype=kernels.FLOAT8, is_cuda=True, device="cuda")
+    layer = SimpleNamespace(weight=weight, bias=torch.zeros(1, dtype=dtype))
+    block = SimpleNamespace(x_block=SimpleNamespace(mlp=SimpleNamespace(fc1=layer)))
+    model = SimpleNamespace(joint_blocks=[block])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert fast.multiplies_in_fp8(model) == (dtype == torch.bfloat16)
 
 
 def test_quantization_keeps_a_sixteenth():
@@ -283,6 +294,12 @@ def test_triton_kernels_compute_the_plain_forms():
 
 
 # The benchmark for a GPU, rehearsed at tiny size
+
+
+def test_the_gpu_benchmark_leaves_out_other_models():
+    found = gpu.chosen(["card", "step-medium", "step-large"], ["large"])
+    assert found == ["card", "step-large"]
+    assert gpu.chosen(list(gpu.STAGES), list(gpu.MODELS)) == list(gpu.STAGES)
 
 
 def test_the_gpu_benchmark_runs_and_goes_on(tmp_path):

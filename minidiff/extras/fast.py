@@ -318,13 +318,16 @@ def keep_freed_memory() -> None:
 
 
 def multiplies_in_fp8(model: MMDiT) -> bool:
-    """Whether the model's blocks are in fp8, on a device with fp8 products."""
-    weight = model.joint_blocks[0].x_block.mlp.fc1.weight
-    if weight.dtype != FLOAT8:
-        return False
-    if not weight.is_cuda:
-        return True
-    return torch.cuda.get_device_capability(weight.device) >= (8, 9)
+    """Whether the blocks are in fp8, on a device with fp8 products for their dtype.
+
+    On a GPU torch._scaled_mm takes a scale for each row where it writes bfloat16.
+    """
+    layer = model.joint_blocks[0].x_block.mlp.fc1
+    weight = layer.weight
+    if weight.dtype != FLOAT8 or not weight.is_cuda:
+        return weight.dtype == FLOAT8
+    able = torch.cuda.get_device_capability(weight.device) >= (8, 9)
+    return able and layer.bias.dtype == torch.bfloat16
 
 
 # The decoder

@@ -1,4 +1,4 @@
-"""Prompts read from a file; pictures written with their settings, which can be read.
+"""Prompts and pictures read from files; pictures written with their settings.
 
 The settings are text chunks (iTXt) of the PNG file, each under its own name.
 """
@@ -22,6 +22,24 @@ def read_prompts(file: Path | str) -> list[str]:
     return prompts
 
 
+def open_picture(file: Path | str) -> "Image":
+    """The picture in a file, all of it read, and turned as the camera was held.
+
+    Raises ValueError for what is no picture, or damaged; OSError for what is no file.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        picture = Image.open(file)
+        ImageOps.exif_transpose(picture, in_place=True)
+    except Exception as error:  # of damage PIL tells in a dozen ways
+        if getattr(error, "errno", None):
+            raise
+        reason = f"is not a picture that can be read: {error}"
+        raise ValueError(f"{file} {reason}") from None
+    return picture
+
+
 def save_picture(picture: "Image", file: Path | str, replace: bool = False) -> None:
     """Write a PNG that carries the numbers and texts of ``picture.info``.
 
@@ -41,15 +59,7 @@ def save_picture(picture: "Image", file: Path | str, replace: bool = False) -> N
 
 def read_settings(file: Path | str) -> dict[str, str]:
     """The settings in a PNG file; ValueError for what is no picture or has none."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(file) as picture:
-            picture.load()
-            found = dict(getattr(picture, "text", {}))
-    except UnidentifiedImageError:
-        raise ValueError(f"{file} is not a picture that can be read") from None
-    if not found:
+    if not (found := dict(getattr(open_picture(file), "text", {}))):
         raise ValueError(
             f"{file} carries no settings; minidiff sample and save_picture write them"
         )

@@ -5,6 +5,7 @@ and only the rest of the schedule is solved; with a mask, everything outside of 
 put back after each step. Steps, numbers and random draws are those of diffusers.
 """
 
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +14,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from minidiff.extras.files import open_picture
 from minidiff.flow_matching import interpolate
 from minidiff.sampling import SAMPLERS, Pipeline
 from minidiff.support import checks, output
+from minidiff.support.data import in_rgb
 from minidiff.vae import Posterior
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     Picture = Image | Tensor | Path | str
+
+# What a pipeline's call is given here: it follows from the picture and the strength.
+OWN = {"self", "latents", "sigmas"}
 
 
 @output.described
@@ -52,16 +58,18 @@ def image_to_image(
     steps = checks.given(num_inference_steps, pipe.defaults.num_inference_steps)
     count = check_call(pipe, prompt, steps, num_images_per_prompt, call)
     sigmas = pipe.scheduler.sigmas(steps)[first_step(steps, strength) :]
-    pictures, mask = open_pictures(image, mask_image, height, width)
-    shape = pipe.prepare_latents(count, *pictures.shape[2:]).shape
-    for name, given in (("image", pictures), ("mask_image", mask)):
-        if given is not None and len(given) not in (1, count):
-            found = f"{name} has {len(given)} pictures"
-            raise ValueError(f"{found}; expected 1 or {count}")
+    image, mask = open_pictures(image, mask_image)
+    width, height = map(checks.given, (width, height), size(image))
+    shape = pipe.prepare_latents(count, height, width).shape  # a wrong size ends here
+    pictures = as_tensor("image", image, "RGB", height, width, count) * 2 - 1
+    checks.check_room(pipe, shape, len(pictures))
+    if mask is not None:
+        mask = as_tensor("mask_image", mask, "L", height, width, count)
 
     data, noise = encode(pipe, pictures, range(seed, seed + count))
     callback = callback_on_step_end
     if mask is not None:
+        mask = (mask >= 0.5).float()
         small = F.interpolate(mask, shape[2:])  # (·, 1, H, W) → (·, 1, h, w)
         callback = Keep(data, noise, small.to(data), sigmas, callback_on_step_end)
     return pipe(
@@ -79,6 +87,9 @@ def check_call(
     pipe: Pipeline, prompt: checks.Texts, steps: int, num: int, call: dict[str, Any]
 ) -> int:
     """What the pipeline would check, before the first work; how many pictures."""
+    known = signature(Pipeline.__call__).parameters.keys() - OWN
+    if unknown := call.keys() - known:
+        raise TypeError(f"image_to_image() takes no argument {min(unknown)!r}")
     usual = {"sampler": "euler", "output_type": "pil", "max_sequence_length": None}
     how = (call.get(name, value) for name, value in usual.items())
     checks.check_call(pipe, steps, num, SAMPLERS, *how)
@@ -103,44 +114,35 @@ def first_step(steps: int, strength: float) -> int:
 # Pictures
 
 
-def open_pictures(
-    image: "Picture", mask: "Picture | None", height: int | None, width: int | None
-) -> tuple[Tensor, Tensor | None]:
-    """A picture (B, 3, H, W) in [−1, 1] and its mask (·, 1, H, W) of zeros and ones.
+def open_pictures(image: "Picture", mask: "Picture | None") -> tuple[Any, Any]:
+    """A picture and its mask, or None, opened: each a PIL picture or a tensor.
 
     Raises ValueError where the mask has another size than the picture.
     """
     image, mask = open_file(image), open_file(mask)
-    for name, value in (("image", image), ("mask_image", mask)):
-        check_kind(name, value)
-    if mask is not None and size(mask) != size(image):
+    check_kind("image", image)
+    if mask is not None:
+        check_kind("mask_image", mask)
         (w, h), (x, y) = size(mask), size(image)
-        raise ValueError(f"the mask is {w}×{h} pixels; expected the picture's {x}×{y}")
-    pictures = as_tensor("image", image, "RGB", height, width) * 2 - 1
-    if mask is None:
-        return pictures, None
-    mask = as_tensor("mask_image", mask, "L", height, width)
-    return pictures, (mask >= 0.5).float()
+        if (w, h) != (x, y):
+            found = f"the mask is {w}×{h} pixels"
+            raise ValueError(f"{found}; expected the picture's {x}×{y}")
+    return image, mask
 
 
 def open_file(image: "Picture | None") -> Any:
     """The picture in a file; pictures, tensors and None come back as they are."""
-    if not isinstance(image, str | Path):
-        return image
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        picture = Image.open(image)
-    except UnidentifiedImageError:
-        raise ValueError(f"{image} is not a picture that can be read") from None
-    ImageOps.exif_transpose(picture, in_place=True)  # as the camera was held
-    return picture
+    return open_picture(image) if isinstance(image, str | Path) else image
 
 
 def check_kind(name: str, value: Any) -> None:
-    """Raise TypeError for what is no picture at all."""
-    picture = isinstance(value, Tensor) or hasattr(value, "convert")
-    if not (picture or value is None):
+    """Raise TypeError or ValueError for what is no picture at all."""
+    if isinstance(value, Tensor):
+        if value.ndim < 2:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}; expected (…, H, W)"
+            )
+    elif not hasattr(value, "convert"):
         kind = type(value).__name__
         raise TypeError(
             f"{name} is a {kind}; expected a PIL picture, a file or a tensor"
@@ -155,9 +157,9 @@ def size(image: Any) -> tuple[int, int]:
 
 
 def as_tensor(
-    name: str, image: Any, mode: str, height: int | None, width: int | None
+    name: str, image: Any, mode: str, height: int, width: int, count: int
 ) -> Tensor:
-    """A picture in [0, 1] as (B, C, H, W): C is 3 for "RGB", 1 for "L"."""
+    """A picture in [0, 1] as (1 or ``count``, C, H, W): C is 3 for "RGB", 1 for "L"."""
     channels = len(mode)
     if isinstance(image, Tensor):
         image = image.float()
@@ -168,27 +170,27 @@ def as_tensor(
             raise ValueError(
                 f"{name} has shape {shape}; expected (B, {channels}, H, W)"
             )
-        check_tensor(name, found, height, width)
+        check_tensor(name, found, height, width, count)
         return found
-    wanted = width or image.width, height or image.height
-    image = image.convert(mode)
-    image = image if image.size == wanted else image.resize(wanted, resample=1)
+    image = in_rgb(image) if mode == "RGB" else image.convert(mode)
+    if image.size != (width, height):
+        image = image.resize((width, height), resample=1)
     values = torch.from_numpy(np.array(image, dtype=np.float32) / 255)
     # (H, W) or (H, W, 3) → (1, C, H, W)
     return values.reshape(*values.shape[:2], channels).permute(2, 0, 1)[None]
 
 
-def check_tensor(
-    name: str, image: Tensor, height: int | None, width: int | None
-) -> None:
-    """Raise ValueError unless ``image`` is in [0, 1] and of the size asked for."""
+def check_tensor(name: str, image: Tensor, height: int, width: int, count: int) -> None:
+    """Raise ValueError unless ``image`` is in [0, 1], and as large as asked for."""
+    if len(image) not in (1, count):
+        found = f"{name} has {len(image)} pictures"
+        raise ValueError(f"{found}; expected 1 or {count}")
     (h, w), (low, high) = image.shape[2:], image.aminmax()
     if not 0 <= low <= high <= 1:
         raise ValueError(f"{name} has values from {low:g} to {high:g}; expected 0 to 1")
-    wanted = width or w, height or h
-    if wanted != (w, h):
-        x, y = wanted
-        raise ValueError(f"{name} is a tensor of {w}×{h} pixels; expected {x}×{y}")
+    if (w, h) != (width, height):
+        found = f"{name} is a tensor of {w}×{h} pixels"
+        raise ValueError(f"{found}; expected {width}×{height}")
 
 
 def encode(pipe: Pipeline, pictures: Tensor, seeds: range) -> tuple[Tensor, Tensor]:

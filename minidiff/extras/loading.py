@@ -47,9 +47,13 @@ ENCODERS = tuple(PARTS)[:3]
 
 
 class Opened(NamedTuple):
-    """A pipeline's files, checked; of the models nothing has been read yet."""
+    """A pipeline's files, checked; of the models nothing has been read yet.
+
+    ``name`` is for people, ``known_as`` for ``recognize``.
+    """
 
     name: str
+    known_as: str
     parts: dict[str, cp.Prepared]
     tokenizers: list[CLIPTokenizer | T5Tokenizer | None]
     scheduler: Scheduler
@@ -105,7 +109,8 @@ def open_folder(model: Path | str, t5: bool = True) -> Opened:
     check_t5(folder, parts, present)
     origin = index.get("_name_or_path")
     name = f"{model} ({origin})" if origin else str(model)
-    return Opened(name, parts, read_tokenizers(folder, present), scheduler)
+    tokenizers = read_tokenizers(folder, present)
+    return Opened(name, known_as(folder), parts, tokenizers, scheduler)
 
 
 def read_index(folder: Path) -> tuple[dict[str, Any], list[str]]:
@@ -162,7 +167,8 @@ def open_single_file(
         parts.pop("text_encoder_3", None)
     present = [n for n in TOKENIZERS if (folder / n).is_dir() or not n.endswith("_3")]
     check_t5(folder, parts, present)
-    return Opened(file.stem, parts, read_tokenizers(folder, present), Scheduler(3.0))
+    tokenizers = read_tokenizers(folder, present)
+    return Opened(file.stem, file.stem, parts, tokenizers, Scheduler(3.0))
 
 
 def check_t5(folder: Path, parts: Collection[str], tokenizers: Collection[str]) -> None:
@@ -213,6 +219,19 @@ def blueprint(model: Path | str = "tiny") -> dict[str, nn.Module]:
     }
 
 
+def known_as(model: Path | str) -> str:
+    """The path by which ``recognize`` knows a folder, or a name that stands for one.
+
+    Where the folder remembers another name, that is its end. The published names need
+    no network.
+    """
+    if model in PUBLISHED:
+        return str(model)
+    folder = find_model(model, weights=False)
+    origin = read_index(folder)[0].get("_name_or_path")
+    return f"{folder}/{origin}" if origin else str(folder)
+
+
 def find_model(model: Path | str, t5: bool = True, weights: bool = True) -> Path:
     """The folder that ``model`` names; downloaded if it is on the hub."""
     if str(model) == "tiny":
@@ -221,7 +240,9 @@ def find_model(model: Path | str, t5: bool = True, weights: bool = True) -> Path
         return Path(model)
     owner, _, name = str(model).partition("/")
     hub_id = name and "/" not in name and not Path(owner).is_dir()
-    if str(model) in hub.REPOSITORIES or (hub_id and not name.endswith(".safetensors")):
+    if Path(model).suffix == ".safetensors" and not Path(model).exists():
+        raise FileNotFoundError(f"{model} is missing")
+    if str(model) in hub.REPOSITORIES or hub_id:
         return hub.download(str(model), t5, weights=weights)
     known = ", ".join(["tiny", *hub.REPOSITORIES])
     raise ValueError(f"model is {str(model)!r}; expected {known} or a folder")

@@ -7,9 +7,11 @@ in its header.
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -119,7 +121,7 @@ def check_fusable(updates: Mapping[str, LowRank], model: nn.Module) -> None:
         if not isinstance(layers[name].layer, nn.Linear):
             raise ValueError(
                 f"a LoRA cannot be added to the weights of {name}: they are in 8 bits "
-                "or stay in their file; expected fused=False, and no compile"
+                "or stay in their file; expected an unfused LoRA and no compilation"
             )
 
 
@@ -163,27 +165,58 @@ def read_lora(
 ) -> dict[str, dict[str, LowRank]]:
     """The updates in ``file`` for each model, by layer.
 
-    Raises ValueError naming the first layer that ``models`` do not have, or whose
-    shape is another: the file belongs to another model.
+    Raises ValueError for a file that is no LoRA, and naming the first layer that
+    ``models`` do not have, or whose shape is another: it belongs to another model.
     """
-    shapes = read_header(Path(file))
+    if not (shapes := read_header(Path(file))):
+        raise ValueError(f"{file} holds no LoRA: it has no tensors")
     layers = {part: targets(model) for part, model in models.items()}
     found: dict[str, dict[str, LowRank]] = {}
     with safe_open(file, "pt") as stream:
-        metadata = json.loads((stream.metadata() or {}).get(METADATA, "{}"))
-        check_kind(file, [*shapes, *(k for k, v in metadata.items() if v)])
+        notes = parse_notes(file, (stream.metadata() or {}).get(METADATA, "{}"))
+        check_kind(file, [*shapes, *(k for k, v in notes.items() if v)])
         for name in sorted({key.split(".lora_")[0] for key in shapes}):
             part, _, layer = name.partition(".")
             a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
             check(file, name, layers.get(part, {}).get(layer), shapes, a, b)
             (rank, inputs), outputs = shapes[a], shapes[b][0]
-            alpha = metadata.get(f"{part}.lora_alpha", rank)
-            alpha = metadata.get(f"{part}.alpha_pattern", {}).get(layer, alpha)
+            alpha = alpha_of(file, notes, part, layer)
             update = LowRank(inputs, outputs, rank, alpha)
             update.down.weight.data = stream.get_tensor(a)
             update.up.weight.data = stream.get_tensor(b)
             found.setdefault(part, {})[layer] = update.requires_grad_(False)
     return found
+
+
+def parse_notes(file: Path | str, text: str) -> dict[str, Any]:
+    """A file's metadata; ValueError where it is no object of JSON."""
+    try:
+        notes = json.loads(text)
+    except ValueError:
+        notes = None
+    if not isinstance(notes, dict):
+        raise ValueError(f"{file}: {METADATA} is {text[:40]!r}; expected a JSON object")
+    return notes
+
+
+def alpha_of(
+    file: Path | str, notes: Mapping[str, Any], part: str, layer: str
+) -> float | None:
+    """α by the first of peft's patterns that ``layer`` ends in, or the part's; or None.
+
+    Raises ValueError for patterns that cannot be read, and for what is no number.
+    """
+    alpha, patterns = notes.get(f"{part}.lora_alpha"), f"{part}.alpha_pattern"
+    try:
+        for key, value in (notes.get(patterns) or {}).items():
+            if re.match(rf"(.*\.)?({key})$", layer):
+                alpha = value
+                break
+    except (AttributeError, re.error):
+        raise ValueError(f"{file}: {patterns} cannot be read as patterns") from None
+    if not isinstance(alpha, int | float | None):
+        raise ValueError(f"{file}: α of {part}.{layer} is {alpha!r}; expected a number")
+    return alpha
 
 
 def check(
@@ -192,6 +225,10 @@ def check(
     """Raise ValueError unless ``file`` has both matrices of a layer that exists."""
     if a not in shapes or b not in shapes:
         raise ValueError(f"{file}: {name} lacks lora_A or lora_B (diffusers' keys)")
+    for key in (a, b):
+        if len(shapes[key]) != 2 or 0 in shapes[key]:
+            found = f"{file}: {key} has shape {list(shapes[key])}"
+            raise ValueError(f"{found}; expected a matrix that is not empty")
     if target is None:
         raise ValueError(
             f"{file} was made for another model: this one has no linear layer {name}"
@@ -244,7 +281,7 @@ def load_lora(pipe, file: Path | str, scale: float = 1.0, fused: bool = False) -
         elif any(module._compiled_call_impl for module in models[part].modules()):
             raise ValueError(
                 f"the {part} is compiled and would not see {file}; "
-                "expected fused=True, or compile=False"
+                "expected a fused LoRA or no compilation"
             )
     for part, updates in found.items():
         for update in updates.values():

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from minidiff.dit import MMDiT
 from minidiff.extras.kernels import Rows, quantize
 from minidiff.extras.precision import Float8Linear
-from minidiff.extras.tiling import sliced_decode, tiled_decode
+from minidiff.extras.tiling import sliced_decode, sliced_encode, tiled_decode
 from minidiff.support.checkpoints import Prepared, Read
 from minidiff.text_encoders import T5Encoder
 from minidiff.vae import VAE
@@ -30,6 +30,7 @@ GIB = 2**30
 RESERVE = 0.6 * GIB  # what CUDA itself and the allocator's gaps take
 BUDGETS = ("8GB", "12GB", "16GB", "24GB")
 PICTURE = (1, 16, 128, 128)  # the latents (B, C, h, w) of one picture of 1024²
+NOTHING = (0, 16, 0, 0)  # no latents: the weights alone
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Plan:
     the file at each prompt) or, for T5, "none" (left out). ``modulation`` is "resident"
     or "streamed": AdaLN's weights, read from the file once for each picture. ``fp8``
     stores the blocks' matrices in 8 bits. ``vae_tile`` is the side of a tile in latent
-    pixels, None the whole picture; ``vae_slicing`` decodes one picture at a time.
+    pixels, None the whole picture; ``vae_slicing`` encodes and decodes one picture at a
+    time.
     """
 
     t5: str = "resident"
@@ -101,12 +103,14 @@ def estimate(
     models: Mapping[str, nn.Module],
     width: int = 2,
     size: tuple[int, ...] = PICTURE,
+    encoded: int = 0,
 ) -> float:
     """About how many bytes of the device it takes to draw with guidance.
 
     ``models`` maps the hub's names of the parts to models (the meta device will do);
-    ``width`` is the number of bytes of a working value, ``size`` the latents'. Working
-    memory is what ``benchmarks/memory_count.py`` counts, and some room.
+    ``width`` is the number of bytes of a working value, ``size`` the latents',
+    ``encoded`` how many pictures become latents first. Working memory is what
+    ``benchmarks/memory_count.py`` counts, and some room.
     """
     t = models["transformer"]
     blocks = weigh(t, lambda n: "joint_blocks" in n and "adaLN" not in n)
@@ -123,19 +127,27 @@ def estimate(
     ):
         if where == "resident" and name in models:
             total += weigh(models[name]) * width
-    return total + working(plan, t, width, size)
+    return total + working(plan, t, width, size, encoded)
 
 
-def working(plan: Plan, transformer: MMDiT, width: int, size: tuple[int, ...]) -> float:
+def working(
+    plan: Plan,
+    transformer: MMDiT,
+    width: int,
+    size: tuple[int, ...],
+    encoded: int = 0,
+) -> float:
     """About how many bytes a drawing takes beside the weights; see ``estimate``."""
     batch, _, *sides = size
     area = math.prod(sides)  # in latent pixels
-    decoded = min(area, plan.vae_tile**2) if plan.vae_tile else area
-    decoding = 2.5 * GIB * decoded / 128**2 * (1 if plan.vae_slicing else batch)
+    tile = min(area, plan.vae_tile**2) if plan.vae_tile else area
+    encoded, decoded = (min(n, 1) if plan.vae_slicing else n for n in (encoded, batch))
+    encoding = 1.1 * GIB * area / 128**2 * encoded
+    decoding = 2.5 * GIB * tile / 128**2 * decoded
     config = transformer.config
     tokens = area // config.patch_size**2 + 333
     denoising = 22 * 2 * batch * tokens * config.width * width
-    return max(decoding, denoising)
+    return max(encoding, denoising, decoding)
 
 
 def requested(memory: str | Plan | None, **knobs: Any) -> Plan:
@@ -154,25 +166,58 @@ def choose(
     models: Mapping[str, nn.Module],
     width: int = 2,
     size: tuple[int, ...] = PICTURE,
+    encoded: int = 0,
     **knobs: Any,
 ) -> Plan:
     """The roomiest plan of the ladder that fits ``memory``, with ``knobs`` set on it.
 
     ``memory`` is "8GB" or any other number of gigabytes, a Plan, or None (everything
-    resident); ``width`` and ``size`` are those of ``estimate``. Raises ValueError for a
-    text that is not one, or too little memory.
+    resident); ``width``, ``size`` and ``encoded`` are those of ``estimate``. Raises
+    ValueError for a text that is not one, or too little memory.
     """
     plan = requested(memory, **knobs)
     if memory is None or isinstance(memory, Plan):
         return plan
-    budget = parse_budget(memory)
-    plans = [replace(plan, **knobs) for plan in LADDER]
-    for plan in plans:
-        if estimate(plan, models, width, size) + RESERVE <= budget:
+    call = parse_budget(memory), models, width, size, encoded
+    if plan := roomiest(*call, **knobs):
+        return plan
+    raise ValueError(f"memory is {memory}; {shortage(*call, **knobs)}")
+
+
+def roomiest(
+    budget: float,
+    models: Mapping[str, nn.Module],
+    width: int,
+    size: tuple[int, ...],
+    encoded: int,
+    **knobs: Any,
+) -> Plan | None:
+    """The first plan of the ladder, with ``knobs``, that fits ``budget`` bytes."""
+    for plan in LADDER:
+        plan = replace(plan, **knobs)
+        if estimate(plan, models, width, size, encoded) + RESERVE <= budget:
             return plan
-    least = (estimate(plans[-1], models, width, size) + RESERVE) / 1e9
-    what = "this model" if size == PICTURE else "so many pixels at once"
-    raise ValueError(f"memory is {memory}; {what} needs about {least:.1f}GB")
+    return None
+
+
+def shortage(
+    budget: float,
+    models: Mapping[str, nn.Module],
+    width: int,
+    size: tuple[int, ...],
+    encoded: int,
+    **knobs: Any,
+) -> str:
+    """What is needed where no plan fits; the one that would without ``knobs``."""
+    call = models, width, size, encoded
+    least = estimate(replace(LADDER[-1], **knobs), *call) + RESERVE
+    large = math.prod(size) > math.prod(PICTURE)
+    what = "so many pixels at once" if large else "this model"
+    line = f"{what} needs about {least / 1e9:.1f}GB"
+    if not (other := roomiest(budget, *call)):
+        return line
+    fixed = ", ".join(f"{name} {value}" for name, value in knobs.items())
+    return f"with {fixed} {line}; this would fit: {other}"
 
 
 def parse_budget(memory: str) -> float:
@@ -191,6 +236,7 @@ def check_device(
     device: Any,
     width: int = 2,
     size: tuple[int, ...] = PICTURE,
+    encoded: int = 0,
     **knobs: Any,
 ) -> None:
     """Raise ValueError, naming a plan that fits, where the card is too small.
@@ -202,34 +248,54 @@ def check_device(
     if device.type != "cuda":
         return
     total = torch.cuda.get_device_properties(device).total_memory
-    need = estimate(plan, models, width, size) + RESERVE
+    call = models, width, size, encoded
+    need = estimate(plan, *call) + RESERVE
     if need <= total:
         return
-    budget = f"{int(total / 1e9)}GB"  # rounded down, for the plan must fit the card
-    smaller = choose(budget, models, width, size, **knobs)
-    name = f"memory='{budget}' fits" if size == PICTURE else "this would fit"
-    raise ValueError(
-        f"the card has {total / 1e9:.1f}GB and this needs about {need / 1e9:.1f}GB; "
-        f"{name}: {smaller}"
-    )
+    card, budget = f"the card has {total / 1e9:.1f}GB", int(total / 1e8) / 10
+    smaller = roomiest(budget * 1e9, *call, **knobs)  # rounded down, to fit the card
+    if not smaller:
+        raise ValueError(f"{card}; {shortage(budget * 1e9, *call, **knobs)}")
+    usual = (size, encoded) == (PICTURE, 0)
+    name = f"memory='{budget:g}GB' fits" if usual else "this would fit"
+    found = f"{card} and this needs about {need / 1e9:.1f}GB"
+    raise ValueError(f"{found}; {name}: {smaller}")
 
 
-def check_room(pipe: Any, size: tuple[int, ...], free: float) -> None:
+def check_room(pipe: Any, size: tuple[int, ...], free: float, encoded: int = 0) -> None:
     """Raise ValueError where latents of ``size`` need more than ``free`` bytes.
 
-    ``pipe`` is loaded: the memory that its weights take is not free.
+    ``pipe`` is loaded: the memory that its weights take is not free. ``encoded`` is
+    that of ``estimate``.
     """
     plan = getattr(pipe.vae, "plan", Plan())
-    need = working(plan, pipe.transformer, pipe.dtype.itemsize, size)
+    need = working(plan, pipe.transformer, pipe.dtype.itemsize, size, encoded)
     if need <= free:
         return
-    factor = pipe.vae.config.factor
-    batch, _, height, width = size
-    what = f"{batch} × {factor * width}×{factor * height} pixels at once"
     raise ValueError(
-        f"{what} take about {need / 1e9:.1f}GB beside the weights; the card has "
-        f"{free / 1e9:.1f}GB left: expected fewer or smaller ones, or a tighter plan"
+        f"{pixels(size, pipe.vae)} at once take about {need / 1e9:.1f}GB beside the "
+        f"weights; the card has {free / 1e9:.1f}GB left: expected fewer or smaller "
+        "ones, or a tighter plan"
     )
+
+
+def pixels(size: tuple[int, ...], vae: VAE) -> str:
+    """The pictures that latents of ``size`` become, in words."""
+    batch, _, height, width = size
+    return f"{batch} × {vae.config.factor * width}×{vae.config.factor * height} pixels"
+
+
+def announce(
+    plan: Plan,
+    models: Mapping[str, nn.Module],
+    width: int,
+    size: tuple[int, ...] = PICTURE,
+    encoded: int = 0,
+) -> None:
+    """Print a plan and what it comes to; the arguments are those of ``estimate``."""
+    need = estimate(plan, models, width, size, encoded) / GIB
+    what = pixels(size, models["vae"])
+    print(f"memory plan: {plan}; about {need:.1f} GiB for {what}")
 
 
 # Layers whose weights stay in the file
@@ -362,7 +428,7 @@ def swap(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def tile(vae: VAE, plan: Plan) -> VAE:
-    """Let ``vae.decode`` work in tiles and slices as the plan says."""
+    """Let ``vae`` work in tiles and slices as the plan says."""
     vae.plan = plan  # ``check_room`` asks for it
     if plan.vae_tile:
         factor = vae.config.factor
@@ -371,6 +437,7 @@ def tile(vae: VAE, plan: Plan) -> VAE:
         )
     if plan.vae_slicing:
         vae.decode = partial(sliced_decode, vae.decode)
+        vae.encode = partial(sliced_encode, vae.encode)
     return vae
 
 
@@ -383,15 +450,16 @@ def load_parts(
 ) -> dict[str, nn.Module]:
     """Read the parts of a pipeline, by the hub's names, as a plan says (``choose``).
 
-    A plan that was asked for is printed in one line. Raises ValueError where the card
-    is too small, naming a plan that fits.
+    What was chosen for ``memory`` is printed in one line. Raises ValueError where the
+    card is too small for a picture of 1024², naming a plan that fits; with a Plan,
+    where it is too small for the weights.
     """
     models, width = {n: part.model for n, part in prepared.items()}, dtype.itemsize
     plan = choose(memory, models, width, **knobs)
     if plan.t5 == "none":
         models.pop("text_encoder_3", None)
-    check_device(plan, models, device, width, **knobs)
-    if memory is not None or knobs:
-        need = estimate(plan, models, width) / GIB
-        print(f"memory plan: {plan}; about {need:.1f} GiB for a 1024×1024 picture")
+    size = NOTHING if isinstance(memory, Plan) else PICTURE
+    check_device(plan, models, device, width, size, **knobs)
+    if isinstance(memory, str) or knobs:
+        announce(plan, models, width)
     return {name: place(prepared[name], plan, device, dtype) for name in models}

@@ -7,6 +7,8 @@ no weights, and ends where the work would begin.
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,10 +16,19 @@ import torch
 from torch import Tensor
 
 from minidiff.extras import loading
-from minidiff.extras.memory import Plan, check_device, choose, requested, stand_in
+from minidiff.extras.memory import (
+    PICTURE,
+    Plan,
+    announce,
+    check_device,
+    choose,
+    requested,
+    stand_in,
+)
 from minidiff.flow_matching import Scheduler
 from minidiff.sampling import Pipeline
 from minidiff.support.checks import check_target
+from minidiff.vae import VAE, Posterior
 
 
 class Began(Exception):
@@ -25,13 +36,24 @@ class Began(Exception):
 
 
 class Rehearsal(Pipeline):
-    """A pipeline on the meta device that ends at its first work."""
+    """A pipeline on the meta device that ends at its first work.
+
+    It keeps what memory depends on: the latents' size, and how many pictures are
+    encoded first.
+    """
+
+    size, encoded = PICTURE, 0
 
     def prepare_latents(self, *args: Any, **options: Any) -> Tensor:
-        """The latents, whose shape is kept: memory depends on it."""
+        """The latents; their shape is kept."""
         latents = super().prepare_latents(*args, **options)
         self.size = tuple(latents.shape)
         return latents
+
+    def encode(self, images: Tensor) -> Posterior:
+        """The autoencoder's, in shape; their number is kept."""
+        self.encoded = len(images)
+        return VAE.encode(self.vae, images)
 
     def encode_prompt(self, *_: object) -> NoReturn:
         """Prompts are encoded once all checks have passed."""
@@ -51,25 +73,39 @@ def rehearse(
 
     So is that of a card too small for the call. The arguments are those of
     ``minidiff.load``. Warnings wait for the real call. Returns the plan of memory with
-    which the call fits.
+    which the call fits; where one was asked for it is printed in one line.
     """
     device, dtype = check_target(device, dtype)
     opened = outline(model, text_encoders, memory, knobs)
-    models, width = opened.parts, dtype.itemsize
-    plan = choose(memory, models, width, **knobs)
-    for part in models.values():
-        stand_in(part, plan)
-    *encoders, transformer, vae = (models.get(name) for name in loading.PARTS)
-    parts = transformer, vae, opened.scheduler, opened.name
-    pipe = Rehearsal(opened.tokenizers, encoders, *parts)
-    pipe.progress = False
-    with warnings.catch_warnings(action="ignore"):
-        try:
-            perform(pipe)
-        except Began:
-            plan = choose(memory, models, width, pipe.size, **knobs)
-            check_device(plan, models, device, width, pipe.size, **knobs)
+    asked = requested(memory, **knobs)
+    pipe = attempt(perform, opened, asked)
+    models, call = opened.parts, (dtype.itemsize, pipe.size, pipe.encoded)
+    plan = choose(memory, models, *call, **knobs)
+    check_device(plan, models, device, *call, **knobs)
+    if plan != asked:  # it may keep weights away that a LoRA would be added to
+        attempt(perform, opened, plan)
+    if memory is not None or knobs:
+        announce(plan, models, *call)
     return plan
+
+
+def attempt(
+    perform: Callable[[Pipeline], None], opened: loading.Opened, plan: Plan
+) -> Rehearsal:
+    """The pipeline that ``perform`` was called with, its weights where ``plan`` says.
+
+    ``opened`` keeps its models as they are, for these are weighed.
+    """
+    parts = deepcopy(opened.parts)
+    for part in parts.values():
+        stand_in(part, plan)
+    *encoders, transformer, vae = (parts.get(name) for name in loading.PARTS)
+    given = transformer, vae, opened.scheduler, opened.known_as
+    pipe = Rehearsal(opened.tokenizers, encoders, *given)
+    pipe.progress, vae.encode = False, pipe.encode
+    with warnings.catch_warnings(action="ignore"), suppress(Began):
+        perform(pipe)
+    return pipe
 
 
 def outline(
@@ -86,4 +122,5 @@ def outline(
     models = loading.blueprint(model)
     if requested(memory, **knobs).t5 == "none":
         del models["text_encoder_3"]
-    return loading.Opened(str(model), models, [None] * 3, Scheduler(3.0))
+    names = str(model), str(model)
+    return loading.Opened(*names, models, [None] * 3, Scheduler(3.0))

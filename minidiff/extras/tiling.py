@@ -1,14 +1,17 @@
-"""Decoding a large picture in overlapping tiles, or a batch one picture at a time.
+"""Decoding a large picture in overlapping tiles; a batch one picture at a time.
 
 Tiles are cut, decoded and blended as diffusers' AutoencoderKL does it: neighbours
-overlap by a quarter, and over the overlap one fades linearly into the next. Group
-norms then see one tile at a time, so the result differs slightly from the whole.
+overlap by a quarter (or the next whole latent pixel), and over the overlap one fades
+linearly into the next. Group norms then see one tile at a time, so the result differs
+slightly from the whole.
 """
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from minidiff.vae import Posterior
 
 Decode = Callable[[Tensor], Tensor]
 
@@ -26,8 +29,8 @@ def tiled_decode(
     step = int(tile * (1 - overlap))
     if not 0 < step < tile:
         raise ValueError(f"tiles of {tile} latent pixels cannot overlap by {overlap}")
-    fade = int(tile * factor * overlap)
-    kept = tile * factor - fade
+    kept = step * factor
+    fade = tile * factor - kept
     rows: list[list[Tensor]] = []
     for i in range(0, latents.shape[2], step):
         columns = range(0, latents.shape[3], step)
@@ -59,3 +62,10 @@ def blend(before: Tensor, after: Tensor, extent: int, dim: int) -> None:
 def sliced_decode(decode: Decode, latents: Tensor) -> Tensor:
     """Latents (B, C, h, w) → images (B, 3, H, W), one picture at a time."""
     return torch.cat([decode(z) for z in latents.split(1)])
+
+
+def sliced_encode(encode: Callable[[Tensor], Posterior], images: Tensor) -> Posterior:
+    """Images (B, 3, H, W) → a Posterior (B, C, h, w), one picture at a time."""
+    parts = [encode(x) for x in images.split(1)]
+    mean, logvar = ([getattr(p, name) for p in parts] for name in ("mean", "logvar"))
+    return Posterior(torch.cat(mean), torch.cat(logvar))

@@ -45,7 +45,7 @@ def for_encoders(prompt: str | Sequence[str | Triple]) -> list[list[str]]:
 
 
 def as_texts(name: str, value: str | Sequence[str]) -> list[str]:
-    """A list of one or more strings."""
+    """A list of one or more strings; TypeError or ValueError for what is none."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(
         isinstance(t, str) for t in texts
@@ -54,6 +54,10 @@ def as_texts(name: str, value: str | Sequence[str]) -> list[str]:
         raise TypeError(f"{name} is a {found}; expected a string or a list of strings")
     if not texts:
         raise ValueError(f"{name} is an empty list; expected at least one string")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:  # half of a pair, or a byte that the shell passed on
+        raise ValueError(f"{name} is not a text in UTF-8") from None
     return list(texts)
 
 
@@ -139,14 +143,18 @@ def check_size(name: str, size: int, grid: int, largest: int) -> None:
         )
 
 
-def check_room(pipe: Any, size: tuple[int, ...]) -> None:
-    """Raise ValueError where the card has no room for latents of ``size``."""
+def check_room(pipe: Any, size: tuple[int, ...], encoded: int = 0) -> None:
+    """Raise ValueError where the card has no room for latents of ``size``.
+
+    ``encoded`` is the number of pictures of that size that are encoded before.
+    """
     if pipe.device.type == "cuda":
         from minidiff.extras import memory
 
         free = torch.cuda.mem_get_info(pipe.device)[0]
         free += torch.cuda.memory_reserved(pipe.device)
-        memory.check_room(pipe, size, free - torch.cuda.memory_allocated(pipe.device))
+        free -= torch.cuda.memory_allocated(pipe.device)
+        memory.check_room(pipe, size, free, encoded)
 
 
 def check_parts(text_encoders: Sequence[Any], transformer: Any, vae: Any) -> None:
