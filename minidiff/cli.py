@@ -452,7 +452,9 @@ def train(
     data: Data = None,
     recipe: Annotated[
         str | None,
-        typer.Option(help="gpu, shipped, longer, further, trial, or a JSON file."),
+        typer.Option(
+            help="gpu, shipped, longer, further, muon, trial, or a JSON file."
+        ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Of the one stage named.")] = None,
     batch_size: Annotated[

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from minidiff.dit import MMDiT
 from minidiff.flow_matching import interpolate, velocity_target
 from minidiff.support import parallel, rng, trainer
+from minidiff.support.muon import Muon
 from minidiff.support.towers import AnswerDecoder, ImageTower
 from minidiff.text_encoders import CLIPTextEncoder, T5Encoder
 from minidiff.vae import VAE
@@ -511,6 +512,7 @@ class TrainingConfig:
     beta2: float = 0.99
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
+    muon: bool = False
     accumulation: int = 1
     bfloat16: bool = False
     compile: bool = False
@@ -523,6 +525,11 @@ class TrainingConfig:
 # %% [markdown]
 # The learning rate climbs while Adam's averages are still young, then falls along half
 # a cosine, so that the noise of the steps dies out at the end.
+#
+# `muon` chooses another optimiser for the matrices of the blocks. A gradient $USV^T$ is
+# long in a few directions and short in most. Adam divides each number by its own size
+# and still follows the long ones; Muon steps along $UV^T$, equally far in all of them
+# (`minidiff.support.muon`).
 
 
 # %%
@@ -584,13 +591,13 @@ class Learner:
         trainer.check_batch(config.steps, config.batch_size, self.shares)
         self.model = task.model.to(self.device).train()
         self.ema = parallel.replica(self.model, config.sharded)
-        objective = Objective(task, config.bfloat16)
-        self.objective = parallel.wrap(objective, config.sharded)
+        self.objective = parallel.wrap(Objective(task, config.bfloat16), config.sharded)
         if config.compile:
             self.objective = trainer.compiled(self.objective)
         settings = {"betas": (0.9, config.beta2), "weight_decay": config.weight_decay}
         settings["fused"] = not config.sharded
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), **settings)
+        kind = Muon if config.muon else torch.optim.AdamW
+        self.optimizer = kind(self.model.named_parameters(), **settings)
 
     def samples(self, step: int, part: int) -> Tensor:
         """The numbers of the samples that this process sees in a part of a step."""
@@ -607,8 +614,7 @@ class Learner:
             (loss / c.accumulation).backward()
             losses.append(loss.detach())
         nn.utils.clip_grad_norm_(self.model.parameters(), c.max_grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, c)
+        self.optimizer.param_groups[0]["lr"] = learning_rate(step, c)
         self.optimizer.step()
         self.optimizer.zero_grad()
         update_ema(self.ema, self.model, c.ema_decay, step)
@@ -1055,4 +1061,6 @@ def fit(
 # - Karras et al. 2024, [Analyzing and Improving the Training Dynamics of Diffusion
 #   Models](https://arxiv.org/abs/2312.02696): averages of weights, chosen afterwards.
 # - Loshchilov and Hutter 2019, [Decoupled Weight Decay
-#   Regularization](https://arxiv.org/abs/1711.05101): AdamW.
+#   Regularization](https://arxiv.org/abs/1711.05101): AdamW. Jordan et al. 2024,
+#   [Muon](https://kellerjordan.github.io/posts/muon/), and Liu et al. 2025, [Muon is
+#   Scalable for LLM Training](https://arxiv.org/abs/2502.16982).

@@ -58,6 +58,10 @@ def transformer() -> Task:
     return Task(MMDiT(config), transformer_loss, batch)
 
 
+def muon() -> Task:
+    return transformer()
+
+
 def vae() -> Task:
     sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4}
     config = VAEConfig(latent_channels=4, layers_per_block=1, **sizes)
@@ -106,11 +110,11 @@ def main() -> None:
     torch.set_default_dtype(torch.float64)
     parallel.start("cpu")
     weights = {}
-    for stage in (clip, t5, vae, judge, transformer):
+    for stage in (clip, t5, vae, judge, transformer, muon):
         torch.manual_seed(0)
         task = stage()
         before = {k: v.clone() for k, v in task.model.state_dict().items()}
-        config = replace(CONFIG, sharded=len(sys.argv) > 2)
+        config = replace(CONFIG, sharded=len(sys.argv) > 2, muon=stage is muon)
         for name, value in fit(task, config).state_dict().items():
             value = parallel.whole(value)
             weights[f"{stage.__name__}/{name}"] = value.contiguous()

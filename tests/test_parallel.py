@@ -45,7 +45,7 @@ def test_two_processes_give_the_weights_of_one(
         assert (alone[name] - together[name]).abs().max() <= 1e-9, name
 
 
-@pytest.mark.parametrize("stage", ["clip", "t5", "vae", "transformer"])
+@pytest.mark.parametrize("stage", ["clip", "t5", "vae", "transformer", "muon"])
 def test_the_stage_learned(alone: dict[str, Tensor], stage: str) -> None:
     moved = [v.abs().max() for k, v in alone.items() if k.startswith(f"moved/{stage}")]
     assert max(moved) > 1e-3

@@ -218,6 +218,13 @@ RECIPES["further"] = replace(
     two_garments=0.65,
     shift=3.0,
 )
+# To go on with that: the same levels, Muon's steps.
+RECIPES["muon"] = replace(
+    RECIPES["further"],
+    transformer=replace(
+        RECIPES["further"].transformer, steps=13_000, learning_rate=1.5e-3, muon=True
+    ),
+)
 
 
 def find_recipe(name: str) -> Recipe:
@@ -960,8 +967,8 @@ def train(
     decides what is drawn by chance: other scenes, another order, other noise.
 
     ``recipe`` is "gpu" (large batches, for a large GPU), "shipped" (what began the
-    shipped model, an hour of a CPU), "longer" and "further" (what went on with it, with
-    ``start``), "trial" (a few steps of everything) or a JSON file (see
+    shipped model, an hour of a CPU), "longer", "further" and "muon" (what went on with
+    it, with ``start``), "trial" (a few steps of everything) or a JSON file (see
     ``find_recipe``); by default "gpu" on a GPU, else "shipped". Raises ValueError for a
     name or a number that cannot be.
     """

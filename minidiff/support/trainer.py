@@ -306,7 +306,8 @@ def restore(
     for i, (name, parameter) in enumerate(model.named_parameters()):
         if not parameter.requires_grad:
             continue
-        kept = {key: tensors[f"{key}/{name}"] for key in keys}
+        own = [key for key in keys if f"{key}/{name}" in tensors]
+        kept = {key: tensors[f"{key}/{name}"] for key in own}
         state["state"][i] = {key: laid_like(x, parameter) for key, x in kept.items()}
     optimizer.load_state_dict(state)
     return step

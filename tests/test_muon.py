@@ -1,0 +1,91 @@
+"""Muon, against PyTorch's own and against what it is for."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import assert_same, regression
+from torch import nn
+
+from minidiff.support.muon import Muon, orthogonal
+from minidiff.support.trainer import Run
+from minidiff.training import fit
+
+
+def test_the_nearest_orthogonal_matrix() -> None:
+    """The singular vectors stay, the values come near 1."""
+    x = torch.randn(4, 48, 32, generator=torch.Generator().manual_seed(0))
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    assert (s[:, 0] / s[:, -1]).min() > 5
+    turned = u.mT @ orthogonal(x) @ v.mT
+    values = turned.diagonal(dim1=1, dim2=2)
+    assert 0.65 < values.min() and values.max() < 1.25
+    assert (turned - values.diag_embed()).abs().max() < 1e-4
+
+
+def matrices(*shapes: tuple[int, int]) -> list[tuple[str, nn.Parameter]]:
+    """Weights of numbered layers, each drawn with its own seed."""
+    draw = torch.Generator().manual_seed(1)
+    values = [nn.Parameter(torch.randn(shape, generator=draw)) for shape in shapes]
+    return [(f"layers.{i}.weight", x) for i, x in enumerate(values)]
+
+
+def learn(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter]) -> None:
+    """Three steps along gradients that depend on the step alone."""
+    draw = torch.Generator().manual_seed(2)
+    for _ in range(3):
+        for x in weights:
+            x.grad = torch.randn(x.shape, generator=draw)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32)], ids=str)
+def test_whole_matrices_move_as_with_pytorch(shape: tuple[int, int]) -> None:
+    """PyTorch's own multiplies in bfloat16 always: so do both here."""
+    (own,), (other,) = matrices(shape), matrices(shape)
+    before = own[1].detach().clone()
+    learn(Muon([own], lr=0.1, weight_decay=0.1), [own[1]])
+    settings = {"lr": 0.1, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    learn(torch.optim.Muon([other[1]], **settings), [other[1]])
+    assert (own[1] - other[1]).norm() < 0.02 * (other[1] - before).norm()
+
+
+def test_several_maps_in_one_weight_are_orthogonal_each() -> None:
+    ((name, qkv),) = matrices((48, 16))
+    alone = [(f"{name}.{i}", nn.Parameter(x)) for i, x in enumerate(qkv.data.split(16))]
+    grad = torch.randn(48, 16, generator=torch.Generator().manual_seed(3))
+    optimizers = Muon([(name, qkv)], lr=0.1), Muon(alone, lr=0.1)
+    qkv.grad = grad
+    for (_, x), part in zip(alone, grad.split(16), strict=True):
+        x.grad = part
+    for optimizer in optimizers:
+        optimizer.step()
+    torch.testing.assert_close(qkv.data, torch.cat([x.data for _, x in alone]))
+
+
+def test_all_else_moves_as_with_adamw() -> None:
+    draw = torch.Generator().manual_seed(4)
+    shapes = {"first.weight": (8, 8), "blocks.0.bias": (8,), "0.conv": (4, 4, 3, 3)}
+    start = {name: torch.randn(s, generator=draw) for name, s in shapes.items()}
+    own, other = ([nn.Parameter(x.clone()) for x in start.values()] for _ in range(2))
+    learn(Muon(zip(start, own, strict=True), lr=0.1), own)
+    learn(torch.optim.AdamW(other, lr=0.1), other)
+    for a, b in zip(own, other, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_a_run_that_was_stopped_goes_on_the_same(tmp_path: Path, bfloat16) -> None:
+    def action(folder: str, deadline: float | None = None) -> dict[str, torch.Tensor]:
+        task, config = regression(steps=4, muon=True, bfloat16=bfloat16)
+        with Run(tmp_path / folder, {}) as run:
+            return fit(task, config, run, deadline=deadline).state_dict()
+
+    whole = action("whole")
+    for _ in range(3):
+        with pytest.raises(TimeoutError):
+            action("stopped", deadline=1.0)
+    assert_same(action("stopped"), whole)
+    adam, config = regression(steps=4, bfloat16=bfloat16)
+    moved = fit(adam, config).state_dict()
+    assert not torch.equal(moved["layers.0.weight"], whole["layers.0.weight"])
