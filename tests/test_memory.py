@@ -25,7 +25,7 @@ from minidiff.extras import memory, tiling
 from minidiff.extras.image_to_image import image_to_image
 from minidiff.extras.loading import blueprint
 from minidiff.extras.lora import load_lora
-from minidiff.extras.memory import GIB, Plan, choose, estimate
+from minidiff.extras.memory import GIB, Call, Plan, choose, estimate
 from minidiff.extras.precision import Float8Linear
 from minidiff.extras.rehearsal import rehearse
 from minidiff.sampling import Pipeline
@@ -167,28 +167,29 @@ def test_slices_are_encoded_one_by_one(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def models():
-    return {name: blueprint(f"sd3.5-{name}") for name in ("medium", "large")}
+def calls():
+    """A picture of 1024² with each of the models."""
+    return {name: Call(blueprint(f"sd3.5-{name}")) for name in ("medium", "large")}
 
 
 @pytest.mark.parametrize("name", ["medium", "large"])
 @pytest.mark.parametrize("budget", memory.BUDGETS)
-def test_every_published_model_fits_every_card(models, name, budget):
-    plan = choose(budget, models[name])
-    assert estimate(plan, models[name]) <= float(budget[:-2]) * 1e9
-    assert choose("999GB", models[name]) == Plan()
+def test_every_published_model_fits_every_card(calls, name, budget):
+    plan = choose(budget, calls[name])
+    assert estimate(plan, calls[name]) <= float(budget[:-2]) * 1e9
+    assert choose("999GB", calls[name]) == Plan()
 
 
-def test_more_memory_never_means_a_tighter_plan(models):
-    for parts in models.values():
-        ranks = [memory.LADDER.index(choose(b, parts)) for b in memory.BUDGETS]
+def test_more_memory_never_means_a_tighter_plan(calls):
+    for call in calls.values():
+        ranks = [memory.LADDER.index(choose(b, call)) for b in memory.BUDGETS]
         assert ranks == sorted(ranks, reverse=True)
 
 
-def test_knobs_hold_whatever_the_budget(models):
-    plan = choose("24GB", models["medium"], t5="none", vae_tile=32)
+def test_knobs_hold_whatever_the_budget(calls):
+    plan = choose("24GB", calls["medium"], t5="none", vae_tile=32)
     assert plan.t5 == "none" and plan.vae_tile == 32
-    assert choose(Plan(fp8=True), models["medium"], clip="streamed") == Plan(
+    assert choose(Plan(fp8=True), calls["medium"], clip="streamed") == Plan(
         fp8=True, clip="streamed"
     )
 
@@ -220,33 +221,34 @@ def test_bad_settings(folder, settings, message):
 
 @pytest.mark.parametrize("gigabytes", [8.3, 11.6, 15.7, 23.9])
 def test_a_card_that_is_too_small_is_told_a_plan_that_fits(
-    models, monkeypatch, gigabytes
+    calls, monkeypatch, gigabytes
 ):
     card = SimpleNamespace(total_memory=gigabytes * 1e9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     with pytest.raises(ValueError, match=f"the card has {gigabytes}GB and") as refused:
-        memory.check_device(Plan(), models["large"], "cuda")
+        memory.check_device(Plan(), calls["large"], "cuda")
     budget, named = re.search("memory='(.*)' fits: (.*)", str(refused.value)).groups()
-    plan = choose(budget, models["large"])
+    plan = choose(budget, calls["large"])
     assert str(plan) == named
-    memory.check_device(plan, models["large"], "cuda")
+    memory.check_device(plan, calls["large"], "cuda")
 
 
-def test_more_pixels_take_more_memory(models, monkeypatch):
+def test_more_pixels_take_more_memory(calls, monkeypatch):
     """They are refused with the settings that would fit, where there are any."""
-    plan, one = choose("12GB", models["medium"]), memory.PICTURE
+    plan, one = choose("12GB", calls["medium"]), memory.PICTURE
     card = SimpleNamespace(total_memory=12e9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     four, many = (4, *one[1:]), (64, *one[1:])
+    medium = calls["medium"]
     for size in (one, (1, 16, 96, 170)):
-        memory.check_device(plan, models["medium"], "cuda", size=size)
+        memory.check_device(plan, replace(medium, size=size), "cuda")
     with pytest.raises(ValueError, match="this would fit: t5 streamed") as refused:
-        memory.check_device(Plan(), models["medium"], "cuda", size=four)
-    smaller = choose("12GB", models["medium"], size=four)
+        memory.check_device(Plan(), replace(medium, size=four), "cuda")
+    smaller = choose("12GB", replace(medium, size=four))
     assert str(refused.value).endswith(f": {smaller}") and smaller.vae_slicing
-    memory.check_device(smaller, models["medium"], "cuda", size=four)
+    memory.check_device(smaller, replace(medium, size=four), "cuda")
     with pytest.raises(ValueError, match="so many pixels at once needs about"):
-        memory.check_device(Plan(), models["medium"], "cuda", size=many)
+        memory.check_device(Plan(), replace(medium, size=many), "cuda")
 
 
 @pytest.mark.parametrize("knobs", [{}, {"t5": "streamed"}], ids=str)
@@ -304,10 +306,10 @@ def small(pipe):
 @pytest.mark.parametrize(
     ("size", "how"), [(21, {"t5": "none"}), (99, {"memory": "6.9GB"})], ids=str
 )
-def test_what_was_rehearsed_is_what_is_loaded(models, monkeypatch, card, size, how):
+def test_what_was_rehearsed_is_what_is_loaded(calls, monkeypatch, card, size, how):
     """A picture of 1024² would not fit; loading does not ask for one."""
     card(size)
-    parts = {n: SimpleNamespace(model=m) for n, m in models["large"].items()}
+    parts = {n: SimpleNamespace(model=m) for n, m in calls["large"].models.items()}
     monkeypatch.setattr(memory, "place", lambda part, plan, *_: plan)
     with pytest.raises(ValueError, match="needs about"):
         memory.load_parts(parts, "cuda", torch.bfloat16, **how)
@@ -319,10 +321,10 @@ def test_what_was_rehearsed_is_what_is_loaded(models, monkeypatch, card, size, h
         memory.load_parts(parts, "cuda", torch.bfloat16, plan)
 
 
-def test_a_rehearsal_weighs_what_its_plan_leaves_in_the_files(models):
+def test_a_rehearsal_weighs_what_its_plan_leaves_in_the_files(calls):
     how = {"dtype": torch.bfloat16, "memory": "12GB"}
     plan = rehearse(lambda pipe: pipe("a bag"), "sd3.5-large", "cpu", **how)
-    assert plan == choose("12GB", models["large"]) != Plan()
+    assert plan == choose("12GB", calls["large"]) != Plan()
 
 
 def test_a_rehearsal_tries_a_lora_on_its_plan(tmp_path):
@@ -342,59 +344,59 @@ def test_a_rehearsal_tries_a_lora_on_its_plan(tmp_path):
         rehearse(perform, "sd3.5-large", memory="12GB", **how)
 
 
-def test_settings_that_do_not_fit_are_named(models, card):
+def test_settings_that_do_not_fit_are_named(calls, card):
     """With the plan that would fit without them, whoever set the limit."""
-    call, fits = (
-        (models["large"], 2, memory.PICTURE, 0),
-        choose("12GB", models["large"]),
-    )
-    reason = memory.shortage(12e9, *call, t5="resident")
+    call = calls["large"]
+    fits = choose("12GB", call)
+    reason = memory.shortage(12e9, call, t5="resident")
     assert reason.startswith("with t5 resident this model needs about 1")
     assert reason.endswith(f"; this would fit: {fits}")
     with pytest.raises(ValueError, match=re.escape(f"memory is 12GB; {reason}")):
-        choose("12GB", models["large"], t5="resident")
+        choose("12GB", calls["large"], t5="resident")
     card(12)
     with pytest.raises(ValueError, match=re.escape(f"card has 12.0GB; {reason}")):
-        memory.check_device(Plan(), models["large"], "cuda", t5="resident")
+        memory.check_device(Plan(), calls["large"], "cuda", t5="resident")
 
 
-def test_encoding_is_counted(models, card):
+def test_encoding_is_counted(calls, card):
     """In tiles a picture is decoded in little memory, but encoded whole."""
-    plan, size = Plan(vae_tile=64, vae_slicing=True), (1, 16, 192, 192)
-    parts = models["medium"]
-    more = memory.working(plan, parts["transformer"], 2, size, 3)
+    plan = Plan(vae_tile=64, vae_slicing=True)
+    call = replace(calls["medium"], size=(1, 16, 192, 192))
+    three = replace(call, encoded=3)
+    more = memory.working(plan, three)
     assert more == pytest.approx(1.1 * 1.5**2 * GIB)
-    assert more > memory.working(plan, parts["transformer"], 2, size)
+    assert more > memory.working(plan, call)
     plan = replace(plan, vae_slicing=False)
-    three = memory.working(plan, parts["transformer"], 2, size, 3)
-    assert three == pytest.approx(3 * more)
-    card(estimate(plan, parts, 2, size) / 1e9 + 0.7)
-    memory.check_device(plan, parts, "cuda", 2, size)
+    assert memory.working(plan, three) == pytest.approx(3 * more)
+    card(estimate(plan, call) / 1e9 + 0.7)
+    memory.check_device(plan, call, "cuda")
     with pytest.raises(ValueError, match="the card has"):
-        memory.check_device(plan, parts, "cuda", 2, size, 3)
+        memory.check_device(plan, three, "cuda")
 
 
 def test_a_rehearsal_counts_the_pictures_that_are_encoded(monkeypatch):
     seen, plain = [], memory.estimate
-    monkeypatch.setattr(memory, "estimate", lambda *a: seen.append(a) or plain(*a))
+    monkeypatch.setattr(
+        memory, "estimate", lambda plan, call: seen.append(call) or plain(plan, call)
+    )
     image = torch.rand(2, 3, 32, 48)
 
     def perform(pipe):
         image_to_image(pipe, ["a bag", "a coat"], image)
 
     rehearse(perform, "tiny", "cpu", memory="8GB")
-    assert {call[3:] for call in seen} == {((2, 16, 8, 12), 2)}
+    assert {(call.size, call.encoded) for call in seen} == {((2, 16, 8, 12), 2)}
 
 
 def test_a_call_from_python_is_weighed_too(folder, monkeypatch):
-    """Against what the card has left beside the weights: here 1.1 GB."""
+    """Against what the card has left beside the weights: here 1.1 GB, in float32."""
     plain, sliced = minidiff.load(folder), minidiff.load(folder, vae_slicing=True)
     monkeypatch.setattr(Pipeline, "device", torch.device("cuda"))
     left = {"mem_get_info": (1e9, 9e9), "memory_reserved": 5e8, "memory_allocated": 4e8}
     for name, value in left.items():
         monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
     side = plain.transformer.config.sample_size
-    at_once = int(1.1e9 / (2.5 * memory.GIB * side**2 / 128**2))
+    at_once = int(1.1e9 / (2 * 2.5 * memory.GIB * side**2 / 128**2))
     plain.prepare_latents(at_once)
     sliced.prepare_latents(at_once + 1)
     with pytest.raises(
@@ -403,21 +405,23 @@ def test_a_call_from_python_is_weighed_too(folder, monkeypatch):
         plain("a red dress", num_images_per_prompt=at_once + 1)
 
 
-def test_a_card_that_no_plan_fits(models, monkeypatch):
+def test_a_card_that_no_plan_fits(calls, monkeypatch):
     card = SimpleNamespace(total_memory=4.2e9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     with pytest.raises(ValueError, match="card has 4.2GB; this model needs about"):
-        memory.check_device(Plan(), models["large"], "cuda")
+        memory.check_device(Plan(), calls["large"], "cuda")
 
 
-def test_wider_numbers_take_more_memory(models, folder, monkeypatch):
-    plan = choose("24GB", models["large"], width=4)
-    assert estimate(plan, models["large"], 4) < 24e9
-    assert memory.LADDER.index(plan) > memory.LADDER.index(
-        choose("24GB", models["large"])
-    )
+def test_wider_numbers_take_more_memory(calls, folder, monkeypatch):
+    half, full = calls["large"], replace(calls["large"], width=4)
+    plan = choose("24GB", full)
+    assert estimate(plan, full) < 24e9
+    assert memory.LADDER.index(plan) > memory.LADDER.index(choose("24GB", half))
+    assert memory.working(Plan(), full) == 2 * memory.working(Plan(), half)
     seen = []
-    monkeypatch.setattr(memory, "estimate", lambda p, m, w, *_: seen.append(w) or 0.0)
+    monkeypatch.setattr(
+        memory, "estimate", lambda _, call: seen.append(call.width) or 0.0
+    )
     for dtype in (torch.float32, torch.bfloat16):
         minidiff.load(folder, memory="8GB", dtype=dtype)
     assert seen == [4, 4, 2, 2]
@@ -435,11 +439,11 @@ def test_wider_numbers_take_more_memory(models, folder, monkeypatch):
     ],
     ids=["Medium", "Large", "Large, fp8"],
 )
-def test_counted_peak_of_a_denoising_call(models, config, plan, most):
+def test_counted_peak_of_a_denoising_call(calls, config, plan, most):
     peak = denoising_peak(config, plan)
     assert peak < most
-    parts = models["medium" if config.dual_attention_layers else "large"]
-    assert peak < estimate(plan, parts) / GIB
+    call = calls["medium" if config.dual_attention_layers else "large"]
+    assert peak < estimate(plan, call) / GIB
 
 
 @torch.no_grad()

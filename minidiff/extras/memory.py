@@ -98,20 +98,26 @@ def weigh(module: nn.Module, kind: Callable[[str], bool] = lambda name: True) ->
     return sum(t.numel() for name, t in tensors if kind(name))
 
 
-def estimate(
-    plan: Plan,
-    models: Mapping[str, nn.Module],
-    width: int = 2,
-    size: tuple[int, ...] = PICTURE,
-    encoded: int = 0,
-) -> float:
-    """About how many bytes of the device it takes to draw with guidance.
+@dataclass(frozen=True)
+class Call:
+    """What a drawing, with guidance, asks of a device.
 
-    ``models`` maps the hub's names of the parts to models (the meta device will do);
-    ``width`` is the number of bytes of a working value, ``size`` the latents',
-    ``encoded`` how many pictures become latents first. Working memory is what
-    ``benchmarks/memory_count.py`` counts, and some room.
+    Args:
+        models: the parts, by the hub's names (on the meta device will do).
+        width: bytes of a working value.
+        size: of the latents, (B, C, h, w).
+        encoded: how many pictures become latents first.
     """
+
+    models: Mapping[str, nn.Module]
+    width: int = 2
+    size: tuple[int, ...] = PICTURE
+    encoded: int = 0
+
+
+def estimate(plan: Plan, call: Call) -> float:
+    """About how many bytes of the device a call takes, the weights among them."""
+    models, width = call.models, call.width
     t = models["transformer"]
     blocks = weigh(t, lambda n: "joint_blocks" in n and "adaLN" not in n)
     adaln = weigh(t, lambda n: "adaLN" in n)
@@ -127,27 +133,25 @@ def estimate(
     ):
         if where == "resident" and name in models:
             total += weigh(models[name]) * width
-    return total + working(plan, t, width, size, encoded)
+    return total + working(plan, call)
 
 
-def working(
-    plan: Plan,
-    transformer: MMDiT,
-    width: int,
-    size: tuple[int, ...],
-    encoded: int = 0,
-) -> float:
-    """About how many bytes a drawing takes beside the weights; see ``estimate``."""
-    batch, _, *sides = size
+def working(plan: Plan, call: Call) -> float:
+    """About how many bytes a call takes beside the weights.
+
+    It is what ``benchmarks/memory_count.py`` counts, and some room.
+    """
+    batch, _, *sides = call.size
     area = math.prod(sides)  # in latent pixels
     tile = min(area, plan.vae_tile**2) if plan.vae_tile else area
-    encoded, decoded = (min(n, 1) if plan.vae_slicing else n for n in (encoded, batch))
-    encoding = 1.1 * GIB * area / 128**2 * encoded
-    decoding = 2.5 * GIB * tile / 128**2 * decoded
-    config = transformer.config
+    slices = 1 if plan.vae_slicing else math.inf
+    values = GIB / 128**2 / 2  # for each latent pixel
+    encoding = 1.1 * values * area * min(call.encoded, slices)
+    decoding = 2.5 * values * tile * min(batch, slices)
+    config = call.models["transformer"].config
     tokens = area // config.patch_size**2 + 333
-    denoising = 22 * 2 * batch * tokens * config.width * width
-    return max(encoding, denoising, decoding)
+    denoising = 22 * 2 * batch * tokens * config.width
+    return max(encoding, denoising, decoding) * call.width
 
 
 def requested(memory: str | Plan | None, **knobs: Any) -> Plan:
@@ -161,60 +165,37 @@ def requested(memory: str | Plan | None, **knobs: Any) -> Plan:
     return replace(memory or Plan(), **knobs)
 
 
-def choose(
-    memory: str | Plan | None,
-    models: Mapping[str, nn.Module],
-    width: int = 2,
-    size: tuple[int, ...] = PICTURE,
-    encoded: int = 0,
-    **knobs: Any,
-) -> Plan:
+def choose(memory: str | Plan | None, call: Call, **knobs: Any) -> Plan:
     """The roomiest plan of the ladder that fits ``memory``, with ``knobs`` set on it.
 
     ``memory`` is "8GB" or any other number of gigabytes, a Plan, or None (everything
-    resident); ``width``, ``size`` and ``encoded`` are those of ``estimate``. Raises
-    ValueError for a text that is not one, or too little memory.
+    resident). Raises ValueError for a text that is not one, or too little memory.
     """
     plan = requested(memory, **knobs)
     if memory is None or isinstance(memory, Plan):
         return plan
-    call = parse_budget(memory), models, width, size, encoded
-    if plan := roomiest(*call, **knobs):
+    budget = parse_budget(memory)
+    if plan := roomiest(budget, call, **knobs):
         return plan
-    raise ValueError(f"memory is {memory}; {shortage(*call, **knobs)}")
+    raise ValueError(f"memory is {memory}; {shortage(budget, call, **knobs)}")
 
 
-def roomiest(
-    budget: float,
-    models: Mapping[str, nn.Module],
-    width: int,
-    size: tuple[int, ...],
-    encoded: int,
-    **knobs: Any,
-) -> Plan | None:
+def roomiest(budget: float, call: Call, **knobs: Any) -> Plan | None:
     """The first plan of the ladder, with ``knobs``, that fits ``budget`` bytes."""
     for plan in LADDER:
         plan = replace(plan, **knobs)
-        if estimate(plan, models, width, size, encoded) + RESERVE <= budget:
+        if estimate(plan, call) + RESERVE <= budget:
             return plan
     return None
 
 
-def shortage(
-    budget: float,
-    models: Mapping[str, nn.Module],
-    width: int,
-    size: tuple[int, ...],
-    encoded: int,
-    **knobs: Any,
-) -> str:
+def shortage(budget: float, call: Call, **knobs: Any) -> str:
     """What is needed where no plan fits; the one that would without ``knobs``."""
-    call = models, width, size, encoded
-    least = estimate(replace(LADDER[-1], **knobs), *call) + RESERVE
-    large = math.prod(size) > math.prod(PICTURE)
+    least = estimate(replace(LADDER[-1], **knobs), call) + RESERVE
+    large = math.prod(call.size) > math.prod(PICTURE)
     what = "so many pixels at once" if large else "this model"
     line = f"{what} needs about {least / 1e9:.1f}GB"
-    if not (other := roomiest(budget, *call)):
+    if not (other := roomiest(budget, call)):
         return line
     fixed = ", ".join(f"{name} {value}" for name, value in knobs.items())
     return f"with {fixed} {line}; this would fit: {other}"
@@ -230,33 +211,24 @@ def parse_budget(memory: str) -> float:
         raise ValueError(f"memory is {memory!r}; expected {names} or None") from None
 
 
-def check_device(
-    plan: Plan,
-    models: Mapping[str, nn.Module],
-    device: Any,
-    width: int = 2,
-    size: tuple[int, ...] = PICTURE,
-    encoded: int = 0,
-    **knobs: Any,
-) -> None:
+def check_device(plan: Plan, call: Call, device: Any, **knobs: Any) -> None:
     """Raise ValueError, naming a plan that fits, where the card is too small.
 
     What ``load`` chooses for ``memory`` fits one picture of 1024², so that for another
-    ``size`` the settings are named one by one.
+    size the settings are named one by one.
     """
     device = torch.device(device)
     if device.type != "cuda":
         return
     total = torch.cuda.get_device_properties(device).total_memory
-    call = models, width, size, encoded
-    need = estimate(plan, *call) + RESERVE
+    need = estimate(plan, call) + RESERVE
     if need <= total:
         return
     card, budget = f"the card has {total / 1e9:.1f}GB", int(total / 1e8) / 10
-    smaller = roomiest(budget * 1e9, *call, **knobs)  # rounded down, to fit the card
+    smaller = roomiest(budget * 1e9, call, **knobs)  # rounded down, to fit the card
     if not smaller:
-        raise ValueError(f"{card}; {shortage(budget * 1e9, *call, **knobs)}")
-    usual = (size, encoded) == (PICTURE, 0)
+        raise ValueError(f"{card}; {shortage(budget * 1e9, call, **knobs)}")
+    usual = (call.size, call.encoded) == (PICTURE, 0)
     name = f"memory='{budget:g}GB' fits" if usual else "this would fit"
     found = f"{card} and this needs about {need / 1e9:.1f}GB"
     raise ValueError(f"{found}; {name}: {smaller}")
@@ -266,10 +238,11 @@ def check_room(pipe: Any, size: tuple[int, ...], free: float, encoded: int = 0) 
     """Raise ValueError where latents of ``size`` need more than ``free`` bytes.
 
     ``pipe`` is loaded: the memory that its weights take is not free. ``encoded`` is
-    that of ``estimate``.
+    that of ``Call``.
     """
-    plan = getattr(pipe.vae, "plan", Plan())
-    need = working(plan, pipe.transformer, pipe.dtype.itemsize, size, encoded)
+    models = {"transformer": pipe.transformer}
+    call = Call(models, pipe.dtype.itemsize, size, encoded)
+    need = working(getattr(pipe.vae, "plan", Plan()), call)
     if need <= free:
         return
     raise ValueError(
@@ -285,17 +258,10 @@ def pixels(size: tuple[int, ...], vae: VAE) -> str:
     return f"{batch} × {vae.config.factor * width}×{vae.config.factor * height} pixels"
 
 
-def announce(
-    plan: Plan,
-    models: Mapping[str, nn.Module],
-    width: int,
-    size: tuple[int, ...] = PICTURE,
-    encoded: int = 0,
-) -> None:
-    """Print a plan and what it comes to; the arguments are those of ``estimate``."""
-    need = estimate(plan, models, width, size, encoded) / GIB
-    what = pixels(size, models["vae"])
-    print(f"memory plan: {plan}; about {need:.1f} GiB for {what}")
+def announce(plan: Plan, call: Call) -> None:
+    """Print a plan and what a call comes to with it."""
+    what = pixels(call.size, call.models["vae"])
+    print(f"memory plan: {plan}; about {estimate(plan, call) / GIB:.1f} GiB for {what}")
 
 
 # Layers whose weights stay in the file
@@ -454,12 +420,14 @@ def load_parts(
     card is too small for a picture of 1024², naming a plan that fits; with a Plan,
     where it is too small for the weights.
     """
-    models, width = {n: part.model for n, part in prepared.items()}, dtype.itemsize
-    plan = choose(memory, models, width, **knobs)
+    models = {name: part.model for name, part in prepared.items()}
+    picture = Call(models, dtype.itemsize)
+    plan = choose(memory, picture, **knobs)
     if plan.t5 == "none":
         models.pop("text_encoder_3", None)
-    size = NOTHING if isinstance(memory, Plan) else PICTURE
-    check_device(plan, models, device, width, size, **knobs)
+    weights = replace(picture, size=NOTHING)
+    asked = weights if isinstance(memory, Plan) else picture
+    check_device(plan, asked, device, **knobs)
     if isinstance(memory, str) or knobs:
-        announce(plan, models, width)
+        announce(plan, picture)
     return {name: place(prepared[name], plan, device, dtype) for name in models}

@@ -18,6 +18,7 @@ from torch import Tensor
 from minidiff.extras import loading
 from minidiff.extras.memory import (
     PICTURE,
+    Call,
     Plan,
     announce,
     check_device,
@@ -79,13 +80,13 @@ def rehearse(
     opened = outline(model, text_encoders, memory, knobs)
     asked = requested(memory, **knobs)
     pipe = attempt(perform, opened, asked)
-    models, call = opened.parts, (dtype.itemsize, pipe.size, pipe.encoded)
-    plan = choose(memory, models, *call, **knobs)
-    check_device(plan, models, device, *call, **knobs)
+    call = Call(opened.parts, dtype.itemsize, pipe.size, pipe.encoded)
+    plan = choose(memory, call, **knobs)
+    check_device(plan, call, device, **knobs)
     if plan != asked:  # it may keep weights away that a LoRA would be added to
         attempt(perform, opened, plan)
     if memory is not None or knobs:
-        announce(plan, models, *call)
+        announce(plan, call)
     return plan
 
 
