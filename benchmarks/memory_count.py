@@ -160,12 +160,13 @@ def t5_peak(where: str) -> float:
     return count.peak / GIB
 
 
-def decoding_peak(side: int) -> float:
-    """GiB of decoding ``side``² latent pixels, weights included."""
+def vae_peak(work: str, side: int) -> float:
+    """GiB of "encode" into, or "decode" of, ``side``² latent pixels, weights too."""
     model = on_meta(VAE, VAEConfig.sd35(), Plan())
-    latents = torch.empty(1, 16, side, side, device="meta", dtype=torch.bfloat16)
+    channels, n = (3, 8 * side) if work == "encode" else (16, side)
+    x = torch.empty(1, channels, n, n, device="meta", dtype=torch.bfloat16)
     with fused_attention(), Count(model, Plan()) as count, torch.no_grad():
-        model.decode(latents)
+        getattr(model, work)(x)
     return count.peak / GIB
 
 
@@ -182,8 +183,9 @@ def main() -> None:
             print(f"  {name:<8}{what:<30}{denoising_peak(config, plan):6.2f}")
     for where in ("resident", "streamed"):
         print(f"  T5-XXL  {where:<30}{t5_peak(where):6.2f}")
-    for side in (128, 64):
-        print(f"  decode  {side} latent pixels a side{decoding_peak(side):16.2f}")
+    for work, side in (("encode", 128), ("decode", 128), ("decode", 64)):
+        what = f"{side} latent pixels a side"
+        print(f"  {work:<8}{what:<30}{vae_peak(work, side):6.2f}")
 
 
 if __name__ == "__main__":

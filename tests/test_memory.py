@@ -14,11 +14,9 @@ from small import small_pipeline
 import minidiff
 from benchmarks.memory_count import (
     STREAMED,
-    Count,
     denoising_peak,
-    fused_attention,
-    on_meta,
     t5_peak,
+    vae_peak,
 )
 from minidiff.dit import MMDiTConfig
 from minidiff.extras import memory, tiling
@@ -446,13 +444,17 @@ def test_counted_peak_of_a_denoising_call(calls, config, plan, most):
     assert peak < estimate(plan, call) / GIB
 
 
-@torch.no_grad()
-def test_counted_peak_of_encoding():
-    vae = on_meta(VAE, VAEConfig.sd35(), Plan())
-    with fused_attention(), Count(vae, Plan()) as count:
-        weights = count.live
-        vae.encode(torch.empty(1, 3, 1024, 1024, device="meta", dtype=torch.bfloat16))
-    assert 1 < (count.peak - weights) / GIB < 1.1
+@pytest.mark.parametrize(
+    ("work", "side", "call"),
+    [("encode", 128, {"encoded": 1}), ("decode", 128, {}), ("decode", 64, {})],
+)
+def test_counted_peak_of_the_autoencoder(calls, work, side, call):
+    """It is below what a plan sets aside, and above half of it."""
+    call = replace(calls["medium"], size=(1, 16, side, side), **call)
+    tile = 8 if call.encoded else side  # so that encoding takes the most
+    room = memory.working(Plan(vae_tile=tile), call) / GIB
+    weights = memory.weigh(call.models["vae"]) * 2 / GIB
+    assert room / 2 < vae_peak(work, side) - weights < room
 
 
 def test_counted_peak_of_streamed_t5():

@@ -30,8 +30,10 @@ def open_picture(file: Path | str) -> "Image":
     from PIL import Image, ImageOps
 
     try:
-        picture = Image.open(file)
-        ImageOps.exif_transpose(picture, in_place=True)
+        with Image.open(file) as picture:
+            ImageOps.exif_transpose(picture, in_place=True)
+    except MemoryError:
+        raise
     except Exception as error:  # of damage PIL tells in a dozen ways
         if getattr(error, "errno", None):
             raise

@@ -110,7 +110,7 @@ def open_folder(model: Path | str, t5: bool = True) -> Opened:
     origin = index.get("_name_or_path")
     name = f"{model} ({origin})" if origin else str(model)
     tokenizers = read_tokenizers(folder, present)
-    return Opened(name, known_as(folder), parts, tokenizers, scheduler)
+    return Opened(name, with_origin(folder, index), parts, tokenizers, scheduler)
 
 
 def read_index(folder: Path) -> tuple[dict[str, Any], list[str]]:
@@ -228,7 +228,12 @@ def known_as(model: Path | str) -> str:
     if model in PUBLISHED:
         return str(model)
     folder = find_model(model, weights=False)
-    origin = read_index(folder)[0].get("_name_or_path")
+    return with_origin(folder, read_index(folder)[0])
+
+
+def with_origin(folder: Path, index: Mapping[str, Any]) -> str:
+    """A folder's path, and after it the name that its index remembers."""
+    origin = index.get("_name_or_path")
     return f"{folder}/{origin}" if origin else str(folder)
 
 
