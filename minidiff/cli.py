@@ -59,6 +59,8 @@ def explain(error: Exception) -> str:
         return f"this machine's memory is full; a smaller {less}"
     if "InvalidCxxCompiler" in f"{type(error).__name__} {error}":
         return "--compile needs a C++ compiler; expected g++ or clang++ in PATH"
+    if "Failed to find C compiler" in str(error):  # Triton's, at its first kernel
+        return "kernels for a GPU need a C compiler; expected gcc or clang in PATH"
     if not hasattr(error, "format_message"):
         raise error
     return error.format_message()

@@ -464,6 +464,7 @@ def test_bad_input_is_one_line(run, tmp_path, given, monkeypatch, arguments, mes
 
 HOST = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
 CUDA = "CUDA out of memory. Tried to allocate 9 GiB. …"
+TRITON = "Failed to find C compiler. Please specify via CC environment variable."
 
 
 @pytest.mark.parametrize(
@@ -473,6 +474,7 @@ CUDA = "CUDA out of memory. Tried to allocate 9 GiB. …"
         (RuntimeError(HOST), "this machine's memory is full; a smaller --num-images"),
         (MemoryError(), "this machine's memory is full; a smaller --num-images"),
         (InvalidCxxCompiler(), "--compile needs a C++ compiler; expected g++"),
+        (RuntimeError(TRITON), "kernels for a GPU need a C compiler; expected gcc"),
     ],
 )
 def test_what_the_machine_lacks_is_one_line(run, monkeypatch, error, message):
