@@ -2,6 +2,7 @@
 
     python benchmarks/training_step.py [--device cuda] [--batch-size 64] [--rounds 20]
     python benchmarks/training_step.py --eager --profile      # where the time goes
+    python benchmarks/training_step.py --bfloat16 --ladder    # what each change gave
 
 Both models have the shipped sizes, the same weights and the same batch; both take the
 same loss (rectified flow), clip the same gradient norm and use the same fused AdamW.
@@ -17,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from pathlib import Path
 
 import diffusers
@@ -74,7 +76,10 @@ def random_weights(model: nn.Module) -> None:
 
 
 def make_step(
-    model: nn.Module, batch: Batch, args: argparse.Namespace
+    model: nn.Module,
+    batch: Batch,
+    args: argparse.Namespace,
+    options: dict[str, object] = INDUCTOR,
 ) -> Callable[[], Tensor]:
     """One step of training ``model`` on ``batch``; it returns the loss."""
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
@@ -83,7 +88,7 @@ def make_step(
         with precision(args):
             return transformer_loss(model, batch)
 
-    objective = loss_of if args.eager else torch.compile(loss_of, options=INDUCTOR)
+    objective = loss_of if args.eager else torch.compile(loss_of, options=options)
 
     def step() -> Tensor:
         ours = isinstance(model, MMDiT)
@@ -113,15 +118,23 @@ def milliseconds(step: Callable[[], Tensor], count: int) -> float:
     return (time.perf_counter() - start) / count * 1000
 
 
-def compare(steps: dict[str, Callable], args: argparse.Namespace) -> dict:
-    """Median times of both and their ratio, taking turns."""
+def take_turns(
+    steps: dict[str, Callable], args: argparse.Namespace
+) -> dict[str, list[float]]:
+    """The milliseconds of each step in each round, after a warm-up."""
     for step in steps.values():
         milliseconds(step, args.warmup)
     rounds = []
     for i in range(args.rounds):
         names = list(steps)[:: 1 if i % 2 else -1]
         rounds.append({n: milliseconds(steps[n], args.count) for n in names})
-    ours, theirs = ([r[name] for r in rounds] for name in ("minidiff", "diffusers"))
+    return {name: [r[name] for r in rounds] for name in steps}
+
+
+def compare(steps: dict[str, Callable], args: argparse.Namespace) -> dict:
+    """Median times of both and their ratio, taking turns."""
+    times = take_turns(steps, args)
+    ours, theirs = times["minidiff"], times["diffusers"]
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
     return {
         "minidiff_ms": round(statistics.median(ours), 3),
@@ -129,6 +142,18 @@ def compare(steps: dict[str, Callable], args: argparse.Namespace) -> dict:
         "ratio": round(statistics.median(ratios), 3),
         "ratio_quartiles": [round(q, 3) for q in statistics.quantiles(ratios)[::2]],
     }
+
+
+def climb(model: MMDiT, batch: Batch, args: argparse.Namespace) -> None:
+    """Print the times of the steps that led to ours on a CPU, each with one change."""
+    usual, plain = deepcopy(model), plain_attention(deepcopy(model))
+    steps = {
+        "PyTorch's plain attention": make_step(usual, batch, args, {}),
+        "two products in the working dtype": make_step(plain, batch, args, {}),
+        "quicker tanh, fused multiply-adds": make_step(deepcopy(plain), batch, args),
+    }
+    for name, times in take_turns(steps, args).items():
+        print(f"| {name} | {statistics.median(times):.0f} |")
 
 
 def profile(steps: dict[str, Callable], device: str) -> None:
@@ -158,6 +183,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction)
     parser.add_argument("--eager", action="store_true", help="compile nothing")
     parser.add_argument("--profile", action="store_true", help="only show operations")
+    parser.add_argument("--ladder", action="store_true", help="of a CPU, only")
     parser.add_argument("--output", type=Path, help="append the JSON line to a file")
     args = parser.parse_args()
     args.count = args.count or (20 if args.device != "cpu" else 2)
@@ -175,10 +201,13 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     ours = MMDiT(MMDiTConfig.tiny())
     random_weights(ours)
+    batch = make_batch(ours.config, args.batch_size, args.device)
+    if args.ladder:
+        climb(ours, batch, args)
+        return
     if args.device == "cpu":
         plain_attention(ours)
     theirs = Diffusers(ours)
-    batch = make_batch(ours.config, args.batch_size, args.device)
     models = {"minidiff": ours, "diffusers": theirs}
     models = {name: model.to(args.device).train() for name, model in models.items()}
     steps = {name: make_step(model, batch, args) for name, model in models.items()}

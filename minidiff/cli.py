@@ -52,11 +52,11 @@ def main() -> None:
 
 def explain(error: Exception) -> str:
     """What to tell of the option parser's errors and some of torch's; raises others."""
-    less = "--num-images or --batch-size needs less"
+    less = "fewer or smaller pictures at once, or a smaller batch, need less"
     if type(error).__name__ == "OutOfMemoryError":  # torch's; not imported here
-        return f"{str(error).split('. ')[0]}; a smaller --memory, {less}"
+        return f"{str(error).split('. ')[0]}; {less} (sample has --memory)"
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return f"this machine's memory is full; a smaller {less}"
+        return f"this machine's memory is full; {less}"
     if "InvalidCxxCompiler" in f"{type(error).__name__} {error}":
         return "--compile needs a C++ compiler; expected g++ or clang++ in PATH"
     if "Failed to find C compiler" in str(error):  # Triton's, at its first kernel
@@ -513,7 +513,7 @@ def train(
     A JSON file as --recipe changes some of "shipped", for example
     {"vae": {"steps": 5000}, "latents": 4096}. Of clip, t5, vae, judge and transformer:
     steps, batch_size, learning_rate, warmup_steps, weight_decay, beta2, max_grad_norm,
-    ema_decay, accumulation, bfloat16, compile, sharded, log_every, save_every,
+    ema_decay, muon, accumulation, bfloat16, compile, sharded, log_every, save_every,
     validate_every. Of all: pictures, latents, captions, held, two_garments,
     uniform_levels, keep_latents, shift, scenes.
     """
@@ -578,14 +578,20 @@ def evaluate(
     """Measure how well a model that draws scenes follows its prompts."""
     if output:
         check_writable(output, overwrite)
+    from minidiff.extras.loading import blueprint
     from minidiff.support import checks, metrics
     from minidiff.support.inception import load_inception
     from minidiff.support.judge import JUDGE, load_judge
 
     checks.check_range("--seed", seed, 0)
+    checks.check_range("-n", n, 2)
+    checks.check_range("--steps", steps, 1, 1000)
+    checks.guidance(guidance_scale, 1.0)
     if garments != "all":
         refuse("--garments all", inception=inception)
     rows = metrics.choose_rows(garments)
+    parts = blueprint(model)
+    metrics.check_side(parts["transformer"], parts["vae"])
     device = find_device(device)
     reader = load_judge(judge or JUDGE, device)
     extractor = load_inception(inception, device) if inception else None

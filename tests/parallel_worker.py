@@ -5,15 +5,19 @@ with a second one the weights are sharded.
 """
 
 import sys
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.support import parallel, rng
 from minidiff.support.judge import Judge, JudgeConfig, judge_loss
+from minidiff.support.trainer import Run
 from minidiff.text_encoders import (
     CLIPTextConfig,
     CLIPTextEncoder,
@@ -105,6 +109,18 @@ def judge() -> Task:
     return Task(Judge(JudgeConfig((8, 8, 8), (1, 1, 1), 12)), judge_loss, batch)
 
 
+def learned(task: Task, config: TrainingConfig) -> nn.Module:
+    """What a run learns; in several processes it stops after the first step, once."""
+    if parallel.size() == 1:
+        return fit(task, config)
+    with Run(
+        Path(f"{sys.argv[1]} {type(task.model).__name__} {config.muon}"), {}
+    ) as run:
+        with suppress(TimeoutError):
+            fit(deepcopy(task), config, run, deadline=1.0)
+        return fit(task, config, run)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
@@ -115,7 +131,7 @@ def main() -> None:
         task = stage()
         before = {k: v.clone() for k, v in task.model.state_dict().items()}
         config = replace(CONFIG, sharded=len(sys.argv) > 2, muon=stage is muon)
-        for name, value in fit(task, config).state_dict().items():
+        for name, value in learned(task, config).state_dict().items():
             value = parallel.whole(value)
             weights[f"{stage.__name__}/{name}"] = value.contiguous()
             weights[f"moved/{stage.__name__}/{name}"] = value - before[name]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -286,9 +287,27 @@ def test_no_arguments_and_help(run):
 
 def test_help_lists_the_whole_configuration(run):
     code, out, _ = run("train", "--help")
-    words = {word.strip(".,") for word in out.split()}
-    known = [f.name for c in (Recipe, TrainingConfig) for f in fields(c)]
-    assert code == 0 and words.issuperset(known), set(known) - words
+    listed = re.search(r"transformer: (.*?)\. Of all: (.*?)\.", " ".join(out.split()))
+    of_stage, of_all = (text.split(", ") for text in listed.groups())
+    stages = ["clip", "t5", "vae", "judge", "transformer"]
+    assert code == 0 and of_stage == [f.name for f in fields(TrainingConfig)]
+    assert sorted([*stages, *of_all]) == sorted(f.name for f in fields(Recipe))
+
+
+UNFIT = [
+    (["-n", 1], "-n is 1; expected a whole number, at least 2"),
+    (["--steps", 0], "--steps is 0; expected a whole number, 1 to 1000"),
+    (["--guidance-scale", "nan"], "guidance_scale is nan; expected a finite number"),
+    (["--model", "sd3.5-medium"], "the model draws 1024 × 1024 pixels, scenes have"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", UNFIT, ids=[m for _, m in UNFIT])
+def test_an_evaluation_that_cannot_be(run, monkeypatch, arguments, message):
+    """It is told before the first weight is read."""
+    monkeypatch.setattr(Prepared, "__call__", lambda *_: 1 / 0)
+    code, out, err = run("evaluate", *arguments)
+    assert (code, out) == (2, "") and message in err and err.count("\n") == 1
 
 
 def test_a_file_that_is_not_there_is_named(run):

@@ -470,9 +470,9 @@ TRITON = "Failed to find C compiler. Please specify via CC environment variable.
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (torch.OutOfMemoryError(CUDA), "CUDA out of memory; a smaller --memory"),
-        (RuntimeError(HOST), "this machine's memory is full; a smaller --num-images"),
-        (MemoryError(), "this machine's memory is full; a smaller --num-images"),
+        (torch.OutOfMemoryError(CUDA), "CUDA out of memory; fewer or smaller pictures"),
+        (RuntimeError(HOST), "this machine's memory is full; fewer or smaller"),
+        (MemoryError(), "this machine's memory is full; fewer or smaller"),
         (InvalidCxxCompiler(), "--compile needs a C++ compiler; expected g++"),
         (RuntimeError(TRITON), "kernels for a GPU need a C compiler; expected gcc"),
     ],

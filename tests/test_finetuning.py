@@ -177,6 +177,13 @@ def test_a_run_goes_on_with_the_same_settings_and_pictures_only(
         train()
 
 
+def test_sharded_fine_tuning_is_refused(pictures: Path, tmp_path: Path) -> None:
+    config = replace(CONFIG, sharded=True)
+    with pytest.raises(ValueError, match="sharded is True; fine-tuning expects False"):
+        finetune.finetune("tiny", pictures, tmp_path / "a", config)
+    assert not (tmp_path / "a").exists()
+
+
 @pytest.mark.parametrize("t5", ["resident", "streamed"])
 def test_encodings_are_named_after_all_that_makes_them(model: Path, t5: str) -> None:
     plain, pipe = minidiff.load(model), minidiff.load(model, t5=t5)

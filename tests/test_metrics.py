@@ -28,6 +28,18 @@ def test_frechet_distance_is_the_published_one(n, m, d):
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("n", "m", "d", "given"),
+    [(90, 70, 6, 5.567797821466401), (40, 50, 24, 26.140074763456326)],
+)
+def test_frechet_distance_that_pytorch_fid_gave(n, m, d, given):
+    """Of these waves, by ``calculate_frechet_distance`` of pytorch-fid 0.3.0."""
+    row, column = (torch.arange(1, k + 1).double() for k in (max(n, m), d))
+    a = torch.sin(row[:n, None] * column) + column / d
+    b = 2 * torch.cos(row[:m, None] * column.sqrt())
+    assert frechet_distance(a, b) == pytest.approx(given, rel=1e-9)
+
+
 def exact(mean: torch.Tensor, covariance: torch.Tensor, n: int = 64) -> torch.Tensor:
     """Rows whose sample mean and covariance are exactly the ones given."""
     x = torch.randn(n, len(mean), dtype=torch.float64)

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,12 +24,12 @@ from torch import nn
 import minidiff
 from minidiff import training
 from minidiff.dit import MMDiT, MMDiTConfig
-from minidiff.extras import stages
+from minidiff.extras import finetune, stages
 from minidiff.support import captioned, data, rng, trainer
-from minidiff.support.checkpoints import load_component
-from minidiff.support.trainer import Run, TrainingError, read_log
+from minidiff.support.checkpoints import TINY, load_component
+from minidiff.support.trainer import Run, TrainingError, check_other, read_log
 from minidiff.tokenizer import T5Tokenizer
-from minidiff.training import Task, TrainingConfig, fit
+from minidiff.training import Task, TrainingConfig, drop_encoders, fit
 from minidiff.vae import VAE, VAEConfig
 
 # Objectives
@@ -382,6 +383,52 @@ def test_levels_are_distributed_as_the_recipe_says(
     assert outer == pytest.approx(expected, abs=0.015 if expected == 0.1 else 0.006)
 
 
+def test_prompts_are_dropped_as_often_as_the_recipe_says(
+    job: stages.Job, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One in ten for the empty prompt; each encoder in one of twenty for zeros."""
+    tasks = []
+
+    def learn(job: stages.Job, stage: str, task: Task) -> nn.Module:
+        tasks.append(task)
+        return task.model
+
+    monkeypatch.setattr(stages, "learn", learn)
+    stages.train_transformer(job)
+    batch = tasks[0].batch(torch.arange(4000))
+    clip, t5 = batch["context"].chunk(2, dim=1)
+    pooled, widths = batch["pooled"], (64, 96)
+    l, g, _ = clip.split([*widths, clip.shape[2] - sum(widths)], -1)
+    gone = [(x == 0).all((1, 2)) for x in (l, g, t5)]
+    assert torch.equal(gone[0], (pooled[:, :64] == 0).all(1))
+    assert torch.equal(gone[1], (pooled[:, 64:] == 0).all(1))
+    for part in gone:
+        assert part.double().mean() == pytest.approx(0.05, abs=0.015)
+    both = (gone[0] & gone[1]).double().mean()
+    assert both == pytest.approx(0.0025, abs=0.003)  # each is dropped by itself
+    whole = ~(gone[0] | gone[1] | gone[2])
+    empty = minidiff.load(made).encode_prompt("", stages.LENGTH)[1].float()
+    near = (pooled[whole] - empty).norm(dim=1) < 1e-2 * empty.norm()
+    assert near.double().mean() == pytest.approx(0.1, abs=0.02)
+
+
+@pytest.mark.parametrize("encoder", [0, 1, 2])
+def test_a_dropped_encoder_leaves_zeros_in_its_place(encoder: int) -> None:
+    """And nothing else changes: CLIP-L 2 wide, CLIP-G 3, a context 6 wide."""
+    context, pooled = torch.rand(2, 8, 6) + 1, torch.rand(2, 5) + 1
+    context[:, :4, 5] = 0  # the padding of CLIP's half
+    keep = torch.ones(2, 3, dtype=torch.bool)
+    keep[1, encoder] = False
+    found = drop_encoders(context, pooled, keep, (2, 3))
+    places = [(slice(0, 4), slice(0, 2)), (slice(0, 4), slice(2, 5))]
+    rows, columns = [*places, (slice(4, 8), slice(0, 6))][encoder]
+    expected = context.clone(), pooled.clone()
+    expected[0][1, rows, columns] = 0
+    if encoder < 2:
+        expected[1][1, columns] = 0
+    assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize("stage", ["clip", "t5", "transformer"])
 def test_a_stage_says_what_it_lacks(tmp_path: Path, stage: str) -> None:
     with pytest.raises(ValueError, match=f"--stage {stage} needs .*tokenizer, which"):
@@ -599,11 +646,18 @@ def test_a_file_changes_the_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change, message",
     [
-        ('{"pictures": 0}', "pictures is 0; expected 1 to"),
-        ('{"vae": {"save_every": 0}}', "save_every is 0; expected 1 to"),
-        ('{"vae": {"learning_rate": -1.0}}', "learning_rate is -1.0; expected 0 to"),
+        ('{"pictures": 0}', "pictures is 0; expected above 0 to"),
+        ('{"vae": {"save_every": 0}}', "save_every is 0; expected above 0 to"),
+        ('{"vae": {"learning_rate": -1.0}}', "learning_rate is -1.0; expected above 0"),
+        ('{"vae": {"learning_rate": 0.0}}', "learning_rate is 0.0; expected above 0"),
+        (
+            '{"vae": {"max_grad_norm": 0}}',
+            "max_grad_norm is 0; expected above 0 to inf",
+        ),
+        ('{"shift": 0.0}', "shift is 0.0; expected above 0"),
+        ('{"clip": {"muon": true}}', "clip: muon is for the transformer alone"),
         ('{"t5": {"ema_decay": 2.0}}', "ema_decay is 2.0; expected 0 to 1"),
-        ('{"clip": {"learning_rate": NaN}}', "learning_rate is nan; expected 0 to"),
+        ('{"clip": {"learning_rate": NaN}}', "learning_rate is nan; expected above 0"),
         ('{"clip": {"beta2": 1.0}}', "beta2 is 1.0; expected below 1"),
         ('{"clip": {"beta2": 1}}', "beta2 is 1; expected below 1"),
     ],
@@ -699,15 +753,22 @@ def in_child(action, kill_after: float | None = None) -> int:
 
 
 def test_a_run_killed_at_any_time_ends_with_the_same_weights(tmp_path: Path) -> None:
+    """20 times while it runs; one that ends before its time is followed by another."""
     whole = trained(tmp_path / "whole")
     start = time.time()
     assert in_child(lambda: trained(tmp_path / "timed")) == 0
     duration = time.time() - start
-    times = torch.rand(20, generator=torch.Generator().manual_seed(1)) * duration / 2
-    killed = [in_child(lambda: trained(tmp_path / "run"), t.item()) for t in times]
-    assert signal.SIGKILL in killed
-    assert_same(trained(tmp_path / "run"), whole)
-    logs = [read_log(tmp_path / name / "log.jsonl") for name in ("whole", "run")]
+    draw = torch.Generator().manual_seed(1)
+    killed, folder = 0, tmp_path / "run 0"
+    while killed < 20:
+        moment = torch.rand((), generator=draw).item() * duration / 2
+        if in_child(partial(trained, folder), moment) == signal.SIGKILL:
+            killed += 1
+        else:
+            assert_same(trained(folder), whole)
+            folder = tmp_path / f"run {killed}"
+    assert_same(trained(folder), whole)
+    logs = [read_log(path / "log.jsonl") for path in (tmp_path / "whole", folder)]
     a, b = ([(r["step"], r["loss"]) for r in log] for log in logs)
     assert a == b
 
@@ -945,6 +1006,47 @@ def test_another_configuration_is_refused(tmp_path: Path) -> None:
     trained(tmp_path)
     with pytest.raises(ValueError, match="steps = 40, not 41"):
         trained(tmp_path, steps=41)
+    with pytest.raises(ValueError, match="saved by another optimiser .layers.0.weight"):
+        trained(tmp_path, muon=True)
+
+
+def test_a_file_decides_what_is_compiled_and_in_bfloat16(tmp_path: Path) -> None:
+    """What it does not name follows the device."""
+    path = tmp_path / "recipe.json"
+    path.write_text('{"vae": {"compile": true}, "t5": {"bfloat16": false}}')
+    recipes = [stages.find_recipe(str(path), cuda) for cuda in (False, True)]
+    compiled = [[getattr(r, n).compile for n in ("vae", "t5")] for r in recipes]
+    short = [[getattr(r, n).bfloat16 for n in ("clip", "t5", "vae")] for r in recipes]
+    assert compiled == [[True, False], [True, True]]
+    assert short == [[True, False, True], [False, False, True]]
+
+
+def test_another_kind_of_training_loses_nothing(tmp_path: Path) -> None:
+    """Stages and fine-tuning both write a model: not into one folder."""
+    model = shutil.copytree(TINY, tmp_path / "out" / "model")
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "pictures" / "a.png")
+    (tmp_path / "pictures" / "a.txt").write_text("a")
+    before = files(model)
+
+    def tune() -> None:
+        config = TrainingConfig(1, 1)
+        finetune.finetune("tiny", tmp_path / "pictures", tmp_path / "out", config)
+
+    def train() -> None:
+        stages.train("all", tmp_path / "out", recipe="trial")
+
+    for action, own, other in ((tune, "run", "runs"), (train, "runs", "run")):
+        with pytest.raises(ValueError, match="out holds another training or model"):
+            action()
+        (tmp_path / "out" / own).mkdir()
+        check_other(tmp_path / "out", own, other)
+        (tmp_path / "out" / own).rmdir()
+        (tmp_path / "out" / other).mkdir()
+        with pytest.raises(ValueError, match="out holds another training or model"):
+            action()
+        (tmp_path / "out" / other).rmdir()
+    assert files(model) == before
 
 
 def test_accumulated_batches_equal_one_batch() -> None:

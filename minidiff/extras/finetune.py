@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.extras.loading import blueprint
-from minidiff.extras.lora import ATTENTION, FILE, add_lora, save_lora
+from minidiff.extras.lora import ATTENTION, FILE, LowRank, add_lora, save_lora
 from minidiff.extras.memory import StreamedEmbedding, StreamedLinear
 from minidiff.flow_matching import shift_sigma
 from minidiff.sampling import Pipeline, load
@@ -155,15 +155,51 @@ def finetune(
     ``recomputed`` saves memory: see ``trainer.recompute``.
     """
     device, output = parallel.start(device), Path(output)
-    shares = config.accumulation * parallel.size()
-    trainer.check_batch(config.steps, config.batch_size, shares)
-    captions_of(Path(pictures))  # what is wrong with the folder is told at once
-    trainer.check_folder(output)
+    check(config, Path(pictures), output)
     parts = blueprint(model)
     side = parts["transformer"].config.sample_size * parts["vae"].config.factor
     if lora:  # a rank or names that these layers do not have
         add_lora(parts["transformer"], lora.rank, lora.alpha, lora.targets)
+    settings = {"model": str(model), "pictures": str(pictures), "lora": str(lora)}
+    settings |= {"drop": drop, "seed": seed, **lasting(config)}
     images, captions = read_folder(pictures, size or side, crop)
+    with Run(output / "run", settings) as run:
+        pipe, trained, updates = begin(model, lora, device, seed, recomputed)
+        name = encoding_name(pipe, images, captions)
+        run.add(encodings=name)
+        path = output / "cache" / f"{name}.safetensors"
+        encoded = cached(path, lambda: encode(pipe, images, captions), pipe.device)
+        grids = output / "grids"
+
+        def draw() -> None:
+            save_samples(pipe, encoded, seed, grids / f"{run.step:06}.png")
+
+        how = seed, drop, config.batch_size, draw
+        task = finetuning_task(pipe, encoded, trained, *how)
+        averaged = fit(task, config, run, device)
+        trained.load_state_dict(averaged.state_dict())
+        return output if parallel.rank() else export(model, pipe, updates, output)
+
+
+def check(config: TrainingConfig, pictures: Path, output: Path) -> None:
+    """Raise ValueError or OSError for what can be told before anything is read."""
+    if config.sharded:
+        raise ValueError("sharded is True; fine-tuning expects False")
+    shares = config.accumulation * parallel.size()
+    trainer.check_batch(config.steps, config.batch_size, shares)
+    captions_of(pictures)
+    trainer.check_folder(output)
+    trainer.check_other(output, "run", "runs")
+
+
+def begin(
+    model: Path | str,
+    lora: LoraConfig | None,
+    device: str,
+    seed: int,
+    recomputed: bool,
+) -> tuple[Pipeline, nn.Module, dict[str, LowRank] | None]:
+    """The pipeline, what of it learns, and with ``lora`` the corrections by layer."""
     cuda = device.startswith("cuda")  # T5 visits the card while it encodes
     pipe = load(model, device, torch.float32, **{"t5": "streamed"} if cuda else {})
     pipe.progress = False
@@ -178,23 +214,13 @@ def finetune(
         trained.requires_grad_(True)
     if recomputed:
         trainer.recompute(pipe.transformer.joint_blocks)
-    name = encoding_name(pipe, images, captions)
-    path = output / "cache" / f"{name}.safetensors"
-    settings = {"model": str(model), "pictures": str(pictures), "lora": str(lora)}
-    settings |= {"encodings": name, "drop": drop, "seed": seed, **lasting(config)}
-    with Run(output / "run", settings) as run:
-        encoded = cached(path, lambda: encode(pipe, images, captions), pipe.device)
-        grids = output / "grids"
+    return pipe, trained, updates
 
-        def draw() -> None:
-            save_samples(pipe, encoded, seed, grids / f"{run.step:06}.png")
 
-        how = seed, drop, config.batch_size, draw
-        task = finetuning_task(pipe, encoded, trained, *how)
-        averaged = fit(task, config, run, device)
-    trained.load_state_dict(averaged.state_dict())
-    if parallel.rank():
-        return output
+def export(
+    model: Path | str, pipe: Pipeline, updates: dict[str, LowRank] | None, output: Path
+) -> Path:
+    """Write the corrections, or the whole model: the file or folder it wrote."""
     if updates is None:
         whole = load(model, "cpu", torch.float32)
         whole.transformer = pipe.transformer.cpu()

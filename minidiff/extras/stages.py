@@ -40,6 +40,7 @@ from minidiff.support.trainer import (
     Run,
     check_batch,
     check_folder,
+    check_other,
     fingerprint,
     lasting,
     load_tensors,
@@ -227,18 +228,35 @@ RECIPES["muon"] = replace(
 )
 
 
-def find_recipe(name: str) -> Recipe:
+def find_recipe(name: str, cuda: bool = False) -> Recipe:
     """The recipe of that name, or the one that a JSON file describes.
 
-    The file changes "shipped": {"transformer": {"steps": 5000}, "latents": 4096}.
-    Raises ValueError for an unknown name or key, naming it.
+    The file changes "shipped": {"transformer": {"steps": 5000}, "latents": 4096}. With
+    ``cuda`` what it does not say is compiled and in bfloat16. Raises ValueError for an
+    unknown name or key, naming it.
     """
     if name in RECIPES:
-        return RECIPES[name]
+        return for_gpu(RECIPES[name]) if cuda else RECIPES[name]
     if not name.endswith(".json"):
         known = ", ".join(RECIPES)
         raise ValueError(f"--recipe is {name!r}; expected {known}, or a .json file")
-    return changed(RECIPES["shipped"], read_json(Path(name)), name)
+    chosen = changed(find_recipe("shipped", cuda), read_json(Path(name)), name)
+    for stage in STAGES[1:-1]:
+        if getattr(chosen, stage).muon:
+            raise ValueError(f"{name}, {stage}: muon is for the transformer alone")
+    return chosen
+
+
+def for_gpu(recipe: Recipe) -> Recipe:
+    """The same stages compiled and in bfloat16.
+
+    CLIP compares unit vectors: for its logits bfloat16 is too coarse.
+    """
+    stages = {
+        name: replace(getattr(recipe, name), compile=True, bfloat16=name != "clip")
+        for name in STAGES[1:]
+    }
+    return replace(recipe, **stages)
 
 
 def changed(settings, changes: dict, where: str):
@@ -265,9 +283,12 @@ def check_number(name: str, value: object, where: str) -> None:
     """Raise ValueError for a number that no setting of this kind can be."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    may_be_0 = isinstance(value, float) or name in (*MAY_BE_0, *FRACTIONS)
-    least, most = 0 if may_be_0 else 1, 1 if name in FRACTIONS else math.inf
-    if not (least <= value <= most and math.isfinite(value)):
+    may_be_0, most = (
+        name in (*MAY_BE_0, *FRACTIONS),
+        1 if name in FRACTIONS else math.inf,
+    )
+    if not (0 <= value <= most and math.isfinite(value)) or not (value or may_be_0):
+        least = "0" if may_be_0 else "above 0"
         raise ValueError(f"{where}: {name} is {value}; expected {least} to {most}")
     if name == "beta2" and value == 1:  # Adam would divide by 0
         raise ValueError(f"{where}: beta2 is {value}; expected below 1")
@@ -973,7 +994,7 @@ def train(
     name or a number that cannot be.
     """
     cuda = device.startswith("cuda")
-    chosen = find_recipe(recipe or ("gpu" if cuda else "shipped"))
+    chosen = find_recipe(recipe or ("gpu" if cuda else "shipped"), cuda)
     chosen = replace(chosen, scenes=scenes or chosen.scenes)
     own = chosen.scenes not in SCENES
     if own and not Path(chosen.scenes).is_dir():
@@ -991,9 +1012,8 @@ def train(
         raise ValueError(f"{bad[0]} is {changes[bad[0]]}; expected at least 1")
     for name in STAGES[1:]:
         config = getattr(chosen, name)
-        config = replace(config, compile=cuda if compile is None else compile)
-        if cuda:  # CLIP compares unit vectors: bfloat16 is too coarse for the logits
-            config = replace(config, bfloat16=name != "clip")
+        if compile is not None:
+            config = replace(config, compile=compile)
         config = replace(config, **changes) if name == stage else config
         chosen = replace(chosen, **{name: config})
     start = start and open_start(start)
@@ -1001,6 +1021,7 @@ def train(
     device = parallel.start(device)
     check_batches(chosen, stages)
     check_folder(output)
+    check_other(output, "runs", "run")
     if own:
         chosen = limited(chosen, seed, crop)
     else:

@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minidiff.dit import MMDiT
 from minidiff.support.data import IMAGE_SIZE, Scenes, captions, prompts
 from minidiff.support.inception import InceptionV3
 from minidiff.support.judge import EVALUATION_SEED, Judge, load_judge, score
 from minidiff.support.rng import fold_in, normal
+from minidiff.vae import VAE
 
 Extract = Callable[[Tensor], Tensor]  # pictures (B, 3, 64, 64) → features (B, D)
 FEATURES = "the judge's last hidden layer", "Inception-v3's last pool (FID)"
@@ -61,7 +63,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         raise ValueError(f"{len(a)} and {len(b)} rows, expected at least two of each")
     if not (a.isfinite().all() and b.isfinite().all()):
         raise ValueError("features are not finite")
-    a, b = a.double(), b.double()
+    a, b = a.cpu().double(), b.cpu().double()  # not every GPU can
     root = _root(a.T.cov())
     product = torch.linalg.eigvalsh(root @ b.T.cov() @ root).clamp(min=0)
     spread = a.var(0).sum() + b.var(0).sum() - 2 * product.sqrt().sum()
@@ -94,7 +96,8 @@ def _scenes(kind: str, held_out: bool, split: str, folder, device, seed: int) ->
 
 def _average(scores: list[dict[str, Tensor]]) -> dict[str, float]:
     """Shares of right pictures; position is right where the layout is."""
-    means = {k: torch.cat([s[k] for s in scores]).double().mean() for k in scores[0]}
+    names = scores[0]
+    means = {k: torch.cat([s[k] for s in scores]).cpu().double().mean() for k in names}
     return {k: round(v.item(), 4) for k, v in means.items()}
 
 
@@ -172,6 +175,13 @@ def training_features(
     return torch.cat(parts)
 
 
+def check_side(transformer: MMDiT, vae: VAE) -> None:
+    """Raise ValueError for a model that draws no scenes, by its pictures' size."""
+    side = transformer.config.sample_size * vae.config.factor
+    if side != IMAGE_SIZE:
+        raise ValueError(f"the model draws {side} × {side} pixels, scenes have 64 × 64")
+
+
 def evaluate(
     pipe,
     judge: Judge | None = None,
@@ -201,9 +211,7 @@ def evaluate(
     """
     if n < 2:
         raise ValueError(f"n is {n}, expected at least 2")
-    side = pipe.transformer.config.sample_size * pipe.vae.config.factor
-    if side != IMAGE_SIZE:
-        raise ValueError(f"the model draws {side} × {side} pixels, scenes have 64 × 64")
+    check_side(pipe.transformer, pipe.vae)
     device = next(pipe.transformer.parameters()).device
     judge = load_judge(device=device) if judge is None else judge
     if guidance_scale is None:

@@ -48,11 +48,12 @@ def pieces(x: Tensor) -> tuple[Tensor, ...]:
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for the matrices of repeated layers, AdamW for all else.
+    """Muon for the matrices of a transformer's layers, AdamW for all else.
 
     Args:
-        named_parameters: of the model. Muon takes those with two axes whose name holds
-            a layer's number; the first and the last layer, biases and tables have none.
+        named_parameters: of an MMDiT. Muon takes those with two axes whose name holds
+            a number: all matrices but those of the text's first and the picture's last
+            layer. (In other models that may be tables, which it is not for.)
         settings: of AdamW. The rate and the weight decay are Muon's too.
     """
 
@@ -85,7 +86,9 @@ class Muon(torch.optim.AdamW):
             state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(x))
         state["step"] += 1
         average = state["exp_avg"].lerp_(grad, 1 - MOMENTUM)
-        return parallel.whole(grad.lerp(average, MOMENTUM))
+        update = grad.lerp(average, MOMENTUM)
+        short = update.dtype == torch.float32  # bfloat16 is precise enough, and faster
+        return parallel.whole(update.bfloat16() if short else update)
 
 
 def orthogonal_parts(updates: list[Tensor]) -> list[Tensor]:
@@ -93,8 +96,6 @@ def orthogonal_parts(updates: list[Tensor]) -> list[Tensor]:
 
     Pieces of one shape are computed at once.
     """
-    if updates and updates[0].dtype == torch.float32:
-        updates = [x.bfloat16() for x in updates]  # precise enough, and faster
     cut = [pieces(x) for x in updates]
     same = defaultdict(list)
     for piece in (x for parts in cut for x in parts):

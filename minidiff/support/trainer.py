@@ -91,6 +91,18 @@ def check_folder(path: Path) -> None:
         raise OSError(f"{path} cannot be written into: {reason}") from None
 
 
+def check_other(output: Path, own: str, other: str) -> None:
+    """Raise ValueError where the model in ``output`` is not this training's.
+
+    ``own`` and ``other`` are the folders in which the two kinds of training keep runs.
+    """
+    foreign = (output / "model").exists() and not (output / own).exists()
+    if (output / other).exists() or foreign:
+        raise ValueError(
+            f"{output} holds another training or model; expected a folder of its own"
+        )
+
+
 class Run:
     """A folder that holds one training run. A context manager: it holds the lock.
 
@@ -141,7 +153,8 @@ class Run:
         if parallel.rank() == 0:
             self._lock.close()
         if is_out_of_memory(error):
-            what, less = "what to learn from", "fewer pictures or latents"
+            what = "the model, its average, and what to learn from"
+            less = "a smaller model, or fewer pictures or latents"
             if self.step is not None:
                 size = self.settings.get("batch_size")
                 what, less = f"a batch of {size}", "a smaller one"
@@ -155,8 +168,7 @@ class Run:
 
         Only settings that both know are compared: older runs may lack some.
         """
-        path = self.folder / "run.json"
-        found = json.loads(path.read_text()) if path.exists() else {}
+        found = self._begun()
         for key in sorted(found.keys() & self.settings.keys()):
             old, new = found[key], self.settings[key]
             if old != new:
@@ -164,6 +176,19 @@ class Run:
                     f"{self.folder} holds a run with {key} = {old}, not {new}: choose "
                     "another folder, or the same settings to go on"
                 )
+
+    def _begun(self) -> dict:
+        """The settings with which the run was begun, if it was."""
+        path = self.folder / "run.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def add(self, **settings: object) -> None:
+        """More settings, which are known only now; checked like the first ones."""
+        self.settings |= settings
+        self.check()
+        if parallel.rank() == 0:
+            text = json.dumps(self._begun() | self.settings, indent=1)
+            write_atomically(self.folder / "run.json", text.encode())
 
     def checkpoints(self) -> list[Path]:
         """The numbered checkpoints, newest first."""
@@ -302,15 +327,32 @@ def restore(
     check_fit(run.folder / f"step-{step}.safetensors", tensors, model)
     for part, module in (("model/", model), ("ema/", ema)):
         load_whole(module, {n: tensors[part + n] for n in module.state_dict()})
-    state, keys = optimizer.state_dict(), ("step", "exp_avg", "exp_avg_sq")
+    state = optimizer.state_dict()
     for i, (name, parameter) in enumerate(model.named_parameters()):
         if not parameter.requires_grad:
             continue
-        own = [key for key in keys if f"{key}/{name}" in tensors]
-        kept = {key: tensors[f"{key}/{name}"] for key in own}
+        kept = moments(tensors, name)
+        if kept.keys() != wanted(optimizer, parameter):
+            raise ValueError(
+                f"{run.folder} was saved by another optimiser ({name}): choose another "
+                "folder, or the same settings to go on"
+            )
         state["state"][i] = {key: laid_like(x, parameter) for key, x in kept.items()}
     optimizer.load_state_dict(state)
     return step
+
+
+def moments(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """What a checkpoint's optimiser remembered of the parameter ``name``."""
+    keys = ("step", "exp_avg", "exp_avg_sq")
+    return {k: tensors[f"{k}/{name}"] for k in keys if f"{k}/{name}" in tensors}
+
+
+def wanted(optimizer: Optimizer, parameter: nn.Parameter) -> set[str]:
+    """What an optimiser remembers of a parameter: Muon of its matrices the first."""
+    matrices = getattr(optimizer, "matrices", ())
+    muon = any(parameter is x for x in matrices)
+    return {"step", "exp_avg"} | (set() if muon else {"exp_avg_sq"})
 
 
 def check_fit(path: Path, tensors: dict[str, Tensor], model: nn.Module) -> None:
