@@ -975,7 +975,7 @@ class T5Tokenizer(Tokenizer):
 # def greedy(word: str, trie: dict) -> list[str]:
 #     pieces = []
 #     while word:
-#         *_, (end, _) = arcs(word, 0, trie, -99.0)
+#         end = max(end for end, _ in arcs(word, 0, trie, -99.0))
 #         pieces, word = [*pieces, word[:end]], word[end:]
 #     return pieces
 #

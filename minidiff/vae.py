@@ -58,7 +58,7 @@ from torch import Tensor, nn
 
 # %% [markdown]
 # To learn what latents are we take them from pictures first: scenes composed from the
-# test half of Fashion-MNIST, which no part of the tiny model was trained on. The first
+# test set of Fashion-MNIST, which no part of the tiny model was trained on. The first
 # shows what our prompt asks for.
 
 # %% tags=["active-ipynb"]
@@ -122,7 +122,8 @@ from torch import Tensor, nn
 # stay sharp; but it is enough to keep latents from growing without bound, and the noise
 # $s$ makes sure that latents close to one another decode to pictures close to one
 # another. A generative model needs both, since what it draws will always be a little
-# off. Chapter 7 trains with this loss.
+# off. Chapter 7 trains with such a loss. Three terms take the place of the first: two
+# ask for the right colours, one for the right edges.
 
 # %% [markdown]
 # ## Build it
@@ -760,10 +761,10 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # %% [markdown]
 # ## What production code does differently
 #
-# - **It watches memory.** At 1024² the decoder's last level holds tensors of 128 × 1024
-#   × 1024 numbers, a quarter of a gigabyte each in 16 bits. Larger pictures are decoded
-#   in overlapping *tiles* that are blended, batches one picture at a time. Tiles are an
-#   approximation: group normalisation and the attention see a tile, not the picture.
+# - **It watches memory.** At 1024² the decoder's largest tensors hold 256 × 1024 × 1024
+#   numbers, half a gigabyte each in 16 bits. Larger pictures are decoded in overlapping
+#   *tiles* that are blended, batches one picture at a time. Tiles are an approximation:
+#   group normalisation and the attention see a tile, not the picture.
 # - **It chooses the memory layout.** GPUs convolve fastest when the channels of a pixel
 #   lie side by side (`channels_last`). Converting back and forth costs more than it
 #   saves, so the whole decoder must keep to one layout.
