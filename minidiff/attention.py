@@ -559,9 +559,9 @@ def record_attention(
 # %% [markdown]
 # Compare the rows. Nothing in the upper one has read a single word: what it still shows
 # of the prompt has come through the pooled vector, by the modulation of chapter 5. What
-# the lower row has in addition comes through the field “patches read words”. But not all
-# of it is the prompt: without the words a patch spreads all its weight over patches,
-# which it never did in training, and this alone spoils a picture.
+# the lower row has in addition comes through the field “patches read words”. But not
+# all of it is the prompt: without the words a patch spreads all its weight over
+# patches, which it never did in training, and this alone spoils a picture.
 #
 # ## Parity
 #
@@ -695,11 +695,11 @@ def record_attention(
 # exercise_4_3()
 
 # %% [markdown]
-# **4.4 Explore.** Above the first cell of "Look at it" add one with two garments: `PROMPT
-# = "a red dress left of a blue bag on a white background"`. Run it, and the cells from
-# there down to the explorer. (Not further up: there `journey.check` expects our own
-# prompt.) For other colours change the list `words` too; each must stand in the prompt.
-# Do the two colours go to their own garments? From which block on?
+# **4.4 Explore.** Above the first cell of "Look at it" add one with two garments:
+# `PROMPT = "a red dress left of a blue bag on a white background"`. Run it, and the
+# cells from there down to the explorer. (Not further up: there `journey.check` expects
+# our own prompt.) For other colours change the list `words` too; each must stand in the
+# prompt. Do the two colours go to their own garments? From which block on?
 #
 # <details><summary>Answer</summary>
 #

@@ -174,8 +174,10 @@ def predicted_noise(x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
 # Older models (DDPM, the denoising diffusion probabilistic models, and with them Stable
 # Diffusion 1 and 2) mix with other weights,
 # $\sqrt{\bar\alpha}\,x_0 + \sqrt{1-\bar\alpha}\,\epsilon$, chosen so that the variance
-# stays constant, and their network predicts $\epsilon$, the noise. Divide our mixture
-# by $\sqrt{(1-\sigma)^2 + \sigma^2}$ and it is of that form, with
+# stays constant, and most of their networks predict $\epsilon$, the noise. (Stable
+# Diffusion 2 at 768² predicts $\sqrt{\bar\alpha}\,\epsilon - \sqrt{1-\bar\alpha}\,x_0$,
+# which is also called $v$ and is not ours.) Divide our mixture by
+# $\sqrt{(1-\sigma)^2 + \sigma^2}$ and it is of that form, with
 #
 # $$\bar\alpha = \frac{(1-\sigma)^2}{(1-\sigma)^2 + \sigma^2}.$$
 
@@ -341,8 +343,11 @@ def logit_normal_density(sigma: Tensor, mean: float = 0.0, std: float = 1.0) -> 
 # Near 1 hardly anything is known of the scene, and what is unknown cannot be predicted.
 # Near 0 the velocity $(x - \hat x_0)/\sigma$ divides by a small number, so that the
 # last detail of texture counts for much. The logit-normal density deliberately does not
-# follow the loss: those details are cheap to be wrong about, while the middle levels
-# decide what is in the picture.
+# follow the loss: those details are cheap to be wrong about. But it is not the last
+# word. What decides the garment of our scenes lies above 0.7, where this density has
+# one sample in five. The last runs of the shipped model therefore moved it towards
+# noise, by the shift of the next section ([how the shipped model was
+# made](../book/training_log.md)).
 #
 # ### Shift: larger pictures need more noise
 #
@@ -378,6 +383,8 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
 # All three are divided by $1 - \sigma$, to full contrast. The first had the noise level
 # of the second, and is as clear as the third, whose odds are a quarter. SD3.5, made for
 # 1024², is drawn with $s = 3$; the tiny model, at 64², with $s = 1$, no shift at all.
+# (Its last training runs did shift their levels, by 3: what to train on and where to
+# stop are two choices.)
 #
 # ## Which noise levels to stop at
 #
@@ -798,7 +805,8 @@ def guide(v_neg: Tensor, v_pos: Tensor, scale: float) -> Tensor:
 
 # %% tags=["active-ipynb", "hide-cell", "solution"]
 # def moved() -> float:
-#     return shift_sigma(torch.tensor(0.5), 3.0).item()
+#     odds = 3 * (0.5 / 0.5)  # equal weights are odds of 1
+#     return odds / (1 + odds)
 #
 # exercise_6_1()
 

@@ -682,10 +682,13 @@ def load(
 # %% [markdown]
 # With one step all three draw the same picture, because a step to $\sigma = 0$ is
 # Euler's in each of them; and it is the average of what the prompt allows, exaggerated
-# by guidance, as chapter 6 predicted. With four steps DPM++ 2M can go astray: its last
-# stroke but one falls from a third to a thousandth, so that $h$ is eight times the one
-# before, and the line through two estimates is drawn much too far. Heun asks twice per
-# step: compare it with its neighbours at equal work, not at equal steps.
+# by guidance, as chapter 6 predicted. Two steps stop at 1, 0.001 and 0. Euler and DPM++
+# 2M then draw almost what one step draws. Heun takes the mean with a velocity asked for
+# at 0.001, which divides by a thousandth (chapter 6), and spoils the picture. With four
+# steps DPM++ 2M can go astray: its last stroke but one falls from a third to a
+# thousandth, so that $h$ is eight times the one before, and the line through two
+# estimates is drawn much too far. Heun asks twice per step: compare it with its
+# neighbours at equal work, not at equal steps.
 #
 # ## Predict, then break it
 #
@@ -755,11 +758,12 @@ def load(
 #     size, flops = work(name)
 #     passes = usual.num_inference_steps * (1 if usual.guidance_scale > 1 else 0.5)
 #     print(f"{name}: {size:.1f} GB, {flops:.1f} TFLOP a guided step, "
-#         f"{passes * flops:.0f} TFLOP a picture")
+#         f"{passes * flops:.0f} TFLOP in all its steps")
 
 # %% [markdown]
 # Turbo has Large's weights in number and size, and needs a fourteenth of its work: a
-# seventh of the steps, and no second pass for guidance.
+# seventh of the steps, and no second pass for guidance. (Encoders and decoder add about
+# 15 TFLOP to a picture: see [Numbers worth knowing](../book/numbers.ipynb).)
 #
 # Now with weights, where there is a CUDA device and the licence has been accepted (the
 # set-up page says how). Elsewhere the cell says so in one line.
@@ -837,7 +841,7 @@ def load(
 # | Image to image | `image_to_image.image_to_image` | `--image`, `--strength` |
 # | Inpainting | the same, with `mask_image` | `--mask` |
 # | LoRA: use one | `lora.load_lora` | `--lora`, `--lora-scale` |
-# | LoRA: train one | `finetune.finetune` | `minidiff train --lora` |
+# | LoRA: train one | `finetune.finetune` | `minidiff train --from … --lora` |
 # | Previews | `previews.show_previews` | `--preview` |
 # | Memory plans | `load(memory="12GB")` | `--memory 12GB` |
 # | Fewer passes through memory | `load(fast=True)` | `--fast` |

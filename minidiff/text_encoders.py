@@ -30,9 +30,9 @@ from torch import Tensor, nn
 #
 # The tokenizers of chapter 1 hand over three rows of ids: one for each of the text
 # encoders of Stable Diffusion 3.5. This chapter turns them into two tensors: the
-# *context*, which leaves our box on the arrow in the map, and the *pooled vector*, which
-# goes the same way and is not drawn. Our prompt's journey goes on with the same words as
-# before.
+# *context*, which leaves our box on the arrow in the map, and the *pooled vector*,
+# which goes the same way and is not drawn. Our prompt's journey goes on with the same
+# words as before.
 
 # %% tags=["active-ipynb"]
 # from minidiff import viz
@@ -64,7 +64,7 @@ from torch import Tensor, nn
 #
 # | encoder | learned from | a token sees | gives |
 # |---|---|---|---|
-# | CLIP-L, CLIP-G | captions and their pictures | itself and what precedes it | states, a vector |
+# | CLIP-L, CLIP-G | captions, pictures | itself and what precedes it | states, a vector |
 # | T5 | gaps in text | everything | states |
 #
 # CLIP's objective ties words to what can be *seen*, and leaves it free to forget what
@@ -113,10 +113,10 @@ from torch import Tensor, nn
 # - **T5**: $s = 1$, and $b_{ij}$ is a learned number that depends on the distance $j -
 #   i$.
 #
-# Why $1/\sqrt d$: if the entries of $q$ and $k$ are independent with mean 0 and variance
-# 1, their dot product has variance $d$, and the softmax would *saturate*: one key takes
-# nearly all weight, and hardly a gradient is left. T5 does without; its weights were
-# *initialised* smaller by that factor instead, and have grown up with it.
+# Why $1/\sqrt d$: if the entries of $q$ and $k$ are independent with mean 0 and
+# variance 1, their dot product has variance $d$, and the softmax would *saturate*: one
+# key takes nearly all weight, and hardly a gradient is left. T5 does without; its
+# weights were *initialised* smaller by that factor instead, and have grown up with it.
 #
 # First as it is written, one pair of tokens at a time:
 

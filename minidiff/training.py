@@ -114,8 +114,8 @@ Batch = dict[str, Tensor]
 # its data are the VAE's latents, its prompts the encoders' output.
 #
 # One remark on precision. Products of matrices run in bfloat16 on a GPU: it is fast,
-# and its three decimal digits are enough there. A loss adds many small numbers, where
-# three digits are not enough.
+# and its two to three decimal digits are enough there. A loss adds many small numbers,
+# where so few are not enough.
 
 
 # %%
@@ -391,8 +391,9 @@ def transformer_loss(model: MMDiT, batch: Batch) -> Tensor:
 
 
 # %% [markdown]
-# Levels are drawn so that their logit is normal: the middle, where the picture is
-# decided, more often than the ends. Here too each sample's level is a function of its
+# Levels are drawn so that their logit is normal: the middle more often than the ends.
+# (The shipped model's last runs moved them towards noise, by chapter 6's shift of 3,
+# because garments are decided there.) Here too each sample's level is a function of its
 # number: a uniform number through the normal distribution's quantile function.
 
 
@@ -526,10 +527,11 @@ class TrainingConfig:
 # The learning rate climbs while Adam's averages are still young, then falls along half
 # a cosine, so that the noise of the steps dies out at the end.
 #
-# `muon` chooses another optimiser for the matrices of the blocks. A gradient $USV^T$ is
-# long in a few directions and short in most. Adam divides each number by its own size
-# and still follows the long ones; Muon steps along $UV^T$, equally far in all of them
-# (`minidiff.support.muon`).
+# `muon` chooses another optimiser for nearly all matrices of the transformer. The
+# singular value decomposition writes a gradient as $USV^T$: $U$ and $V$ hold
+# directions, the diagonal of $S$ their lengths, a few long and most short. Adam divides
+# each number by its own usual size and still follows the long ones. Muon leaves $S$ out
+# and steps along $UV^T$, equally far in all of them (`minidiff.support.muon`).
 
 
 # %%
@@ -623,10 +625,11 @@ class Learner:
 
 # %% [markdown]
 # Last, the run: log, validate, save, and go on from what was saved. A checkpoint holds
-# weights, average, both moments of Adam and the number of steps. It needs no state of a
-# random generator, because there is none. It is written beside the old one and takes
-# its name when it is complete, so that a run killed while saving still has the one
-# before. (`minidiff.support.trainer` does the files.)
+# the weights, their average, what the optimiser remembers of past gradients, and the
+# number of steps. It needs no state of a random generator, because there is none. It is
+# written beside the old one and takes its name when it is complete, so that a run
+# killed while saving still has the one before. (`minidiff.support.trainer` does the
+# files.)
 
 
 # %%

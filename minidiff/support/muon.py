@@ -2,7 +2,7 @@
 
 The gradient of a weight matrix is mostly long in a few directions, and Adam, which
 looks at each number by itself, follows these. Muon replaces the averaged gradient
-$U S V^T$ by $U V^T$: the matrix nearest to it that is orthogonal.
+``U S Vᵀ`` by ``U Vᵀ``: the matrix nearest to it that is orthogonal.
 """
 
 from collections import defaultdict
