@@ -64,7 +64,7 @@ from torch import Tensor, nn
 #
 # | encoder | learned from | a token sees | gives |
 # |---|---|---|---|
-# | CLIP-L, CLIP-G | captions, pictures | itself and what precedes it | states, a vector |
+# | CLIP-L, CLIP-G | captions, pictures | itself, what precedes it | states, a vector |
 # | T5 | gaps in text | everything | states |
 #
 # CLIP's objective ties words to what can be *seen*, and leaves it free to forget what
