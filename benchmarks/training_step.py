@@ -2,7 +2,7 @@
 
     python benchmarks/training_step.py [--device cuda] [--batch-size 64] [--rounds 20]
     python benchmarks/training_step.py --eager --profile      # where the time goes
-    python benchmarks/training_step.py --bfloat16 --ladder    # what each change gave
+    python benchmarks/training_step.py --device cpu --bfloat16 --ladder  # each change
 
 Both models have the shipped sizes, the same weights and the same batch; both take the
 same loss (rectified flow), clip the same gradient norm and use the same fused AdamW.
@@ -189,6 +189,8 @@ def parse() -> argparse.Namespace:
     args.count = args.count or (20 if args.device != "cpu" else 2)
     if args.bfloat16 is None:
         args.bfloat16 = args.device != "cpu"
+    if args.ladder and args.device != "cpu":
+        parser.error("--ladder expects --device cpu")
     return args
 
 

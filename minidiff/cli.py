@@ -463,7 +463,7 @@ def train(
         int | None, typer.Option(help="Of the one stage named.")
     ] = None,
     compile: Annotated[
-        bool | None, typer.Option(help="By default on a GPU only.")
+        bool | None, typer.Option(help="By default as a JSON recipe says, or on a GPU.")
     ] = None,
     start: Annotated[
         Path | None, typer.Option(help="Model to go on from: tiny, or its folder.")
@@ -551,7 +551,7 @@ def refuse(needed: str, **options: Any) -> None:
 
 @app.command()
 def evaluate(
-    model: Model = "tiny",
+    model: Annotated[str, typer.Option(help=f"{MODEL}.")] = "tiny",
     n: Annotated[int, typer.Option("-n", "--n", help="Prompts in each row.")] = 500,
     guidance_scale: Annotated[
         float | None, typer.Option(help="The model's own by default.")

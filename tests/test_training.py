@@ -405,7 +405,7 @@ def test_prompts_are_dropped_as_often_as_the_recipe_says(
     for part in gone:
         assert part.double().mean() == pytest.approx(0.05, abs=0.015)
     both = (gone[0] & gone[1]).double().mean()
-    assert both == pytest.approx(0.0025, abs=0.003)  # each is dropped by itself
+    assert 0 < both < 0.006  # each is dropped by itself: 0.05² of both at once
     whole = ~(gone[0] | gone[1] | gone[2])
     empty = minidiff.load(made).encode_prompt("", stages.LENGTH)[1].float()
     near = (pooled[whole] - empty).norm(dim=1) < 1e-2 * empty.norm()
@@ -646,13 +646,13 @@ def test_a_file_changes_the_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change, message",
     [
-        ('{"pictures": 0}', "pictures is 0; expected above 0 to"),
-        ('{"vae": {"save_every": 0}}', "save_every is 0; expected above 0 to"),
+        ('{"pictures": 0}', "pictures is 0; expected above 0"),
+        ('{"vae": {"save_every": 0}}', "save_every is 0; expected above 0"),
         ('{"vae": {"learning_rate": -1.0}}', "learning_rate is -1.0; expected above 0"),
         ('{"vae": {"learning_rate": 0.0}}', "learning_rate is 0.0; expected above 0"),
         (
             '{"vae": {"max_grad_norm": 0}}',
-            "max_grad_norm is 0; expected above 0 to inf",
+            "max_grad_norm is 0; expected above 0",
         ),
         ('{"shift": 0.0}', "shift is 0.0; expected above 0"),
         ('{"clip": {"muon": true}}', "clip: muon is for the transformer alone"),
@@ -759,14 +759,16 @@ def test_a_run_killed_at_any_time_ends_with_the_same_weights(tmp_path: Path) -> 
     assert in_child(lambda: trained(tmp_path / "timed")) == 0
     duration = time.time() - start
     draw = torch.Generator().manual_seed(1)
-    killed, folder = 0, tmp_path / "run 0"
+    killed, ended, folder = 0, 0, tmp_path / "run 0"
     while killed < 20:
         moment = torch.rand((), generator=draw).item() * duration / 2
-        if in_child(partial(trained, folder), moment) == signal.SIGKILL:
-            killed += 1
-        else:
+        status = in_child(partial(trained, folder), moment)
+        assert status in (0, signal.SIGKILL)
+        killed += status == signal.SIGKILL
+        if status == 0:
             assert_same(trained(folder), whole)
-            folder = tmp_path / f"run {killed}"
+            ended += 1
+            folder = tmp_path / f"run {ended}"
     assert_same(trained(folder), whole)
     logs = [read_log(path / "log.jsonl") for path in (tmp_path / "whole", folder)]
     a, b = ([(r["step"], r["loss"]) for r in log] for log in logs)

@@ -32,10 +32,8 @@ def open_picture(file: Path | str) -> "Image":
     try:
         with Image.open(file) as picture:
             ImageOps.exif_transpose(picture, in_place=True)
-    except MemoryError:
-        raise
     except Exception as error:  # of damage PIL tells in a dozen ways
-        if getattr(error, "errno", None):
+        if isinstance(error, MemoryError) or getattr(error, "errno", None):
             raise
         reason = f"is not a picture that can be read: {error}"
         raise ValueError(f"{file} {reason}") from None

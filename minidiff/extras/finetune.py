@@ -162,8 +162,8 @@ def finetune(
         add_lora(parts["transformer"], lora.rank, lora.alpha, lora.targets)
     settings = {"model": str(model), "pictures": str(pictures), "lora": str(lora)}
     settings |= {"drop": drop, "seed": seed, **lasting(config)}
-    images, captions = read_folder(pictures, size or side, crop)
     with Run(output / "run", settings) as run:
+        images, captions = read_folder(pictures, size or side, crop)
         pipe, trained, updates = begin(model, lora, device, seed, recomputed)
         name = encoding_name(pipe, images, captions)
         run.add(encodings=name)
@@ -177,8 +177,8 @@ def finetune(
         how = seed, drop, config.batch_size, draw
         task = finetuning_task(pipe, encoded, trained, *how)
         averaged = fit(task, config, run, device)
-        trained.load_state_dict(averaged.state_dict())
-        return output if parallel.rank() else export(model, pipe, updates, output)
+    trained.load_state_dict(averaged.state_dict())
+    return output if parallel.rank() else export(model, pipe, updates, output)
 
 
 def check(config: TrainingConfig, pictures: Path, output: Path) -> None:

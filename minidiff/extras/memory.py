@@ -145,9 +145,9 @@ def working(plan: Plan, call: Call) -> float:
     area = math.prod(sides)  # in latent pixels
     tile = min(area, plan.vae_tile**2) if plan.vae_tile else area
     slices = 1 if plan.vae_slicing else math.inf
-    values = GIB / 128**2 / 2  # for each latent pixel
-    encoding = 1.1 * values * area * min(call.encoded, slices)
-    decoding = 2.5 * values * tile * min(batch, slices)
+    unit = GIB / 128**2 / 2  # a latent pixel's share of 1 GiB at 1024², in 16 bits
+    encoding = 1.1 * unit * area * min(call.encoded, slices)
+    decoding = 2.5 * unit * tile * min(batch, slices)
     config = call.models["transformer"].config
     tokens = area // config.patch_size**2 + 333
     denoising = 22 * 2 * batch * tokens * config.width

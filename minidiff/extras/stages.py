@@ -283,13 +283,12 @@ def check_number(name: str, value: object, where: str) -> None:
     """Raise ValueError for a number that no setting of this kind can be."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    may_be_0, most = (
-        name in (*MAY_BE_0, *FRACTIONS),
-        1 if name in FRACTIONS else math.inf,
-    )
-    if not (0 <= value <= most and math.isfinite(value)) or not (value or may_be_0):
-        least = "0" if may_be_0 else "above 0"
-        raise ValueError(f"{where}: {name} is {value}; expected {least} to {most}")
+    may_be_0 = name in (*MAY_BE_0, *FRACTIONS)
+    small = value <= 1 or name not in FRACTIONS
+    if not (0 <= value < math.inf and small and (value or may_be_0)):
+        limits = "at least 0" if may_be_0 else "above 0 and finite"
+        limits = "0 to 1" if name in FRACTIONS else limits
+        raise ValueError(f"{where}: {name} is {value}; expected {limits}")
     if name == "beta2" and value == 1:  # Adam would divide by 0
         raise ValueError(f"{where}: beta2 is {value}; expected below 1")
 
@@ -936,6 +935,7 @@ def copy_start(job: Job) -> None:
 
     Raises ValueError where another model stands already.
     """
+    (job.output / "runs").mkdir(exist_ok=True)  # first: the model is known by it
     if not job.model.exists():
         part = job.output / ".model.part"
         shutil.rmtree(part, ignore_errors=True)
@@ -949,7 +949,6 @@ def copy_start(job: Job) -> None:
                 f"{here} is not {job.start}'s: expected another --output, or the "
                 "model that it began with"
             )
-    (job.output / "runs").mkdir(exist_ok=True)
     for stage in COPIED:
         (job.output / "runs" / f"{stage}.done").write_text(f'"{job.start}"')
 
@@ -1022,6 +1021,7 @@ def train(
     check_batches(chosen, stages)
     check_folder(output)
     check_other(output, "runs", "run")
+    parallel.wait()
     if own:
         chosen = limited(chosen, seed, crop)
     else:

@@ -11,14 +11,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from minidiff.dit import MMDiT
 from minidiff.support.data import IMAGE_SIZE, Scenes, captions, prompts
 from minidiff.support.inception import InceptionV3
 from minidiff.support.judge import EVALUATION_SEED, Judge, load_judge, score
 from minidiff.support.rng import fold_in, normal
-from minidiff.vae import VAE
 
 Extract = Callable[[Tensor], Tensor]  # pictures (B, 3, 64, 64) → features (B, D)
 FEATURES = "the judge's last hidden layer", "Inception-v3's last pool (FID)"
@@ -175,7 +173,7 @@ def training_features(
     return torch.cat(parts)
 
 
-def check_side(transformer: MMDiT, vae: VAE) -> None:
+def check_side(transformer: nn.Module, vae: nn.Module) -> None:
     """Raise ValueError for a model that draws no scenes, by its pictures' size."""
     side = transformer.config.sample_size * vae.config.factor
     if side != IMAGE_SIZE:

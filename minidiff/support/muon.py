@@ -39,7 +39,9 @@ def pieces(x: Tensor) -> tuple[Tensor, ...]:
     """A weight (rows, columns) as matrices that are square or upright.
 
     Queries, keys and values, or shifts, scales and gates, are several maps in one
-    weight: rows that are a multiple of the columns are cut into squares.
+    weight: rows that are a multiple of the columns are cut into squares. So are those
+    of an MLP's first layer, one map: stacked squares are orthogonal too, though not the
+    nearest matrix that is.
     """
     rows, columns = x.shape
     if rows < columns:
@@ -53,7 +55,8 @@ class Muon(torch.optim.AdamW):
     Args:
         named_parameters: of an MMDiT. Muon takes those with two axes whose name holds
             a number: all matrices but those of the text's first and the picture's last
-            layer. (In other models that may be tables, which it is not for.)
+            layer. (In other models that may be tables, which it is not for.) Of sharded
+            ones each process holds all updates while it makes a step.
         settings: of AdamW. The rate and the weight decay are Muon's too.
     """
 

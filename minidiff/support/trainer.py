@@ -349,7 +349,7 @@ def moments(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def wanted(optimizer: Optimizer, parameter: nn.Parameter) -> set[str]:
-    """What an optimiser remembers of a parameter: Muon of its matrices the first."""
+    """The keys of what an optimiser remembers; Muon has no second moment."""
     matrices = getattr(optimizer, "matrices", ())
     muon = any(parameter is x for x in matrices)
     return {"step", "exp_avg"} | (set() if muon else {"exp_avg_sq"})
