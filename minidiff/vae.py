@@ -279,8 +279,12 @@ class AttentionBlock(nn.Module):
 
 
 def pixels_to_tokens(x: Tensor) -> Tensor:
-    """One head of H·W tokens from the picture ``x`` (B, C, H, W)."""
-    return x.flatten(2).transpose(1, 2)[:, None]  # (B, C, H, W) → (B, 1, H·W, C)
+    """One head of H·W tokens from the picture ``x`` (B, C, H, W).
+
+    A token's channels lie side by side in memory, as fused attention wants them.
+    """
+    x = x.flatten(2).transpose(1, 2)[:, None]  # (B, C, H, W) → (B, 1, H·W, C)
+    return x.contiguous()
 
 
 # %% tags=["active-ipynb"]

@@ -11,7 +11,7 @@ from helpers import relative_error
 from PIL import Image
 from pipelines import load_tokenizers, reference_pipeline, save_tokenizers
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import minidiff
 from minidiff import cli
@@ -19,11 +19,12 @@ from minidiff.extras import finetune
 from minidiff.extras.finetune import LoraConfig
 from minidiff.extras.lora import ATTENTION, load_lora
 from minidiff.extras.memory import StreamedLinear
+from minidiff.sampling import Pipeline
 from minidiff.support import checks
 from minidiff.support.captioned import captions_of, read_folder
 from minidiff.support.data import CLASSES, Scenes
 from minidiff.support.trainer import read_log
-from minidiff.training import TrainingConfig
+from minidiff.training import Task, TrainingConfig
 
 
 @pytest.fixture
@@ -289,6 +290,35 @@ def test_lora_learns_and_diffusers_loads_it(
 def test_a_whole_model_learns(model: Path, pictures: Path, tmp_path: Path) -> None:
     folder = finetune.finetune(model, pictures, tmp_path / "full", CONFIG)
     assert gain(model, pictures, lambda _: minidiff.load(folder)) < 0.95
+
+
+def test_lora_learns_beside_weights_in_bfloat16(
+    model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The corrections are float32, and so is what they learn from."""
+    seen = []
+
+    def watch(task: Task, *rest: object) -> nn.Module:
+        known = {"base": pipes[0].dtype, "x0": task.batch(torch.arange(2))["x0"].dtype}
+        seen.append(known | {"learned": next(task.model.parameters()).dtype})
+        return fit(task, *rest)
+
+    pipes, fit, load = [], finetune.fit, finetune.load
+    monkeypatch.setattr(finetune, "fit", watch)
+    monkeypatch.setattr(
+        finetune, "load", lambda *how: pipes.append(load(*how)) or pipes[-1]
+    )
+    config = replace(CONFIG, bfloat16=True, validate_every=6)
+    file = finetune.finetune(model, pictures, tmp_path / "a", config, LoraConfig(4))
+    dtypes = {"base": torch.bfloat16, "x0": torch.float32, "learned": torch.float32}
+    assert seen == [dtypes]
+    assert len([*(tmp_path / "a" / "grids").iterdir()]) == 2
+
+    def with_lora(pipe: Pipeline) -> Pipeline:
+        load_lora(pipe, file)
+        return pipe
+
+    assert gain(model, pictures, with_lora) < 0.98
 
 
 def test_a_grid_that_does_not_fit_is_told_and_the_run_goes_on(

@@ -217,13 +217,21 @@ def test_bad_settings(folder, settings, message):
         minidiff.load(folder, **settings)
 
 
+@pytest.fixture
+def card(monkeypatch):
+    """Let a card have so many GB free, before CUDA has taken its part."""
+
+    def set_free(gigabytes):
+        free = gigabytes * 1e9 - memory.RESERVE
+        monkeypatch.setattr(memory, "free_memory", lambda _: free)
+
+    return set_free
+
+
 @pytest.mark.parametrize("gigabytes", [8.3, 11.6, 15.7, 23.9])
-def test_a_card_that_is_too_small_is_told_a_plan_that_fits(
-    calls, monkeypatch, gigabytes
-):
-    card = SimpleNamespace(total_memory=gigabytes * 1e9)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    with pytest.raises(ValueError, match=f"the card has {gigabytes}GB and") as refused:
+def test_a_card_that_is_too_small_is_told_a_plan_that_fits(calls, card, gigabytes):
+    card(gigabytes)
+    with pytest.raises(ValueError, match=f"has {gigabytes}GB free and") as refused:
         memory.check_device(Plan(), calls["large"], "cuda")
     budget, named = re.search("memory='(.*)' fits: (.*)", str(refused.value)).groups()
     plan = choose(budget, calls["large"])
@@ -231,11 +239,10 @@ def test_a_card_that_is_too_small_is_told_a_plan_that_fits(
     memory.check_device(plan, calls["large"], "cuda")
 
 
-def test_more_pixels_take_more_memory(calls, monkeypatch):
+def test_more_pixels_take_more_memory(calls, card):
     """They are refused with the settings that would fit, where there are any."""
     plan, one = choose("12GB", calls["medium"]), memory.PICTURE
-    card = SimpleNamespace(total_memory=12e9)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    card(12)
     four, many = (4, *one[1:]), (64, *one[1:])
     medium = calls["medium"]
     for size in (one, (1, 16, 96, 170)):
@@ -273,10 +280,9 @@ def test_a_planned_pipeline_is_not_saved(folder, tmp_path, knobs):
     assert not list(tmp_path.glob("saved/*"))
 
 
-def test_a_rehearsal_weighs_the_call(monkeypatch):
+def test_a_rehearsal_weighs_the_call(card):
     """Before weights are read: the tiny model on a card of 2 GB, 0.6 of it CUDA's."""
-    card = SimpleNamespace(total_memory=2e9)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    card(2)
 
     def draw(n):
         return lambda pipe: pipe("a red dress", num_images_per_prompt=n)
@@ -284,17 +290,6 @@ def test_a_rehearsal_weighs_the_call(monkeypatch):
     rehearse(draw(1), "tiny", "cuda")
     with pytest.raises(ValueError, match="so many pixels at once needs about"):
         rehearse(draw(10_000), "tiny", "cuda")
-
-
-@pytest.fixture
-def card(monkeypatch):
-    """Give a card of so many GB to what asks torch for one."""
-
-    def set_memory(gigabytes):
-        found = SimpleNamespace(total_memory=gigabytes * 1e9)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
-
-    return set_memory
 
 
 def small(pipe):
@@ -315,7 +310,7 @@ def test_what_was_rehearsed_is_what_is_loaded(calls, monkeypatch, card, size, ho
     loaded = memory.load_parts(parts, "cuda", torch.bfloat16, plan)
     assert set(loaded.values()) == {plan}
     card(3)
-    with pytest.raises(ValueError, match="the card has 3.0GB; this model needs about"):
+    with pytest.raises(ValueError, match="card has 3.0GB free; this model needs"):
         memory.load_parts(parts, "cuda", torch.bfloat16, plan)
 
 
@@ -352,7 +347,7 @@ def test_settings_that_do_not_fit_are_named(calls, card):
     with pytest.raises(ValueError, match=re.escape(f"memory is 12GB; {reason}")):
         choose("12GB", calls["large"], t5="resident")
     card(12)
-    with pytest.raises(ValueError, match=re.escape(f"card has 12.0GB; {reason}")):
+    with pytest.raises(ValueError, match=re.escape(f"card has 12.0GB free; {reason}")):
         memory.check_device(Plan(), calls["large"], "cuda", t5="resident")
 
 
@@ -403,10 +398,9 @@ def test_a_call_from_python_is_weighed_too(folder, monkeypatch):
         plain("a red dress", num_images_per_prompt=at_once + 1)
 
 
-def test_a_card_that_no_plan_fits(calls, monkeypatch):
-    card = SimpleNamespace(total_memory=4.2e9)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    with pytest.raises(ValueError, match="card has 4.2GB; this model needs about"):
+def test_a_card_that_no_plan_fits(calls, card):
+    card(4.2)
+    with pytest.raises(ValueError, match="card has 4.2GB free; this model needs about"):
         memory.check_device(Plan(), calls["large"], "cuda")
 
 

@@ -142,12 +142,43 @@ def test_fp8_products_stay_close():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_gpu_multiplies_in_fp8_beside_bfloat16_alone(monkeypatch, dtype):
-    weight = SimpleNamespace(dtype=kernels.FLOAT8, is_cuda=True, device="cuda")
-    layer = SimpleNamespace(weight=weight, bias=torch.zeros(1, dtype=dtype))
-    block = SimpleNamespace(x_block=SimpleNamespace(mlp=SimpleNamespace(fc1=layer)))
-    model = SimpleNamespace(joint_blocks=[block])
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    model, tried = on_a_gpu(monkeypatch, (9, 0), dtype), []
+    monkeypatch.setattr(fast, "float8_product", lambda *given: tried.append(given))
     assert fast.multiplies_in_fp8(model) == (dtype == torch.bfloat16)
+    assert len(tried) == (dtype == torch.bfloat16)
+
+
+def on_a_gpu(monkeypatch, capability, dtype=torch.bfloat16):
+    """A stand-in for a model in fp8 on a GPU of some capability."""
+    weight = SimpleNamespace(dtype=kernels.FLOAT8, is_cuda=True, device="cpu")
+    bias = torch.zeros(1, dtype=dtype)
+    layer = SimpleNamespace(weight=weight, bias=bias, in_features=4)
+    block = SimpleNamespace(x_block=SimpleNamespace(mlp=SimpleNamespace(fc1=layer)))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    return SimpleNamespace(joint_blocks=[block])
+
+
+def test_a_gpu_that_fails_at_fp8_products_does_without(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(fast, "float8_product", fail)
+    assert not fast.multiplies_in_fp8(on_a_gpu(monkeypatch, (12, 0)))
+
+
+def test_compilation_needs_a_gpu_that_knows_fp8(monkeypatch):
+    model = on_a_gpu(monkeypatch, (8, 6))
+    assert not fast.multiplies_in_fp8(model)
+    with pytest.raises(ValueError, match="the GPU is 8.6; expected 8.9 or more, or co"):
+        fast.compile_blocks(model)
+
+
+@pytest.mark.parametrize("major", [8, 9, 10, 12])
+def test_attention_asks_for_what_is_best_on_the_card(monkeypatch, major):
+    weight = on_a_gpu(monkeypatch, (major, 0)).joint_blocks[0].x_block.mlp.fc1.weight
+    expected = "cudnn" if major in (9, 10) else None
+    assert fast.preferred_attention(weight) == expected
+    assert fast.preferred_attention(torch.zeros(1)) is None
 
 
 def test_quantization_keeps_a_sixteenth():

@@ -142,6 +142,11 @@ def deviation_not_halved(monkeypatch):
     monkeypatch.setattr(Posterior, "sample", sample)
 
 
+def test_tokens_lie_as_fused_attention_wants_them():
+    tokens = vae.pixels_to_tokens(torch.randn(2, 3, 4, 5))
+    assert tokens.shape == (2, 1, 20, 3) and tokens.is_contiguous()
+
+
 def transposed_picture(monkeypatch):
     def tokens(x):
         return x.mT.flatten(2).transpose(1, 2)[:, None]

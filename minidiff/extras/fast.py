@@ -28,6 +28,7 @@ from minidiff.extras.kernels import (
     Rows,
     group_norm_silu,
     norm_heads,
+    quantize,
     quantize_rows,
     residual_norm,
 )
@@ -283,7 +284,8 @@ def accelerate(
     if compile:
         compile_blocks(transformer)
     elif fast:
-        transformer.forward = FastMMDiT(transformer, multiplies_in_fp8(transformer))
+        fp8, attention = multiplies_in_fp8(transformer), preferred_attention(weight)
+        transformer.forward = FastMMDiT(transformer, fp8, attention)
     if fast:
         vae.decoder.forward = FastDecoder(vae.decoder)
         if not weight.is_cuda:
@@ -293,8 +295,17 @@ def accelerate(
 def compile_blocks(transformer: MMDiT) -> None:
     """Compile each kind of block once: for all blocks of the kind, and for all sizes.
 
-    Two samples and one are two sizes to the compiler, all other numbers are one.
+    Two samples and one are two sizes to the compiler, all other numbers are one. Raises
+    ValueError for blocks in fp8 on a GPU for which Triton has no such numbers.
     """
+    weight = transformer.joint_blocks[0].x_block.mlp.fc1.weight
+    if weight.is_cuda and weight.dtype == FLOAT8 and not has_fp8(weight):
+        major, minor = torch.cuda.get_device_capability(weight.device)
+        found = f"compile is True, weights are in fp8, and the GPU is {major}.{minor}"
+        raise ValueError(f"{found}; expected 8.9 or more, or compile=False")
+    # By default eight forms: the kinds, with and without guidance, need as many
+    limit = max(64, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.recompile_limit = limit
     for block in transformer.joint_blocks:
         block.compile(dynamic=True)
     # Else the first block, whose text is a view, would be a kind of its own
@@ -320,14 +331,34 @@ def keep_freed_memory() -> None:
 def multiplies_in_fp8(model: MMDiT) -> bool:
     """Whether the blocks are in fp8, on a device with fp8 products for their dtype.
 
-    On a GPU torch._scaled_mm takes a scale for each row where it writes bfloat16.
+    On a GPU torch._scaled_mm takes a scale for each row where it writes bfloat16, on
+    some cards not at all: one small product is tried.
     """
     layer = model.joint_blocks[0].x_block.mlp.fc1
     weight = layer.weight
     if weight.dtype != FLOAT8 or not weight.is_cuda:
         return weight.dtype == FLOAT8
-    able = torch.cuda.get_device_capability(weight.device) >= (8, 9)
-    return able and layer.bias.dtype == torch.bfloat16
+    if not has_fp8(weight) or layer.bias.dtype != torch.bfloat16:
+        return False
+    ones = torch.ones(16, layer.in_features, device=weight.device)
+    try:
+        float8_product(quantize(ones), layer)
+    except RuntimeError:
+        return False
+    return True
+
+
+def has_fp8(weight: Tensor) -> bool:
+    """Whether the GPU that holds ``weight`` computes with fp8: since Ada."""
+    return torch.cuda.get_device_capability(weight.device) >= (8, 9)
+
+
+def preferred_attention(weight: Tensor) -> str | None:
+    """The backend to try first where ``weight`` is: cuDNN's on Hopper and Blackwell."""
+    if not weight.is_cuda:
+        return None
+    major = torch.cuda.get_device_capability(weight.device)[0]
+    return "cudnn" if major in (9, 10) else None
 
 
 # The decoder

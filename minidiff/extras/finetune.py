@@ -50,14 +50,14 @@ class LoraConfig:
 
 @torch.no_grad()
 def encode(pipe: Pipeline, images: Tensor, captions: list[str]) -> Batch:
-    """Latents (N, C, h, w) and what the encoders make of the captions.
+    """Latents (N, C, h, w), float32, and what the encoders make of the captions.
 
     ``context`` and ``pooled`` have one more row, the last: the empty prompt's.
     """
     latents, contexts, texts = [], [], [*captions, ""]
     for image in images.split(1):
         mode = pipe.vae.encode(image.to(pipe.device, pipe.dtype)).mode()
-        latents.append(pipe.vae.scale(mode))
+        latents.append(pipe.vae.scale(mode).float())
     for start in range(0, len(texts), 32):  # a streamed T5 comes once for each
         contexts.append(pipe.encode_prompt(texts[start : start + 32]))
     context, pooled = (torch.cat(part) for part in zip(*contexts, strict=True))
@@ -101,12 +101,12 @@ def finetuning_task(
     model: nn.Module,
     seed: int,
     drop: float,
-    at_once: int,
+    config: TrainingConfig,
     draw: Callable[[], None],
 ) -> Task:
     """Learn ``model`` (the transformer, or its corrections) on encoded pictures.
 
-    Validation looks at ``at_once`` pictures at a time, then calls ``draw``, while the
+    Validation looks at a batch of pictures at a time, then calls ``draw``, while the
     averaged weights are in place.
     """
     n, shape = len(encoded["x0"]), tuple(encoded["x0"].shape[1:])
@@ -124,10 +124,11 @@ def finetuning_task(
     def loss(_: nn.Module, batch: Batch) -> Tensor:
         return transformer_loss(pipe.transformer, batch)
 
+    @torch.autocast(pipe.device.type, torch.bfloat16, enabled=config.bfloat16)
     def validate(averaged: nn.Module) -> dict:
         learned = {k: v.clone() for k, v in model.state_dict().items()}
         model.load_state_dict(averaged.state_dict())
-        losses = level_losses(pipe, encoded, seed, at_once)
+        losses = level_losses(pipe, encoded, seed, config.batch_size)
         draw()
         model.load_state_dict(learned)
         return {"validation": sum(losses) / len(losses), "by_level": losses}
@@ -152,7 +153,8 @@ def finetune(
 
     With ``lora`` the result is ``output``/pytorch_lora_weights.safetensors, else a
     whole model in ``output``/model. A stopped run goes on when called again.
-    ``recomputed`` saves memory: see ``trainer.recompute``.
+    ``recomputed`` saves memory: see ``trainer.recompute``. With ``lora`` and
+    ``config.bfloat16`` the model's own weights, which do not learn, are in bfloat16.
     """
     device, output = parallel.start(device), Path(output)
     check(config, Path(pictures), output)
@@ -164,7 +166,8 @@ def finetune(
     settings |= {"drop": drop, "seed": seed, **lasting(config)}
     with Run(output / "run", settings) as run:
         images, captions = read_folder(pictures, size or side, crop)
-        pipe, trained, updates = begin(model, lora, device, seed, recomputed)
+        dtype = torch.bfloat16 if lora and config.bfloat16 else torch.float32
+        pipe, trained, updates = begin(model, lora, device, dtype, seed, recomputed)
         name = encoding_name(pipe, images, captions)
         run.add(encodings=name)
         path = output / "cache" / f"{name}.safetensors"
@@ -174,8 +177,7 @@ def finetune(
         def draw() -> None:
             save_samples(pipe, encoded, seed, grids / f"{run.step:06}.png")
 
-        how = seed, drop, config.batch_size, draw
-        task = finetuning_task(pipe, encoded, trained, *how)
+        task = finetuning_task(pipe, encoded, trained, seed, drop, config, draw)
         averaged = fit(task, config, run, device)
     trained.load_state_dict(averaged.state_dict())
     return output if parallel.rank() else export(model, pipe, updates, output)
@@ -196,18 +198,20 @@ def begin(
     model: Path | str,
     lora: LoraConfig | None,
     device: str,
+    dtype: torch.dtype,
     seed: int,
     recomputed: bool,
 ) -> tuple[Pipeline, nn.Module, dict[str, LowRank] | None]:
     """The pipeline, what of it learns, and with ``lora`` the corrections by layer."""
-    cuda = device.startswith("cuda")  # T5 visits the card while it encodes
-    pipe = load(model, device, torch.float32, **{"t5": "streamed"} if cuda else {})
+    cuda = device.startswith("cuda")  # the encoders visit the card while they encode
+    streamed = {"t5": "streamed", "clip": "streamed"} if cuda else {}
+    pipe = load(model, device, dtype, **streamed)
     pipe.progress = False
     trained, updates = pipe.transformer, None
     torch.manual_seed(seed)
     if lora:
         updates = add_lora(pipe.transformer, lora.rank, lora.alpha, lora.targets)
-        trained = nn.ModuleList(updates.values())
+        trained = nn.ModuleList(updates.values()).float()
     else:
         for parameter in trained.parameters():  # it may be a read-only memory map
             parameter.data = parameter.data.clone()

@@ -331,7 +331,8 @@ def group_norm_silu(
         partial.sum(1).unflatten(-1, (groups, -1)).sum(-1).unbind(1)
     )  # (B, G)
     mean = (total / count)[..., None]
-    rstd = ((square / count)[..., None] - mean * mean + 1e-6).rsqrt()
+    variance = ((square / count)[..., None] - mean * mean).clamp(min=0)
+    rstd = (variance + 1e-6).rsqrt()
     scale = (rstd * weight.float().view(groups, -1)).flatten(1)  # → (B, C)
     shift = bias.float() - (mean * scale.unflatten(1, (groups, -1))).flatten(1)
     if add is not None and not write:

@@ -92,12 +92,13 @@ def targets(model: nn.Module) -> dict[str, Target]:
 def attach(updates: Mapping[str, LowRank], model: nn.Module) -> list:
     """Let each layer named in ``updates`` add its own; returns the hooks' handles."""
     layers, handles = targets(model), []
+    first = next(model.parameters())  # a layer's own may be in 8 bits, or away
     for name, update in updates.items():
-        target = layers[name]
-        update.to(next(model.parameters()))  # a layer's own may be in 8 bits, or away
+        target, rows = layers[name], layers[name].rows.to(first.device)
+        update.to(first)
 
-        def hook(_, args, out, rows=target.rows, update=update) -> Tensor:
-            return out.index_add(-1, rows.to(out.device), update(args[0]))
+        def hook(_, args, out, rows=rows, update=update) -> Tensor:
+            return out.index_add(-1, rows, update(args[0]))
 
         handles.append(target.layer.register_forward_hook(hook))
     return handles

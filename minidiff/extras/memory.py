@@ -8,6 +8,7 @@ output is computed for all steps at once, and they leave. And a weight in 8 bits
 half of its place in bfloat16.
 """
 
+import gc
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -220,11 +221,12 @@ def check_device(plan: Plan, call: Call, device: Any, **knobs: Any) -> None:
     device = torch.device(device)
     if device.type != "cuda":
         return
-    total = torch.cuda.get_device_properties(device).total_memory
+    gc.collect()  # of a pipeline that is no longer used, cycles may be left
+    free = free_memory(device) + RESERVE  # CUDA has taken its part
     need = estimate(plan, call) + RESERVE
-    if need <= total:
+    if need <= free:
         return
-    card, budget = f"the card has {total / 1e9:.1f}GB", int(total / 1e8) / 10
+    card, budget = f"the card has {free / 1e9:.1f}GB free", int(free / 1e8) / 10
     smaller = roomiest(budget * 1e9, call, **knobs)  # rounded down, to fit the card
     if not smaller:
         raise ValueError(f"{card}; {shortage(budget * 1e9, call, **knobs)}")
@@ -232,6 +234,12 @@ def check_device(plan: Plan, call: Call, device: Any, **knobs: Any) -> None:
     name = f"memory='{budget:g}GB' fits" if usual else "this would fit"
     found = f"{card} and this needs about {need / 1e9:.1f}GB"
     raise ValueError(f"{found}; {name}: {smaller}")
+
+
+def free_memory(device: torch.device) -> int:
+    """The bytes of a card that PyTorch can still give to tensors."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def check_room(pipe: Any, size: tuple[int, ...], free: float, encoded: int = 0) -> None:

@@ -151,10 +151,7 @@ def check_room(pipe: Any, size: tuple[int, ...], encoded: int = 0) -> None:
     if pipe.device.type == "cuda":
         from minidiff.extras import memory
 
-        free = torch.cuda.mem_get_info(pipe.device)[0]
-        free += torch.cuda.memory_reserved(pipe.device)
-        free -= torch.cuda.memory_allocated(pipe.device)
-        memory.check_room(pipe, size, free, encoded)
+        memory.check_room(pipe, size, memory.free_memory(pipe.device), encoded)
 
 
 def check_parts(text_encoders: Sequence[Any], transformer: Any, vae: Any) -> None:
