@@ -45,7 +45,9 @@ from minidiff.extras.fast import (
     FastMMDiT,
     attention_backend,
     compile_blocks,
+    has_fp8_products,
     pixel_attention,
+    preferred_attention,
 )
 from minidiff.extras.kernels import quantize, quantize_rows
 from minidiff.extras.memory import Plan, place, to_float8
@@ -109,8 +111,7 @@ class Bench:
     @property
     def float8(self) -> bool:
         """Whether the device multiplies in fp8."""
-        gpu = self.device.type == "cuda"
-        return not gpu or torch.cuda.get_device_capability(self.device) >= (8, 9)
+        return self.device.type != "cuda" or has_fp8_products(self.device)
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
@@ -714,7 +715,8 @@ def memory(bench: Bench, name: str) -> None:
         )
         model.requires_grad_(False)
         if fp8 is not None:
-            model.forward = FastMMDiT(model, fp8)
+            attention = preferred_attention(model.x_embedder.proj.weight)
+            model.forward = FastMMDiT(model, fp8, attention)
         pipe = pipeline(bench, model, vae)
         steps = 2 if bench.tiny else 28
         seconds = []
@@ -856,7 +858,7 @@ def picture(bench: Bench, name: str) -> None:
         "output_type": "pt",
     }
     compare = Compare(bench, stage="picture", model=name)
-    theirs = StableDiffusion3Pipeline.from_pretrained(folder, dtype=bench.dtype)
+    theirs = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=bench.dtype)
     if theirs.dtype != bench.dtype:  # versions differ in the argument's name
         raise RuntimeError(f"diffusers loaded {theirs.dtype}; expected {bench.dtype}")
     theirs = theirs.to(bench.device)
@@ -891,7 +893,8 @@ def whole(bench: Bench, name: str) -> None:
     with torch.no_grad():
         ahead = ours.modulations(sigma, pooled)
         given = latents, None, context, None
-        fast = FastMMDiT(ours)
+        attention = preferred_attention(ours.x_embedder.proj.weight)
+        fast = FastMMDiT(ours, attention=attention)
         compare("diffusers", diffusers_step)
         compare("fast", lambda: fast(*given, modulations=ahead))
         if bench.compile:

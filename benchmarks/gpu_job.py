@@ -39,7 +39,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--recipe",
         default="gpu",
-        choices=("gpu", "shipped", "longer", "further", "trial"),
+        choices=("gpu", "shipped", "longer", "further", "muon", "trial"),
     )
     parser.add_argument("--seconds", default=570.0, type=float)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)

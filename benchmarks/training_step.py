@@ -189,8 +189,8 @@ def parse() -> argparse.Namespace:
     args.count = args.count or (20 if args.device != "cpu" else 2)
     if args.bfloat16 is None:
         args.bfloat16 = args.device != "cpu"
-    if args.ladder and args.device != "cpu":
-        parser.error("--ladder expects --device cpu")
+    if args.ladder and (args.device != "cpu" or args.eager or args.profile):
+        parser.error("--ladder expects --device cpu, and neither --eager nor --profile")
     return args
 
 

@@ -463,7 +463,10 @@ def train(
         int | None, typer.Option(help="Of the one stage named.")
     ] = None,
     compile: Annotated[
-        bool | None, typer.Option(help="By default as a JSON recipe says, or on a GPU.")
+        bool | None,
+        typer.Option(
+            help="By default as a JSON recipe says, or on a GPU (with --from not)."
+        ),
     ] = None,
     start: Annotated[
         Path | None, typer.Option(help="Model to go on from: tiny, or its folder.")

@@ -774,7 +774,7 @@ def load(
 #         return print(f"{name}: needs a CUDA device and access to the weights")
 #     card = torch.cuda.get_device_properties(0).total_memory
 #     try:
-#         large = minidiff.load(name, device="cuda", memory=f"{card / 1e9:.0f}GB")
+#         large = minidiff.load(name, device="cuda", memory=f"{card // 10**9}GB")
 #     except OSError:
 #         return print(f"{name}: needs a CUDA device and access to the weights")
 #     display(large("a red dress on a blue background, studio photograph")[0])

@@ -18,7 +18,7 @@ from minidiff import cli
 from minidiff.extras import finetune
 from minidiff.extras.finetune import LoraConfig
 from minidiff.extras.lora import ATTENTION, load_lora
-from minidiff.extras.memory import StreamedLinear
+from minidiff.extras.memory import weigh
 from minidiff.sampling import Pipeline
 from minidiff.support import checks
 from minidiff.support.captioned import captions_of, read_folder
@@ -178,6 +178,21 @@ def test_a_run_goes_on_with_the_same_settings_and_pictures_only(
         train()
 
 
+def test_a_card_too_small_to_learn_on_is_told(
+    model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the folder belongs to the run; by LoRA a fifth of the weights is kept."""
+    n = weigh(minidiff.load(model).transformer)
+    for free, lora in ((20 * n - 1, None), (2 * n - 1, LoraConfig(2))):
+        monkeypatch.setattr(finetune, "free_memory", lambda _, free=free: free)
+        with pytest.raises(
+            ValueError, match="weights and optimiser take .*; expected "
+        ):
+            config = replace(CONFIG, bfloat16=True)
+            finetune.finetune(model, pictures, tmp_path / "a", config, lora, "cuda")
+        assert not (tmp_path / "a" / "run").exists()
+
+
 def test_sharded_fine_tuning_is_refused(pictures: Path, tmp_path: Path) -> None:
     config = replace(CONFIG, sharded=True)
     with pytest.raises(ValueError, match="sharded is True; fine-tuning expects False"):
@@ -185,17 +200,20 @@ def test_sharded_fine_tuning_is_refused(pictures: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("t5", ["resident", "streamed"])
-def test_encodings_are_named_after_all_that_makes_them(model: Path, t5: str) -> None:
-    plain, pipe = minidiff.load(model), minidiff.load(model, t5=t5)
+STREAMED = {"t5": "streamed", "clip": "streamed"}  # as on a card
+
+
+@pytest.mark.parametrize("how", [{}, STREAMED], ids=["resident", "streamed"])
+def test_encodings_are_named_after_all_that_makes_them(model: Path, how: dict) -> None:
+    plain, pipe = minidiff.load(model), minidiff.load(model, **how)
     images = torch.zeros(1, 3, 8, 8)
     names = {finetune.encoding_name(plain, images, ["a"])}
     assert finetune.encoding_name(pipe, images, ["a"]) in names
     names.add(finetune.encoding_name(pipe, images, ["b"]))
     names.add(finetune.encoding_name(pipe, images + 1, ["a"]))
     for part in (pipe.vae, *pipe.text_encoders):
-        layers = [m for m in part.modules() if isinstance(m, StreamedLinear)]
-        last = [*part.parameters(), *(layer.stored[0] for layer in layers)][-1]
+        stored = [x for m in part.modules() for x in getattr(m, "stored", ())]
+        last = [*part.parameters(), *(x for x in stored if x is not None)][-1]
         last.data = last.data.clone()  # it may be a read-only memory map
         last.data.view(-1)[-1] += 1
         names.add(finetune.encoding_name(pipe, images, ["a"]))
@@ -346,11 +364,11 @@ def test_validation_in_parts_is_the_same(model: Path, pictures: Path) -> None:
     assert whole == pytest.approx(parts, rel=1e-5)
 
 
-def test_a_streamed_t5_learns_the_same_and_is_saved_whole(
+def test_streamed_encoders_learn_the_same_and_is_saved_whole(
     model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resident = finetune.finetune(model, pictures, tmp_path / "a", CONFIG)
-    how = [{}, {"t5": "streamed"}]  # the last load is the one that is saved
+    how = [{}, STREAMED]  # the last load is the one that is saved
     monkeypatch.setattr(
         finetune, "load", lambda *given: minidiff.load(*given, **how.pop())
     )

@@ -151,10 +151,10 @@ def test_a_gpu_multiplies_in_fp8_beside_bfloat16_alone(monkeypatch, dtype):
 def on_a_gpu(monkeypatch, capability, dtype=torch.bfloat16):
     """A stand-in for a model in fp8 on a GPU of some capability."""
     weight = SimpleNamespace(dtype=kernels.FLOAT8, is_cuda=True, device="cpu")
-    bias = torch.zeros(1, dtype=dtype)
-    layer = SimpleNamespace(weight=weight, bias=bias, in_features=4)
+    layer = SimpleNamespace(weight=weight, bias=torch.zeros(1, dtype=dtype))
     block = SimpleNamespace(x_block=SimpleNamespace(mlp=SimpleNamespace(fc1=layer)))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     return SimpleNamespace(joint_blocks=[block])
 
 
@@ -164,6 +164,13 @@ def test_a_gpu_that_fails_at_fp8_products_does_without(monkeypatch):
 
     monkeypatch.setattr(fast, "float8_product", fail)
     assert not fast.multiplies_in_fp8(on_a_gpu(monkeypatch, (12, 0)))
+
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(fast, "float8_product", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        fast.multiplies_in_fp8(on_a_gpu(monkeypatch, (12, 0)))
 
 
 def test_compilation_needs_a_gpu_that_knows_fp8(monkeypatch):

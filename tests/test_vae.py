@@ -78,6 +78,11 @@ def test_decoder_is_diffusers(config):
     assert decode_error(config) <= 1e-5
 
 
+def test_tokens_lie_as_fused_attention_wants_them():
+    tokens = vae.pixels_to_tokens(torch.randn(2, 3, 4, 5))
+    assert tokens.shape == (2, 1, 20, 3) and tokens.is_contiguous()
+
+
 def other_epsilon(monkeypatch):
     def norm(config, channels):
         return nn.GroupNorm(config.norm_num_groups, channels, eps=1e-3)
@@ -140,11 +145,6 @@ def deviation_not_halved(monkeypatch):
         return self.mean + torch.exp(self.logvar) * noise
 
     monkeypatch.setattr(Posterior, "sample", sample)
-
-
-def test_tokens_lie_as_fused_attention_wants_them():
-    tokens = vae.pixels_to_tokens(torch.randn(2, 3, 4, 5))
-    assert tokens.shape == (2, 1, 20, 3) and tokens.is_contiguous()
 
 
 def transposed_picture(monkeypatch):

@@ -299,7 +299,7 @@ def compile_blocks(transformer: MMDiT) -> None:
     ValueError for blocks in fp8 on a GPU for which Triton has no such numbers.
     """
     weight = transformer.joint_blocks[0].x_block.mlp.fc1.weight
-    if weight.is_cuda and weight.dtype == FLOAT8 and not has_fp8(weight):
+    if weight.is_cuda and weight.dtype == FLOAT8 and not has_fp8(weight.device):
         major, minor = torch.cuda.get_device_capability(weight.device)
         found = f"compile is True, weights are in fp8, and the GPU is {major}.{minor}"
         raise ValueError(f"{found}; expected 8.9 or more, or compile=False")
@@ -331,30 +331,38 @@ def keep_freed_memory() -> None:
 def multiplies_in_fp8(model: MMDiT) -> bool:
     """Whether the blocks are in fp8, on a device with fp8 products for their dtype.
 
-    On a GPU torch._scaled_mm takes a scale for each row where it writes bfloat16, on
-    some cards not at all: one small product is tried.
+    On a GPU torch._scaled_mm takes a scale for each row where it writes bfloat16.
     """
     layer = model.joint_blocks[0].x_block.mlp.fc1
     weight = layer.weight
     if weight.dtype != FLOAT8 or not weight.is_cuda:
         return weight.dtype == FLOAT8
-    if not has_fp8(weight) or layer.bias.dtype != torch.bfloat16:
+    return layer.bias.dtype == torch.bfloat16 and has_fp8_products(weight.device)
+
+
+def has_fp8_products(device: torch.device) -> bool:
+    """Whether a GPU multiplies in fp8 with scales of rows: one product is tried."""
+    if not has_fp8(device):
         return False
-    ones = torch.ones(16, layer.in_features, device=weight.device)
+    rows = quantize(torch.ones(16, 16, device=device))
+    bias = torch.zeros(16, device=device, dtype=torch.bfloat16)
     try:
-        float8_product(quantize(ones), layer)
+        float8_product(rows, Float8Linear(rows, bias))
+        torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         return False
     return True
 
 
-def has_fp8(weight: Tensor) -> bool:
-    """Whether the GPU that holds ``weight`` computes with fp8: since Ada."""
-    return torch.cuda.get_device_capability(weight.device) >= (8, 9)
+def has_fp8(device: torch.device) -> bool:
+    """Whether a GPU, or Triton on it, knows fp8: Ada, and what came after it."""
+    return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def preferred_attention(weight: Tensor) -> str | None:
-    """The backend to try first where ``weight`` is: cuDNN's on Hopper and Blackwell."""
+    """The backend to try first where ``weight`` is: cuDNN's on an H100 or a B200."""
     if not weight.is_cuda:
         return None
     major = torch.cuda.get_device_capability(weight.device)[0]

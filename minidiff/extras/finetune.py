@@ -6,7 +6,8 @@ one that diffusers loads.
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,12 @@ from torch import Tensor, nn
 
 from minidiff.extras.loading import blueprint
 from minidiff.extras.lora import ATTENTION, FILE, LowRank, add_lora, save_lora
-from minidiff.extras.memory import StreamedEmbedding, StreamedLinear
+from minidiff.extras.memory import (
+    StreamedEmbedding,
+    StreamedLinear,
+    free_memory,
+    weigh,
+)
 from minidiff.flow_matching import shift_sigma
 from minidiff.sampling import Pipeline, load
 from minidiff.support import parallel, rng, trainer
@@ -57,7 +63,7 @@ def encode(pipe: Pipeline, images: Tensor, captions: list[str]) -> Batch:
     latents, contexts, texts = [], [], [*captions, ""]
     for image in images.split(1):
         mode = pipe.vae.encode(image.to(pipe.device, pipe.dtype)).mode()
-        latents.append(pipe.vae.scale(mode).float())
+        latents.append(pipe.vae.scale(mode.float()))
     for start in range(0, len(texts), 32):  # a streamed T5 comes once for each
         contexts.append(pipe.encode_prompt(texts[start : start + 32]))
     context, pooled = (torch.cat(part) for part in zip(*contexts, strict=True))
@@ -162,11 +168,12 @@ def finetune(
     side = parts["transformer"].config.sample_size * parts["vae"].config.factor
     if lora:  # a rank or names that these layers do not have
         add_lora(parts["transformer"], lora.rank, lora.alpha, lora.targets)
+    dtype = torch.bfloat16 if lora and config.bfloat16 else torch.float32
+    check_card(parts, lora, dtype, device)
     settings = {"model": str(model), "pictures": str(pictures), "lora": str(lora)}
     settings |= {"drop": drop, "seed": seed, **lasting(config)}
     with Run(output / "run", settings) as run:
         images, captions = read_folder(pictures, size or side, crop)
-        dtype = torch.bfloat16 if lora and config.bfloat16 else torch.float32
         pipe, trained, updates = begin(model, lora, device, dtype, seed, recomputed)
         name = encoding_name(pipe, images, captions)
         run.add(encodings=name)
@@ -194,6 +201,29 @@ def check(config: TrainingConfig, pictures: Path, output: Path) -> None:
     trainer.check_other(output, "run", "runs")
 
 
+def check_card(
+    parts: Mapping[str, nn.Module],
+    lora: LoraConfig | None,
+    dtype: torch.dtype,
+    device: str,
+) -> None:
+    """Raise ValueError where the card does not even hold what learning keeps.
+
+    That is the weights; in full also gradients, two averages of AdamW's and the average
+    of the weights.
+    """
+    if not device.startswith("cuda"):
+        return
+    kept = weigh(parts["transformer"]) * (1 if lora else 5) + weigh(parts["vae"])
+    need, free = kept * dtype.itemsize, free_memory(torch.device(device))
+    if need > free:
+        less = "a smaller model" if lora else "--lora, or a smaller model"
+        raise ValueError(
+            f"weights and optimiser take {need / 1e9:.1f}GB, the card has "
+            f"{free / 1e9:.1f}GB free; expected {less}"
+        )
+
+
 def begin(
     model: Path | str,
     lora: LoraConfig | None,
@@ -205,7 +235,8 @@ def begin(
     """The pipeline, what of it learns, and with ``lora`` the corrections by layer."""
     cuda = device.startswith("cuda")  # the encoders visit the card while they encode
     streamed = {"t5": "streamed", "clip": "streamed"} if cuda else {}
-    pipe = load(model, device, dtype, **streamed)
+    with redirect_stdout(sys.stderr):  # stdout is for the result's name
+        pipe = load(model, device, dtype, **streamed)
     pipe.progress = False
     trained, updates = pipe.transformer, None
     torch.manual_seed(seed)

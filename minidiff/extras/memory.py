@@ -222,11 +222,11 @@ def check_device(plan: Plan, call: Call, device: Any, **knobs: Any) -> None:
     if device.type != "cuda":
         return
     gc.collect()  # of a pipeline that is no longer used, cycles may be left
-    free = free_memory(device) + RESERVE  # CUDA has taken its part
-    need = estimate(plan, call) + RESERVE
+    free, need = free_memory(device), estimate(plan, call)
     if need <= free:
         return
-    card, budget = f"the card has {free / 1e9:.1f}GB free", int(free / 1e8) / 10
+    card = f"the card has {free / 1e9:.1f}GB free"
+    budget = int((free + RESERVE) / 1e8) / 10  # CUDA has taken its part of it
     smaller = roomiest(budget * 1e9, call, **knobs)  # rounded down, to fit the card
     if not smaller:
         raise ValueError(f"{card}; {shortage(budget * 1e9, call, **knobs)}")

@@ -232,8 +232,8 @@ def find_recipe(name: str, cuda: bool = False) -> Recipe:
     """The recipe of that name, or the one that a JSON file describes.
 
     The file changes "shipped": {"transformer": {"steps": 5000}, "latents": 4096}. With
-    ``cuda`` what it does not say is compiled and in bfloat16. Raises ValueError for an
-    unknown name or key, naming it.
+    ``cuda`` what it does not say is compiled and in bfloat16 (CLIP in float32). Raises
+    ValueError for an unknown name or key, naming it.
     """
     if name in RECIPES:
         return for_gpu(RECIPES[name]) if cuda else RECIPES[name]
@@ -286,7 +286,7 @@ def check_number(name: str, value: object, where: str) -> None:
     may_be_0 = name in (*MAY_BE_0, *FRACTIONS)
     small = value <= 1 or name not in FRACTIONS
     if not (0 <= value < math.inf and small and (value or may_be_0)):
-        limits = "at least 0" if may_be_0 else "above 0 and finite"
+        limits = "at least 0 and finite" if may_be_0 else "above 0 and finite"
         limits = "0 to 1" if name in FRACTIONS else limits
         raise ValueError(f"{where}: {name} is {value}; expected {limits}")
     if name == "beta2" and value == 1:  # Adam would divide by 0
