@@ -531,7 +531,8 @@ class TrainingConfig:
 # singular value decomposition writes a gradient as $USV^T$: $U$ and $V$ hold
 # directions, the diagonal of $S$ their lengths, a few long and most short. Adam divides
 # each number by its own usual size and still follows the long ones. Muon leaves $S$ out
-# and steps along $UV^T$, equally far in all of them (`minidiff.support.muon`).
+# and steps along $UV^T$, equally far in all of them (`minidiff.support.muon`). The
+# shipped transformer's last 9,000 steps were of this kind.
 
 
 # %%
