@@ -392,8 +392,9 @@ def show_curves(
         )
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     ax.set(xscale="log" if logx else "linear", yscale="log" if logy else "linear")
-    if any(curves):
-        ax.legend()
+    if any(curves):  # many names stand beside the axes, where they hide no curve
+        beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+        ax.legend(**beside if len(curves) > 4 else {})
     return figure
 
 
