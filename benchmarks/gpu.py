@@ -47,7 +47,6 @@ from minidiff.extras.fast import (
     compile_blocks,
     has_fp8_products,
     pixel_attention,
-    preferred_attention,
 )
 from minidiff.extras.kernels import quantize, quantize_rows
 from minidiff.extras.memory import Plan, place, to_float8
@@ -715,8 +714,7 @@ def memory(bench: Bench, name: str) -> None:
         )
         model.requires_grad_(False)
         if fp8 is not None:
-            attention = preferred_attention(model.x_embedder.proj.weight)
-            model.forward = FastMMDiT(model, fp8, attention)
+            model.forward = FastMMDiT(model, fp8)
         pipe = pipeline(bench, model, vae)
         steps = 2 if bench.tiny else 28
         seconds = []
@@ -893,8 +891,7 @@ def whole(bench: Bench, name: str) -> None:
     with torch.no_grad():
         ahead = ours.modulations(sigma, pooled)
         given = latents, None, context, None
-        attention = preferred_attention(ours.x_embedder.proj.weight)
-        fast = FastMMDiT(ours, attention=attention)
+        fast = FastMMDiT(ours)
         compare("diffusers", diffusers_step)
         compare("fast", lambda: fast(*given, modulations=ahead))
         if bench.compile:

@@ -19,7 +19,6 @@ from minidiff.extras import finetune
 from minidiff.extras.finetune import LoraConfig
 from minidiff.extras.lora import ATTENTION, load_lora
 from minidiff.extras.memory import weigh
-from minidiff.sampling import Pipeline
 from minidiff.support import checks
 from minidiff.support.captioned import captions_of, read_folder
 from minidiff.support.data import CLASSES, Scenes
@@ -285,16 +284,12 @@ def test_lora_learns_and_diffusers_loads_it(
     output = tmp_path / "lora"
     file = finetune.finetune(model, pictures, output, CONFIG, LoraConfig(rank=4))
 
-    def with_lora(pipe):
-        load_lora(pipe, file)
-        return pipe
-
-    assert gain(model, pictures, with_lora) < 0.98
+    assert gain(model, pictures, lambda pipe: load_lora(pipe, file).pipe) < 0.98
     from diffusers import StableDiffusion3Pipeline
 
     theirs = StableDiffusion3Pipeline.from_pretrained(model)
     theirs.load_lora_weights(str(output))
-    ours = with_lora(minidiff.load(model))
+    ours = load_lora(minidiff.load(model), file).pipe
     c = ours.transformer.config
     x = torch.randn(2, c.in_channels, c.sample_size, c.sample_size)
     context, pooled = ours.encode_prompt(["a red dress", "a blue bag"])
@@ -332,11 +327,7 @@ def test_lora_learns_beside_weights_in_bfloat16(
     assert seen == [dtypes]
     assert len([*(tmp_path / "a" / "grids").iterdir()]) == 2
 
-    def with_lora(pipe: Pipeline) -> Pipeline:
-        load_lora(pipe, file)
-        return pipe
-
-    assert gain(model, pictures, with_lora) < 0.98
+    assert gain(model, pictures, lambda pipe: load_lora(pipe, file).pipe) < 0.98
 
 
 def test_a_grid_that_does_not_fit_is_told_and_the_run_goes_on(
@@ -364,7 +355,7 @@ def test_validation_in_parts_is_the_same(model: Path, pictures: Path) -> None:
     assert whole == pytest.approx(parts, rel=1e-5)
 
 
-def test_streamed_encoders_learn_the_same_and_is_saved_whole(
+def test_streamed_encoders_learn_the_same_and_are_saved_whole(
     model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resident = finetune.finetune(model, pictures, tmp_path / "a", CONFIG)

@@ -121,17 +121,19 @@ class FastMMDiT:
 
     Works on the model's own layers and has its ``forward``'s interface. With ``fp8``
     the products of the blocks take 8-bit inputs, scaled for each row of tokens and
-    each output channel; those layers must then be ``Float8Linear``. Where gradients
-    are wanted or attention is recorded, the model's own forward pass runs. Raises
-    ValueError for a model without q/k norms.
+    each output channel; those layers must then be ``Float8Linear``. ``attention`` is
+    the backend to try first, by default the card's (``preferred_attention``). Where
+    gradients are wanted or attention is recorded, the model's own forward pass runs.
+    Raises ValueError for a model without q/k norms.
     """
 
     def __init__(
-        self, model: MMDiT, fp8: bool = False, attention: str | None = "cudnn"
+        self, model: MMDiT, fp8: bool = False, attention: str | None = None
     ) -> None:
         check_fast(model.config)
         self.model, self.heads = model, model.config.num_attention_heads
-        self.fp8, self.attention = fp8, attention
+        weight = model.x_embedder.proj.weight
+        self.fp8, self.attention = fp8, attention or preferred_attention(weight)
         self.norms = []
         for block in model.joint_blocks:
             text, image = block.context_block, block.x_block
@@ -284,8 +286,7 @@ def accelerate(
     if compile:
         compile_blocks(transformer)
     elif fast:
-        fp8, attention = multiplies_in_fp8(transformer), preferred_attention(weight)
-        transformer.forward = FastMMDiT(transformer, fp8, attention)
+        transformer.forward = FastMMDiT(transformer, multiplies_in_fp8(transformer))
     if fast:
         vae.decoder.forward = FastDecoder(vae.decoder)
         if not weight.is_cuda:
@@ -303,9 +304,10 @@ def compile_blocks(transformer: MMDiT) -> None:
         major, minor = torch.cuda.get_device_capability(weight.device)
         found = f"compile is True, weights are in fp8, and the GPU is {major}.{minor}"
         raise ValueError(f"{found}; expected 8.9 or more, or compile=False")
-    # By default eight forms: the kinds, with and without guidance, need as many
-    limit = max(64, torch._dynamo.config.recompile_limit)
-    torch._dynamo.config.recompile_limit = limit
+    # Past its limit dynamo compiles no more, and the eight forms that it allows are for
+    # all models of the process: three kinds with and without guidance are six of them
+    config = torch._dynamo.config
+    config.recompile_limit = max(64, config.recompile_limit)
     for block in transformer.joint_blocks:
         block.compile(dynamic=True)
     # Else the first block, whose text is a view, would be a kind of its own
