@@ -52,7 +52,8 @@ from minidiff.text_encoders import RMSNorm
 # One prompt travels through this book, and here is what arrives from chapter 2: the
 # context of “a red dress on a blue background”, 64 tokens of 192 numbers. The first 32
 # come from the two CLIP encoders, side by side; the last 32 come from T5. In SD3.5 they
-# are 77 + 256 tokens of 4096 numbers.
+# are 77 + 256 tokens of 4096 numbers. (Before the first block a linear layer of chapter
+# 5 brings them to the transformer's width $D$, 160 here: see the table below.)
 
 # %% tags=["active-ipynb"]
 # pipe = minidiff.load("tiny")
@@ -151,7 +152,7 @@ def attend_loops(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 #
 # All dot products of all queries with all keys are one matrix product, $q k^\top$; the
 # weighted means are another, $a v$. Batch and heads are leading dimensions, which
-# PyTorch carries along. The same lines in a new order, and no loop.
+# PyTorch carries along. The same sums, without a loop.
 
 
 # %%
@@ -181,10 +182,10 @@ def attend_matrices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 # %% [markdown]
 # and it is written, read, normalised, written and read again, although nobody wants it:
-# only the weighted means go on. `scaled_dot_product_attention` computes them tile by
-# tile. It keeps a running maximum and a running sum per row, so that a tile of the
-# table lives only in the processor's fast memory (Dao et al. 2022, FlashAttention). The
-# numbers are the same up to rounding.
+# only the weighted means go on. The fused kernels behind `scaled_dot_product_attention`
+# compute them tile by tile. They keep a running maximum and a running sum per row, so
+# that a tile of the table lives only in the processor's fast memory (Dao et al. 2022,
+# FlashAttention). The numbers are the same up to rounding.
 #
 # It wants heads before tokens, (B, H, L, d). Our projections will deliver tokens before
 # heads, (B, L, H, d). Swapping two dimensions is only another way to walk through the
@@ -220,10 +221,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # $$\hat q = g_q \odot \frac{q}{\sqrt{\tfrac1d \sum_c q_c^2 + \epsilon}},
 #   \qquad \epsilon = 10^{-6}$$
 #
-# and likewise $\hat k$. Without it, scores can grow during training as far as the
-# weights of `qkv` do, the softmax saturates, and in 16-bit arithmetic training becomes
-# unstable (Esser et al. 2024, section 5.3.2). With it, $\lVert \hat q \rVert$ is at
-# most $\sqrt d \max|g_q|$, so by Cauchy and Schwarz
+# and likewise $\hat k$. Without it nothing bounds the scores: they grow with the square
+# of the weights of `qkv`. Then the softmax saturates, and in 16-bit arithmetic training
+# becomes unstable (Esser et al. 2024, section 5.3.2). With it, $\lVert \hat q \rVert$
+# is at most $\sqrt d \max|g_q|$, so by Cauchy and Schwarz
 #
 # $$|s_{ij}| \le \sqrt d \, \max|g_q| \, \max|g_k|,$$
 #
@@ -246,8 +247,9 @@ class Attention(nn.Module):
 
     ``dim`` = heads · head width. ``qk_norm`` is "rms_norm" (SD3.5: an RMS norm over the
     channels of each head; Esser et al. 2024, section 5.3.2) or None (SD3). With
-    ``pre_only`` there is no output projection. Called on tokens (B, L, D) it is plain
-    multi-head self-attention and returns (B, L, D).
+    ``pre_only`` there is no output projection: in the last block nobody reads the text
+    any more (chapter 5). Called on tokens (B, L, D) it is plain multi-head
+    self-attention and returns (B, L, D).
     """
 
     def __init__(
@@ -344,13 +346,14 @@ class JointAttention(nn.Module):
 # %% [markdown]
 # Time to use real tokens. A *hook*, a function that PyTorch calls when a module runs,
 # keeps the tokens that reach the first block's two `qkv` when the shipped model starts
-# to paint our prompt from pure noise. Then *your* classes, the ones defined in the
-# cells above, replace those in the model: from here on every figure comes from them.
+# to paint our prompt from pure noise. (It returns nothing: what such a hook returns
+# would take the input's place.) Then *your* classes, the ones defined in the cells
+# above, replace those in the model: from here on every figure comes from them.
 
 # %% tags=["active-ipynb"]
 # block, tokens = pipe.transformer.joint_blocks[0], {}
 # for name in ("context_block", "x_block"):
-#     keep = lambda _, given, name=name: tokens.setdefault(name, given[0])
+#     keep = lambda _, given, name=name: tokens.update({name: given[0]})
 #     getattr(block, name).attn.qkv.register_forward_pre_hook(keep)
 # pipe(PROMPT, seed=SEED, num_inference_steps=1, guidance_scale=1.0)
 # print({name: tuple(x.shape) for name, x in tokens.items()})
@@ -402,8 +405,8 @@ def attention_map(
 # %% [markdown]
 # `record_attention` hangs a hook on every `JointAttention` of a model, which gets the
 # module's inputs each time it runs, and takes it off again at the end. One block's
-# table exists at a time, so that this works on full-size models too, where all tables
-# together would fill any card.
+# table exists at a time, so that this works on full-size models too, if you choose the
+# few queries or keys that you want: what is kept goes to the CPU's memory.
 
 
 # %%
@@ -467,11 +470,13 @@ def record_attention(
 # long run of equal columns is padding: a reader gives all of it much the same weight.
 # In the lower right field look for stripes along the diagonal: a patch reads its
 # neighbours, and those above and below it stand eight places away, because a row has
-# eight patches.
+# eight patches. In the upper right field, words reading patches, the bright columns
+# also stand eight apart: all words read the same columns of the picture.
 #
 # Now the words themselves. T5's tokens stand behind CLIP's 32. For every word we ask
-# how much each patch reads it, and lay the answer over the finished picture: one row a
-# word, one column a block, in the middle of the way from noise to picture. Bright is
+# how much each patch reads it, and lay the answer over the finished picture: one row
+# per word, one column per block, in the middle of the way from noise to picture. Bright
+# is
 # where the word is read most; each map has a scale of its own.
 
 # %% tags=["active-ipynb"]
@@ -604,7 +609,7 @@ def record_attention(
 # - **It chooses the kernel.** `scaled_dot_product_attention` picks one of several
 #   implementations: FlashAttention, cuDNN's, a memory-efficient one, or the plain
 #   formula. Which is fastest depends on card, dtype and head size. Ours leaves the
-#   choice to PyTorch; `minidiff.extras.fast` takes it.
+#   choice to PyTorch; `minidiff.extras.fast` makes it itself.
 # - **It avoids the copies.** Joining the streams copies q, k and v once. Writing both
 #   streams' projections straight into one buffer saves that, at the price of code that
 #   no longer reads like the equations.
@@ -618,7 +623,7 @@ def record_attention(
 # ## Exercises
 #
 # **4.1 Predict.** From 1024² to 2048² pixels the patches become four times as many; the
-# 333 words remain. How many times as many entries has the table?
+# 333 words remain. By what factor does the number of the table's entries grow?
 
 # %% tags=["active-ipynb", "exercise"]
 # def growth() -> float:
@@ -638,8 +643,9 @@ def record_attention(
 
 # %% [markdown]
 # **4.2 Code.** How many tokens does a token read? If it spreads its weights evenly over
-# $n$ tokens, the *entropy* of its row, $-\sum_j a_j \ln a_j$, is $\ln n$. Write the
-# entropy of each row; a weight of zero contributes nothing.
+# $n$ tokens, the *entropy* of its row, $-\sum_j a_j \ln a_j$, is $\ln n$; so $e$ to the
+# entropy counts the tokens, evenly read or not. Write the entropy of each row; a weight
+# of zero contributes nothing.
 
 # %% tags=["active-ipynb", "exercise"]
 # def entropy(weights: Tensor) -> Tensor:
@@ -663,7 +669,8 @@ def record_attention(
 # exercise_4_2()
 
 # %% tags=["active-ipynb", "hide-cell"]
-# reach = entropy(table[:, 14, 64:]).exp().mean(-1)  # patches of each block at step 14
+# # patches of each block at step 14 (in the mean over heads: one head reads fewer)
+# reach = entropy(table[:, 14, 64:]).exp().mean(-1)
 # print("tokens read by a patch, block by block:", reach.round().int().tolist())
 
 # %% [markdown]

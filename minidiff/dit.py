@@ -68,9 +68,10 @@ from minidiff.attention import Attention, Heads, JointAttention
 # %% [markdown]
 # ## A picture of a block
 #
-# The transformer is one block, repeated: 5 times in Tiny, 24 in Medium, 38 in Large.
-# Each stream walks down its own column with its own weights, and they meet only in
-# joint attention. What is blue is steered from outside, by time and pooled text. “Add”
+# The transformer is a stack of blocks of one design, each with its own weights: 5 in
+# Tiny, 24 in Medium, 38 in Large. Each stream walks down its own column, through
+# weights of its own, and the two meet only in joint attention. What is blue is steered
+# from outside, by time and pooled text. “Add”
 # means: to what the stream was before, so that a block changes its tokens rather than
 # replacing them.
 
@@ -256,8 +257,9 @@ def unpatchify(tokens: Tensor, height: int, width: int, patch_size: int) -> Tens
 # $$\big[\sin(\omega_k n), \cos(\omega_k n)\big], \qquad \omega_k = 10000^{-4k/D},
 # \quad k = 0, \dots, D/4 - 1,$$
 #
-# where $n$ is the column or row, times a constant that depends on the size of the
-# table. High frequencies tell neighbours apart; low ones tell left from right.
+# where $n$ is the column or row times `base / size`: whatever the size of the table, it
+# runs from 0 to `base`, the usual side of a picture in patches. High frequencies tell
+# neighbours apart; low ones tell left from right.
 #
 # The table is larger than any usual picture, and a picture takes the rectangle in its
 # *middle*. The model thus learns places counted from the centre: a wider picture adds
@@ -292,15 +294,15 @@ def position_table(size: int, width: int, base: int) -> Tensor:
 # %% [markdown]
 # Each panel is the whole table; the frames are what two sizes of picture take of it.
 # Two channels depend on the column alone, two on the row, a fast wave and a slow one of
-# each. The last panel compares one place with all others: near places have similar
-# rows.
+# each. The last panel compares one place with all others, by the cosine of the angle
+# between their vectors: near places have similar ones.
 #
 # ## What time is it?
 #
 # One network serves all noise levels, so it must be told the level. A single number
 # between 0 and 1 is a poor input for a linear map; the same trick as for places turns
-# it into 256 numbers. The time is counted as $1000\,\sigma$, a habit from models with a
-# thousand steps.
+# it into 256 numbers, a cosine and a sine at each of 128 frequencies. The time is
+# counted as $1000\,\sigma$, a habit from models with a thousand steps.
 
 
 # %%
@@ -333,8 +335,8 @@ def timestep_embedding(timestep: Tensor, width: int = 256) -> Tensor:
 
 # %% [markdown]
 # Two small networks take the time and the pooled text to $D$ channels; the sum is the
-# condition $c$. This is the second way of the prompt into the picture, beside
-# attention: one vector for the whole sentence, that all tokens share.
+# condition $c$. This is the prompt's second way into the picture, beside attention: one
+# vector for the whole sentence, that all tokens share.
 
 
 # %%
@@ -701,9 +703,9 @@ class MMDiT(nn.Module):
 # %% [markdown]
 # ## Look at it
 #
-# Now the shipped weights go into *your* classes. At pure noise, $\sigma = 1$, the
-# network is asked for the first time; and on the way, in its first block, passes the
-# very tensor that chapter 4 handed on.
+# Now the shipped weights go into *your* classes. We ask the network for the first time,
+# at pure noise, $\sigma = 1$. A hook (chapter 4) catches what the first block's
+# attention gives to the patches: the very tensor that chapter 4 handed on.
 
 # %% tags=["active-ipynb"]
 # model = pipe.transformer = load_component(MMDiT, MMDiTConfig, TINY / "transformer")
@@ -756,7 +758,8 @@ class MMDiT(nn.Module):
 
 # %% [markdown]
 # These are all six, averaged over the blocks. Where a curve is steep, the network works
-# differently from one noise level to the next; where it is flat, time has little say.
+# differently from one noise level to the next. A flat curve does not prove the
+# opposite: single channels may rise and fall while the mean of their sizes stays.
 #
 # ## Where the parameters are, and where the work is
 #
@@ -788,8 +791,9 @@ class MMDiT(nn.Module):
 # $D^2$ for attention and 8 · $D^2$ for the MLP. (Medium's second attention changes the
 # shares a little.) But it multiplies one vector per picture, not every token, so that
 # this third costs next to no time. The work is elsewhere. We count one step of the
-# sampler, which asks for two samples (chapter 6 says why), and two operations for a
-# multiply-add:
+# sampler, which runs two samples through the network (chapter 6 says why), and two
+# operations for a multiply-add. On *meta*, attention counts as `bmm`, products of
+# batches of matrices, and a linear map with its bias as `addmm`:
 
 # %% tags=["active-ipynb"]
 # from torch.utils.flop_counter import FlopCounterMode
@@ -821,7 +825,8 @@ class MMDiT(nn.Module):
 # ## Predict, then break it
 #
 # **One.** Take a single block out of the shipped model and paint. Which block can it
-# spare, which not? Write down a guess: the first, one in the middle, or the last?
+# spare, and which can it not? Write down a guess: the first, one in the middle, or the
+# last?
 
 # %% tags=["active-ipynb"]
 # def paint() -> Tensor:
@@ -899,7 +904,7 @@ class MMDiT(nn.Module):
 #   step in a cache.
 # - **It compiles each kind of block once.** `torch.compile` merges the norm, the
 #   modulation and the gate into the passes around them. All blocks of one kind run the
-#   same code, so three compilations serve 24 blocks.
+#   same code, so three compilations serve Medium's 24 blocks.
 # - **It stores weights in 8 bits** and multiplies in 8 or 16 bits; the modulation, the
 #   embeddings and the last layer usually stay in 16.
 # - **It never trusts an order.** diffusers stores the last modulations as (scale,
@@ -914,7 +919,7 @@ class MMDiT(nn.Module):
 #
 # ## Exercises
 #
-# **5.1 Predict.** In Large AdaLN has 6 of 4 + 6 + 8 parts. Which share of Medium's
+# **5.1 Predict.** In Large AdaLN has 6 of 4 + 6 + 8 parts. What share of Medium's
 # parameters could leave the GPU once all modulations are computed? Count the blocks in
 # units of $D^2$: 13 have a second attention, and the last one has a short text stream.
 
@@ -966,7 +971,7 @@ class MMDiT(nn.Module):
 # %% [markdown]
 # **5.3 Code.** Write the arithmetic of one block: how many floating point operations
 # (two for a multiply-add) do its linear maps and its attention take for one sample with
-# $L_c$ words and $L_x$ patches of $D$ channels? Count no modulation.
+# $L_c$ words and $L_x$ patches of $D$ channels? Leave the modulation out.
 
 # %% tags=["active-ipynb", "exercise"]
 # def block_flops(words: int, patches: int, width: int) -> int:

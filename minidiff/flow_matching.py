@@ -9,7 +9,7 @@ After it you will be able to
 
 - **mix** a picture with noise and **name** the velocity of the mixture;
 - **derive** the loss, and **convert** between velocity, noise and DDPM's coordinates;
-- **choose** the noise levels to train on and the levels to stop at;
+- **choose** the noise levels to train on and the levels to visit when drawing;
 - **solve** the flow with Euler, Heun and DPM++ 2M, and **measure** their error;
 - **steer** it with classifier-free guidance, and **break** it.
 """
@@ -273,10 +273,12 @@ def exact_velocity(points: Tensor) -> Velocity:
 # directions that cross at a point. Do not judge a flow model by the size of its loss;
 # only differences mean something.
 #
-# Here is the perfect field. Arrows point where $\sigma$ *falls*, which is the way we
-# shall walk. At $\sigma = 0.9$ all arrows aim at the middle of the data: from almost
-# pure noise the best guess is the mean. At 0.5 the field begins to choose a moon. At
-# 0.15 each arrow aims at the nearest data.
+# Here is the perfect field. The dots are the data times $1-\sigma$, where a point's
+# noise has its centre at this level; every panel scales its arrows by itself. They
+# point where $\sigma$ *falls*, which is the way we shall walk. At $\sigma = 0.9$ all
+# arrows aim at the middle of the data: from almost pure noise the best guess is the
+# mean. At 0.5 the field begins to choose a moon. At 0.15 each arrow aims at the nearest
+# data.
 
 # %% tags=["active-ipynb"]
 # side = torch.linspace(-3, 3, 13)
@@ -295,7 +297,13 @@ def exact_velocity(points: Tensor) -> Velocity:
 # the picture is already there. SD3 draws levels whose *logit*
 # $\ln\frac{\sigma}{1-\sigma}$ is normal, which puts most of them in the middle. In the
 # comparison of the SD3 paper (section 5.1) this choice, with mean 0 and standard
-# deviation 1, did best overall.
+# deviation 1, did best overall. With mean $m$ and standard deviation $s$ (`mean`,
+# `std`) the density of such levels is
+#
+# $$p(\sigma) = \frac{1}{s \sqrt{2\pi}} \cdot \frac{1}{\sigma(1-\sigma)} \cdot
+# \exp\Bigl(-\frac{(\operatorname{logit}\sigma - m)^2}{2 s^2}\Bigr),$$
+#
+# where $1/(\sigma(1-\sigma))$ is the derivative of the logit.
 
 
 # %%
@@ -341,13 +349,13 @@ def logit_normal_density(sigma: Tensor, mean: float = 0.0, std: float = 1.0) -> 
 # %% [markdown]
 # These are scenes that the model has not seen, and its loss rises towards both ends.
 # Near 1 hardly anything is known of the scene, and what is unknown cannot be predicted.
-# Near 0 the velocity $(x - \hat x_0)/\sigma$ divides by a small number, so that the
-# last detail of texture counts for much. The logit-normal density deliberately does not
-# follow the loss: those details are cheap to be wrong about. But it is not the last
-# word. What decides the garment of our scenes lies above 0.7, where this density has
-# one sample in five. The last runs of the shipped model therefore moved it towards
-# noise, by the shift of the next section ([how the shipped model was
-# made](../book/training_log.md)).
+# Near 0 it is the noise that is unknown: so little of it is left in $x$ that it cannot
+# be told from texture, and an answer without it costs its variance, 1. The logit-normal
+# density deliberately does not follow the loss: noise so faint is cheap to be wrong
+# about. But it is not the last word. What decides the garment of our scenes lies above
+# 0.7, where this density has one sample in five. The last runs of the shipped model
+# therefore moved it towards noise, by the shift of the next section ([how the shipped
+# model was made](../book/training_log.md)).
 #
 # ### Shift: larger pictures need more noise
 #
@@ -383,10 +391,10 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
 # All three are divided by $1 - \sigma$, to full contrast. The first had the noise level
 # of the second, and is as clear as the third, whose odds are a quarter. SD3.5, made for
 # 1024², is drawn with $s = 3$; the tiny model, at 64², with $s = 1$, no shift at all.
-# (Its last training runs did shift their levels, by 3: what to train on and where to
-# stop are two choices.)
+# (Its last training runs did shift their levels, by 3: what to train on and what to
+# visit are two choices.)
 #
-# ## Which noise levels to stop at
+# ## Which noise levels to visit
 #
 # A drawing in $N$ steps visits $N + 1$ levels from 1 down to 0. SD3.5's list has a
 # quirk that must be kept, because diffusers and the reference code both draw with it:
@@ -519,13 +527,15 @@ def euler(
 # %% [markdown]
 # The same noise and the same data as in the first figure, and now no two travellers are
 # ever at the same place at the same $\sigma$. All of them first head for the middle;
-# then they part. The paths are bent, which is why one step is not enough, and why
-# better solvers exist.
+# then they part. The paths are bent, though each line was straight, because averages
+# bend them. That is why one step is not enough, and why better solvers exist. (The
+# *rectified* in rectified flow is a further training that straightens such paths; SD3
+# does without it.)
 #
 # **Heun** looks ahead: it makes the Euler step, asks for the velocity at the far end,
-# and walks along the mean of the two. Its error falls with the *square* of the step,
-# at the price of two calls a step. A step to $\sigma = 0$ stays Euler's, because the
-# network was not trained to say anything there.
+# and walks along the mean of the two. Its error falls with the *square* of the step:
+# Heun has *order* 2, Euler order 1. The price is two calls a step. A step to
+# $\sigma = 0$ stays Euler's, because the network was not trained to say anything there.
 
 
 # %%
@@ -549,7 +559,8 @@ def heun(
 # %% [markdown]
 # **DPM++ 2M**, the default of the reference code, gets its second order for nothing: it
 # remembers. Write the flow as $dx/d\sigma = (x - \hat x_0)/\sigma$. If $\hat x_0$ were
-# constant, the solution would be exact in one stroke,
+# constant, $x - \hat x_0$ would shrink in proportion to $\sigma$, and one step would be
+# exact however long:
 #
 # $$x' = \frac{\sigma'}{\sigma}\,x + \Bigl(1 - \frac{\sigma'}{\sigma}\Bigr)\hat x_0,$$
 #
@@ -588,8 +599,8 @@ def dpmpp_2m(
 #
 # In the plane first. The measure is the distance from a very fine solution; a step of
 # Heun costs two calls, so we count calls. We stop at $\sigma = 0.3$: close to the data
-# the perfect field of a finite set becomes a jump from point to point, which says
-# nothing about solvers.
+# the perfect field of a finite set jumps from point to point, which says nothing about
+# solvers.
 
 # %% tags=["active-ipynb"]
 # def errors(velocity, x, levels: dict[int, Tensor], exact: Tensor) -> dict:
@@ -634,10 +645,11 @@ def dpmpp_2m(
 
 # %% [markdown]
 # Few calls favour the plain solver: with 8 Euler lies lowest, with 16 DPM++ 2M has
-# caught up, and Heun not yet. The last stroke but one falls to 0.001, a long way in
-# $\ln\sigma$: Heun asks for a velocity at its far end, DPM++ 2M draws its line across
-# it. An order speaks of small steps; Heun's 32 calls show it. In practice one takes as
-# many steps as change the picture to the eye, long before the error is small.
+# caught up, and Heun not yet. The last step but one falls to 0.001, a long way in
+# $\ln\sigma$: Heun asks for a velocity at its far end, and DPM++ 2M draws its line
+# across it. Order describes small steps; Heun shows it with some thirty calls. (Its
+# last step asks only once, so that its counts are one too high here.) In practice one
+# takes as many steps as change the picture to the eye, long before the error is small.
 #
 # ## Guidance
 #
@@ -674,8 +686,8 @@ def guide(v_neg: Tensor, v_pos: Tensor, scale: float) -> Tensor:
 # viz.show_vectors(place[0], arrows, {"upper": seen[:60], "lower": seen[60:]})
 
 # %% [markdown]
-# The guided arrow leaves the segment between its parents: it points *away* from what
-# the empty prompt would draw. What does that do to a whole drawing?
+# The tips of the four arrows lie on one line. The guided ones lie beyond the prompt's,
+# on the side away from the empty prompt's. What does that do to a whole drawing?
 
 # %% tags=["active-ipynb"]
 # panels = {}
@@ -716,7 +728,8 @@ def guide(v_neg: Tensor, v_pos: Tensor, scale: float) -> Tensor:
 # The state $x$ begins as noise, and the picture comes through it only by degrees.
 # $\hat x_0$, the place that the velocity points back to, is a picture from the first
 # step: blurred, its contrast exaggerated by guidance. Then it sharpens. (The first two
-# rows show three directions of a latent's sixteen channels as red, green and blue.)
+# rows show three directions of a latent's sixteen channels as red, green and blue. The
+# $\sigma$ above is the level that a step leaves; $x$ is the state that it arrives at.)
 #
 # ## Predict, then break it
 #
@@ -876,9 +889,9 @@ def guide(v_neg: Tensor, v_pos: Tensor, scale: float) -> Tensor:
 # <details><summary>Answer</summary>
 #
 # Decode both, and a drawing by Heun in 60 steps beside them. With few steps DPM++ 2M
-# may be the worse one: the last stroke but one is several times longer in $\ln\sigma$
+# may be the worse one: the last step but one is several times longer in $\ln\sigma$
 # than the one before, and the line through two estimates is drawn too far. With more
-# steps that stroke begins lower, where the estimates hardly differ any more.
+# steps that step begins lower, where the estimates hardly differ any more.
 #
 # </details>
 #
@@ -906,7 +919,8 @@ def guide(v_neg: Tensor, v_pos: Tensor, scale: float) -> Tensor:
 # - Lipman et al. 2023, [Flow matching for generative
 #   modeling](https://arxiv.org/abs/2210.02747): the loss and why it works.
 # - Esser et al. 2024, [Scaling rectified flow
-#   transformers](https://arxiv.org/abs/2403.03206): sections 2, 3 and 5.1.
+#   transformers](https://arxiv.org/abs/2403.03206): sections 2, 3, 5.1, and 5.3.2 for
+#   the shift.
 # - Karras et al. 2022, [Elucidating the design space of diffusion-based generative
 #   models](https://arxiv.org/abs/2206.00364): solvers and schedules, compared.
 # - Lu et al. 2022, [DPM-Solver++](https://arxiv.org/abs/2211.01095): the solver with a

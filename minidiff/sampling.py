@@ -260,8 +260,8 @@ def recognize(name: str, config: MMDiTConfig) -> str:
 # precision of the weights but keeps the state of the solver in float32, and it refuses
 # what cannot be drawn before any work begins: a wrong size costs a line, not a minute.
 # The class is the longest of the book, and most of it is names and checks. Read
-# `encode_prompt`, `velocity`, `denoise` and `decode`, four methods that you have just
-# done by hand; in `__call__`, what follows the checks.
+# `encode_prompt`, `velocity`, `denoise` and `decode`, four methods whose work you have
+# just done by hand; in `__call__`, what follows the checks.
 
 
 # %%
@@ -511,7 +511,7 @@ class Pipeline:
 
 
 # %% [markdown]
-# Three details of the class deserve a second look.
+# Four details of the class deserve a second look.
 #
 # - *Texts are encoded once.* `dict.fromkeys` drops the doubles and keeps the order; the
 #   list `rows` then picks, for every sample of the batch, the row of its text. Eight
@@ -520,8 +520,11 @@ class Pipeline:
 #   dictionary from level to position, and finds the modulations that belong to the
 #   level it is asked for. Heun asks for levels of the same list, so it needs no more.
 # - *The length of the context is a choice.* T5 pads or cuts to `max_sequence_length`,
-#   256 for SD3.5, and the padding is read like words. Another length gives another
-#   picture, slightly; to repeat a picture, repeat the length.
+#   256 for SD3.5, and the padding is read like words. Another length gives a slightly
+#   different picture; to repeat a picture, repeat the length.
+# - *A solver's callback does the rest.* `output.Watch` moves the progress bar, calls
+#   your own callback, and keeps the latents where that ends the drawing early. The
+#   decorator `output.described` writes the settings into each picture's `info`.
 #
 # ### Loading
 #
@@ -627,11 +630,11 @@ def load(
 # %% tags=["active-ipynb"]
 # change = (guesses[1:] - guesses[:-1]).flatten(1).norm(dim=1)  # (S − 1,)
 # curve = {"change of x̂₀": (times[1:], change / guesses[-1].norm())}
-# viz.show_curves(curve, xlabel="noise level σ", ylabel="relative", markers=True)
+# viz.show_curves(curve, "noise level σ", "relative change", logy=True, markers=True)
 
 # %% [markdown]
 # The drawing runs from right to left. Where the curve is high, the picture is being
-# decided; where it lies near 0, the estimate stands, and more steps there buy little.
+# decided; where it is low, the estimate stands, and more steps there buy little.
 #
 # ### Prompts
 #
@@ -684,8 +687,9 @@ def load(
 # Euler's in each of them; and it is the average of what the prompt allows, exaggerated
 # by guidance, as chapter 6 predicted. Two steps stop at 1, 0.001 and 0. Euler and DPM++
 # 2M then draw almost what one step draws. Heun takes the mean with a velocity asked for
-# at 0.001, which divides by a thousandth (chapter 6), and spoils the picture. With four
-# steps DPM++ 2M can go astray: its last stroke but one falls from a third to a
+# at 0.001, of a blurred picture such as training never showed at this level. There the
+# true velocity divides by a thousandth (chapter 6), and the picture is spoilt. With
+# four steps DPM++ 2M can go astray: its last step but one falls from a third to a
 # thousandth, so that $h$ is eight times the one before, and the line through two
 # estimates is drawn much too far. Heun asks twice per step: compare it with its
 # neighbours at equal work, not at equal steps.
@@ -995,8 +999,9 @@ def load(
 #   transformers](https://arxiv.org/abs/2403.03206): the model, and what leaving T5 out
 #   costs (section 5.3.3).
 # - Sauer et al. 2024, [Fast high-resolution image synthesis with latent adversarial
-#   diffusion distillation](https://arxiv.org/abs/2403.12015): how Turbo models are
-#   made.
+#   diffusion distillation](https://arxiv.org/abs/2403.12015): how SD3-Turbo was made.
+#   (Large Turbo's model card names the method's forerunner,
+#   [ADD](https://arxiv.org/abs/2311.17042).)
 # - Meng et al. 2022, [SDEdit](https://arxiv.org/abs/2108.01073): image to image.
 # - The documentation of [diffusers](https://huggingface.co/docs/diffusers), whose
 #   vocabulary this package speaks.

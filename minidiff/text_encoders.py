@@ -3,7 +3,7 @@ r"""
 # Text encoders: from ids to meaning
 
 In this chapter the ids of a prompt become what the picture is drawn from: a sequence
-of vectors, one a token, and one vector for the sentence as a whole.
+of vectors, one per token, and one vector for the sentence as a whole.
 
 After it you will be able to
 
@@ -67,9 +67,13 @@ from torch import Tensor, nn
 # | CLIP-L, CLIP-G | captions, pictures | itself, what precedes it | states, a vector |
 # | T5 | gaps in text | everything | states |
 #
-# CLIP's objective ties words to what can be *seen*, and leaves it free to forget what
-# does not help to tell pictures apart, such as fine grammar. T5 never saw a picture,
-# but to fill gaps it must keep track of who does what to whom. The paper on Stable
+# (A token's vector on its way through the layers is called its *state*.) CLIP learned
+# two encoders at once, one for captions and one for pictures: the vector of a caption
+# should point in the direction of its own picture's, and away from all others' (chapter
+# 7 does it). This ties words to what can be *seen*, and leaves the encoder free to
+# forget what does not help to tell pictures apart, such as fine grammar. T5 never saw a
+# picture, but to fill gaps it must keep track of who does what to whom. The paper on
+# Stable
 # Diffusion 3 finds that leaving T5 out costs little on simple prompts, and most on long
 # ones and on written words in the picture ([Esser et al.
 # 2024](https://arxiv.org/abs/2403.03206), section 5.3).
@@ -88,8 +92,10 @@ from torch import Tensor, nn
 #
 # A batch of $B$ prompts adds an axis in front: states are tensors `(B, L, D)`. In the
 # configurations, which keep the names of the published files, $D$ is `hidden_size` or
-# `d_model`, $M$ is `intermediate_size` or `d_ff`, and `vocab_size` counts the rows of a
-# table of which the tokenizer may use fewer (32,100 of 32,128 in T5-XXL).
+# `d_model`, $H$ is `num_attention_heads` or `num_heads`, $d$ is `d_kv` in T5, $N$ is
+# `num_hidden_layers` or `num_layers`, and $M$ is `intermediate_size` or `d_ff`.
+# `vocab_size` counts the rows of a table of which the tokenizer may use fewer (32,100
+# of 32,128 in T5-XXL).
 
 # %% [markdown]
 # ## Attention with a bias
@@ -115,8 +121,9 @@ from torch import Tensor, nn
 #
 # Why $1/\sqrt d$: if the entries of $q$ and $k$ are independent with mean 0 and
 # variance 1, their dot product has variance $d$, and the softmax would *saturate*: one
-# key takes nearly all weight, and hardly a gradient is left. T5 does without; its
-# weights were *initialised* smaller by that factor instead, and have grown up with it.
+# key takes nearly all weight, and hardly any gradient is left. T5 does without: its
+# query weights were *initialised* smaller by that factor, and training went on from
+# there.
 #
 # First as it is written, one pair of tokens at a time:
 
@@ -145,8 +152,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, b: Tensor, s: float) -> Tensor:
 
 
 # %% [markdown]
-# PyTorch's `scaled_dot_product_attention` computes the same without ever storing the
-# matrix of logits. It is what the package uses.
+# PyTorch's `scaled_dot_product_attention` computes the same, and where it has a fused
+# kernel it never stores the matrix of logits. It is what the package uses.
 
 # %% tags=["active-ipynb"]
 # torch.manual_seed(0)
@@ -249,13 +256,13 @@ class CLIPAttention(nn.Module):
 # print("matrices = class:", torch.allclose(by_hand, layer(x), atol=1e-6))
 
 # %% [markdown]
-# The MLP widens each state fourfold, bends it and narrows it again. The bend is
-# $\mathrm{GELU}(x) = x\,\Phi(x)$, where $\Phi$ is the distribution function of the
-# normal distribution. OpenAI trained CLIP-L with a cheaper curve,
-# $x \cdot \mathrm{sigmoid}(1.702\,x)$. The two differ by up to 0.02, but a trained
-# network adds up thousands of such differences: weights must be used with the
-# activation that they were trained with. T5 uses a third form, which approximates
-# $\Phi$ by a tanh and is much closer.
+# The MLP widens each state fourfold, bends it and narrows it again. The bend, or
+# *activation function*, of CLIP-G is $\mathrm{GELU}(x) = x\,\Phi(x)$, where $\Phi$ is
+# the distribution function of the standard normal distribution. OpenAI trained CLIP-L
+# with a cheaper curve, $x \cdot \mathrm{sigmoid}(1.702\,x)$. The two differ by up to
+# 0.02; a trained network adds up thousands of such differences, so weights must be used
+# with the activation that they were trained with. T5 takes a third form,
+# $\tfrac12 x\,(1 + \tanh(\sqrt{2/\pi}\,(x + 0.044715\,x^3)))$, much closer to GELU.
 
 
 # %%
@@ -289,7 +296,9 @@ class CLIPMLP(nn.Module):
 
 
 # %% [markdown]
-# A layer normalises before each step and *adds* the step's result:
+# A layer normalises before each step and *adds* the step's result. LN, layer norm,
+# subtracts from a state the mean of its $D$ features, divides by their standard
+# deviation, and gives each feature a learned scale and shift:
 #
 # $$ x \leftarrow x + \mathrm{attention}(\mathrm{LN}(x)), \qquad
 #    x \leftarrow x + \mathrm{MLP}(\mathrm{LN}(x)). $$
@@ -317,7 +326,7 @@ class CLIPLayer(nn.Module):
 # %% [markdown]
 # ### The end token speaks for the sentence
 #
-# But for the mask, attention does not know where a token stands: it is a sum over a
+# Apart from the mask, attention does not know where a token stands: it is a sum over a
 # *set*. CLIP adds a learned vector for each of the 77 positions to the token's own.
 #
 # One vector for the whole sentence must come from a token that has read all of it. With
@@ -430,8 +439,9 @@ def check_clip_config(config: CLIPTextConfig) -> None:
 # training could reach. CLIP's loss sees nothing but the pooled vector, and that is made
 # from *one* position of the last layer's output. At all other positions the last layer
 # computes something that no loss ever looked at. The states *before* it, however, are
-# read by the end token through attention, so every one of them was trained. Gradients
-# tell it without words ("after layer 0" are the embeddings):
+# read by the end token through attention, so all of them up to the end token were
+# trained. (The padding behind it never was, in any layer; the transformer reads it all
+# the same.) Gradients tell it without words ("after layer 0" are the embeddings):
 
 # %% tags=["active-ipynb"]
 # states = clip_l.hidden_states(ids_l)
@@ -484,17 +494,17 @@ def similarity(vectors: Tensor) -> Tensor:
 
 # %% [markdown]
 # Read row 0: caption 1 says the same, caption 3 changes only the garment's class,
-# caption 5 has nothing in common with it; in this order the cosines should fall. Then
-# read row 2: it says what caption 0 says, with nearly the words of caption 4. If 4 lies
-# nearer, the encoder has learned more about which words come first than about what
-# belongs to what: the tiny CLIP, trained for a few minutes, is no perfect judge.
+# caption 5 has nothing in common with it, and the cosines fall in this order. Then read
+# row 2. It says what caption 0 says, but like caption 4 it names blue first and red
+# second, and 4 lies nearer. The tiny CLIP, trained for a few minutes, has learned more
+# about which colour comes first than about what belongs to what.
 
 # %% [markdown]
 # ## T5
 #
-# T5 is a transformer for text alone, of which SD3.5 uses the encoder. There is no mask:
-# every token reads the whole sentence, forwards and backwards. Three parts differ from
-# those of CLIP.
+# T5 is a transformer for text alone, of which SD3.5 uses the encoder, in version 1.1,
+# whose MLP is not the first T5's. There is no mask: every token reads the whole
+# sentence, forwards and backwards. Three parts differ from those of CLIP.
 
 
 # %%
@@ -568,10 +578,11 @@ class RMSNorm(nn.Module):
 #
 # T5 has no position vectors. Instead each head $h$ adds to the logit of query $i$ and
 # key $j$ a learned number that depends on how far apart they are: $b^h_{ij} =
-# T_{\mathrm{bucket}(j - i),\,h}$. The table $T$ has 32 rows. Half are for keys behind
-# the query, half for keys ahead. In each half the distances $n = |j - i|$ from 0 to 7
-# have a row each; beyond, rows cover ever wider ranges, even in the logarithm up to
-# 128, but the last, from 91 on, covers all the rest:
+# T_{\mathrm{bucket}(j - i),\,h}$. The table $T$ has 32 rows: 0 to 15 for keys at the
+# query's own place or behind it, 16 to 31 for keys ahead (row 16, "ahead by 0", is
+# never used). In each half the distances $n = |j - i|$ from 0 to 7 have a row each. The
+# eight rows after them cover ever wider ranges, equally wide in $\ln n$ up to 128; the
+# last, which begins at 91, also takes everything beyond:
 #
 # $$
 # \mathrm{bucket}(n) = \min\left(15,\;
@@ -610,8 +621,8 @@ def relative_buckets(
     half = buckets // 2
     exact = half // 2
     n = offset.abs()
-    octaves = torch.log(n.float() / exact) / math.log(reach / exact)
-    far = exact + (octaves * (half - exact)).clamp(min=0).long()
+    fraction = torch.log(n.float() / exact) / math.log(reach / exact)  # −∞ at n = 0
+    far = exact + (fraction * (half - exact)).clamp(min=0).long()
     return torch.where(n < exact, n, far.clamp(max=half - 1)) + half * (offset > 0)
 
 
@@ -620,7 +631,7 @@ def relative_buckets(
 # loops = torch.tensor([[bucket_of(j - i) for j in range(200)] for i in range(200)])
 # print("loops = tensors:", torch.equal(loops, rows))
 # offsets, row = torch.arange(-150, 150), [bucket_of(n) for n in range(-150, 150)]
-# viz.show_curves({"row": (offsets, row)}, xlabel="key − query", ylabel="row")
+# viz.show_curves({"": (offsets, row)}, xlabel="key − query", ylabel="row")
 
 # %% [markdown]
 # The table belongs to block 0 and serves all blocks: the bias is computed once and
@@ -661,7 +672,7 @@ class T5Attention(nn.Module):
 #
 # CLIP's MLP bends $x W_1$. T5 v1.1 computes two products and lets one open or close the
 # other: $(\mathrm{GELU}(x W_0) \odot x W_1)\, W_2$, with the tanh form of GELU and, as
-# everywhere in T5, no additive biases.
+# everywhere in T5, no additive biases. ($W_0$, $W_1$, $W_2$ are `wi_0`, `wi_1`, `wo`.)
 
 
 # %%
@@ -738,21 +749,21 @@ class T5Encoder(nn.Module):
 
 
 # %% [markdown]
-# What did the heads of the tiny T5 learn about distance? One curve a head: what it adds
+# What did the heads of the tiny T5 learn about distance? One row per head: what it adds
 # for a key that stands so many places from the query.
 
 # %% tags=["active-ipynb"]
 # t5 = load_component(T5Encoder, T5Config, TINY / "text_encoder_3")
 # bias = t5.position_bias(32)[0]  # (H, L, L)
-# offsets = torch.arange(-15, 16)
-# curves = {f"head {h}": (offsets, bias[h, 15, :31]) for h in range(6)}
-# viz.show_curves(curves, xlabel="key − query", ylabel="bias")
+# names = [f"head {h}" for h in range(6)]
+# ticks = [f"{n:+d}" if n % 5 == 0 else "" for n in range(-15, 16)]
+# viz.show_heatmap(bias[:, 15, :31], names, ticks, xlabel="key − query", signed=True)
 
 # %% [markdown]
 # Every head has a profile of its own, with peaks at some distances and valleys at
 # others, behind the query as well as ahead of it. A head with a peak at −2 reads what
-# stands two places back. From a distance of eight on, the curves become steps, since
-# several offsets share a row of the table.
+# stands two places back. From a distance of eight on, neighbouring columns are equal,
+# since several offsets share a row of the table.
 
 # %% [markdown]
 # ## One context for the transformer
@@ -793,7 +804,8 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 # viz.show_heatmap(shown, xlabel="feature", ylabel="token", signed=True)
 
 # %% [markdown]
-# Above, the 32 tokens of the two CLIPs: 160 features and then zeros up to the width of
+# Above (colours stop at ±3), the 32 tokens of the two CLIPs: 160 features and then
+# zeros up to the width of
 # T5. Below, the 32 tokens of T5. In both halves the first rows, the words, differ from
 # one another; the rows after the end token, the padding, are almost alike. They are
 # there in SD3.5 too, and nobody masks them: the transformer reads them with the rest.
@@ -824,7 +836,7 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 # %% tags=["active-ipynb"]
 # swapped = [PROMPT, "a blue dress on a red background"]
 # ids = tokenize_t5(swapped)
-# at_red = ids == tokenize_t5.encode("red")[0]  # (2, 32), one True a row
+# at_red = ids == tokenize_t5.encode("red")[0]  # (2, 32), one True per row
 #
 # def gap(model: T5Encoder) -> float:
 #     first, second = model(ids)[at_red]

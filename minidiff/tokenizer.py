@@ -79,10 +79,10 @@ from minidiff.support.unicode import LETTER, NUMBER, lowercase, nfc
 # %% [markdown]
 # ## Bytes as characters
 #
-# CLIP starts from bytes, not letters: UTF-8 writes every text of the world with 256
-# different bytes, so a vocabulary that holds them all never meets an unknown sign. The
-# files of the vocabulary are text, however, and many bytes do not print. GPT-2 gave
-# each byte a printable stand-in, and CLIP took the table over.
+# CLIP starts from bytes, not letters: UTF-8 writes every text of the world in bytes.
+# There are only 256 of them, so a vocabulary that holds them all never meets an unknown
+# sign. The files of the vocabulary are text, however, and many bytes do not print.
+# GPT-2 gave each byte a printable stand-in, and CLIP took the table over.
 
 
 # %%
@@ -117,7 +117,7 @@ CHARACTER_TO_BYTE = {char: bytes([byte]) for byte, char in BYTE_TO_CHARACTER.ite
 
 # %%
 END_OF_WORD = "</w>"
-WORD = regex.compile(
+WORD = regex.compile(  # (?V1): the newer syntax, in which [A--B] is without B
     r"(?V1)<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
     rf"|{LETTER}+|{NUMBER}|[^\s{LETTER}{NUMBER}]+"
 )
@@ -130,6 +130,7 @@ def clean(text: str) -> str:
 
 def split_words(text: str) -> list[str]:
     """Split clean text into words, single digits and runs of other signs."""
+    # a marker's text is cut from its neighbours, and then in three
     marks = {f"<|{name}|>": ["<|", name, "|>"] for name in ("startoftext", "endoftext")}
     return [part for word in WORD.findall(text) for part in marks.get(word, [word])]
 
@@ -176,7 +177,7 @@ def count_pairs(words: dict[tuple[str, ...], int]) -> Counter[Pair]:
 def best_pair(counts: Counter[Pair]) -> Pair | None:
     """Return the most frequent pair, of equals the first by name; None if all are 1."""
     best = min(counts, key=lambda pair: (-counts[pair], pair), default=None)
-    return best if counts[best] > 1 else None
+    return best if counts[best] > 1 else None  # of an empty Counter, counts[None] is 0
 
 
 def join_pair(symbols: Sequence[str], pair: Pair) -> tuple[str, ...]:
@@ -221,7 +222,8 @@ def learn_merges_naively(words: dict[tuple[str, ...], int], limit: int) -> list[
 
 # %% [markdown]
 # The parts of "background" come early, because every caption has a background. With so
-# few words in the world all of them end up whole, and the learning stops by itself.
+# few words in the world all of them end up whole, and the learning stops by itself long
+# before the merges that we allowed are used up: no pair is left to join.
 #
 # The naive loop counts all words again after each merge. But a merge changes only the
 # words that hold its pair: we keep the set of these for each pair, take their old pairs
@@ -254,9 +256,9 @@ def learn_merges(words: dict[tuple[str, ...], int], limit: int) -> list[Pair]:
 # %% [markdown]
 # ## Applying merges
 #
-# A new word is spelled in bytes, and the merges are replayed on it: of all pairs that
-# stand side by side, the one that was learned *first* is merged, until none that is
-# left was ever learned. The rank of a pair is its place in the list of merges.
+# A new word is spelled in bytes, and the merges are replayed on it. Of all neighbouring
+# pairs, the one that was learned *first* is merged; this goes on until no learned pair
+# is left. The rank of a pair is its place in the list of merges.
 
 
 # %%
@@ -277,8 +279,10 @@ def merge_naively(symbols: Sequence[str], ranks: dict[Pair, int]) -> Iterator[tu
 # alone. Nothing is ever unknown; at worst it is spelled.
 #
 # Each round of this loop looks at all pairs, so a word of $n$ letters can cost $n^2$
-# steps. A heap hands out the lowest rank in $\log n$ steps instead, and a linked list
-# joins the neighbours of a merged pair without moving the rest:
+# steps. A *heap*, a list kept half in order, hands out its lowest entry in $\log n$
+# steps instead. And in a *linked list*, where each symbol knows the places `before` and
+# `after` it, a merged pair is joined without moving the rest. An empty symbol at either
+# end saves asking whether there is a neighbour:
 
 
 # %%
@@ -321,11 +325,11 @@ def merge(symbols: Sequence[str], ranks: dict[Pair, int]) -> list[str]:
 # ## Special tokens, length and padding
 #
 # Some ids stand for no text at all: the beginning and end of a prompt, and padding. If
-# their *text* occurs in a prompt, say `<|endoftext|>`, it becomes their id, so they are
-# sought before anything else touches the text (or after it is tidied, if they are
+# their *text* occurs in a prompt, say `<|endoftext|>`, it becomes their id: they are
+# looked up in the raw text, before anything else (or in the tidied text, if they are
 # marked `normalized`). What both tokenizers share is gathered here: find the special
 # tokens, encode what lies between, frame it with the beginning and the end, cut it, pad
-# it. This class keeps the books; on a first reading look at `__call__` and go on.
+# it. This class is bookkeeping; on a first reading look at `__call__` and go on.
 
 
 # %%
@@ -464,6 +468,7 @@ class CLIPTokenizer(Tokenizer):
             raise ValueError(f"vocab_size is {vocab_size}, expected at least 514")
         words = Counter(word for text in texts for word in split_words(clean(text)))
         spelled = {word_symbols(word): times for word, times in words.items()}
+        # "a" + "bc" and "ab" + "c" make the same symbol: a pair can win twice
         merges = list(dict.fromkeys(learn_merges(spelled, limit)))
         entries = dict.fromkeys([*base, *map("".join, merges), *markers])
         vocab = {piece: number for number, piece in enumerate(entries)}
@@ -515,7 +520,7 @@ class CLIPTokenizer(Tokenizer):
 
 # %%
 SPACE = "▁"
-UNKNOWN_PENALTY = 10.0
+UNKNOWN_PENALTY = 10.0  # SentencePiece's
 MAX_PIECE = 16
 
 
@@ -640,8 +645,8 @@ def expected_counts(words: dict[str, int], scores: dict[str, float]) -> Counter[
 
 
 def maximize(counts: Counter[str], alphabet: str) -> dict[str, float]:
-    """M step: counts to log-probabilities; what is used less than half a time goes."""
-    kept = {p: max(n, 0.5) for p, n in counts.items() if n >= 0.5 or p in alphabet}
+    """M step: counts to log-probabilities; what is used less than 0.5 times goes."""
+    kept = {p: max(n, 0.5) for p, n in counts.items() if n >= 0.5 or len(p) == 1}
     total = math.log(sum(kept.values()))
     scores = {piece: math.log(n) - total for piece, n in kept.items()}
     return dict.fromkeys(alphabet, min(scores.values()) - 1.0) | scores
@@ -649,10 +654,10 @@ def maximize(counts: Counter[str], alphabet: str) -> dict[str, float]:
 
 # %% [markdown]
 # The vocabulary itself is found by pruning. All parts of words that occur at least
-# twice are candidates. After two rounds of EM the quarter of them goes that would be
-# missed least: the loss of a piece is how often it is used times what its best
-# replacement costs more. EM again, prune again, down to the size that was asked for.
-# Single letters always stay.
+# twice are candidates, up to 16 letters long. After two rounds of EM the quarter that
+# would be missed least is dropped. The loss of a piece is the number of its uses, times
+# how much more its best replacement by other pieces costs. Then EM again, and pruning
+# again, down to the size that was asked for. Single letters always stay.
 
 
 # %%
@@ -843,12 +848,13 @@ class T5Tokenizer(Tokenizer):
 #         print(f"{text:15} {name:6} {reader.decode(ids):15}", *reader.tokens(ids)[:-1])
 
 # %% [markdown]
-# CLIP does not see capitals; T5 spells them, since no caption had any. The emoji are
+# All three readers notice the `!`. CLIP does not see capitals; T5 spells them, since no
+# caption had any. The emoji are
 # eight bytes to CLIP and one `<unk>` to T5, which has nothing for "é" either. (The
 # published T5 knows "é", but not the emoji, and of a Chinese prompt one `<unk>` is
 # left.)
 #
-# Now break something: replay the merges with the ranks turned round, the last learned
+# Now break something: replay the merges with the ranks reversed, the last learned
 # first. All symbols are still in the vocabulary, and no error is raised.
 
 # %% tags=["active-ipynb"]
@@ -896,8 +902,8 @@ class T5Tokenizer(Tokenizer):
 #   parallel, with the heap and the lattice of this chapter. It also remembers where in
 #   the text each piece began.
 # - **It carries its own Unicode.** That library composes accents by the tables of
-#   Unicode 9, knows letters by version 16, and Python 3.11 has version 14. For equal
-#   ids on every sign `minidiff.support.unicode` lists the differences.
+#   Unicode 9 and knows the letters of version 16; Python 3.11 knows those of 14. For
+#   equal ids on every sign, `minidiff.support.unicode` lists the differences.
 # - **It has two T5s.** Google's SentencePiece and transformers disagree on rare input.
 #   transformers also cuts at the control sign U+0085, loses an accent on the ligature
 #   "ﬁ", and reads the full-width `＜pad＞` as its own pad token. The pipeline of SD3.5
@@ -1003,7 +1009,8 @@ class T5Tokenizer(Tokenizer):
 # the pieces of such a lattice by EM and pruning. You **reproduced** the ids of three
 # tokenizers with their padding, and **explained** the quirks: a `!` that is special,
 # capitals that only T5 sees, padding that nothing hides. This is what our prompt hands
-# on to chapter 2:
+# on to chapter 2. (`journey.check` compares a tensor with the one on record: all
+# chapters speak of the same.)
 
 # %% tags=["active-ipynb"]
 # for name, reader in zip(("ids_l", "ids_g", "ids_t5"), readers.values()):

@@ -3,8 +3,8 @@ r"""
 # Training: from data to weights
 
 In this chapter you make the weights. Every network of this book began as random
-numbers; here you see what turns them into a tokenizer's partner, an autoencoder, a
-painter: four losses and one loop.
+numbers; here you see what turns them into text encoders, an autoencoder, a painter:
+four losses and one loop.
 
 After it you will be able to
 
@@ -13,13 +13,13 @@ After it you will be able to
 - **train** a small text-to-image model in half a minute, and read its curves;
 - **average** weights, and say what it is good for;
 - **stop** a run anywhere and go on with exactly the same result;
-- **recognise** overfitting and a wrong target, one by its curves, the other not.
+- **recognise** overfitting by its curves, and a wrong target, which no curve shows.
 """
 
 # %% [markdown]
 # ## Where we are
 #
-# The chapters before took their weights from the folder that ships with the package.
+# The earlier chapters took their weights from the folder that ships with the package.
 # This one explains where that folder comes from. It is the only chapter that needs the
 # data set, Fashion-MNIST (30 MB). If the next cells find none, they download it once
 # from the hub; without a network, let the environment variable `MINIDIFF_DATA` name a
@@ -91,8 +91,7 @@ Batch = dict[str, Tensor]
 # depends on the 999 before. Stop it, split it over two devices, change the batch size,
 # and it learns from other data. So nothing here has such a memory. Sample $i$ is a
 # function of the seed and of $i$: its scene, its noise, its time, whether its prompt is
-# dropped. `minidiff.support.rng` hashes $i$ into random bits. Ask for sample 5 alone or
-# among others: it is the same.
+# dropped. `minidiff.support.rng` hashes $i$ into random bits.
 
 # %% tags=["active-ipynb"]
 # alone = rng.normal(seed=0, indices=torch.tensor([5]), shape=(3,))
@@ -194,11 +193,12 @@ def vae_loss(vae: VAE, batch: Batch, kl_weight: float = 5e-4) -> Tensor:
 # $$\ell_i = -\sum_j y_{ij} \ln \frac{e^{\tau\, t_i \cdot v_j}}
 # {\sum_k e^{\tau\, t_i \cdot v_k}}$$
 #
-# and likewise the true caption of each picture. The scale $\tau$ is learned. Usually
-# $y$ is the identity matrix. Our captions repeat: “a red dress on a blue background”
-# and “a photo of a red dress on a blue background” are both right for one picture, and
-# calling one of them wrong would teach CLIP to hear the words “a photo of”. So $y_{ij}$
-# is shared in equal parts by all that mean the same. First with loops:
+# and likewise the true caption of each picture. The scale $\tau$, one over what others
+# call the temperature, is learned. Usually $y$ is the identity matrix. Our captions
+# repeat: “a red dress on a blue background” and “a photo of a red dress on a blue
+# background” are both right for one picture, and calling one of them wrong would teach
+# CLIP to hear the words “a photo of”. So $y_{ij}$ is shared in equal parts by all that
+# mean the same. First with loops:
 
 
 # %%
@@ -299,7 +299,8 @@ def corrupt_spans(
     """T5's span corruption; Raffel et al. 2020, section 3.1.4 and figure 2.
 
     Each run of ``hidden`` (B, L) tokens becomes one sentinel in the source (B, L); the
-    target (B, L) lists every sentinel with the tokens that it stands for, then ``eos``.
+    target (B, L) lists every sentinel with the tokens that it stands for, then ``eos``
+    (where T5 itself has one more sentinel).
     """
     first = hidden & ~F.pad(hidden, (1, 0))[:, :-1]  # the start of each run
     names = sentinels[(first.cumsum(1) - 1).clamp(min=0)]
@@ -402,6 +403,7 @@ def noise_and_levels(
     indices: Tensor, shape: tuple[int, ...], seed: int
 ) -> tuple[Tensor, Tensor]:
     """Noise ``(B, *shape)`` and logit-normal levels (B,) of the samples ``indices``."""
+    # fold_in: a second stream of numbers from the same seed
     u = rng.uniform(rng.fold_in(seed, 1), indices, 1)[:, 0].clamp(1e-6, 1 - 1e-6)
     return rng.normal(seed, indices, shape), torch.special.ndtri(u).sigmoid()
 
@@ -409,9 +411,9 @@ def noise_and_levels(
 # %% [markdown]
 # Guidance ([chapter 6](06_flow_matching.ipynb)) compares the velocity with a prompt to
 # the velocity without one, so the network must know both. In one of ten samples the
-# prompt is replaced by the empty one. SD3 goes further, and the shipped model with it:
-# each encoder is dropped by itself, zeros in its place. That is why the pipeline still
-# works when the huge T5 is left out.
+# prompt is replaced by the empty one. Besides, each encoder is dropped now and then by
+# itself, zeros in its place. SD3 does only this, so often that all three are missing in
+# one of ten. That is why the pipeline still works when the huge T5 is left out.
 
 
 # %%
@@ -483,7 +485,7 @@ def loss_by_level(model: MMDiT, batch: Batch, levels: int = 8) -> list[float]:
 
 # %% [markdown]
 # First, what is learned and how long. The batch may depend on the samples' numbers
-# only, and the loss must be a mean over samples. These two rules buy everything below.
+# only, and the loss must be a mean over samples.
 
 
 # %%
@@ -528,11 +530,12 @@ class TrainingConfig:
 # a cosine, so that the noise of the steps dies out at the end.
 #
 # `muon` chooses another optimiser for nearly all matrices of the transformer. The
-# singular value decomposition writes a gradient as $USV^T$: $U$ and $V$ hold
-# directions, the diagonal of $S$ their lengths, a few long and most short. Adam divides
-# each number by its own usual size and still follows the long ones. Muon leaves $S$ out
-# and steps along $UV^T$, equally far in all of them (`minidiff.support.muon`). The
-# shipped transformer's last 9,000 steps were of this kind.
+# singular value decomposition writes a matrix, here the running mean of a gradient, as
+# $USV^T$: $U$ and $V$ hold directions, the diagonal of $S$ their lengths, a few long
+# and most short. Adam divides each number by its own usual size and still follows the
+# long ones. Muon leaves $S$ out and steps along $UV^T$, about equally far in all of
+# them (`minidiff.support.muon`). The shipped transformer's last steps were of this
+# kind.
 
 
 # %%
@@ -565,10 +568,10 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
 
 
 # %% [markdown]
-# Third, the step. The batch comes in parts: `accumulation` parts one after the other
-# where memory is short, and one part for each process where there are several devices.
-# Because the loss is a mean and the samples have numbers, the parts together give the
-# gradient of the whole batch.
+# Third, the step. A gradient longer than `max_grad_norm` is shortened to it. The batch
+# comes in parts: `accumulation` parts one after the other where memory is short, and
+# one part for each process where there are several devices. Because the loss is a mean
+# and the samples have numbers, the parts together give the gradient of the whole batch.
 
 
 # %%
@@ -599,6 +602,8 @@ class Learner:
             self.objective = trainer.compiled(self.objective)
         settings = {"betas": (0.9, config.beta2), "weight_decay": config.weight_decay}
         settings["fused"] = not config.sharded
+        # AdamW: a running mean of each number's gradient over the root of that of its
+        # square; and in every step the weights shrink a little (the W)
         kind = Muon if config.muon else torch.optim.AdamW
         self.optimizer = kind(self.model.named_parameters(), **settings)
 
@@ -680,8 +685,8 @@ def fit(
 # %% [markdown]
 # ## A real run
 #
-# Now a text-to-image model, from nothing, while you wait. To fit half a minute of a
-# laptop's CPU it paints 16 × 16 pixels instead of latents, one garment only, with a
+# Now a text-to-image model, from nothing, while you wait. To fit into half a minute on
+# a laptop's CPU it paints 16 × 16 pixels instead of latents, one garment only, with a
 # transformer of two blocks. Everything else is the real thing: MMDiT, the shipped text
 # encoders, the loss above, dropped prompts, the loop.
 
@@ -922,10 +927,10 @@ def fit(
 # - **Many devices.** Under `torchrun` each process takes its share of every batch;
 #   `DistributedDataParallel` averages the gradients while they are still being
 #   computed. Two processes give the weights of one up to rounding, for every loss of
-#   this chapter: a test compares them in float64. Models that exceed one device shard
-#   the weights too.
+#   this chapter: a test compares them in float64. Where a model exceeds one device, its
+#   weights are sharded too (PyTorch's FSDP2).
 # - **Better data.** SD3's pictures were filtered and deduplicated, and half of its
-#   captions written by a vision model; the authors measure that this helps
+#   captions written by a vision model; the authors measure that such captions help
 #   ([Esser et al. 2024](https://arxiv.org/abs/2403.03206), section 5.2.2). Autoencoders
 #   of this kind also have an adversarial and a perceptual loss
 #   ([Rombach et al. 2022](https://arxiv.org/abs/2112.10752)), and at the end SD3 was
@@ -1031,7 +1036,8 @@ def fit(
 #
 # Never dropped, the empty prompt is a text that the network has not seen: $v_-$ is
 # arbitrary, and guidance pushes away from something arbitrary. Dropped in half of the
-# samples, the prompt is learned from half as many; guidance has a good $v_-$ to leave.
+# samples, the prompt is learned from half as many; but guidance has a good $v_-$ to
+# move away from.
 # With $d = 0.999$ throughout, three quarters of the average would still be the random
 # weights of the beginning, $0.999^{280} \approx 0.76$. But `update_ema` bounds $d$ by
 # $(1 + k)/(10 + k)$, which is 0.97 at the end of this run: a memory of some thirty
@@ -1057,8 +1063,8 @@ def fit(
 # ## Further reading
 #
 # - Esser et al. 2024, [Scaling Rectified Flow
-#   Transformers](https://arxiv.org/abs/2403.03206): how SD3 was trained, sections 5
-#   and appendix B.
+#   Transformers](https://arxiv.org/abs/2403.03206): how SD3 was trained, section 5 and
+#   appendix B.
 # - Radford et al. 2021, [Learning Transferable Visual
 #   Models](https://arxiv.org/abs/2103.00020), and Raffel et al. 2020, [Exploring the
 #   Limits of Transfer Learning](https://arxiv.org/abs/1910.10683): CLIP and T5.

@@ -115,15 +115,19 @@ from torch import Tensor, nn
 # \beta \sum \tfrac12 \left( \mu^2 + s^2 - 1 - \ln s^2 \right).
 # $$
 #
-# The sum is the Kullback–Leibler divergence from $\mathcal N(\mu, s^2)$ to $\mathcal
-# N(0, 1)$; it is zero for $\mu = 0$, $s = 1$. The two terms pull against one another.
-# The first wants large, exact latents, the second latents that say nothing. The weight
-# $\beta$ is small (chapter 7 takes 0.0005, with means for the sums), so that pictures
-# stay sharp; but it is enough to keep latents from growing without bound, and the noise
-# $s$ makes sure that latents close to one another decode to pictures close to one
+# The sum is the Kullback–Leibler divergence $\mathrm{KL}\big(\mathcal N(\mu, s^2)
+# \,\|\, \mathcal N(0, 1)\big)$, a measure of how far the first distribution is from the
+# second; it is zero for $\mu = 0$, $s = 1$. The two terms pull against one another. The
+# first wants large, exact latents, the second latents that say nothing. The weight
+# $\beta$ is small (chapter 7 takes 0.0005, with means for the sums), so that it costs
+# little detail; but it is enough to keep latents from growing without bound, and the
+# noise $s$ makes sure that latents close to one another decode to pictures close to one
 # another. A generative model needs both, since what it draws will always be a little
 # off. Chapter 7 trains with such a loss. Three terms take the place of the first: two
-# ask for the right colours, one for the right edges.
+# ask for the right colours, one for the right edges. The autoencoders of Stable
+# Diffusion add a *perceptual* distance, between features of an image network, and a
+# *discriminator* that learns to tell restored pictures from real ones; a loss on pixels
+# alone blurs fine texture (Rombach et al. 2022, section 3.1).
 
 # %% [markdown]
 # ## Build it
@@ -301,8 +305,8 @@ def pixels_to_tokens(x: Tensor) -> Tensor:
 #
 # A convolution with stride 2 halves the sides. It needs one more row and column than
 # the picture has, and here lies a quirk: the zeros are added on the right and below
-# only, not all around. An even border would read each window one pixel further up and
-# left. The weights were trained with this one, so it stays.
+# only, not all around. With a border all around, every window would lie one pixel
+# further up and to the left. The weights were trained with this one, so it stays.
 #
 # On the way back every pixel is repeated twice along each side, and a convolution
 # smooths the steps.
@@ -340,9 +344,11 @@ class Upsample(nn.Module):
 #
 # The encoder goes down level by level, two residual blocks each; then the middle; then
 # a convolution to twice the latent channels, means and log-variances. The decoder
-# mirrors it, with one block more a level, because its task is the harder one: it must
-# invent what the encoder dropped. In SD3.5 it holds 49.5 of the 83.8 million
-# parameters.
+# mirrors it, with one block more per level. That is inherited from the U-Net of DDPM
+# ([Ho et al. 2020](https://arxiv.org/abs/2006.11239)), whose way up has one more block
+# to take in its skip connections; an autoencoder has none. It does no harm: the
+# decoder's task is the harder one, for it must invent what the encoder dropped. In
+# SD3.5 it holds 49.5 of the 83.8 million parameters.
 
 
 # %%
@@ -470,7 +476,7 @@ class VAE(nn.Module):
         """Images (B, 3, H, W) in [−1, 1] → a Posterior over latents (B, C, h, w)."""
         check_image(images, self.config)
         mean, logvar = self.encoder(images).chunk(2, dim=1)  # → 2 × (B, C, h, w)
-        return Posterior(mean, logvar.clamp(-30, 20))
+        return Posterior(mean, logvar.clamp(-30, 20))  # so that exp stays finite
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) → images (B, 3, H, W), about [−1, 1], not clamped."""
@@ -511,7 +517,8 @@ def check_image(images: Tensor, config: VAEConfig) -> None:
 
 # %% [markdown]
 # The shapes of SD3.5, on the meta device, where tensors have no values and cost no
-# memory: each line is a place in the decoder where the shape changes.
+# memory: each line is a place in the decoder where the shape changes. (Its first and
+# last convolution, 16 → 512 and 128 → 3 channels, are not listed.)
 
 # %% tags=["active-ipynb"]
 # def report(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -531,8 +538,11 @@ def check_image(images: Tensor, config: VAEConfig) -> None:
 #
 # The trained weights go into the classes above. First the round trip: picture, latent,
 # picture. Its quality is measured as the peak signal-to-noise ratio: the mean squared
-# error, compared with the square of the range of values (2, from −1 to 1), in decibels.
-# Ten decibels more are a tenth of the error.
+# error, compared with the square of the range of values (2, from −1 to 1), in decibels:
+#
+# $$ \mathrm{PSNR}(a, b) = 10 \log_{10} \frac{2^2}{\operatorname{mean}\,(a - b)^2}. $$
+#
+# Ten decibels more are a tenth of the error. Above the pictures, below what comes back.
 
 
 # %%
@@ -551,7 +561,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 # %% [markdown]
 # Compare what is large, shape and colour, with what is fine: prints, seams, edges. The
-# fine goes first. This autoencoder is small and learned on a CPU
+# fine detail is lost first. This autoencoder is small and learned on a CPU
 # ([how](../book/training_log.md)).
 #
 # How wide are the distributions? Compare the noise $s$ with the spread of the means,
@@ -584,7 +594,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # mean over the picture, decode, and see what is missing.
 
 # %% tags=["active-ipynb"]
-# without = latents[:1].repeat(16, 1, 1, 1)  # (16, C, h, w): one copy a channel
+# without = latents[:1].repeat(16, 1, 1, 1)  # (16, C, h, w): one copy per channel
 # for c in range(16):
 #     without[c, c] = latents[0, c].mean()
 # views = vae.decode(without)
@@ -592,10 +602,10 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # viz.show_images(views, losses, columns=8)
 
 # %% [markdown]
-# A channel without which the picture loses decibels, or its colours fade, carries much
-# of it. One that can be missed with hardly a trace carries little, or only what others
-# carry too. Is there a channel for red? Look for a view that has lost this colour and
-# nothing else; but nothing in the loss asks for such a channel.
+# Channel 1 carries most: without it the dress fades to purple. Channels 4, 6, 10, 13
+# and 15 cost some decibels each; the other ten can be missed with hardly a trace: they
+# carry little, or only what others carry too. None is the channel for red, which would
+# lose this colour and nothing else; nothing in the loss asks for such a channel.
 
 # %% [markdown]
 # ## Reconstruction against compression
@@ -604,7 +614,8 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # Principal component analysis turns them into 16 new ones, ordered by variance; keep
 # the first $k$ and set the rest to their mean. As a rival take the plainest compression
 # there is: shrink the picture itself until it has equally many numbers, and enlarge it
-# again.
+# again. (A component has 16 × 16 = 256 numbers, a small picture of side $n$ has
+# $3 n^2$.)
 
 
 # %%
@@ -629,12 +640,13 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # viz.show_curves(curves, xlabel="numbers kept", ylabel="PSNR in dB", markers=True)
 
 # %% [markdown]
-# Where the latent's curve goes flat, further components are hardly used. Where it lies
-# above the other curve, the autoencoder has earned its place: for the same number of
-# numbers it gives the better picture. Where it lies below, plain shrinking would have
-# done better. If it ends flat, what limits the picture is not the room in the latent
-# but the network and its training. Measure your own autoencoder against plain shrinking
-# before you trust it.
+# From three components on the latent lies above the small picture: for the same number
+# of numbers it gives the better one. With one or two, plain shrinking wins; but this
+# decoder never learned to do with so few, and an autoencoder trained with $k$ channels
+# should beat ours cut to $k$ components. From 12 on the curve is nearly flat: what
+# limits the picture there is not the room in the latent but the network and its
+# training. (The bump at 3,072 numbers is a side of 32, exactly half of 64.) Measure
+# your own autoencoder against plain shrinking before you trust it.
 
 # %% [markdown]
 # ## A walk between two latents
@@ -650,11 +662,10 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # viz.show_images(torch.cat([walk, fade]), columns=7)
 
 # %% [markdown]
-# The mixture of pixels is a double exposure: both garments, half transparent. Look at
-# the middle of the decoded walk: do outlines move, do colours pass through other
-# colours, and how much of a double exposure is left? A straight line between two
-# latents leaves the region where real pictures lie; finding the way back into it is the
-# transformer's work.
+# The mixture of pixels is a double exposure: both garments, half transparent. The
+# decoded walk is hardly better: near its ends one garment wins, in the middle both show
+# through. A point between two latents is in general no picture's latent. Which latents
+# are, and how to draw one, is what the transformer has to learn.
 
 # %% [markdown]
 # ## Why scale and shift
@@ -665,8 +676,8 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # $(1 - \sigma)^2 \operatorname{Var}(x_0) / \sigma^2$, at $\sigma = 0.5$ the variance
 # itself. Schedules, step sizes and the network's initialisation all assume that $x_0$
 # has mean 0 and variance 1. Nothing in the training of the autoencoder made it so.
-# Hence two constants, measured once over the training data and stored beside the
-# weights:
+# Hence two constants, the same for all channels, measured once over the training data
+# and stored beside the weights:
 #
 # $$
 # x = (z - \text{shift}) \cdot \text{scale}, \qquad
@@ -688,8 +699,10 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # viz.show_histogram(sets, xlabel="value")
 
 # %% [markdown]
-# After shift and scale the values cover the range of the noise. They need not be
-# normally distributed: of their spread only the variance enters the ratio.
+# After shift and scale the values cover the range of the noise. Here they did nearly so
+# before, since the scale is near 1; SD3.5's unscaled latents would be a third narrower.
+# They need not be normally distributed: of their spread only the variance enters the
+# ratio.
 
 # %% [markdown]
 # ## Predict, then break it
@@ -713,16 +726,17 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # print(f"nothing broken:    {psnr(images, restored):.1f} dB")
 # print(f"unscale forgotten: {psnr(images, forgotten):.1f} dB")
 # print(f"border misplaced:  {psnr(images, moved):.1f} dB")
-# viz.show_images(torch.cat([restored[:4], forgotten[:4], moved[:4]]), columns=4)
+# names = [row for row in ("intact", "no unscale", "border") for _ in range(4)]
+# viz.show_images(torch.cat([restored[:4], forgotten[:4], moved[:4]]), names, columns=4)
 
 # %% [markdown]
-# Without `unscale` all contrasts in the latent are multiplied by the scale: they shrink
-# where it is below 1, and grow where it is above, as in SD3.5. Colours change, outlines
-# stay. Padding on the wrong side moves every picture three pixels to the right and
-# down, one at the first level and one of twice the size at the second, and smears the
-# border above and on the left. To the eye those pictures may look the better ones, but
-# a shift makes every edge wrong, and decibels count that. Neither mistake raises an
-# error.
+# Without `unscale` all contrasts in the latent are multiplied by the scale. Here that
+# is close to 1, and hardly anything is seen; with SD3.5's 1.53 contrasts would grow by
+# half. Outlines stay. Padding on the wrong side moves every picture three pixels to the
+# right and down, one at the first level and one of twice the size at the second, and
+# smears the border above and on the left. The garments themselves look nearly as
+# before, but a shift makes every edge wrong, and decibels count that. Neither mistake
+# raises an error.
 
 # %% [markdown]
 # ## Parity
@@ -772,8 +786,8 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # - **It chooses the memory layout.** GPUs convolve fastest when the channels of a pixel
 #   lie side by side (`channels_last`). Converting back and forth costs more than it
 #   saves, so the whole decoder must keep to one layout.
-# - **It chooses the precision.** An older autoencoder of the family overflowed in
-#   float16 and had to run in float32. This one runs in 16 bits.
+# - **It chooses the precision.** SDXL's autoencoder overflows in float16 and has to run
+#   in float32. This one runs in 16 bits.
 # - **It turns numbers into bytes.** Stability's reference cuts off the decimals,
 #   diffusers rounds: about half of all values differ by one grey level, which nobody
 #   sees but a test that compares pictures.
@@ -811,7 +825,7 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 #     ours = Normal(some.mean, (0.5 * some.logvar).exp())
 #     expected = kl_divergence(ours, Normal(0.0, 1.0)).sum((1, 2, 3))
 #     found = divergence(some)
-#     assert found.shape == expected.shape, f"a number a picture, not {found.shape}"
+#     assert found.shape == expected.shape, f"one per picture, not {found.shape}"
 #     assert torch.allclose(found, expected, rtol=1e-3), "another value is expected"
 
 # %% tags=["active-ipynb", "solution", "hide-cell"]
@@ -822,7 +836,8 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 #
 #
 # exercise_3_2()
-# print(f"on average {divergence(posterior).mean() / latents[0].numel():.1f} a number")
+# mean = divergence(posterior).mean() / latents[0].numel()
+# print(f"on average {mean:.1f} per number")
 
 # %% [markdown]
 # **3.3 Code.** Write `to_bytes`, which turns decoded pictures into bytes from 0 to 255

@@ -135,7 +135,7 @@ def show_images(
     for ax, picture in zip(axes.flat, pictures, strict=False):
         ax.imshow(picture, interpolation="nearest")
     for ax, title in zip(axes.flat, titles or [], strict=False):
-        ax.set_title(_wrapped(title, 24 if columns < 6 else 14))
+        ax.set_title(_wrapped(title, 21 if columns < 6 else 14))
     return figure
 
 
@@ -392,6 +392,11 @@ def show_curves(
         )
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     ax.set(xscale="log" if logx else "linear", yscale="log" if logy else "linear")
+    for axis, log in ((ax.xaxis, logx), (ax.yaxis, logy)):
+        low, high = sorted(axis.get_view_interval())
+        if log and high < 100 * low:  # plain numbers: 0.6, not 6 × 10⁻¹
+            axis.set_major_formatter(lambda v, _: f"{v:g}")
+            axis.set_minor_formatter(lambda v, _: f"{v:g}")
     if any(curves):  # many names stand beside the axes, where they hide no curve
         beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
         ax.legend(**beside if len(curves) > 4 else {})
@@ -524,7 +529,7 @@ _BOXES = {  # name: (x, y, text)
     "tokenizer": (0.0, 1.0, "tokenizer\n1"),
     "text_encoders": (1.5, 1.0, "text\nencoders\n2"),
     "attention": (3.25, 1.75, "attention\n4"),
-    "dit": (3.25, 1.0, "DiT\n5"),
+    "dit": (3.25, 1.0, "transformer\n5"),
     "flow_matching": (3.25, 0.0, "flow\nmatching\n6"),
     "vae": (5.0, 1.0, "VAE\n3"),
     "training": (1.5, 0.0, "training\n7"),
