@@ -63,6 +63,7 @@ from minidiff.support.checkpoints import (
     vae_sources,
     write_json,
 )
+from minidiff.support.trainer import read_log
 from minidiff.text_encoders import (
     CLIPTextConfig,
     CLIPTextEncoder,
@@ -932,10 +933,7 @@ def chosen(stages: list[str], models: list[str]) -> list[str]:
 
 def finished(output: Path) -> set[str]:
     """The stages that an earlier run has done."""
-    if not output.is_file():
-        return set()
-    records = map(json.loads, output.read_text("utf-8").splitlines())
-    return {record["stage"] for record in records if record.get("done")}
+    return {record["stage"] for record in read_log(output) if record.get("done")}
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.extras.memory import GIB, Plan, place
 from minidiff.flow_matching import Scheduler
 from minidiff.sampling import Pipeline
-from minidiff.support.checkpoints import Prepared, Source
+from minidiff.support.checkpoints import Prepared
 from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
 from minidiff.vae import VAE, VAEConfig
 
@@ -76,13 +76,6 @@ def fused_attention() -> Iterator[None]:
         F.scaled_dot_product_attention = original
 
 
-def prepared(model: nn.Module) -> Prepared:
-    """A checkpoint of ``model`` whose tensors are on the meta device, in float16."""
-    found: dict[str, Any] = {}
-    sources = {name: Source((name,)) for name in model.state_dict()}
-    return MetaFile(model, sources, found)
-
-
 class MetaFile(Prepared):
     """Reads every tensor of its model as an empty one of the stored dtype."""
 
@@ -105,7 +98,7 @@ def on_meta(model_class: type, config: Any, plan: Plan) -> nn.Module:
     """A model placed by ``plan``, in bfloat16, on the meta device."""
     with torch.device("meta"):
         model = model_class(config)
-    model = place(prepared(model), plan, "meta", torch.bfloat16)
+    model = place(MetaFile(model, {}, {}), plan, "meta", torch.bfloat16)
     return model.requires_grad_(False)
 
 

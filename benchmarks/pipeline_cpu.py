@@ -6,15 +6,13 @@ Both take turns in every round, each in a process of its own, since ``fast=True`
 changes how a process keeps its memory: 8 pictures of one prompt, 28 steps, guidance 4,
 text and decoding included, the same starting latents; minidiff as ``load(folder)`` and
 as ``load(folder, fast=True)``. Printed: the median times, their
-ratios to diffusers', and how far the pictures are apart. Without ``--model`` the
-shipped model is used, or random weights of its sizes without it.
+ratios to diffusers', and how far the pictures are apart.
 """
 
 import argparse
 import functools
 import multiprocessing
 import statistics
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -23,39 +21,11 @@ import diffusers
 import numpy as np
 import torch
 
-from minidiff.dit import MMDiT, MMDiTConfig
-from minidiff.flow_matching import Scheduler
-from minidiff.sampling import Pipeline, load
+from minidiff.sampling import load
 from minidiff.support.checkpoints import TINY
-from minidiff.support.data import all_captions
-from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
-from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
-from minidiff.vae import VAE, VAEConfig
 
 NAMES = ("diffusers", "minidiff", "minidiff, fast")
 PROMPT = "a red dress on a blue background"
-
-
-def random_model(folder: Path) -> None:
-    """A model of the shipped sizes with random weights, gates and biases included."""
-    texts = all_captions()[:500]
-    tokenizers = [
-        CLIPTokenizer.train(texts, 514 + 6, model_max_length=32, pad_token=pad)
-        for pad in ("<|endoftext|>", "!")
-    ]
-    tokenizers.append(T5Tokenizer.train(texts, 300, model_max_length=32))
-    clips = [
-        CLIPTextEncoder(CLIPTextConfig(600, w, 4 * w, 3, h, 32, act, 1e-5, w, 2))
-        for w, h, act in ((64, 4, "quick_gelu"), (96, 6, "gelu"))
-    ]
-    parts = [*clips, T5Encoder(T5Config.tiny()), MMDiT(MMDiTConfig.tiny())]
-    parts.append(VAE(VAEConfig.tiny()))
-    for parameter in (p for part in parts for p in part.parameters()):
-        scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
-        torch.nn.init.normal_(parameter, 0, scale)
-    encoders, (transformer, vae) = parts[:3], parts[3:]
-    pipe = Pipeline(tokenizers, encoders, transformer, vae, Scheduler(1.0))
-    pipe.save_pretrained(folder)
 
 
 def open_pipeline(name: str, folder: Path, threads: int) -> None:
@@ -89,15 +59,11 @@ def seconds() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", type=Path)
+    parser.add_argument("--model", type=Path, default=TINY)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    folder = options.model or TINY
-    if not (folder / "model_index.json").is_file():
-        folder = Path(tempfile.mkdtemp())
-        random_model(folder)
-    compare(folder, options.threads, options.rounds)
+    compare(options.model, options.threads, options.rounds)
 
 
 def compare(folder: Path, threads: int, rounds: int) -> None:

@@ -307,19 +307,18 @@ def skipping(pipe: "Pipeline", blocks: list[int], scale: float | None) -> Any:
 
 def preview_into(file: Path) -> Any:
     """A callback that writes each step's first estimate, enlarged, into ``file``."""
-    from minidiff.extras.previews import fit_preview, show_previews
+    from minidiff.extras.previews import fit_preview
+    from minidiff.support.output import to_pil
 
     fit = functools.cache(fit_preview)
 
-    def follow(pipe: "Pipeline", *state: Any) -> None:
+    def follow(
+        pipe: "Pipeline", step: int, timestep: Any, tensors: dict[str, Any]
+    ) -> None:
+        small = to_pil(fit(pipe.vae)(tensors["denoised"][:1]))[0]
         side = pipe.vae.config.factor
-
-        def show(step: int, pictures: list) -> None:
-            small = pictures[0]
-            large = small.resize((small.width * side, small.height * side), resample=0)
-            large.save(file, "PNG")
-
-        show_previews(fit(pipe.vae), show)(pipe, *state)
+        large = small.resize((small.width * side, small.height * side), resample=0)
+        large.save(file, "PNG")
 
     return follow
 

@@ -21,6 +21,7 @@ from minidiff.support.interactive import (
     attention_explorer,
     denoising_scrubber,
     latent_pictures,
+    to_frames,
     to_pictures,
 )
 
@@ -221,17 +222,13 @@ def show_trajectory(
     chosen = np.linspace(0, steps - 1, min(columns, steps)).round().astype(int)
     figure, axes = _panels(len(rows), len(chosen))
     for band, (label, values) in zip(axes, rows.items(), strict=True):
-        pictures = _frames(values)
+        pictures = to_frames(values)
         band[0].set_ylabel(label)
         for ax, step in zip(band, chosen, strict=True):
             ax.imshow(pictures[step])
     for ax, step in zip(axes[0], chosen, strict=True):
         ax.set_title(f"{step}" if sigmas is None else f"σ = {float(sigmas[step]):.2f}")
     return figure
-
-
-def _frames(values: Tensor) -> np.ndarray:
-    return to_pictures(values) if values.shape[1] == 3 else latent_pictures(values)
 
 
 # Text

@@ -172,7 +172,7 @@ def every_hundredth(monkeypatch):
 
 
 def test_token_table(every_hundredth):
-    table = data.token_table(Spaces())
+    table = data.token_table(Spaces(), data.all_captions())
     assert torch.equal(table.long(), Spaces()(every_hundredth))
 
 
@@ -182,7 +182,7 @@ def test_token_table_notices_a_tokenizer_that_looks_across_words(every_hundredth
             return [1, *([len(text)] * len(text.split())), 2]
 
     with pytest.raises(ValueError, match="word by word"):
-        data.token_table(Length())
+        data.token_table(Length(), data.all_captions())
 
 
 @pytest.mark.parametrize("kind", data.SCENES.values())

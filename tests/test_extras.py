@@ -19,7 +19,7 @@ from minidiff.extras import files
 from minidiff.extras.guidance import skip_layer_guidance
 from minidiff.extras.image_to_image import image_to_image
 from minidiff.extras.lora import LowRank, save_lora
-from minidiff.extras.previews import fit_preview, show_previews
+from minidiff.extras.previews import Preview, fit_preview, show_previews
 from minidiff.support import checks
 from minidiff.support.checkpoints import Prepared
 from minidiff.vae import VAE, Posterior, VAEConfig
@@ -233,6 +233,18 @@ def test_each_step_is_shown(both):
 # Files
 
 
+def test_previews_show_the_estimate_within_range():
+    eye, seen = Preview(torch.eye(3, 16), torch.zeros(3)), []
+    state = {"latents": torch.zeros(1, 16, 4, 4)}
+    state["denoised"] = torch.full((1, 16, 4, 4), 9.0)
+    show_previews(eye, lambda step, pictures: seen.extend(pictures))(
+        None, 0, None, state
+    )
+    assert seen[0].getpixel((0, 0)) == (255, 255, 255)
+    low = Preview(-torch.eye(3, 16), torch.zeros(3))(state["denoised"])
+    assert low.min() == low.max() == 0
+
+
 def test_settings_survive_in_the_file(tmp_path):
     settings = {"prompt": "ein rotes Kleid, 東京 🙂\nzwei", "seed": 3, "lora": None}
     picture = Image.new("RGB", (8, 4))
@@ -254,7 +266,7 @@ SHOWN = {"num_inference_steps": 2, "height": 24, "width": 32}
 def test_every_picture_carries_how_it_was_drawn(model, tmp_path):
     pipe = model[0]
     how = {"negative_prompt": ["x", ""], "num_images_per_prompt": 2, "seed": 5}
-    pictures = pipe(["a bag", "a coat"], prompt_3="blue", **SHOWN, **how)
+    pictures = pipe(("a bag", "a coat"), prompt_3="blue", **SHOWN, **how)
     for i, picture in enumerate(pictures):
         own = {"prompt": ["a bag", "a coat"][i // 2], "prompt_3": "blue", "seed": 5 + i}
         own |= {"negative_prompt": ["x", ""][i // 2], "sampler": "euler"}
@@ -301,6 +313,8 @@ def test_prompts_of_a_file(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffa bag\r\n\n  a 東京 coat \n".encode())
     assert files.read_prompts(file) == ["a bag", "a 東京 coat"]
+    file.write_text("a bag\u2028on blue\x85\n", "utf-8")  # no ends of lines to us
+    assert files.read_prompts(file) == ["a bag\u2028on blue"]
     for content, message in ((b" \n", "holds no prompt"), (b"\xff\xfe", "UTF-8")):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=message):

@@ -10,6 +10,7 @@ import torch
 from helpers import relative_error
 from PIL import Image
 from pipelines import load_tokenizers, reference_pipeline, save_tokenizers
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -456,3 +457,71 @@ def draw_striped(lora: Path | None) -> float:
     with torch.no_grad():
         images = pipe(prompts, num_inference_steps=10, output_type="pt", seed=0)
     return (stripes(2 * images - 1) > STRIPED).float().mean().item()
+
+
+def test_what_a_batch_holds(model: Path, pictures: Path) -> None:
+    pipe = minidiff.load(model)
+    images, captions = read_folder(pictures, 32)
+    known = finetune.encode(pipe, images, captions)
+    with torch.no_grad():
+        expected = pipe.vae.decode(pipe.vae.encode(images).mode()) / 2 + 0.5
+    assert relative_error(pipe.decode(known["x0"]), expected.clamp(0, 1)) < 1e-5
+    given = pipe, known, pipe.transformer, 0, 0.1, CONFIG, lambda: None
+    batch = finetune.finetuning_task(*given).batch(torch.arange(4000))
+    shift = pipe.scheduler.shift  # moves 1/2 to s/(s + 1)
+    assert shift == 3
+    assert batch["sigma"].median().item() == pytest.approx(0.75, abs=0.03)
+    empty = (batch["pooled"] == known["pooled"][-1]).all(1)
+    assert empty.double().mean().item() == pytest.approx(0.1, abs=0.02)
+
+
+def test_the_average_and_alpha_are_exported(
+    model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = finetune.fit
+
+    def marked(*given) -> nn.Module:
+        averaged = fit(*given)
+        for parameter in averaged.parameters():
+            parameter.data.fill_(7)
+        return averaged
+
+    monkeypatch.setattr(finetune, "fit", marked)
+    config, lora = replace(CONFIG, steps=1), LoraConfig(2, alpha=6)
+    file = finetune.finetune(model, pictures, tmp_path / "out", config, lora)
+    assert all((x == 7).all() for x in load_file(file).values())
+    with safe_open(file, "pt") as opened:
+        notes = json.loads(opened.metadata()["lora_adapter_metadata"])
+    assert notes["transformer.lora_alpha"] == 6 and notes["transformer.r"] == 2
+
+
+def test_a_grid_is_what_the_pipeline_draws(
+    model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    pipe = minidiff.load(model)
+    pipe.progress = False
+    images, captions = read_folder(pictures, 32)
+    encoded = finetune.encode(pipe, images, captions)
+    finetune.save_samples(pipe, encoded, 5, tmp_path / "grid.png")
+    pixels = np.array(Image.open(tmp_path / "grid.png"))
+    shown = torch.tensor(pixels).permute(2, 0, 1) / 255
+    for i, x in enumerate(pipe(captions, seed=5, output_type="pt")):
+        assert (shown[..., 32 * i : 32 * i + 32] - x).abs().max() < 2 / 255
+
+
+def test_every_layer_that_is_named_learns_or_is_told(
+    model: Path, pictures: Path
+) -> None:
+    call = {"steps": 1, "batch_size": 1, "learning_rate": 1e-3, "device": "cpu"}
+    call |= {"compile": None, "recomputed": False}
+    with pytest.raises(ValueError, match="no layer is called to_kk"):
+        out = pictures / "bad"
+        finetune.train(
+            str(model), pictures, out, corrections=(2, None, "to_q,to_kk"), **call
+        )
+    out = pictures / "out"
+    file = finetune.train(
+        str(model), pictures, out, corrections=(2, None, "to_q, to_k"), **call
+    )
+    names = {key.split(".lora")[0].split(".")[-1] for key in load_file(file)}
+    assert names == {"to_q", "to_k"}

@@ -137,6 +137,15 @@ def test_the_unmasked_part_stays(pipes):
     assert len(seen) == 5 and torch.equal(seen[-1], found)
 
 
+def test_a_grey_mask_is_cut_as_by_diffusers(pipes):
+    pipe, _, reference = pipes
+    mask = mask_of()
+    mask[..., 5:12, 9:], mask[..., 12:16, 9:] = 0.4, 0.5
+    call = {"mask_image": mask, "generator": generators(2)}
+    expected = theirs(reference, picture(), 0.6, **call)
+    assert relative_error(ours(pipe, picture(), 0.6, mask), expected) <= BOUND
+
+
 def test_each_picture_is_its_own(pipes):
     both = ours(pipes[0], picture(), 0.6)
     for i, prompt in enumerate(CALL["prompt"]):

@@ -56,6 +56,14 @@ def test_features_equal_pytorch_fid(tmp_path, monkeypatch):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_the_last_pool_takes_maxima():
+    """Where the block before, and torchvision's own, take means."""
+    block, x = filled(InceptionV3()).Mixed_7c, torch.randn(1, 2048, 8, 8)
+    pooled = torch.nn.functional.max_pool2d(x, 3, 1, 1)
+    torch.testing.assert_close(block(x)[:, -192:], block.branch_pool(pooled))
+
+
 def test_another_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="weights.safetensors is missing"):
         load_inception(tmp_path / "weights.safetensors")

@@ -23,7 +23,8 @@ def test_the_same_tensor_agrees_up_to_rounding(record):
     expected = "latents: (1, 16, 16, 16), the same in every chapter"
     assert journey.check("latents", record) == expected
     assert journey.check("latents", record * (1 + 1e-5)) == expected
-    assert journey.check("noise", record) == "noise: (1, 16, 16, 16)"
+    with pytest.raises(KeyError, match="noise"):
+        journey.check("noise", record)
 
 
 @pytest.mark.parametrize("change", ["scale", "flip", "roll", "shape"])
@@ -38,7 +39,6 @@ def test_another_tensor_does_not(record, change):
         journey.check("latents", changed[change])
 
 
-@pytest.mark.skipif(not journey.RECORD.exists(), reason="no journey is on record yet")
 def test_the_shipped_model_makes_the_journey_on_record():
     """All of it, so that the chapters' own checks can only fail by their own fault."""
     import minidiff

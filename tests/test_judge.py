@@ -1,6 +1,5 @@
 import json
 import shutil
-import time
 from dataclasses import replace
 
 import pytest
@@ -57,15 +56,11 @@ def test_layout_chooses_the_windows():
 
 
 def test_training_learns_and_saves(fashion, tmp_path):
-    """And a run that is stopped goes on: a judge is a stage like any other."""
     config = TrainingConfig(
         60, 32, 2e-3, 10, ema_decay=0.9, log_every=10, save_every=20, validate_every=60
     )
     recipe = replace(RECIPES["trial"], judge=config, held=8)
-    job = Job(tmp_path, recipe, str(fashion), deadline=time.time())
-    with pytest.raises(TimeoutError, match="step 1 of 60"):
-        run_stages(job, ("judge",))
-    run_stages(replace(job, deadline=None), ("judge",))
+    run_stages(Job(tmp_path, recipe, str(fashion)), ("judge",))
     log = read_log(tmp_path / "runs" / "judge" / "log.jsonl")
     losses = [record["loss"] for record in log if "loss" in record]
     assert losses[-1] < 0.8 * losses[0]
@@ -102,21 +97,22 @@ def test_a_judge_that_cannot_be_used_is_named(tmp_path):
     file, config = folder / "model.safetensors", folder / "config.json"
     values = json.loads(config.read_text())
     config.write_text(json.dumps(values | {"features": 5}))
-    with pytest.raises(ValueError, match=f"{file} is not of its config.json: size"):
+    with pytest.raises(ValueError, match=f"{file}: .* has shape .*; expected"):
         load_judge(folder)
     config.write_text("{")
     with pytest.raises(ValueError, match=f"{config} is not valid JSON"):
         load_judge(folder)
+    config.write_text(json.dumps(values))
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match=f"{file} is not a whole safetensors file"):
         load_judge(folder)
 
 
-@pytest.mark.skipif(not (JUDGE / "config.json").exists(), reason="no judge ships yet")
 def test_the_shipped_judge(fashion):
     assert sum(f.stat().st_size for f in JUDGE.iterdir()) <= 2 * 2**20
     claimed = json.loads((JUDGE / "config.json").read_text())["accuracy"]
     scenes = Scenes("test", fashion, seed=2, two_garments=0)
     found = accuracy(load_judge(), scenes, 500)["all"]
+    assert claimed["one garment, seen"]["all"] >= 0.9
     assert abs(found - claimed["one garment, seen"]["all"]) < 0.05
     assert found > 0.87

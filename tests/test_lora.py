@@ -202,6 +202,54 @@ def test_scale_is_linear_and_zero_is_none(case: SimpleNamespace) -> None:
     assert relative_error(case.pipe.transformer(*case.inputs), case.bare) <= BOUND
 
 
+@torch.no_grad()
+def test_half_a_scale_is_half_an_update(case: SimpleNamespace) -> None:
+    layers = case.pipe.text_encoders[0].text_model.encoder.layers
+    layer, x = layers[0].self_attn.q_proj, torch.randn(3, 16)
+    bare, found = layer(x), []
+    for how in ({}, {"scale": 0.5}, {"scale": 0.5, "fused": True}):
+        loaded = lora.load_lora(case.pipe, case.file, **how)
+        found.append(layer(x) - bare)
+        loaded.remove()
+    for half in found[1:]:
+        assert relative_error(half, found[0] / 2) < 1e-5
+
+
+def test_two_files_are_both_on_record(case: SimpleNamespace, tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    other.write_bytes((case.file / lora.FILE).read_bytes())
+    first = lora.load_lora(case.pipe, case.file)
+    alone = dict(case.pipe.settings)
+    second = lora.load_lora(case.pipe, other, scale=0.5)
+    assert case.pipe.settings["lora"] == f"{case.file}, {other}"
+    assert case.pipe.settings["lora_scale"] == "1.0, 0.5"
+    second.remove()
+    assert case.pipe.settings == alone
+    first.remove()
+    assert case.pipe.settings == {}
+
+
+@torch.no_grad()
+def test_the_second_encoder_takes_a_file_too(tmp_path: Path) -> None:
+    (first, _), (second, theirs) = text_pair(), text_pair()
+    text = adapt(theirs, 2, 6, ["q_proj", "v_proj"])
+    save = StableDiffusion3Pipeline.save_lora_weights
+    save(
+        tmp_path,
+        None,
+        None,
+        text,
+        text_encoder_2_lora_adapter_metadata=metadata(theirs),
+    )
+    parts = {"text_encoders": [first, second], "transformer": MMDiT(SMALL)}
+    pipe = SimpleNamespace(**parts, settings={})
+    ids = torch.randint(3, 50, (2, 12))
+    ids[:, -1] = 2
+    lora.load_lora(pipe, tmp_path)
+    expected = theirs(ids).text_embeds
+    assert relative_error(second(ids)[1], expected) < BOUND
+
+
 def test_what_we_save_diffusers_loads(tmp_path: Path) -> None:
     ours, theirs = pair(SMALL)
     updates = lora.add_lora(ours, rank=2, alpha=3)
@@ -260,6 +308,7 @@ GOOD = [(2, 32), (32, 2)]
         (GOOD, "{", "metadata is '{'; expected a JSON object"),
         (GOOD, "[]", "metadata is '..'; expected a JSON object"),
         (GOOD, {ALPHA: "x"}, "to_q is 'x'; expected a number"),
+        (GOOD, {ALPHA: float("nan")}, "to_q is nan; expected a number"),
         (GOOD, {PATTERN: [1]}, "alpha_pattern cannot be read"),
         (GOOD, {PATTERN: {"(": 1}}, "alpha_pattern cannot be read"),
         (GOOD, {PATTERN: None}, ""),

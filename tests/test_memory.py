@@ -71,6 +71,13 @@ def test_a_plan_changes_no_picture(folder, knobs):
     assert relative_error(pictures, expected) < 1e-6
 
 
+def test_streamed_positions_follow_the_size(folder):
+    plain, pipe = minidiff.load(folder), minidiff.load(folder, modulation="streamed")
+    for height, width in ((32, 48), (48, 32)):
+        call = CALL | {"height": height, "width": width}
+        assert relative_error(pipe(**call), plain(**call)) < 1e-6
+
+
 def test_streamed_weights_are_not_on_the_device(folder):
     _, whole = draw(folder)
     _, pipe = draw(folder, t5="streamed", clip="streamed", modulation="streamed")
@@ -149,6 +156,18 @@ def test_tiles_of_any_size_make_the_whole(tile):
     latents = torch.randn(1, 16, 16, 33)
     whole = decode(latents)
     assert relative_error(tiling.tiled_decode(decode, latents, tile, 4), whole) < 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("levels", [2, 4])
+def test_tiles_know_the_factor(levels):
+    sizes = {"layers_per_block": 1, "norm_num_groups": 4}
+    vae = randomize(VAE(VAEConfig(block_out_channels=(8,) * levels, **sizes)))
+    latents, factor = torch.randn(1, 16, 12, 9), vae.config.factor
+    expected = tiling.tiled_decode(vae.decode, latents, 8, factor)
+    found = memory.tile(vae, Plan(vae_tile=8)).decode(latents)
+    assert found.shape[2:] == (12 * factor, 9 * factor)
+    assert torch.equal(found, expected)
 
 
 def test_slices_are_encoded_one_by_one(monkeypatch):
@@ -454,3 +473,13 @@ def test_counted_peak_of_the_autoencoder(calls, work, side, call):
 
 def test_counted_peak_of_streamed_t5():
     assert t5_peak("streamed") < 2 < t5_peak("resident")
+
+
+def test_the_work_of_denoising_is_counted_with_guidance(calls):
+    """The peak beyond the weights lies between half of what is set aside and that."""
+    call, plan = calls["medium"], replace(STREAMED, vae_tile=8, vae_slicing=True)
+    set_aside = memory.working(plan, call) / GIB
+    weights = estimate(plan, call) - memory.working(plan, call)
+    weights = (weights - 2 * memory.weigh(call.models["vae"])) / GIB
+    peak = denoising_peak(MMDiTConfig.sd35_medium(), plan) - weights
+    assert set_aside / 2 < peak < set_aside

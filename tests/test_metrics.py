@@ -6,9 +6,11 @@ import scipy.linalg
 import torch
 from torch import nn
 
+import minidiff
+from minidiff.attention import record_attention
 from minidiff.support import metrics
-from minidiff.support.data import Attributes, prompts
-from minidiff.support.judge import Judge, JudgeConfig, score
+from minidiff.support.data import Attributes, Scenes, prompts
+from minidiff.support.judge import Judge, JudgeConfig, load_judge, score
 from minidiff.support.metrics import correlation, frechet_distance, psnr
 
 
@@ -69,6 +71,12 @@ def test_frechet_distance_where_the_plain_root_is_unstable():
     a, b = a.double(), b.double()
     expected = (a.mean(0) - b.mean(0)).square().sum() + a.var(0).sum() + b.var(0).sum()
     assert found == pytest.approx((expected - 2 * nuclear).item(), rel=1e-6)
+
+
+def test_frechet_distance_of_one_feature():
+    a, b = torch.randn(50, 1), 2 * torch.randn(60, 1) + 3
+    known = (a.mean() - b.mean()) ** 2 + (a.std() - b.std()) ** 2
+    assert frechet_distance(a, b) == pytest.approx(known.item(), rel=1e-4)
 
 
 def test_frechet_distance_refuses(monkeypatch):
@@ -211,3 +219,35 @@ def test_rows_of_words_in_the_context():
     assert rows["T5 color"] == [33, 34, 35] and rows["CLIP color"] == [2, 3, 4]
     assert rows["T5 garment"] == list(range(36, 45))
     assert rows["T5 background"] == [48, 49, 50]
+
+
+def test_pictures_that_show_the_prompt_are_right(fashion, monkeypatch):
+    """The prompts are those of the real scenes, and of the test split."""
+    known = {}
+    for two in (0.0, 1.0):
+        for held in (False, True):
+            how = {"seed": 2, "two_garments": two, "held_out": held}
+            scenes = Scenes("test", fashion, **how).batch(torch.arange(40))
+            known |= dict(zip(scenes.captions, scenes.images, strict=True))
+    drawn = lambda pipe, texts, *_, **__: torch.stack([known[t] for t in texts])  # noqa: E731
+    monkeypatch.setattr(metrics, "generate", drawn)
+    how = {"guidance_scale": 1.0, "folder": fashion, "batch": 16}
+    for row in metrics.evaluate(Echo(), load_judge(), 40, **how)["rows"].values():
+        assert row["real"]["colors and background"] > 0.95
+        assert row["model"]["all"] == pytest.approx(row["real"]["all"], abs=0.1)
+
+
+def test_words_look_where_their_garment_is(fashion):
+    pipe = minidiff.load("tiny")
+    found = metrics.attention_correlation(pipe, record_attention, 16, folder=fashion)
+    assert found.keys() == {
+        f"{encoder} {word}"
+        for encoder in ("CLIP", "T5")
+        for word in ("color", "garment", "background")
+    }
+    best = max(abs(x) for w in found.values() for v in w.values() for x in v)
+    assert best >= 0.8
+    pipe.text_encoders = (*pipe.text_encoders[:2], None)
+    pipe.tokenizers = (*pipe.tokenizers[:2], None)
+    found = metrics.attention_correlation(pipe, record_attention, 2, folder=fashion)
+    assert {name.split()[0] for name in found} == {"CLIP"}

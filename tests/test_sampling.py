@@ -15,6 +15,7 @@ from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.flow_matching import Scheduler
 from minidiff.sampling import DEFAULTS, recognize, starting_noise
 from minidiff.support import checkpoints as cp
+from minidiff.support import checks
 
 LONG = "a red dress and " * 30
 CASES = {
@@ -375,7 +376,16 @@ BAD_CALLS = [
     ({"latents": torch.zeros(2, 16, 8, 8)}, r"latents have shape \(2, 16, 8, 8\)"),
     ({"latents": torch.zeros(1, 16, 8, 8), "height": 40}, "expected .1, 16, 10, 8"),
     ({"latents": torch.zeros(16, 8, 8)}, "latents have shape"),
+    ({"height": "512"}, "height is '512'; expected a whole number"),
+    ({"sigmas": torch.ones(1)}, "no tensor of two or more levels"),
+    ({"sigmas": torch.tensor([1, 0.5, 0.5, 0])}, "levels that fall from 1 to 0"),
+    ({"sigmas": torch.tensor([1.5, 0])}, "levels that fall from 1 to 0"),
 ]
+
+
+def test_default_dtypes():
+    assert checks.check_target("cuda", None)[1] == torch.bfloat16
+    assert checks.check_target(None, None) == (torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("call, message", BAD_CALLS, ids=[m for _, m in BAD_CALLS])

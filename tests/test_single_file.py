@@ -223,6 +223,17 @@ def test_a_truncated_file_is_named(layouts, tmp_path):
         minidiff.load(file, text_encoders=layouts / "encoders")
 
 
+def test_t5_under_another_name_is_told(layouts, tmp_path):
+    folder = shutil.copytree(layouts / "encoders", tmp_path / "copy")
+    (file,) = folder.rglob("t5xxl*.safetensors")
+    other = file.rename(file.with_name("t5xxl.safetensors"))
+    call = {"text_encoders": folder}
+    with pytest.raises(FileNotFoundError, match=f"{other} is not a name of T5's file"):
+        minidiff.load(layouts / "sd3.5_small.safetensors", **call)
+    pipe = minidiff.load(layouts / "sd3.5_small.safetensors", t5="none", **call)
+    assert pipe.text_encoders[2] is None
+
+
 @pytest.mark.parametrize("encoders", ["encoders", "hub"])
 def test_t5_without_its_tokenizer_is_told_before_loading(layouts, tmp_path, encoders):
     folder = shutil.copytree(layouts / encoders, tmp_path / "copy")

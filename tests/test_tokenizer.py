@@ -468,7 +468,17 @@ def test_damaged_files_are_named(tmp_path):
         T5Tokenizer.from_pretrained(tmp_path / "t5")
 
 
-@pytest.mark.parametrize("data", [b"", b"\x0a\xff", b"not a model at all", bytes(100)])
+DAMAGED = [
+    b"",
+    b"\x0a\xff",
+    b"not a model at all",
+    bytes(100),
+    b"\x08\x01",
+    b"\x0a\x00",
+]
+
+
+@pytest.mark.parametrize("data", DAMAGED)
 def test_a_damaged_spiece_model_is_named(tmp_path, data):
     (tmp_path / "spiece.model").write_bytes(data)
     with pytest.raises(ValueError, match="spiece.model"):

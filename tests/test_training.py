@@ -857,16 +857,16 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     def action() -> None:
         with pytest.raises(OSError, match="what was saved before is kept"):
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            write = trainer.write_atomically
+            save = trainer.save_tensors
             count = iter(range(1000))
 
-            def limited(path: Path, data: bytes) -> None:
-                if next(count) == 8:
-                    limit = len(data) // 2
+            def limited(path: Path, tensors: dict, **facts) -> None:
+                if next(count) == 6:
+                    limit = sum(x.nbytes for x in tensors.values()) // 2
                     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-                write(path, data)
+                save(path, tensors, **facts)
 
-            trainer.write_atomically = limited
+            trainer.save_tensors = limited
             trained(tmp_path)
 
     assert in_child(action) == 0
@@ -1099,3 +1099,85 @@ def test_only_the_last_checkpoints_and_the_best_stay(tmp_path: Path) -> None:
     assert [p.stem for p in run.checkpoints()] == ["step-3", "step-2", "step-1"]
     best = trainer.load_tensors(tmp_path / "best.safetensors")
     assert best[0]["w"].item() == best[1]["score"] == 1.0
+
+
+# What the stages learn from
+
+
+def tasks_of(stage: Callable, job: stages.Job, monkeypatch: pytest.MonkeyPatch) -> Task:
+    """The task that a stage gives to be learned."""
+
+    class Given(Exception):
+        pass
+
+    def learn(job: stages.Job, name: str, task: Task) -> None:
+        raise Given(task)
+
+    monkeypatch.setattr(stages, "learn", learn)
+    with pytest.raises(Given) as caught:
+        stage(job)
+    return caught.value.args[0]
+
+
+def test_a_sample_has_its_own_caption(
+    job: stages.Job, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = tasks_of(stages.train_transformer, job, monkeypatch)
+    numbers = torch.arange(4 * job.recipe.latents)
+    place = stages.shuffled(numbers, job.recipe.latents)
+    scene = job.scenes(job.recipe.two_garments).batch(place)
+    batch, pipe = task.batch(numbers), minidiff.load(made)
+    with torch.no_grad():
+        x0 = pipe.vae.scale(pipe.vae.encode(scene.images).mode())
+    assert relative_error(batch["x0"], x0) < 2e-2  # encoded in bfloat16
+    pooled = pipe.encode_prompt(scene.captions, stages.LENGTH)[1]
+    near = (batch["pooled"] - pooled).norm(dim=1) < 1e-2 * pooled.norm(dim=1)
+    assert near.double().mean() > 0.7  # of others an encoder, or all, are dropped
+
+
+@pytest.mark.parametrize("n", [1, 12, 1000, 2**14])
+def test_each_sample_comes_once_an_epoch(n: int) -> None:
+    for start in (0, n, 7 * n):
+        places = stages.shuffled(torch.arange(start, start + n), n)
+        assert torch.equal(places.sort().values, torch.arange(n))
+
+
+def test_learning_looks_at_training_garments(
+    job: stages.Job, fashion: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, test = (data.Scenes(s, fashion).gray for s in ("train", "test"))
+    assert torch.equal(job.scenes().gray, train) and job.scenes().held_out is False
+    assert torch.equal(job.scenes(split="test").gray, test)
+    task = tasks_of(stages.train_judge, job, monkeypatch)
+    found = task.batch(torch.arange(4))["images"]
+    scenes = data.Scenes("train", fashion, held_out=None)
+    torch.testing.assert_close(found, scenes.batch(torch.arange(4)).images)
+
+
+def test_pools_and_scales(job: stages.Job) -> None:
+    scenes = job.scenes()
+    images = stages.from_bytes(stages.picture_pool(scenes, 8)[0])
+    expected = scenes.batch(torch.arange(8)).images
+    torch.testing.assert_close(images, expected, atol=1 / 255, rtol=0)
+    vae = stages.measured(VAE(DECODED), images)
+    with torch.no_grad():
+        latents = vae.scale(vae.encode(images).mode())
+    assert abs(latents.mean()) < 1e-3 and abs(latents.std() - 1) < 1e-3
+
+
+def test_flags_change_the_stage_named(fashion: Path, tmp_path: Path) -> None:
+    quick = {"steps": 9, "batch_size": 4, "validate_every": 0, "bfloat16": False}
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps({"vae": quick, "pictures": 16, "held": 4}))
+    how = {"steps": 1, "batch_size": 2}
+    stages.train("vae", tmp_path / "out", fashion, recipe=str(file), **how)
+    begun = json.loads((tmp_path / "out/runs/vae/run.json").read_text())
+    assert how.items() <= begun.items()
+
+
+def test_the_model_that_ships() -> None:
+    files = [f for f in TINY.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= 25e6
+    weights = [f for f in files if f.suffix == ".safetensors"]
+    dtypes = {x.dtype for file in weights for x in load_file(file).values()}
+    assert len(weights) == 5 and dtypes == {torch.float16}

@@ -171,12 +171,18 @@ class FastMMDiT:
                 interleave(model.context_embedder(context)),
                 modulations,
                 skip_layers,
+                len(latents),
             )
         out = out.unflatten(0, (-1, len(latents))).transpose(0, 1)  # → (B, N, p·p·C)
         return unpatchify(out, height, width, model.config.patch_size)
 
     def run(
-        self, x: Tensor, c: Tensor, tables: Modulations, skip: Collection[int]
+        self,
+        x: Tensor,
+        c: Tensor,
+        tables: Modulations,
+        skip: Collection[int],
+        batch: int,
     ) -> Tensor:
         """Image rows (N·B, D), text rows (L·B, D) → image rows (N·B, p·p·C).
 
@@ -191,7 +197,7 @@ class FastMMDiT:
             text, image = block.context_block, block.x_block
             cm = tables.blocks[i][0].chunk(text.chunks, dim=-1)
             xm = tables.blocks[i][1].chunk(image.chunks, dim=-1)
-            read, dual = self.attend(x, c, to_x, to_c, i, cm, xm)
+            read, dual = self.attend(x, c, to_x, to_c, i, cm, xm, batch)
             to_x = [(self.product(read[-len(x) :], image.attn.proj), xm[2])]
             if dual is not None:
                 to_x.append((self.product(dual, image.attn2.proj), xm[8]))
@@ -212,13 +218,14 @@ class FastMMDiT:
         index: int,
         cm: Sequence[Tensor],
         xm: Sequence[Tensor],
+        batch: int,
     ) -> tuple[Tensor, Tensor | None]:
         """What all tokens read, (L·B + N·B, D), and dual attention's (N·B, D).
 
         In the last block, where the text is dropped, only the image reads.
         """
         block, (norms, norms2) = self.model.joint_blocks[index], self.norms[index]
-        text, image, batch = block.context_block, block.x_block, len(xm[0])
+        text, image = block.context_block, block.x_block
         pairs = [(xm[i], xm[i + 1]) for i in range(0, len(xm), 6)]  # chunks 0, 1; 6, 7
         hx = residual_norm(x, to_x, pairs, self.fp8)
         hc = residual_norm(c, to_c, [(cm[0], cm[1])], self.fp8)

@@ -3,6 +3,8 @@
 The settings are text chunks (iTXt) of the PNG file, each under its own name.
 """
 
+import os
+from errno import EEXIST
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 def read_prompts(file: Path | str) -> list[str]:
     """The lines of a UTF-8 file that are not blank; ValueError if there is none."""
     try:
-        lines = Path(file).read_text("utf-8-sig").splitlines()
+        lines = Path(file).read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise ValueError(f"{file} is not a text in UTF-8") from None
     if not (prompts := [line.strip() for line in lines if line.strip()]):
@@ -49,12 +51,16 @@ def save_picture(picture: "Image", file: Path | str, replace: bool = False) -> N
     """
     from PIL.PngImagePlugin import PngInfo
 
+    from minidiff.support.checkpoints import replacing
+
     info, about = PngInfo(), {"version": f"minidiff {version('minidiff')}"}
     for name, value in (picture.info | about).items():
         if isinstance(value, str | int | float):
             info.add_itxt(name, str(value))
-    with Path(file).open("wb" if replace else "xb") as stream:
-        picture.save(stream, "PNG", pnginfo=info)
+    if not replace and Path(file).exists():
+        raise FileExistsError(EEXIST, os.strerror(EEXIST), str(file))
+    with replacing(file) as part:
+        picture.save(part, "PNG", pnginfo=info)
 
 
 def read_settings(file: Path | str) -> dict[str, str]:

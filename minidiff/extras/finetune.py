@@ -28,11 +28,10 @@ from minidiff.support import parallel, rng, trainer
 from minidiff.support.captioned import captions_of, read_folder
 from minidiff.support.trainer import (
     Run,
+    cached,
     fingerprint,
     lasting,
-    load_tensors,
     save_sheet,
-    save_tensors,
 )
 from minidiff.training import (
     Batch,
@@ -90,17 +89,6 @@ def encoding_name(pipe: Pipeline, images: Tensor, captions: list[str]) -> str:
     return fingerprint(images, captions, pipe.vae.config, *ids, *weights)
 
 
-def cached(path: Path, make: Callable[[], Batch], device: torch.device) -> Batch:
-    """What ``make`` returns, kept in the file ``path``."""
-    if path.exists():
-        return {k: v.to(device) for k, v in load_tensors(path)[0].items()}
-    made = make()
-    if parallel.rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(path, made)
-    return made
-
-
 def finetuning_task(
     pipe: Pipeline,
     encoded: Batch,
@@ -149,7 +137,6 @@ def finetune(
     config: TrainingConfig,
     lora: LoraConfig | None = None,
     device: str = "cpu",
-    size: int | None = None,
     crop: bool = True,
     drop: float = 0.1,
     seed: int = 0,
@@ -173,7 +160,7 @@ def finetune(
     settings = {"model": str(model), "pictures": str(pictures), "lora": str(lora)}
     settings |= {"drop": drop, "seed": seed, **lasting(config)}
     with Run(output / "run", settings) as run:
-        images, captions = read_folder(pictures, size or side, crop)
+        images, captions = read_folder(pictures, side, crop)
         pipe, trained, updates = begin(model, lora, device, dtype, seed, recomputed)
         name = encoding_name(pipe, images, captions)
         run.add(encodings=name)
@@ -341,7 +328,8 @@ def train(
             raise ValueError(f"--rank is {rank}; expected at least 1")
         if alpha is not None and not 0 < alpha < math.inf:
             raise ValueError(f"--alpha is {alpha}; expected a finite number above 0")
-        targets = tuple(names.split(",")) if names else tuple(ATTENTION)
+        chosen = names.split(",") if names else ATTENTION
+        targets = tuple(name.strip() for name in chosen)
         lora = LoraConfig(rank, alpha, targets)
     how = {"crop": crop, "recomputed": recomputed}
     return finetune(model, pictures, output, config, lora, device, **how)

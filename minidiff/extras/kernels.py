@@ -216,10 +216,6 @@ if triton is not None:
         tl.store(out + at, v.to(out.dtype.element_ty), mask=mask)
 
 
-def _power(n: int) -> int:
-    return triton.next_power_of_2(n)
-
-
 # What the fast models call
 
 
@@ -255,7 +251,8 @@ def residual_norm(
         x, *pairs[0], *pairs[1], *slots[0], *slots[-1],
         len(modulations[0][0]), width, pairs[0][1].stride(0), pairs[1][1].stride(0),
         modulations[0][0].stride(0), 1e-6,
-        UPDATES=len(updates), OUTPUTS=len(modulations), FP8=fp8, BLOCK=_power(width),
+        UPDATES=len(updates), OUTPUTS=len(modulations), FP8=fp8,
+        BLOCK=triton.next_power_of_2(width),
         num_warps=8,
     )  # fmt: skip
     return outputs
@@ -271,7 +268,7 @@ def norm_heads(qkv: Tensor, weight: Tensor, heads: int, boundary: int = 0) -> No
         return plain_norm_heads(qkv, weight, heads, boundary)
     _norm_heads[(len(qkv),)](
         qkv, weight, boundary, qkv.stride(0), heads, 1e-6,
-        WIDTH=weight.shape[-1], BLOCK=_power(2 * heads), num_warps=4,
+        WIDTH=weight.shape[-1], BLOCK=triton.next_power_of_2(2 * heads), num_warps=4,
     )  # fmt: skip
 
 
@@ -285,7 +282,7 @@ def quantize_rows(x: Tensor, gelu: bool = False) -> Rows:
         torch.empty(rows, 1, device=x.device),
     )
     _quantize[(rows,)](
-        x, *out, x.stride(0), width, GELU=gelu, BLOCK=_power(width),
+        x, *out, x.stride(0), width, GELU=gelu, BLOCK=triton.next_power_of_2(width),
         num_warps=16 if width > 4096 else 8,
     )  # fmt: skip
     return out
@@ -314,7 +311,7 @@ def group_norm_silu(
         return sums, F.group_norm(sums, groups, weight, bias, 1e-6)
     batch, channels, height, width = x.shape
     pixels = height * width
-    block = _power(channels)
+    block = triton.next_power_of_2(channels)
     rows = max(1, 4096 // block)
     steps = 16  # tiles a program
     chunks = -(-pixels // (rows * steps))

@@ -158,7 +158,7 @@ def open_single_file(
             if (folder / name).is_dir() or not name.endswith("_3")
         }
     else:
-        files = single_file.find_text_encoders(folder)
+        files = single_file.find_text_encoders(folder, t5)
         parts |= {
             name: single_file.prepare_part(name, *PARTS[name][1:], encoder)
             for name, encoder in files.items()

@@ -134,13 +134,17 @@ def add_lora(
 ) -> dict[str, LowRank]:
     """New updates for all layers whose name ends in one of ``names``, attached.
 
-    The model's own weights stop learning. Raises ValueError where nothing matches, and
-    for a rank that a layer cannot have.
+    The model's own weights stop learning. Raises ValueError for a name that matches no
+    layer (but for those of ``ATTENTION``), and for a rank that a layer cannot have.
     """
+    layers = {f".{name}": target for name, target in targets(model).items()}
+    for name in names:
+        if not any(layer.endswith(f".{name}") for layer in layers) and (
+            name not in ATTENTION
+        ):
+            raise ValueError(f"no layer is called {name}; layers end in …to_q")
     ends = tuple(f".{name}" for name in names)
-    chosen = {n: t for n, t in targets(model).items() if f".{n}".endswith(ends)}
-    if not chosen:
-        raise ValueError(f"no layer is called {', '.join(names)}; layers end in …to_q")
+    chosen = {n[1:]: target for n, target in layers.items() if n.endswith(ends)}
     if rank > (largest := min(min(t.shape) for t in chosen.values())):
         raise ValueError(f"rank is {rank}; expected at most {largest} in these layers")
     model.requires_grad_(False)
@@ -215,7 +219,8 @@ def alpha_of(
                 break
     except (AttributeError, re.error):
         raise ValueError(f"{file}: {patterns} cannot be read as patterns") from None
-    if not isinstance(alpha, int | float | None):
+    known = isinstance(alpha, int | float | None)
+    if not known or not math.isfinite(alpha or 0):
         raise ValueError(f"{file}: α of {part}.{layer} is {alpha!r}; expected a number")
     return alpha
 
@@ -252,15 +257,15 @@ def check_kind(file: Path | str, names: Sequence[str]) -> None:
 class LoRA:
     """The updates of one file on a pipeline; ``remove`` takes them off again."""
 
-    def __init__(self, pipe, handles: list) -> None:
-        self.pipe, self.handles = pipe, handles
+    def __init__(self, pipe, handles: list, before: dict) -> None:
+        self.pipe, self.handles, self.before = pipe, handles, before
 
     def remove(self) -> None:
         """Give the pipeline back as it was; without effect where they are fused."""
         for handle in self.handles:
             handle.remove()
-            self.pipe.settings.pop("lora", None)
-            self.pipe.settings.pop("lora_scale", None)
+        if self.handles:
+            self.pipe.settings = self.before
 
 
 def load_lora(pipe, file: Path | str, scale: float = 1.0, fused: bool = False) -> LoRA:
@@ -291,8 +296,10 @@ def load_lora(pipe, file: Path | str, scale: float = 1.0, fused: bool = False) -
             fuse(updates, models[part])
         else:
             handles += attach(updates, models[part])
-    pipe.settings |= {"lora": str(file), "lora_scale": scale}
-    return LoRA(pipe, handles)
+    before, about = pipe.settings, {"lora": str(file), "lora_scale": scale}
+    both = {k: f"{before[k]}, {v}" if k in before else v for k, v in about.items()}
+    pipe.settings = before | both
+    return LoRA(pipe, handles, before)
 
 
 def save_lora(updates: Mapping[str, Mapping[str, LowRank]], file: Path | str) -> None:

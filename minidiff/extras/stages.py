@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minidiff.attention import Heads, JointAttention
-from minidiff.dit import MMDiT, MMDiTConfig
+from minidiff.dit import MMDiT
 from minidiff.extras import loading
+from minidiff.extras.loading import ENCODERS, TOKENIZERS
 from minidiff.flow_matching import Scheduler, euler, guide, shift_sigma
 from minidiff.support import parallel, rng
 from minidiff.support.captioned import Pictures
@@ -38,15 +39,14 @@ from minidiff.support.judge import Judge, accuracy, judge_loss, measure, save_ju
 from minidiff.support.metrics import psnr
 from minidiff.support.trainer import (
     Run,
+    cached,
     check_batch,
     check_folder,
     check_other,
     fingerprint,
     lasting,
-    load_tensors,
     recompute,
     save_sheet,
-    save_tensors,
 )
 from minidiff.text_encoders import (
     CLIPTextConfig,
@@ -55,6 +55,7 @@ from minidiff.text_encoders import (
     T5Encoder,
     assemble,
 )
+from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
 from minidiff.training import (
     CLIPTraining,
     T5Training,
@@ -71,11 +72,9 @@ from minidiff.training import (
     transformer_loss,
     vae_loss,
 )
-from minidiff.vae import VAE, Upsample, VAEConfig
+from minidiff.vae import VAE, Upsample
 
 STAGES = ("tokenizers", "clip", "t5", "vae", "judge", "transformer")
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 CLIP_VOCABULARY = 704  # rows of the table: 512 bytes, then merges and two markers
 LENGTH = 32  # tokens of a prompt, for each encoder
 MAY_BE_0 = ("warmup_steps", "validate_every", "weight_decay", "two_garments")
@@ -303,7 +302,6 @@ class Job:
     data: str | None = None
     device: str = "cpu"
     cache: Path | None = None
-    deadline: float | None = None
     seed: int = 0
     start: Path | None = None  # a model whose weights are the beginning
     recompute: bool = False  # the transformer's blocks: see ``trainer.recompute``
@@ -357,21 +355,12 @@ def from_bytes(images: Tensor) -> Tensor:
 # Tokenizers
 
 
-def load_tokenizers(job: Job) -> list:
-    """The three tokenizers of the exported model."""
-    from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
-
-    classes = (CLIPTokenizer, CLIPTokenizer, T5Tokenizer)
-    pairs = zip(classes, TOKENIZERS, strict=True)
-    return [c.from_pretrained(job.model / name) for c, name in pairs]
-
-
 def token_tables(job: Job) -> list[Tensor]:
     """Ids of every caption by each tokenizer, (captions + 1, L); the last row is ""."""
     texts, tables = job.scenes().all_captions(), []
     encode = token_table if job.recipe.scenes in SCENES else encode_all
-    for tokenizer in load_tokenizers(job):
-        empty = tokenizer([""]).short()
+    for tokenizer in loading.read_tokenizers(job.model, TOKENIZERS):
+        empty = tokenizer([""]).int()
         tables.append(torch.cat([encode(tokenizer, texts), empty]).to(job.device))
     return tables
 
@@ -388,8 +377,6 @@ def train_tokenizers(job: Job) -> None:
 
     T5 has room for 250 letters: rarer ones it will read as unknown.
     """
-    from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
-
     indices = torch.arange(job.recipe.captions, device=job.device)
     captions = job.scenes().batch(indices).captions
     for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
@@ -425,13 +412,14 @@ def train_clip(job: Job) -> None:
     task = Task(CLIPTraining(*encoders), clip_loss, batch)
     model = learn(job, "clip", task)
     for encoder, folder in zip(model.text, ENCODERS, strict=False):
-        export(job, encoder, folder, "CLIPTextModelWithProjection")
+        export(job, encoder, folder)
 
 
 def clip_config(number: int, job: Job) -> CLIPTextConfig:
     """The tiny configuration with the trained tokenizer's end token."""
     config = (CLIPTextConfig.tiny_l, CLIPTextConfig.tiny_g)[number]()
-    end = load_tokenizers(job)[number].eos_token_id
+    tokenizers = loading.read_tokenizers(job.model, TOKENIZERS)
+    end = tokenizers[number].eos_token_id
     return replace(config, vocab_size=CLIP_VOCABULARY, eos_token_id=end)
 
 
@@ -439,7 +427,8 @@ def train_t5(job: Job) -> None:
     """T5's encoder: odd samples restore hidden words, even ones say the same anew."""
     n = job.recipe.pictures
     scenes = job.scenes(job.recipe.two_garments)
-    ids, tokenizer = token_tables(job)[2], load_tokenizers(job)[2]
+    ids = token_tables(job)[2]
+    tokenizer = T5Tokenizer.from_pretrained(job.model / "tokenizer_3")
     config = T5Config.tiny()
     sentinels = [tokenizer.vocab[f"<extra_id_{i}>"] for i in range(3)]
     sentinels = torch.tensor(sentinels, device=job.device)
@@ -460,7 +449,7 @@ def train_t5(job: Job) -> None:
         }
 
     task = Task(T5Training(T5Encoder(config)), t5_loss, batch)
-    export(job, learn(job, "t5", task).encoder, ENCODERS[2], "T5EncoderModel")
+    export(job, learn(job, "t5", task).encoder, ENCODERS[2])
 
 
 # Autoencoder
@@ -487,7 +476,7 @@ def compilable(vae: VAE) -> VAE:
 def train_vae(job: Job) -> None:
     """The autoencoder, and the shift and scale of its latents."""
     images = picture_pool(job.scenes(), job.recipe.pictures)[0]
-    vae = begun(job, VAE, VAEConfig, "vae").to(memory_format=torch.channels_last)
+    vae = begun(job, "vae").to(memory_format=torch.channels_last)
     vae = compilable(vae) if job.device == "cpu" else vae
     config = vae.config
     seed, side = key(job, "posterior"), images.shape[-1] // config.factor
@@ -509,7 +498,7 @@ def train_vae(job: Job) -> None:
     vae = learn(job, "vae", Task(vae, vae_loss, batch, validate))
     if not job.recipe.keep_latents:
         vae = measured(vae, from_bytes(images[:1024]))
-    export(job, vae, "vae", "AutoencoderKL")
+    export(job, vae, "vae")
 
 
 @torch.no_grad()
@@ -565,17 +554,10 @@ class Features:
     """
 
     def __init__(self, job: Job, scenes: Scenes | Pictures, n: int) -> None:
-        self.vae, self.encoders = load_vae(job), load_encoders(job)
+        self.vae, *self.encoders = (load_part(job, n) for n in ("vae", *ENCODERS))
         tables = token_tables(job)
         path = job.cache and job.cache / self.name(scenes.content, tables, n)
-        if path and path.exists():
-            kept = load_tensors(path)[0]
-        else:
-            kept = self.encode(scenes, tables, n)
-            if path and parallel.rank() == 0:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                save_tensors(path, kept)
-        kept = {name: x.to(job.device) for name, x in kept.items()}
+        kept = cached(path, lambda: self.encode(scenes, tables, n), job.device)
         self.latents, self.place = kept["latents"], kept["place"]
         self.context, self.pooled = kept["context"], kept["pooled"]
 
@@ -660,33 +642,15 @@ def train_transformer(job: Job) -> None:
         save_grid(model, held, job.output / "grids" / f"{job.run.step:06}.png")
         return {"validation": sum(losses) / len(losses), "by_level": losses}
 
-    model = begun(job, MMDiT, MMDiTConfig, "transformer")
+    model = begun(job, "transformer")
     model = plain_attention(model) if job.device == "cpu" else model
     if job.recompute:
         recompute(model.joint_blocks)
     task = Task(model, transformer_loss, batch, validate)
-    try:
-        model = learn(job, "transformer", task)
-    except TimeoutError:
-        export_unfinished(job)
-        raise
-    export(job, model, "transformer", "SD3Transformer2DModel")
+    model = learn(job, "transformer", task)
+    export(job, model, "transformer")
     finish(job)
     save_grid(model, held, job.output / "grid.png")
-
-
-def export_unfinished(job: Job) -> None:
-    """Export the averaged weights of the transformer's last checkpoint."""
-    last = max(
-        (job.output / "runs" / "transformer").glob("step-*.safetensors"),
-        key=lambda path: int(path.stem[5:]),
-    )
-    weights = load_tensors(last)[0].items()
-    model = begun(job, MMDiT, MMDiTConfig, "transformer")
-    averaged = {k[4:]: v for k, v in weights if k.startswith("ema/")}
-    model.load_state_dict(averaged)
-    export(job, model, "transformer", "SD3Transformer2DModel")
-    finish(job)
 
 
 @torch.no_grad()
@@ -714,11 +678,12 @@ def save_grid(model: MMDiT, held: Features, file: Path, scale: float = 4.0) -> N
 # All stages
 
 
-def begun(job: Job, model_class: type, config_class: type, name: str):
-    """A model to train: its tiny configuration, or what ``job.start`` has learned."""
+def begun(job: Job, name: str) -> torch.nn.Module:
+    """A part to train: its tiny configuration, or what ``job.start`` has learned."""
+    _, kind, config = loading.PARTS[name]
     if job.start is None:
-        return model_class(config_class.tiny())
-    model = load_component(model_class, config_class, job.start / name)
+        return kind(config.tiny())
+    model = load_component(kind, config, job.start / name)
     for parameter in model.parameters():  # it may be a read-only memory map
         parameter.data = parameter.data.clone()
     return model
@@ -728,7 +693,7 @@ def learn(job: Job, stage: str, task: Task) -> torch.nn.Module:
     """Fit one stage in its own folder."""
     config = getattr(job.recipe, stage)
     with attention_to_train(job.device):
-        return fit(task, config, job.run, job.device, job.deadline)
+        return fit(task, config, job.run, job.device)
 
 
 class PlainAttention(JointAttention):
@@ -762,11 +727,8 @@ def attention_to_train(device: str) -> AbstractContextManager:
     return sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
 
 
-def begin(job: Job, stage: str) -> AbstractContextManager[Run | None]:
-    """A stage's folder, opened before its first work; None for one without.
-
-    What differs from a run that was begun there is named.
-    """
+def begin(job: Job, stage: str) -> Run:
+    """A stage's folder; what differs from a run that was begun there is named."""
     settings = {"stage": stage, "seed": job.seed, **samples(job)}
     if stage == "tokenizers":
         settings = {k: settings[k] for k in ("stage", "seed", "scenes", "data")}
@@ -780,8 +742,8 @@ def begin(job: Job, stage: str) -> AbstractContextManager[Run | None]:
 
 def encoders_name(job: Job) -> str:
     """A short name for what makes the transformer's latents and contexts."""
-    vae = load_vae(job)
-    parts = (vae.encoder, *load_encoders(job))
+    vae, *encoders = (load_part(job, name) for name in ("vae", *ENCODERS))
+    parts = (vae.encoder, *encoders)
     weights = [x for part in parts for x in part.state_dict().values()]
     return fingerprint(*weights, vae.config)
 
@@ -798,13 +760,14 @@ def samples(job: Job) -> dict:
     return values | {"scenes": "pictures", "data": fingerprint(*content)}
 
 
-def export(job: Job, model: torch.nn.Module, name: str, class_name: str) -> None:
+def export(job: Job, model: torch.nn.Module, name: str) -> None:
     """Write one component of the hub's layout in float16."""
     if parallel.rank():
         return
-    save_component(model, job.model / name, class_name, torch.float16)
+    save_component(model, job.model / name, loading.PARTS[name][0], torch.float16)
     if name in ENCODERS:  # the special ids that transformers' configurations state
-        tokenizer = load_tokenizers(job)[ENCODERS.index(name)]
+        tokenizers = loading.read_tokenizers(job.model, TOKENIZERS)
+        tokenizer = tokenizers[ENCODERS.index(name)]
         path = job.model / name / "config.json"
         ids = {k: getattr(tokenizer, k) for k in ("bos_token_id", "eos_token_id")}
         ids["pad_token_id"] = tokenizer.pad_token_id
@@ -821,18 +784,10 @@ def finish(job: Job) -> None:
     write_json(job.model / "model_index.json", index)
 
 
-def load_vae(job: Job) -> VAE:
-    """The exported autoencoder."""
-    return load_component(VAE, VAEConfig, job.model / "vae", job.device)
-
-
-def load_encoders(job: Job) -> list:
-    """The three exported text encoders."""
-    classes = [(CLIPTextEncoder, CLIPTextConfig)] * 2 + [(T5Encoder, T5Config)]
-    return [
-        load_component(model, config, job.model / name, job.device)
-        for (model, config), name in zip(classes, ENCODERS, strict=True)
-    ]
+def load_part(job: Job, name: str) -> torch.nn.Module:
+    """The exported component of that name."""
+    _, kind, config = loading.PARTS[name]
+    return load_component(kind, config, job.model / name, job.device)
 
 
 RUN = {
@@ -860,8 +815,7 @@ def run_stages(job: Job, stages: tuple[str, ...]) -> None:
         finished, folder = done.exists(), begin(job, stage)
         parallel.wait()  # nobody begins before all have looked
         if finished:
-            if isinstance(folder, Run):
-                folder.check()
+            folder.check()
             log(f"{stage}: was done before")
             continue
         start = time.time()

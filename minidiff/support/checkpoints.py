@@ -9,7 +9,8 @@ used for reading and for writing. Text encoders have one set of names in both la
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial
 from math import prod
@@ -490,19 +491,31 @@ def save_weights(
 def write_tensors(
     tensors: dict[str, Tensor], file: Path | str, **metadata: str
 ) -> None:
-    """Write one safetensors file; OSError if that fails, and what was there is kept.
+    """Write one safetensors file; OSError if that fails, and what was there is kept."""
+    with replacing(file) as part:
+        save_file(tensors, part, {"format": "pt", **metadata})
 
-    The file is written aside and then takes its name, so that a reader, and a model
-    whose weights are still mapped from the old file, never see half of it.
+
+@contextmanager
+def replacing(file: Path | str) -> Iterator[Path]:
+    """Another name to write ``file`` under; at the end it takes its place in one step.
+
+    A reader, and a model whose weights are still mapped from the old file, see the old
+    bytes or the new, never a part. An error (a full disk, say) leaves the old: OSError.
     """
     file = Path(file)
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
-        save_file(tensors, aside, {"format": "pt", **metadata})
-        aside.replace(file)
+        yield part
+        with part.open("rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(part, file)
     except (SafetensorError, OSError) as error:
-        aside.unlink(missing_ok=True)
-        raise OSError(f"cannot write {file}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        kept = "what was saved before is kept"
+        raise OSError(f"cannot write {file}: {reason}; {kept}") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def hub_config(config: Any, class_name: str) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def check_range(name: str, value: int, low: int, high: int | None = None) -> Non
     """Raise ValueError unless ``value`` is a whole number from ``low`` to ``high``."""
     if not isinstance(value, int) or value < low or (high and value > high):
         limits = f"at least {low}" if high is None else f"{low} to {high}"
-        raise ValueError(f"{name} is {value}; expected a whole number, {limits}")
+        raise ValueError(f"{name} is {value!r}; expected a whole number, {limits}")
 
 
 def check_target(
@@ -135,7 +135,9 @@ def check_call(
 
 def check_size(name: str, size: int, grid: int, largest: int) -> None:
     """Raise ValueError unless ``size`` pixels are whole patches that fit the table."""
-    if not isinstance(size, int) or size % grid or not 0 < size <= largest:
+    if not isinstance(size, int):
+        check_range(name, size, 1)
+    if size % grid or not 0 < size <= largest:
         nearest = min(max(round(size / grid), 1) * grid, largest)
         raise ValueError(
             f"{name} is {size}; expected a multiple of {grid} up to {largest} pixels "

@@ -86,11 +86,6 @@ class Attributes(NamedTuple):
     colors: Tensor  # (B, 2): numbers in COLORS
     background: Tensor  # (B,): number in BACKGROUNDS
 
-    @property
-    def count(self) -> Tensor:
-        """How many garments (B,)."""
-        return 1 + (self.layout > 0)
-
     def to(self, device) -> "Attributes":
         """The same on another device."""
         return Attributes(*(x.to(device) for x in self))
@@ -160,13 +155,13 @@ def all_captions() -> list[str]:
     return captions(*caption_attributes(torch.arange(NUM_CAPTIONS)))
 
 
-def token_table(tokenizer, texts: list[str] | None = None) -> Tensor:
-    """Token ids of ``texts``, int32 (N, tokenizer.model_max_length): of every caption.
+def token_table(tokenizer, texts: list[str]) -> Tensor:
+    """Token ids of the captions ``texts``, int32 (N, tokenizer.model_max_length).
 
     Both kinds of tokenizer split at spaces first, so each word is encoded once;
     the result is compared with ``tokenizer`` itself on a sample of captions.
     """
-    texts, length = texts or all_captions(), tokenizer.model_max_length
+    length = tokenizer.model_max_length
     ends = tokenizer.encode("")  # the special tokens alone
     start, end, pad = ends[:-1], ends[-1:], tokenizer.pad_token_id
     vocabulary = {word for text in texts for word in text.split()}
@@ -349,7 +344,8 @@ class Scenes:
     @property
     def content(self) -> tuple:
         """All that decides what ``batch`` returns."""
-        return self.gray, type(self).__name__, self.seed, self.two_garments
+        kind = type(self).__name__
+        return self.gray, kind, self.seed, self.two_garments, self.held_out
 
     def all_captions(self) -> list[str]:
         """Every caption: entry i is the one with number i."""
@@ -471,7 +467,9 @@ def _parquet_file(split: str, folder: str | Path | None) -> Path:
 
     try:
         path = hf_hub_download(REPOSITORY, f"fashion_mnist/{name}", repo_type="dataset")
-    except OSError as error:
+    except Exception as error:  # the hub's, or the network's of several kinds
+        if getattr(error, "errno", None):  # of this machine: no room, not permitted, …
+            raise
         raise FileNotFoundError(
             f"Fashion-MNIST is not here and could not be downloaded from the hub's "
             f"data set {REPOSITORY} ({type(error).__name__}): connect to the network, "

@@ -61,8 +61,10 @@ def download(
         reason = type(error).__name__
         what = f"{repository} cannot be fetched ({reason}) and is not on this machine"
         raise ConnectionError(f"{what}: {needs(repository)}") from None
-    except Exception as error:
-        if not type(error).__module__.startswith("httpx"):  # or its successor httpx2
+    except Exception as error:  # httpx's or its successor's; Xet raises RuntimeError
+        if not type(error).__module__.startswith("httpx") and (
+            type(error) is not RuntimeError
+        ):
             raise
         raise ConnectionError(
             f"the download of {repository} was interrupted ({type(error).__name__}); "

@@ -54,6 +54,11 @@ def latent_pictures(latents: Tensor) -> np.ndarray:
     return (rgb * 255).round().byte().numpy()
 
 
+def to_frames(values: Tensor) -> np.ndarray:
+    """(S, H, W, 3) uint8 of pictures (S, 3, H, W), or of latents (S, C, h, w)."""
+    return to_pictures(values) if values.shape[1] == 3 else latent_pictures(values)
+
+
 @dataclass(frozen=True)
 class Interactive:
     """An interactive figure; a notebook shows it by its HTML.
@@ -73,7 +78,7 @@ class Interactive:
     def _repr_html_(self) -> str:
         data = json.dumps(self.data, separators=(",", ":")).replace("<", "\\u003c")
         label = html.escape(self.label, quote=True)
-        style, script = ((ASSETS / name).read_text() for name in self._files())
+        style, script = ((ASSETS / n).read_text("utf-8") for n in self._files())
         text = (
             f'<figure class="minidiff-figure" data-kind="{self.kind}" '
             f'aria-label="{label}">\n<img class="minidiff-strip dark-light" '
@@ -134,7 +139,7 @@ def denoising_scrubber(
     if any(len(values) != steps for _, values in rows) or len(sigmas) != steps:
         found = [len(values) for _, values in rows] + [len(sigmas)]
         raise ValueError(f"{found} frames: expected as many of each")
-    frames = [_frames(values) for _, values in rows]
+    frames = [to_frames(values) for _, values in rows]
     chosen = np.linspace(0, steps - 1, min(7, steps)).round().astype(int)
     strip = np.concatenate([_row(_resized(f[chosen], 64)) for f in frames])
     data = {
@@ -147,10 +152,6 @@ def denoising_scrubber(
     }
     label = f"{data['label']}: latent, denoised estimate and picture at {steps} steps"
     return Interactive("scrubber", label, data, _png(strip))
-
-
-def _frames(values: Tensor) -> np.ndarray:
-    return to_pictures(values) if values.shape[1] == 3 else latent_pictures(values)
 
 
 def attention_explorer(

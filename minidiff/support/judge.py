@@ -13,10 +13,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from minidiff.support.checkpoints import read_config, read_header, write_tensors
+from minidiff.support.checkpoints import load_component, write_tensors
 from minidiff.support.data import (
     BACKGROUNDS,
     CLASSES,
@@ -202,16 +201,9 @@ def load_judge(folder: str | Path = JUDGE, device: str | torch.device = "cpu") -
 
     Raises FileNotFoundError or ValueError, naming the file, where one cannot be used.
     """
-    file = Path(folder) / "model.safetensors"
-    if not file.exists():
+    if not (Path(folder) / "model.safetensors").exists():
         raise FileNotFoundError(
             f"no judge in {folder}: train it with `minidiff train --stage judge`"
         )
-    read_header(file)  # is it whole?
-    judge = Judge(read_config(JudgeConfig, folder))
-    try:
-        judge.load_state_dict(load_file(file))
-    except RuntimeError as error:
-        first = str(error).split("\n")[1].strip()
-        raise ValueError(f"{file} is not of its config.json: {first}") from None
-    return judge.to(device).float().eval().requires_grad_(False)
+    judge = load_component(Judge, JudgeConfig, folder, device, torch.float32)
+    return judge.requires_grad_(False)

@@ -6,7 +6,7 @@ and what it gets wrong on real pictures is the ceiling for generated ones.
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -62,8 +62,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     if not (a.isfinite().all() and b.isfinite().all()):
         raise ValueError("features are not finite")
     a, b = a.cpu().double(), b.cpu().double()  # not every GPU can
-    root = _root(a.T.cov())
-    product = torch.linalg.eigvalsh(root @ b.T.cov() @ root).clamp(min=0)
+    covariances = (torch.atleast_2d(x.T.cov()) for x in (a, b))
+    root, other = _root(next(covariances)), next(covariances)
+    product = torch.linalg.eigvalsh(root @ other @ root).clamp(min=0)
     spread = a.var(0).sum() + b.var(0).sum() - 2 * product.sqrt().sum()
     return ((a.mean(0) - b.mean(0)).square().sum() + spread).clamp(min=0).item()
 
@@ -84,16 +85,12 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
 # Real scenes and generated ones
 
 
-def _chunks(n: int, size: int) -> Iterator[Tensor]:
-    return iter(torch.arange(n).split(size))
-
-
 def _scenes(kind: str, held_out: bool, split: str, folder, device, seed: int) -> Scenes:
     return Scenes(split, folder, device, seed, float(kind == "two"), held_out)
 
 
 def _average(scores: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Shares of right pictures; position is right where the layout is."""
+    """Shares of right pictures, by what is asked of them."""
     names = scores[0]
     means = {k: torch.cat([s[k] for s in scores]).cpu().double().mean() for k in names}
     return {k: round(v.item(), 4) for k, v in means.items()}
@@ -130,7 +127,7 @@ def evaluate_row(
     texts, wanted = prompts(n, kind, held_out, seed)
     scenes = _scenes(kind, held_out, "test", folder, device, seed)
     scores, features = {"real": [], "model": []}, {"real": [], "model": []}
-    for i in _chunks(n, batch):
+    for i in torch.arange(n).split(batch):
         part = [texts[j] for j in i]
         pictures = {
             "real": scenes.batch(i).images,
@@ -152,7 +149,7 @@ def reconstructions(
     ratios, features = [], []
     for kind in ("one", "two"):
         scenes = _scenes(kind, False, "test", folder, weight.device, seed)
-        for i in _chunks(n // 2, batch):
+        for i in torch.arange(n // 2).split(batch):
             images = scenes.batch(i).images
             decoded = pipe.vae.decode(pipe.vae.encode(images.to(weight.dtype)).mode())
             decoded = decoded.float().clamp(-1, 1)
@@ -169,7 +166,8 @@ def training_features(
     parts = []
     for kind in ("one", "two"):
         scenes = _scenes(kind, False, "train", folder, device, fold_in(seed, 2))
-        parts += [extract(scenes.batch(i).images) for i in _chunks(n, batch)]
+        numbers = torch.arange(n).split(batch)
+        parts += [extract(scenes.batch(i).images) for i in numbers]
     return torch.cat(parts)
 
 
@@ -360,12 +358,11 @@ def attention_correlation(
 def _word_rows(pipe, text: str) -> dict[str, list[int]]:
     """Rows of the context that belong to the colour, the garment, the background."""
     clip, _, t5 = pipe.tokenizers
-    rows = {
-        "CLIP": word_positions(clip, text, 1),
-        "T5": [
-            [clip.model_max_length + i for i in p] for p in word_positions(t5, text, 0)
-        ],
-    }
+    rows = {"CLIP": word_positions(clip, text, 1)}
+    if t5:
+        behind = clip.model_max_length
+        places = word_positions(t5, text, 0)
+        rows["T5"] = [[behind + i for i in place] for place in places]
     places = {
         "color": slice(1, 2),
         "garment": slice(2, -4),

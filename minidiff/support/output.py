@@ -112,15 +112,20 @@ def settings(pipe: Any, given: Mapping[str, Any], index: int) -> dict[str, Any]:
     given |= {k: v for k, v in usual.items() if given.get(k) is None}
     given["seed"] = given["seed"] + index if given.get("latents") is None else None
     own = {
-        name: as_text(value[row] if isinstance(value, list) and value else value)
+        name: as_text(value, row)
         for name, value in given.items()
         if name not in NO_SETTINGS and value is not None
     }
     return pipe.settings | {"dtype": str(pipe.dtype).split(".")[1]} | own
 
 
-def as_text(value: Any) -> Any:
-    """Numbers and texts as they are; of a picture its file, of levels their list."""
+def as_text(value: Any, row: int) -> Any:
+    """Numbers and texts as they are; of a picture its file, of levels their list.
+
+    Of one value for each prompt, that of ``row``.
+    """
+    if isinstance(value, list | tuple) and value:
+        value = value[row]
     if isinstance(value, str | int | float):
         return value
     if isinstance(value, Tensor) and value.ndim == 1:

@@ -33,7 +33,7 @@ def read_model(path: str | Path) -> tuple[list[Piece], bytes]:
     data = Path(path).read_bytes()
     try:
         pieces, charsmap, kind = _parse_model(data)
-    except (IndexError, struct.error, UnicodeDecodeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, struct.error, ValueError) as error:
         raise ValueError(f"{path} is not a readable spiece.model: {error}") from error
     if kind != _UNIGRAM or not pieces:
         raise ValueError(

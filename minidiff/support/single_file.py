@@ -176,17 +176,20 @@ def check_known(file: Path, shapes: Shapes, prefix: str) -> None:
         )
 
 
-def find_text_encoders(folder: Path) -> dict[str, Path]:
+def find_text_encoders(folder: Path, t5: bool = True) -> dict[str, Path]:
     """The text encoders' single files in ``folder`` or its folder text_encoders/.
 
-    T5 may be missing. Raises FileNotFoundError naming a CLIP file that is.
+    T5 may be missing. Raises FileNotFoundError naming a CLIP file that is, and a file
+    of T5's (where it is wanted) that has another name.
     """
-    found = {}
+    found, folders = {}, (folder, folder / "text_encoders")
     for part, names in TEXT_ENCODERS.items():
-        places = [p / n for n in names for p in (folder, folder / "text_encoders")]
-        files = [file for file in places if file.is_file()]
+        files = [p / n for n in names for p in folders if (p / n).is_file()]
         if files:
             found[part] = files[0]
         elif part != "text_encoder_3":
             raise FileNotFoundError(f"{folder} lacks {names[0]}")
+        elif t5 and (other := [f for p in folders for f in p.glob("t5*.safetensors")]):
+            known = f"expected {' or '.join(names)}, or t5='none'"
+            raise FileNotFoundError(f"{other[0]} is not a name of T5's file; {known}")
     return found

@@ -8,27 +8,27 @@ and a lock that the operating system frees when the process ends, however it end
 import functools
 import hashlib
 import importlib.util
-import io
 import json
 import math
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint as again
 from tqdm import tqdm
 
 from minidiff.support import parallel
+from minidiff.support.checkpoints import replacing
 
 try:
     import fcntl
@@ -40,30 +40,33 @@ class TrainingError(ValueError):
     """Training cannot go on; the message says where it stopped and what is kept."""
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``path`` so that a reader sees the old bytes or the new, never a part.
-
-    The data go to a file beside it, to the disk, and take its name in one step (POSIX
-    ``rename``). An error (a full disk, say) leaves ``path`` as it was: OSError.
-    """
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        reason = f"{error.strerror or error}; what was saved before is kept"
-        raise OSError(f"cannot write {path}: {reason}") from error
+def write_text(path: Path, text: str) -> None:
+    """Write ``path`` so that a reader sees the old text or the new, never a part."""
+    with replacing(path) as part:
+        part.write_text(text)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: object) -> None:
     """``tensors`` as one safetensors file, atomically; ``metadata`` beside them."""
     tensors = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
     notes = {key: json.dumps(value) for key, value in metadata.items()}
-    write_atomically(path, save(tensors, notes))
+    with replacing(path) as part:
+        save_file(tensors, part, notes)
+
+
+def cached(path: Path | None, make: Callable[[], dict[str, Tensor]], device: Any):
+    """What ``make`` returns, on ``device``; kept in the file ``path``, if there is one.
+
+    Of several processes the first writes.
+    """
+    if path and path.exists():
+        made = load_tensors(path)[0]
+    else:
+        made = make()
+        if path and parallel.rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_tensors(path, made)
+    return {name: x.to(device) for name, x in made.items()}
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -145,7 +148,7 @@ class Run:
             raise
         path = self.folder / "run.json"
         if not path.exists():
-            write_atomically(path, json.dumps(self.settings, indent=1).encode())
+            write_text(path, json.dumps(self.settings, indent=1))
         for part in self.folder.glob(".*.part"):  # what a killed save left behind
             part.unlink()
 
@@ -188,7 +191,7 @@ class Run:
         self.check()
         if parallel.rank() == 0:
             text = json.dumps(self._begun() | self.settings, indent=1)
-            write_atomically(self.folder / "run.json", text.encode())
+            write_text(self.folder / "run.json", text)
 
     def checkpoints(self) -> list[Path]:
         """The numbered checkpoints, newest first."""
@@ -260,7 +263,7 @@ class Run:
         kept = [line for line in read_log(path) if line.get("step", 0) <= step]
         if path.exists():
             text = "".join(json.dumps(line) + "\n" for line in kept)
-            write_atomically(path, text.encode())
+            write_text(path, text)
 
 
 def number(checkpoint: Path) -> int:
@@ -398,10 +401,9 @@ def save_sheet(pictures: Tensor, columns: int, file: Path) -> None:
     """Write ``pictures`` (N, 3, H, W) in [0, 1] as one PNG, N / ``columns`` rows."""
     rows = pictures.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)
     pixels = (rows.flatten(2, 3).flatten(0, 1) * 255).round().byte()
-    png = io.BytesIO()
-    Image.fromarray(pixels.cpu().numpy()).save(png, "png")
     file.parent.mkdir(exist_ok=True)
-    write_atomically(file, png.getvalue())
+    with replacing(file) as part:
+        Image.fromarray(pixels.cpu().numpy()).save(part, "png")
 
 
 def compiled(module: nn.Module) -> Callable:
