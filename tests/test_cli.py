@@ -1,5 +1,6 @@
 """The command line: pictures, names, and one line for what cannot be done."""
 
+import importlib
 import json
 import os
 import re
@@ -7,6 +8,8 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from inspect import signature
+from pathlib import Path
 
 import pytest
 from helpers import randomize
@@ -19,6 +22,7 @@ from minidiff.dit import JointBlock
 from minidiff.extras.files import read_settings
 from minidiff.extras.lora import LowRank, save_lora
 from minidiff.extras.stages import Recipe
+from minidiff.support import metrics
 from minidiff.support.checkpoints import TINY, Prepared
 from minidiff.training import TrainingConfig
 
@@ -308,6 +312,41 @@ def test_an_evaluation_that_cannot_be(run, monkeypatch, arguments, message):
     monkeypatch.setattr(Prepared, "__call__", lambda *_: 1 / 0)
     code, out, err = run("evaluate", *arguments)
     assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+
+
+def test_an_evaluation_from_the_command_line(run, fashion, tmp_path):
+    how = ("-n", 2, "--steps", 1, "--guidance-scale", 2, "--seed", 7, "--data", fashion)
+    code, out, err = run("evaluate", *how, "--output", "found.json", "--device", "cpu")
+    assert code == 0, err
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert out == metrics.format_table(found) + "\n"
+    named = {"n": 2, "seed": 7, "num_inference_steps": 1, "guidance_scale": 2}
+    assert named.items() <= found.items()
+    assert found["rows"].keys() == metrics.ROWS.keys()
+    assert found["frechet"]["n"] == 4 and "T5 color" in found["attention"]
+
+
+@pytest.mark.parametrize("kind", ["stages", "finetune"])
+def test_options_of_training_arrive(run, folder, tmp_path, monkeypatch, kind):
+    module = importlib.import_module(f"minidiff.extras.{kind}")
+    names, given = signature(module.train), []
+    monkeypatch.setattr(module, "train", lambda *a, **k: given.append((a, k)))
+    common = {"steps": 5, "batch_size": 3, "compile": True, "crop": False}
+    options = ["--steps", 5, "--batch-size", 3, "--compile", "--no-crop", "--recompute"]
+    if kind == "stages":
+        options += ["--stage", "vae", "--seed", 4, "--recipe", "trial", "--data", "d"]
+        own = {"stage": "vae", "seed": 4, "recipe": "trial", "data": Path("d")}
+        own |= {"recompute": True}
+    else:
+        options += ["--from", "tiny", "--data", "d", "--learning-rate", 0.5, "--lora"]
+        options += ["--rank", 2, "--alpha", 6, "--targets", "to_q"]
+        own = {"model": "tiny", "pictures": Path("d"), "learning_rate": 0.5}
+        own |= {"corrections": (2, 6, "to_q"), "recomputed": True}
+    run("train", "--output", "out", "--device", "cpu", *options)
+    ((positional, named),) = given
+    arrived = names.bind(*positional, **named).arguments
+    for name, value in {**common, **own, "output": Path("out")}.items():
+        assert arrived[name] == value, name
 
 
 def test_a_file_that_is_not_there_is_named(run):

@@ -115,6 +115,7 @@ def test_it_warns_where_it_is_not_meant(both, monkeypatch):
         (([],), r"skip layers are \[\]"),
         (([-1],), r"skip layers are \[-1\]"),
         (([1], 2.8, 0.5, 0.2), "the window is 0.5 to 0.2"),
+        (([1], 2.8, 0.5, 1.2), "the window is 0.5 to 1.2"),
         (([1], float("nan")), "skip_layer_scale is nan; expected a finite number"),
     ],
 )

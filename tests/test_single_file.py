@@ -13,6 +13,7 @@ from small import AUTOENCODER, TRANSFORMER, small_pipeline
 import minidiff
 from minidiff.dit import MMDiTConfig
 from minidiff.extras.loading import PARTS
+from minidiff.sampling import DEFAULTS
 from minidiff.support import checkpoints as cp
 from minidiff.support import single_file
 from minidiff.text_encoders import CLIPTextConfig, T5Config
@@ -221,6 +222,30 @@ def test_a_truncated_file_is_named(layouts, tmp_path):
     file.write_bytes(content[:-100])
     with pytest.raises(ValueError, match="sd3.5_small.safetensors is damaged: it has"):
         minidiff.load(file, text_encoders=layouts / "encoders")
+
+
+def test_a_turbo_file_is_drawn_as_one(layouts, tmp_path):
+    file = tmp_path / "sd3.5_large_turbo.safetensors"
+    shutil.copy(layouts / "sd3.5_small.safetensors", file)
+    pipe = minidiff.load(file, text_encoders=layouts / "encoders")
+    assert pipe.defaults == DEFAULTS["sd3.5-large-turbo"]
+    assert (pipe.defaults.num_inference_steps, pipe.defaults.guidance_scale) == (4, 1)
+
+
+def test_copies_of_the_encoders_in_the_file_do_not_matter(layouts, tmp_path):
+    file = tmp_path / "sd3.5_small.safetensors"
+    extra = {"text_encoders.clip_l.a": torch.zeros(1), "conditioner.b": torch.zeros(1)}
+    save_file(load_file(layouts / file.name) | extra, file)
+    call = {"text_encoders": layouts / "encoders"}
+    pairs = zip(
+        models(minidiff.load(file, **call)),
+        models(minidiff.load(layouts / file.name, **call)),
+        strict=True,
+    )
+    for ours, known in pairs:
+        assert ours.state_dict().keys() == known.state_dict().keys()
+        for name, x in known.state_dict().items():
+            assert torch.equal(ours.state_dict()[name], x)
 
 
 def test_t5_under_another_name_is_told(layouts, tmp_path):

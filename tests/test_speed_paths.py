@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import torch
 from helpers import randomize, relative_error
 from small import AUTOENCODER, TRANSFORMER, small_pipeline
 from torch import nn
+from torch.nn.attention import SDPBackend
 
 import minidiff
 from benchmarks import gpu
@@ -219,6 +221,20 @@ def test_attention_asks_for_what_is_best_on_the_card(monkeypatch, major):
     expected = "cudnn" if major in (9, 10) else None
     assert fast.preferred_attention(weight) == expected
     assert fast.preferred_attention(torch.zeros(1)) is None
+
+
+def test_the_wanted_backend_is_tried_first(monkeypatch):
+    asked = []
+
+    def kernel(backends, set_priority=False):
+        asked.append((backends, set_priority))
+        return nullcontext()
+
+    monkeypatch.setattr(fast, "sdpa_kernel", kernel)
+    with attention_backend("flash"):
+        ((backends, in_order),) = asked
+    assert in_order and backends[0] == SDPBackend.FLASH_ATTENTION
+    assert len(set(backends)) == 4
 
 
 def test_quantization_keeps_a_sixteenth():

@@ -50,6 +50,19 @@ def test_spans_never_hide_the_end() -> None:
     assert hidden.any(1).all() and not hidden[:, 3:].any()
 
 
+def test_t5_writes_each_word_before_it_sees_it() -> None:
+    seen = []
+
+    def model(source: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+        seen.append(answer)
+        return torch.zeros(*answer.shape, 9)
+
+    target = torch.tensor([[5, 6, 1, 0]])
+    loss = training.t5_loss(model, {"source": target, "target": target})
+    assert seen[0].tolist() == [[0, 5, 6, 1]]
+    assert loss.item() == pytest.approx(math.log(9))
+
+
 def test_contrastive_loss_shares_between_equal_captions() -> None:
     features = torch.eye(3)[[0, 0, 1, 2]]  # two captions that say the same
     meaning, scale = torch.tensor([7, 7, 8, 9]), torch.tensor(50.0)
@@ -781,10 +794,10 @@ def test_a_run_killed_while_it_saves(
 ) -> None:
     whole, calls = trained(), iter(range(1000))
 
-    def die(*arguments) -> None:
+    def die(*arguments, **named) -> None:
         if next(calls) == 9:
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(*arguments)
+        return original(*arguments, **named)
 
     owner = Path if moment == "unlink" else os
     original = getattr(owner, moment)
@@ -1181,3 +1194,41 @@ def test_the_model_that_ships() -> None:
     weights = [f for f in files if f.suffix == ".safetensors"]
     dtypes = {x.dtype for file in weights for x in load_file(file).values()}
     assert len(weights) == 5 and dtypes == {torch.float16}
+
+
+def test_captions_of_full_length_are_not_cut(capsys: pytest.CaptureFixture) -> None:
+    class Words:
+        def encode(self, text: str) -> list[str]:
+            return text.split()
+
+        def __call__(self, texts: list[str]) -> torch.Tensor:
+            return torch.zeros(len(texts), stages.LENGTH)
+
+    full, long = "a " * stages.LENGTH, "a " * (stages.LENGTH + 1)
+    stages.encode_all(Words(), [full])
+    assert capsys.readouterr().out == ""
+    stages.encode_all(Words(), [full, long])
+    assert "1 of 2 captions are cut" in capsys.readouterr().out
+
+
+def test_training_goes_on_where_compilation_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def refuse(module: nn.Module, **_: object) -> Callable:
+        def fail(batch: dict) -> None:
+            raise RuntimeError("no compiler")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    call = trainer.compiled(nn.Identity())
+    assert call({"x": 1}) == call({"x": 1}) == {"x": 1}
+    assert capsys.readouterr().err.count("going on without: no compiler") == 1
+
+
+def test_a_tenth_of_a_folder_is_held_out(tmp_path: Path) -> None:
+    for i in range(100):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.PNG")
+        (tmp_path / f"{i}.txt").write_text(f"number {i}")
+    sizes = [len(captioned.Pictures(s, str(tmp_path))) for s in ("train", "test")]
+    assert sizes == [90, 10]
