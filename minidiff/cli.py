@@ -533,11 +533,14 @@ def train(
     if recipe or start or scenes or stage != "all" or seed is not None:
         raise ValueError("--from has no stages, recipe, start, scenes or seed")
     from minidiff.extras import finetune
+    from minidiff.support import parallel
 
     size = (steps, batch_size, 1e-4 if learning_rate is None else learning_rate)
     corrections = (8 if rank is None else rank, alpha, targets) if lora else None
     how = (device, compile, recompute, crop)
-    print(finetune.train(from_model, data, output, *size, corrections, *how))
+    made = finetune.train(from_model, data, output, *size, corrections, *how)
+    if parallel.rank() == 0:
+        print(made)
 
 
 def refuse(needed: str, **options: Any) -> None:

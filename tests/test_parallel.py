@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from minidiff.extras.lora import FILE
 from minidiff.support.checkpoints import TINY
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -29,10 +31,11 @@ def learned(file: Path, command: list[str], *options: str) -> dict[str, Tensor]:
     return load_file(file)
 
 
-def run(command: list) -> None:
-    """Run ``command``; it must succeed."""
+def run(command: list) -> str:
+    """What ``command`` prints; it must succeed."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 @pytest.mark.parametrize("options", [(), ("sharded",)])
@@ -45,7 +48,7 @@ def test_two_processes_give_the_weights_of_one(
         assert (alone[name] - together[name]).abs().max() <= 1e-9, name
 
 
-@pytest.mark.parametrize("stage", ["clip", "t5", "vae", "transformer", "muon"])
+@pytest.mark.parametrize("stage", ["clip", "t5", "vae", "judge", "transformer", "muon"])
 def test_the_stage_learned(alone: dict[str, Tensor], stage: str) -> None:
     moved = [v.abs().max() for k, v in alone.items() if k.startswith(f"moved/{stage}")]
     assert max(moved) > 1e-3
@@ -69,6 +72,26 @@ def test_sharded_stages_export_the_model_of_one(fashion: Path, tmp_path: Path) -
         assert (together - alone).norm() < 0.1 * (alone - old).norm()
     for name in ("grids/000002.png", "runs/transformer/best.safetensors"):
         assert (tmp_path / "together" / name).exists()
+
+
+def test_fine_tuning_in_two_processes(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name in ("red", "green", "blue", "white"):
+        Image.new("RGB", (64, 64), name).save(pictures / f"{name}.png")
+        (pictures / f"{name}.txt").write_text(f"a {name} background")
+    train = ["minidiff", "train", "--from", "tiny", "--lora", "--data", pictures]
+    train += ["--steps", "3", "--batch-size", "2", "--learning-rate", "1e-2"]
+    train = list(map(str, [*train, "--device", "cpu", "--output"]))
+    made = [tmp_path / "alone", tmp_path / "together"]
+    for launch, output in zip(([sys.executable], LAUNCH), made, strict=True):
+        option = ["--"] if launch is LAUNCH else []
+        printed = run([*launch, "-m", *option, *train, output])
+        assert printed == f"{output / FILE}\n"
+    alone, together = (load_file(output / FILE) for output in made)
+    learned = [name for name in alone if "lora_B" in name]
+    old, new = (torch.cat([x[n].flatten() for n in learned]) for x in (alone, together))
+    assert old.norm() > 0 and (new - old).norm() < 0.05 * old.norm()
 
 
 def weights(folder: Path) -> Tensor:
