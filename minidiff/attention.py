@@ -423,7 +423,7 @@ def record_attention(
     Yields a dictionary from block number to a list with one map per forward call,
     (B, H, queries, keys) or, with ``average_heads``, (B, queries, keys), float32 on the
     CPU. None means all blocks or tokens. One block's matrix exists at a time. Works on
-    eager modules: a compiled block does not run hooks.
+    eager modules: a block that is compiled already does not notice a new hook.
     """
     layers = [m for m in model.modules() if isinstance(m, JointAttention)]
     chosen = range(len(layers)) if blocks is None else blocks

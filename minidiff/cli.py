@@ -308,6 +308,7 @@ def skipping(pipe: "Pipeline", blocks: list[int], scale: float | None) -> Any:
 def preview_into(file: Path) -> Any:
     """A callback that writes each step's first estimate, enlarged, into ``file``."""
     from minidiff.extras.previews import fit_preview
+    from minidiff.support.checkpoints import replacing
     from minidiff.support.output import to_pil
 
     fit = functools.cache(fit_preview)
@@ -318,7 +319,8 @@ def preview_into(file: Path) -> Any:
         small = to_pil(fit(pipe.vae)(tensors["denoised"][:1]))[0]
         side = pipe.vae.config.factor
         large = small.resize((small.width * side, small.height * side), resample=0)
-        large.save(file, "PNG")
+        with replacing(file) as part:  # a viewer that follows never sees half of it
+            large.save(part, "PNG")
 
     return follow
 

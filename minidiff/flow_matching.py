@@ -528,9 +528,9 @@ def euler(
 # The same noise and the same data as in the first figure, and now no two travellers are
 # ever at the same place at the same $\sigma$. All of them first head for the middle;
 # then they part. The paths are bent, though each line was straight, because averages
-# bend them. That is why one step is not enough, and why better solvers exist. (The
-# *rectified* in rectified flow is a further training that straightens such paths; SD3
-# does without it.)
+# bend them. That is why one step is not enough, and why better solvers exist. (Liu et
+# al. train once more, on pairs of noise and what the flow made of it: this *reflow*
+# straightens the paths. SD3 does without it.)
 #
 # **Heun** looks ahead: it makes the Euler step, asks for the velocity at the far end,
 # and walks along the mean of the two. Its error falls with the *square* of the step:
@@ -673,8 +673,8 @@ def guide(v_neg: Tensor, v_pos: Tensor, scale: float) -> Tensor:
 
 # %% [markdown]
 # In the plane the “prompt” is *upper moon*: the perfect velocity for its 60 points. The
-# empty prompt is the velocity for all 120. At one place, the three arrows (again
-# pointing where $\sigma$ falls):
+# empty prompt is the velocity for all 120. At one place, both arrows, and two guided
+# ones (again pointing where $\sigma$ falls):
 
 # %% tags=["active-ipynb"]
 # upper = exact_velocity(moons[:60])

@@ -602,10 +602,10 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # viz.show_images(views, losses, columns=8)
 
 # %% [markdown]
-# Channel 1 carries most: without it the dress fades to purple. Channels 4, 6, 10, 13
-# and 15 cost some decibels each; the other ten can be missed with hardly a trace: they
-# carry little, or only what others carry too. None is the channel for red, which would
-# lose this colour and nothing else; nothing in the loss asks for such a channel.
+# One channel carries most: without it the dress fades. Some cost a few decibels each;
+# the others can be missed with hardly a trace: they carry little, or only what others
+# carry too. None is the channel for red, which would lose this colour and nothing else;
+# nothing in the loss asks for such a channel.
 
 # %% [markdown]
 # ## Reconstruction against compression
@@ -640,13 +640,13 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # viz.show_curves(curves, xlabel="numbers kept", ylabel="PSNR in dB", markers=True)
 
 # %% [markdown]
-# From three components on the latent lies above the small picture: for the same number
-# of numbers it gives the better one. With one or two, plain shrinking wins; but this
-# decoder never learned to do with so few, and an autoencoder trained with $k$ channels
-# should beat ours cut to $k$ components. From 12 on the curve is nearly flat: what
-# limits the picture there is not the room in the latent but the network and its
-# training. (The bump at 3,072 numbers is a side of 32, exactly half of 64.) Measure
-# your own autoencoder against plain shrinking before you trust it.
+# From a few components on the latent lies above the small picture: for the same number
+# of numbers it gives the better one. With fewer, plain shrinking wins; but this decoder
+# never learned to do with so few, and an autoencoder trained with $k$ channels should
+# beat ours cut to $k$ components. At the right the curve is nearly flat: what limits
+# the picture there is not the room in the latent but the network and its training. (The
+# bump at 3,072 numbers is a side of 32, exactly half of 64.) Measure your own
+# autoencoder against plain shrinking before you trust it.
 
 # %% [markdown]
 # ## A walk between two latents
@@ -787,7 +787,7 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 #   lie side by side (`channels_last`). Converting back and forth costs more than it
 #   saves, so the whole decoder must keep to one layout.
 # - **It chooses the precision.** SDXL's autoencoder overflows in float16 and has to run
-#   in float32. This one runs in 16 bits.
+#   in float32 or bfloat16. This one runs in float16 too.
 # - **It turns numbers into bytes.** Stability's reference cuts off the decimals,
 #   diffusers rounds: about half of all values differ by one grey level, which nobody
 #   sees but a test that compares pictures.

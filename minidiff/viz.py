@@ -391,9 +391,10 @@ def show_curves(
     ax.set(xscale="log" if logx else "linear", yscale="log" if logy else "linear")
     for axis, log in ((ax.xaxis, logx), (ax.yaxis, logy)):
         low, high = sorted(axis.get_view_interval())
-        if log and high < 100 * low:  # plain numbers: 0.6, not 6 × 10⁻¹
+        if log and high < 100 * low:  # plain numbers: 0.5, not 5 × 10⁻¹
             axis.set_major_formatter(lambda v, _: f"{v:g}")
-            axis.set_minor_formatter(lambda v, _: f"{v:g}")
+            few = lambda v, _: f"{v:g}" if f"{v:e}"[0] in "235" else ""  # noqa: E731
+            axis.set_minor_formatter(few)
     if any(curves):  # many names stand beside the axes, where they hide no curve
         beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
         ax.legend(**beside if len(curves) > 4 else {})

@@ -1,3 +1,5 @@
+import errno
+
 import pyarrow
 import pytest
 import torch
@@ -41,14 +43,32 @@ def test_a_file_of_other_data(tmp_path):
         data.fashion_mnist("test", tmp_path)
 
 
-def test_no_network_names_both_ways(monkeypatch):
-    def fail(*_, **__):
-        raise OSError("no route")
+@pytest.fixture
+def downloads(monkeypatch):
+    """Let the hub's download fail with the given error."""
+
+    def let_fail(error):
+        def fail(*_, **__):
+            raise error
+
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
 
     monkeypatch.delenv("MINIDIFF_DATA", raising=False)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    return let_fail
+
+
+@pytest.mark.parametrize("error", [OSError("no route"), RuntimeError("CAS service")])
+def test_no_network_names_both_ways(downloads, error):
+    downloads(error)
     with pytest.raises(FileNotFoundError, match="network.*or let MINIDIFF_DATA name"):
         data.fashion_mnist("test")
+
+
+def test_a_full_disk_is_no_matter_of_the_network(downloads):
+    downloads(OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(OSError, match="No space left") as caught:
+        data.fashion_mnist("test")
+    assert not isinstance(caught.value, FileNotFoundError)
 
 
 def test_a_scene_depends_on_nothing_but_seed_and_index(fashion):

@@ -331,7 +331,8 @@ def run(monkeypatch, capsys, tmp_path, model):
     def call(*arguments):
         if arguments[0] == "sample":
             chosen = () if "--model" in arguments else ("--model", model[2])
-            arguments += (*chosen, "--steps", 2)
+            steps = () if "--steps" in arguments else ("--steps", 2)
+            arguments += (*chosen, *steps)
         monkeypatch.setattr(sys, "argv", ["minidiff", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             cli.main()
@@ -388,8 +389,15 @@ def test_every_option_changes_the_picture(run, tmp_path, model):
     assert len(seen) == 1 + len(options)
     found = files.read_settings("weak.png")
     assert found["lora_scale"] == "0.5" and found["lora"] == "lora.safetensors"
-    code, _, err = run("sample", "a bag", "--skip-layers", "1,2", "--output", "s.png")
-    assert code == 0 and err.count("\n") == 2 and "published for sd3.5-medium" in err
+    skip, seen = ["--skip-layers", "1,2"], set()
+    for i, option in enumerate(([], skip, [*skip, "--skip-layer-scale", 1])):
+        how = ("--steps", 8, "--output", f"s{i}.png", *option)  # one within the window
+        code, _, err = run("sample", "a bag", *how)
+        assert code == 0 and err.count("published for sd3.5-medium") == len(option[:1])
+        seen.add(pixels(f"s{i}.png"))
+    assert len(seen) == 3
+    code, _, err = run("sample", "a bag", *skip, "--output", "s.png")
+    assert code == 0 and "does nothing in so few steps" in err
     assert run("sample", "a bag", "--preview", "step.png", "--output", "p.png")[0] == 0
     assert Image.open("step.png").size == (32, 32)
 

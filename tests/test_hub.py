@@ -167,6 +167,16 @@ def test_a_broken_connection_is_taken_up_where_it_broke(server, download):
     assert (Path(folder) / name).read_bytes() == WEIGHTS
 
 
+def test_an_error_of_the_transport_is_told_in_one_line(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("Data processing error: CAS service\n more")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    told = r"interrupted \(RuntimeError: Data processing error: CAS service\); asked"
+    with pytest.raises(ConnectionError, match=told):
+        hub.download("sd3.5-medium")
+
+
 def test_after_an_interruption_only_missing_files_are_fetched(server, download):
     name = "text_encoder/model.safetensors"
     server.cut[name] = 100

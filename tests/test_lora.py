@@ -221,12 +221,16 @@ def test_two_files_are_both_on_record(case: SimpleNamespace, tmp_path: Path) -> 
     first = lora.load_lora(case.pipe, case.file)
     alone = dict(case.pipe.settings)
     second = lora.load_lora(case.pipe, other, scale=0.5)
-    assert case.pipe.settings["lora"] == f"{case.file}, {other}"
-    assert case.pipe.settings["lora_scale"] == "1.0, 0.5"
+    both = {"lora": f"{case.file}, {other}", "lora_scale": "1.0, 0.5"}
+    assert case.pipe.settings == both
     second.remove()
     assert case.pipe.settings == alone
-    first.remove()
-    assert case.pipe.settings == {}
+    second = lora.load_lora(case.pipe, other, scale=0.5, fused=True)
+    for _ in range(2):  # once more has no effect
+        first.remove()
+        assert case.pipe.settings == {"lora": str(other), "lora_scale": 0.5}
+    second.remove()  # it stays in the weights
+    assert case.pipe.settings == {"lora": str(other), "lora_scale": 0.5}
 
 
 @torch.no_grad()
@@ -325,6 +329,11 @@ def test_malformed_files_are_named(tmp_path, shapes, notes, message) -> None:
         return
     with pytest.raises(ValueError, match=f"bad.safetensors.*{message}"):
         lora.read_lora(file, models)
+
+
+def test_a_model_without_the_usual_layers_is_told() -> None:
+    with pytest.raises(ValueError, match="no layer is called to_q, to_k, .*in …to_q"):
+        lora.add_lora(text_pair()[0], rank=2)
 
 
 @torch.no_grad()

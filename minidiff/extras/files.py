@@ -3,8 +3,6 @@
 The settings are text chunks (iTXt) of the PNG file, each under its own name.
 """
 
-import os
-from errno import EEXIST
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,10 +55,15 @@ def save_picture(picture: "Image", file: Path | str, replace: bool = False) -> N
     for name, value in (picture.info | about).items():
         if isinstance(value, str | int | float):
             info.add_itxt(name, str(value))
-    if not replace and Path(file).exists():
-        raise FileExistsError(EEXIST, os.strerror(EEXIST), str(file))
-    with replacing(file) as part:
-        picture.save(part, "PNG", pnginfo=info)
+    if not replace:
+        Path(file).open("xb").close()  # the name is ours, or FileExistsError
+    try:
+        with replacing(file) as part:
+            picture.save(part, "PNG", pnginfo=info)
+    except BaseException:
+        if not replace:
+            Path(file).unlink()
+        raise
 
 
 def read_settings(file: Path | str) -> dict[str, str]:

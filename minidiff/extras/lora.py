@@ -145,6 +145,8 @@ def add_lora(
             raise ValueError(f"no layer is called {name}; layers end in …to_q")
     ends = tuple(f".{name}" for name in names)
     chosen = {n[1:]: target for n, target in layers.items() if n.endswith(ends)}
+    if not chosen:
+        raise ValueError(f"no layer is called {', '.join(names)}; layers end in …to_q")
     if rank > (largest := min(min(t.shape) for t in chosen.values())):
         raise ValueError(f"rank is {rank}; expected at most {largest} in these layers")
     model.requires_grad_(False)
@@ -257,15 +259,28 @@ def check_kind(file: Path | str, names: Sequence[str]) -> None:
 class LoRA:
     """The updates of one file on a pipeline; ``remove`` takes them off again."""
 
-    def __init__(self, pipe, handles: list, before: dict) -> None:
-        self.pipe, self.handles, self.before = pipe, handles, before
+    def __init__(self, pipe, handles: list, file: Path | str, scale: float) -> None:
+        self.pipe, self.handles, self.file, self.scale = pipe, handles, file, scale
+        record(pipe, [*getattr(pipe, "loras", ()), self])
 
     def remove(self) -> None:
-        """Give the pipeline back as it was; without effect where they are fused."""
+        """Take the updates off the pipeline; without effect where they are fused."""
         for handle in self.handles:
             handle.remove()
         if self.handles:
-            self.pipe.settings = self.before
+            record(self.pipe, [other for other in self.pipe.loras if other is not self])
+        self.handles = []
+
+
+def record(pipe, loras: list[LoRA]) -> None:
+    """Let pictures say which ``loras`` act on the pipeline that draws them."""
+    pipe.loras = loras
+    pipe.settings = {k: v for k, v in pipe.settings.items() if k[:4] != "lora"}
+    if loras:
+        pipe.settings["lora"] = ", ".join(str(one.file) for one in loras)
+        scales = [one.scale for one in loras]
+        several = ", ".join(map(str, scales))
+        pipe.settings["lora_scale"] = several if len(scales) > 1 else scales[0]
 
 
 def load_lora(pipe, file: Path | str, scale: float = 1.0, fused: bool = False) -> LoRA:
@@ -296,10 +311,7 @@ def load_lora(pipe, file: Path | str, scale: float = 1.0, fused: bool = False) -
             fuse(updates, models[part])
         else:
             handles += attach(updates, models[part])
-    before, about = pipe.settings, {"lora": str(file), "lora_scale": scale}
-    both = {k: f"{before[k]}, {v}" if k in before else v for k, v in about.items()}
-    pipe.settings = before | both
-    return LoRA(pipe, handles, before)
+    return LoRA(pipe, handles, file, scale)
 
 
 def save_lora(updates: Mapping[str, Mapping[str, LowRank]], file: Path | str) -> None:

@@ -554,7 +554,8 @@ class Features:
     """
 
     def __init__(self, job: Job, scenes: Scenes | Pictures, n: int) -> None:
-        self.vae, *self.encoders = (load_part(job, n) for n in ("vae", *ENCODERS))
+        parts = ("vae", *ENCODERS)
+        self.vae, *self.encoders = (load_part(job, name) for name in parts)
         tables = token_tables(job)
         path = job.cache and job.cache / self.name(scenes.content, tables, n)
         kept = cached(path, lambda: self.encode(scenes, tables, n), job.device)
@@ -780,7 +781,7 @@ def finish(job: Job) -> None:
     if parallel.rank():
         return
     loading.save_scheduler(Scheduler(shift=1.0), job.model / "scheduler")
-    index = loading.pipeline_index((*loading.PARTS, *loading.TOKENIZERS))
+    index = loading.pipeline_index((*loading.PARTS, *TOKENIZERS))
     write_json(job.model / "model_index.json", index)
 
 

@@ -512,8 +512,7 @@ def replacing(file: Path | str) -> Iterator[Path]:
         os.replace(part, file)
     except (SafetensorError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
-        kept = "what was saved before is kept"
-        raise OSError(f"cannot write {file}: {reason}; {kept}") from error
+        raise OSError(f"cannot write {file}: {reason}") from error
     finally:
         part.unlink(missing_ok=True)
 

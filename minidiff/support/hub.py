@@ -66,9 +66,10 @@ def download(
             type(error) is not RuntimeError
         ):
             raise
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
         raise ConnectionError(
-            f"the download of {repository} was interrupted ({type(error).__name__}); "
-            "asked for again, it fetches the files that are missing"
+            f"the download of {repository} was interrupted ({reason}); asked for "
+            "again, it fetches the files that are missing"
         ) from None
     verify(Path(folder), 0 if check_all else began)
     return Path(folder)

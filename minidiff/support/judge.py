@@ -199,7 +199,7 @@ def save_judge(judge: Judge, output: Path, **facts) -> None:
 def load_judge(folder: str | Path = JUDGE, device: str | torch.device = "cpu") -> Judge:
     """The trained judge, frozen, in eval mode and float32.
 
-    Raises FileNotFoundError or ValueError, naming the file, where one cannot be used.
+    Raises FileNotFoundError or ValueError, naming the file or folder, for a bad one.
     """
     if not (Path(folder) / "model.safetensors").exists():
         raise FileNotFoundError(

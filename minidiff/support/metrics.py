@@ -62,9 +62,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     if not (a.isfinite().all() and b.isfinite().all()):
         raise ValueError("features are not finite")
     a, b = a.cpu().double(), b.cpu().double()  # not every GPU can
-    covariances = (torch.atleast_2d(x.T.cov()) for x in (a, b))
-    root, other = _root(next(covariances)), next(covariances)
-    product = torch.linalg.eigvalsh(root @ other @ root).clamp(min=0)
+    first, second = (torch.atleast_2d(x.T.cov()) for x in (a, b))
+    root = _root(first)
+    product = torch.linalg.eigvalsh(root @ second @ root).clamp(min=0)
     spread = a.var(0).sum() + b.var(0).sum() - 2 * product.sqrt().sum()
     return ((a.mean(0) - b.mean(0)).square().sum() + spread).clamp(min=0).item()
 
@@ -329,8 +329,9 @@ def attention_correlation(
     garment's opacity. ``record_attention`` is ``minidiff.attention``'s.
 
     Returns:
-        For "T5 color", "T5 garment", "T5 background", "CLIP color", …: lists over the
-        blocks, "image to text" (patches ask, the word answers) and "text to image".
+        For "T5 color", "T5 garment", "T5 background" (if there is T5), "CLIP color", …:
+        lists over the blocks, "image to text" (patches ask, the word answers) and "text
+        to image".
     """
     weight = next(pipe.transformer.parameters())
     batch = _scenes("one", False, "test", folder, weight.device, seed).batch(

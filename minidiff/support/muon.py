@@ -13,16 +13,16 @@ from torch import Tensor
 
 from minidiff.support import parallel
 
-A, B, C = 3.4445, -4.7750, 2.0315  # of Jordan: five rounds bring all of S to about 1
+A, B, C = 3.4445, -4.7750, 2.0315  # of Jordan: five rounds bring most of S near 1
 MOMENTUM = 0.95
 RMS = 0.2  # of AdamW's updates, so that the same rate serves both (Liu et al. 2025)
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """About the nearest orthogonal matrices: all singular values near 1.
+    """About the nearest orthogonal matrices: nearly all singular values near 1.
 
     Newton and Schulz's iteration, with Jordan's polynomial of fifth degree: singular
-    values end between 0.7 and 1.2.
+    values of at least 0.0015 of the norm end between 0.68 and 1.21, smaller ones below.
 
     Args:
         x: (N, R, C), R at least C.

@@ -54,7 +54,9 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: object) -> 
         save_file(tensors, part, notes)
 
 
-def cached(path: Path | None, make: Callable[[], dict[str, Tensor]], device: Any):
+def cached(
+    path: Path | None, make: Callable[[], dict[str, Tensor]], device: Any
+) -> dict[str, Tensor]:
     """What ``make`` returns, on ``device``; kept in the file ``path``, if there is one.
 
     Of several processes the first writes.
@@ -65,6 +67,8 @@ def cached(path: Path | None, make: Callable[[], dict[str, Tensor]], device: Any
         made = make()
         if path and parallel.rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
+            for part in path.parent.glob(".*.part"):  # what a kill left behind
+                part.unlink()
             save_tensors(path, made)
     return {name: x.to(device) for name, x in made.items()}
 
@@ -202,7 +206,10 @@ class Run:
         """Checkpoint after ``step`` steps; older ones than the last ``keep`` go."""
         if parallel.rank():
             return
-        save_tensors(self.folder / f"step-{step}.safetensors", tensors, step=step)
+        try:
+            save_tensors(self.folder / f"step-{step}.safetensors", tensors, step=step)
+        except OSError as error:
+            raise OSError(f"{error}; {self.last_good()}") from error
         for path in self.checkpoints()[self.keep :]:
             path.unlink()
 
