@@ -141,26 +141,18 @@ def show_images(
 
 
 @_drawn
-def show_latents(
-    latents: Tensor, titles: Sequence[str] | None = None, columns: int = 8
-) -> "Figure":
-    """Every channel of latents (C, h, w) or (B, C, h, w) as a map of signed values.
+def show_latents(latents: Tensor) -> "Figure":
+    """Every channel of latents (C, h, w) as a map of signed values.
 
     All maps share one scale, symmetric about zero: blue is below it and red above.
     """
     values = _numpy(latents)
-    values = values[None] if values.ndim == 3 else values
-    count, channels = values.shape[:2]
-    columns = min(columns, channels)
-    bands = math.ceil(channels / columns)
-    figure, axes = _panels(count * bands, columns)
+    columns = min(8, len(values))
+    figure, axes = _panels(math.ceil(len(values) / columns), columns)
     limit = np.abs(values).max()
-    axes = axes.reshape(count, bands * columns)
-    for b, c in np.ndindex(count, channels):
-        shown = axes[b, c].imshow(values[b, c], "RdBu_r", vmin=-limit, vmax=limit)
-        axes[b, c].set_title(str(c), fontsize=7, pad=2)
-    for ax, title in zip(axes[:, 0], titles or [], strict=False):
-        ax.set_ylabel(title)
+    for c, (ax, channel) in enumerate(zip(axes.flat, values, strict=False)):
+        shown = ax.imshow(channel, "RdBu_r", vmin=-limit, vmax=limit)
+        ax.set_title(str(c), fontsize=7, pad=2)
     figure.colorbar(shown, ax=axes.ravel().tolist(), shrink=0.8, aspect=30)
     return figure
 
@@ -209,17 +201,15 @@ def _heat(values: np.ndarray, picture: np.ndarray | None) -> np.ndarray:
 
 
 @_drawn
-def show_trajectory(
-    rows: Mapping[str, Tensor], sigmas: Tensor | None = None, columns: int = 8
-) -> "Figure":
+def show_trajectory(rows: Mapping[str, Tensor], sigmas: Tensor) -> "Figure":
     """One row a quantity, one column a step: from noise on the left to a picture.
 
     ``rows`` maps a label to pictures (S, 3, H, W) in [−1, 1] or to latents
-    (S, C, h, w), which are shown by :func:`latent_pictures`; at most ``columns`` of
-    the S steps are drawn, evenly spaced. ``sigmas`` (S,) names them.
+    (S, C, h, w), which are shown by :func:`latent_pictures`; at most eight of the S
+    steps are drawn, evenly spaced. ``sigmas`` (S,) names them.
     """
     steps = len(next(iter(rows.values())))
-    chosen = np.linspace(0, steps - 1, min(columns, steps)).round().astype(int)
+    chosen = np.linspace(0, steps - 1, min(8, steps)).round().astype(int)
     figure, axes = _panels(len(rows), len(chosen))
     for band, (label, values) in zip(axes, rows.items(), strict=True):
         pictures = to_frames(values)
@@ -227,7 +217,7 @@ def show_trajectory(
         for ax, step in zip(band, chosen, strict=True):
             ax.imshow(pictures[step])
     for ax, step in zip(axes[0], chosen, strict=True):
-        ax.set_title(f"{step}" if sigmas is None else f"σ = {float(sigmas[step]):.2f}")
+        ax.set_title(f"σ = {float(sigmas[step]):.2f}")
     return figure
 
 
@@ -261,13 +251,13 @@ def show_pieces(
     rows: Sequence[Sequence[str]],
     labels: Sequence[str] | None = None,
     notes: Sequence[Sequence[str]] | None = None,
-    width: int = 84,
 ) -> "Figure":
     """Rows of text pieces as coloured chips; equal pieces have equal colours.
 
-    ``labels`` name the rows; ``notes`` (one a piece) are written below the chips. Rows
-    longer than ``width`` characters go on in a line below.
+    ``labels`` name the rows; ``notes`` (one a piece) are written below the chips. Long
+    rows go on in a line below.
     """
+    width = 84  # characters
     labels = labels or [""] * len(rows)
     notes = notes or [[""] * len(row) for row in rows]
     margin = max(len(label) for label in labels) + 2 if any(labels) else 0
@@ -376,7 +366,6 @@ def show_curves(
     ylabel: str = "",
     logx: bool = False,
     logy: bool = False,
-    title: str = "",
     markers: bool = False,
 ) -> "Figure":
     """Lines by name: each a sequence of y, or a pair (x, y)."""
@@ -387,7 +376,7 @@ def show_curves(
         ax.plot(
             _numpy(x), _numpy(y), "o-" if markers else "-", c=color, label=name, ms=4
         )
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.set(xscale="log" if logx else "linear", yscale="log" if logy else "linear")
     for axis, log in ((ax.xaxis, logx), (ax.yaxis, logy)):
         low, high = sorted(axis.get_view_interval())
@@ -439,11 +428,7 @@ def _write(ax: "Axes", values: np.ndarray, shown: Any, digits: int) -> None:
 
 @_drawn
 def show_bars(
-    values: Mapping[str, Any],
-    ylabel: str = "",
-    logy: bool = False,
-    title: str = "",
-    stacked: bool = False,
+    values: Mapping[str, Any], ylabel: str = "", stacked: bool = False
 ) -> "Figure":
     """Bars by name. A mapping of mappings, name → part → value, gives each name one
     bar a part, side by side or ``stacked``."""
@@ -463,7 +448,7 @@ def show_bars(
         base += heights
     room = max(6, 72 // len(nested))  # letters below a bar
     ax.set_xticks(range(len(nested)), [_wrapped(name, room) for name in nested])
-    ax.set(ylabel=ylabel, title=title, yscale="log" if logy else "linear")
+    ax.set(ylabel=ylabel)
     if stacked:
         figure.legend(loc="outside upper center", ncols=len(parts))
     elif len(parts) > 1:
@@ -472,17 +457,15 @@ def show_bars(
 
 
 @_drawn
-def show_histogram(
-    values: Mapping[str, Tensor], bins: int = 60, xlabel: str = "", title: str = ""
-) -> "Figure":
-    """The densities of one or several sets of numbers, on common bins."""
+def show_histogram(values: Mapping[str, Tensor], xlabel: str = "") -> "Figure":
+    """The densities of one or several sets of numbers, on 60 common bins."""
     flat = {name: _numpy(x).ravel() for name, x in values.items()}
-    edges = np.histogram_bin_edges(np.concatenate(list(flat.values())), bins)
+    edges = np.histogram_bin_edges(np.concatenate(list(flat.values())), 60)
     figure, axes = _axes(1, 1, (5.4, 2.8), grid=True)
     for color, (name, x) in zip(_colors(len(flat)), flat.items(), strict=True):
         style = {"histtype": "stepfilled", "fc": color + "30", "ec": color, "lw": 1.4}
         axes[0, 0].hist(x, edges, density=True, label=name, **style)
-    axes[0, 0].set(xlabel=xlabel, ylabel="density", title=title)
+    axes[0, 0].set(xlabel=xlabel, ylabel="density")
     axes[0, 0].legend()
     return figure
 
@@ -491,13 +474,11 @@ def show_histogram(
 def show_points(
     panels: Points | Mapping[str, Points],
     paths: Tensor | None = None,
-    arrows: tuple[Tensor, Tensor] | None = None,
     limits: tuple[float, float] | None = None,
 ) -> "Figure":
     """Sets of points (N, 2) in the plane, by name; or several such panels by title.
 
-    In the first panel, ``paths`` (S, N, 2) are drawn as N lines of S points, and
-    ``arrows``, a pair of (M, 2) tensors, as vectors at places.
+    In the first panel, ``paths`` (S, N, 2) are drawn as N lines of S points.
     """
     nested = isinstance(next(iter(panels.values()), None), Mapping)
     panels = panels if nested else {"": panels}
@@ -515,9 +496,6 @@ def show_points(
         axes[0, 0].plot(
             *_numpy(paths).transpose(2, 0, 1), c="#777b83", lw=0.7, alpha=0.6
         )
-    if arrows is not None:
-        at, along = (_numpy(x).T for x in arrows)
-        axes[0, 0].quiver(*at, *along, color=_colors(2)[1], width=0.004, angles="xy")
     return figure
 
 

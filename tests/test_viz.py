@@ -48,7 +48,6 @@ FIGURES: dict[str, Callable[[], Any]] = {
     "pil": lambda: viz.show_images([Image.new("RGB", (8, 8)), Image.new("L", (8, 8))]),
     "grey": lambda: viz.show_images(torch.zeros(9, 28, 28, dtype=torch.uint8)),
     "latents": lambda: viz.show_latents(torch.randn(16, 8, 8)),
-    "many latents": lambda: viz.show_latents(torch.randn(2, 4, 8, 8), ["a", "b"]),
     "attention": lambda: viz.show_attention(torch.rand(4, 4, 4), WORDS, pictures(1)[0]),
     "rows": lambda: viz.show_attention(torch.rand(2, 4, 4, 4), WORDS, rows=["0", "1"]),
     "trajectory": lambda: viz.show_trajectory(
@@ -68,9 +67,7 @@ FIGURES: dict[str, Callable[[], Any]] = {
         {"a": {"x": 1, "y": 2}, "b": {"x": 3}}, stacked=True
     ),
     "histogram": lambda: viz.show_histogram({"n": torch.randn(100)}),
-    "points": lambda: viz.show_points(
-        {"n": torch.randn(9, 2)}, torch.randn(4, 3, 2), (torch.rand(5, 2),) * 2
-    ),
+    "points": lambda: viz.show_points({"n": torch.randn(9, 2)}, torch.randn(4, 3, 2)),
     "panels": lambda: viz.show_points({"σ = 1": {"n": torch.randn(9, 2)}, "σ = 0": {}}),
     "map": lambda: viz.show_pipeline("vae"),
     "quadrants": lambda: viz.show_quadrants({"even": (4, 4), "thin": (1, 40)}),

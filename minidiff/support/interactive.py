@@ -158,19 +158,15 @@ def attention_explorer(
     maps: Tensor,
     words: Sequence[str],
     images: Tensor,
-    reads: Tensor | None = None,
     blocks: Sequence[str] | None = None,
     steps: Sequence[str] | None = None,
 ) -> Interactive:
     """Choose a word and see where it is found; choose a patch and see what it reads.
 
     ``maps``: (B, S, N, h, w), for each block, step and word a map over the patches,
-    shown relative to its maximum; ``reads``: (B, S, h, w, N), what each patch reads of
-    each word (by default the same numbers); ``images``: the picture of each step
-    (S, 3, H, W) or one for all (3, H, W), in [−1, 1]; ``blocks``, ``steps``: names.
+    shown relative to its maximum; ``images``: the picture of each step (S, 3, H, W) or
+    one for all (3, H, W), in [−1, 1]; ``blocks``, ``steps``: names.
     """
-    if reads is None:
-        reads = maps.permute(0, 1, 3, 4, 2)  # (B, S, N, h, w) → (B, S, h, w, N)
     shape = tuple(maps.shape)
     if maps.ndim != 5 or shape[2] != len(words):
         raise ValueError(f"maps {shape}: expected (B, S, {len(words)} words, h, w)")
@@ -187,7 +183,7 @@ def attention_explorer(
         "pictures": len(pictures),
         "sprite": _data_url(_png(_row(pictures))),
         "maps": _bytes(maps, (3, 4)),
-        "reads": _bytes(reads, (4,)),
+        "reads": _bytes(maps.permute(0, 1, 3, 4, 2), (4,)),  # → (B, S, h, w, N)
         "palette": _palette(),
     }
     strip = _row(np.stack([_overlay(m, pictures[-1]) for m in maps[-1, -1]]))
