@@ -391,6 +391,7 @@ class Pipeline:
         {"latents": …, "denoised": x̂₀})`` may return {"latents": …} to replace them,
         or raise StopIteration to end here. ``sigmas`` replaces the schedule.
         """
+        checks.check_choice("sampler", sampler, SAMPLERS)
         steps = checks.given(num_inference_steps, self.defaults.num_inference_steps)
         scale = checks.guidance(guidance_scale, self.defaults.guidance_scale)
         sigmas = checks.given(sigmas, self.scheduler.sigmas(steps))

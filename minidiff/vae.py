@@ -507,8 +507,8 @@ def check_config(config: VAEConfig) -> None:
 
 def check_image(images: Tensor, config: VAEConfig) -> None:
     """Raise ValueError unless ``images`` is (B, 3, H, W) with sides that fit."""
-    height, width = images.shape[-2:]
-    if images.ndim != 4 or height % config.factor or width % config.factor:
+    sides = [side % config.factor for side in images.shape[2:]]
+    if len(sides) != 2 or images.shape[1] != config.in_channels or any(sides):
         raise ValueError(
             f"images of shape {tuple(images.shape)}: expected (B, "
             f"{config.in_channels}, H, W), sides multiples of {config.factor}"

@@ -255,6 +255,9 @@ MISFITS = {
     "CLIP-L's tokenizer has ids up to 704": lambda f: vocabulary_of(f, 704),
     "CLIP-L's tokenizer writes 77 ids": lambda f: setting(f, *LENGTH, 77),
     "model_max_length is 'long'": lambda f: setting(f, *LENGTH, "long"),
+    "CLIP-L looks for the end token 5": lambda f: setting(
+        f, "text_encoder/config.json", "eos_token_id", 5
+    ),
     "shift is 'x'; expected float": lambda f: setting(f, *SHIFT, "x"),
     "Scheduler(shift=0": lambda f: setting(f, *SHIFT, 0),
     "vae/config.json is missing": lambda f: shutil.rmtree(f / "vae"),
@@ -273,6 +276,38 @@ def test_files_that_do_not_fit(run, tmp_path, monkeypatch, message):
     monkeypatch.setattr(Prepared, "__call__", None)
     code, out, err = run("sample", "a bag", "--model", copy)
     assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+
+
+TOKENS = "tokenizer/tokenizer_config.json"
+WHOLE = "tokenizer_3/tokenizer.json"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda f: setting(f, TOKENS, "added_tokens_decoder", []),
+        lambda f: setting(
+            f, TOKENS, "added_tokens_decoder", {"9": {"content": "a", "single_word": 1}}
+        ),
+        lambda f: (f / "tokenizer/tokenizer.json").write_text('{"model": []}'),
+        lambda f: setting(f, WHOLE, "normalizer", [1]),
+        lambda f: setting(f, WHOLE, "model", {"type": "Unigram", "vocab": []}),
+        lambda f: setting(
+            f, WHOLE, "model", {"type": "Unigram", "vocab": [["a", 0], ["a", 0]]}
+        ),
+    ],
+)
+def test_tokenizers_of_another_shape_are_one_line(run, tmp_path, change):
+    copy = shutil.copytree(TINY, tmp_path / "copy")
+    change(copy)
+    code, out, err = run("sample", "a bag", "--model", copy, "--steps", 1)
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "tokenizer" in err
+
+
+def test_a_length_may_be_written_with_a_point(run, tmp_path):
+    copy = shutil.copytree(TINY, tmp_path / "copy")
+    setting(copy, TOKENS, "model_max_length", 32.0)
+    assert run("sample", "a bag", "--model", copy, "--steps", 1)[0] == 0
 
 
 def test_info_of_a_folder_without_a_model(run, tmp_path):
@@ -377,6 +412,7 @@ def test_info(run, folder):
     code, out, _ = run("info", "sd3.5-medium")
     assert "2,243,171,520" in out and "4,762,310,656" in out and "83,819,683" in out
     assert out.endswith("1024×1024 pixels, 40 steps, guidance 4.5\n")
+    assert run("info", "sd3.5-large")[1].endswith("28 steps, guidance 3.5\n")
     code, out, _ = run("info", "sd3.5-large-turbo")
     assert "8,056,627,520" in out and "4 steps, guidance 1.0" in out
 

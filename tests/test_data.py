@@ -1,8 +1,10 @@
 import errno
+import io
 
 import pyarrow
 import pytest
 import torch
+from PIL import Image
 from pyarrow import parquet
 
 from minidiff.support import data
@@ -69,6 +71,22 @@ def test_a_full_disk_is_no_matter_of_the_network(downloads):
     with pytest.raises(OSError, match="No space left") as caught:
         data.fashion_mnist("test")
     assert not isinstance(caught.value, FileNotFoundError)
+
+
+def test_digits_are_no_garments(tmp_path):
+    """MNIST's files have the same names and columns."""
+    stream = io.BytesIO()
+    Image.new("L", (28, 28)).save(stream, "PNG")
+    image = {"bytes": stream.getvalue(), "path": "a"}
+    table = pyarrow.table({"image": [image] * 12, "label": [*range(10), 0, 0]})
+    parquet.write_table(table, tmp_path / "test-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match="is not of Fashion-MNIST: its classes"):
+        data.fashion_mnist("test", tmp_path)
+
+
+def test_a_linked_folder_is_looked_into(fashion, tmp_path):
+    (tmp_path / "linked").symlink_to(fashion, target_is_directory=True)
+    assert len(data.fashion_mnist("test", tmp_path)[1]) == 10_000
 
 
 def test_a_scene_depends_on_nothing_but_seed_and_index(fashion):

@@ -525,3 +525,12 @@ def test_every_layer_that_is_named_learns_or_is_told(
     )
     names = {key.split(".lora")[0].split(".")[-1] for key in load_file(file)}
     assert names == {"to_q", "to_k"}
+
+
+def test_a_run_goes_on_by_another_name_of_its_pictures(
+    model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIG, steps=2)
+    monkeypatch.chdir(pictures.parent)
+    for given in ("pictures", pictures):
+        finetune.finetune(model, given, tmp_path / "a", config, LoraConfig(2))

@@ -226,6 +226,7 @@ def test_the_plan_is_one_line(folder, capsys):
         ({"memory": "1GB"}, "memory is 1GB; this model needs about"),
         ({"t5": "gone"}, "t5 is 'gone'; expected one of resident, streamed, none"),
         ({"vae_tile": 2}, "vae_tile is 2; expected 8 latent pixels or more"),
+        ({"vae_tile": "64"}, "vae_tile is '64'; expected 8 latent pixels or more"),
         ({"vae_tile": 64.5}, "vae_tile is 64.5; expected 8 latent pixels or more"),
         ({"fp8": "no"}, "fp8 is 'no'; expected True or False"),
         ({"nonsense": 1}, "nonsense is no setting of memory; it has t5, clip"),
@@ -483,3 +484,12 @@ def test_the_work_of_denoising_is_counted_with_guidance(calls):
     weights = (weights - 2 * memory.weigh(call.models["vae"])) / GIB
     peak = denoising_peak(MMDiTConfig.sd35_medium(), plan) - weights
     assert set_aside / 2 < peak < set_aside
+
+
+def test_modulations_of_many_small_pictures_are_counted(calls):
+    call = replace(calls["large"], size=(64, 16, 32, 32))
+    model = call.models["transformer"]
+    with torch.device("meta"), torch.no_grad():
+        ahead = model.modulations(torch.empty(29, 1), torch.empty(128, 2048))
+    held = sum(x.numel() for x in (ahead.final, *sum(ahead.blocks, ())))
+    assert memory.working(Plan(vae_slicing=True), call) > 2 * held

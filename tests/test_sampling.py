@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers import relative_error
@@ -12,6 +14,7 @@ from pipelines import load_tokenizers, reference_pipeline, save_tokenizers
 import minidiff
 from minidiff import sampling
 from minidiff.dit import MMDiT, MMDiTConfig
+from minidiff.extras.loading import DYNAMIC
 from minidiff.flow_matching import Scheduler
 from minidiff.sampling import DEFAULTS, recognize, starting_noise
 from minidiff.support import checkpoints as cp
@@ -380,7 +383,99 @@ BAD_CALLS = [
     ({"sigmas": torch.ones(1)}, "no tensor of two or more levels"),
     ({"sigmas": torch.tensor([1, 0.5, 0.5, 0])}, "levels that fall from 1 to 0"),
     ({"sigmas": torch.tensor([1.5, 0])}, "levels that fall from 1 to 0"),
+    ({"sigmas": torch.tensor([1, -0.5])}, "levels that fall from 1 to 0"),
+    ({"sigmas": [1.0, 0.0]}, "no tensor of two or more levels"),
 ]
+
+
+def test_t5_reads_256_tokens_unless_told(pipe, monkeypatch):
+    import inspect
+
+    import diffusers
+
+    known = inspect.signature(diffusers.StableDiffusion3Pipeline.__call__).parameters
+    monkeypatch.setattr(pipe.tokenizers[2], "model_max_length", 512)
+    assert pipe.max_sequence_length == known["max_sequence_length"].default == 256
+    pipe.tokenizers = (*pipe.tokenizers[:2], None)
+    assert pipe.max_sequence_length == 256
+
+
+def test_the_schedule_survives_saving(pipe, tmp_path):
+    pipe.scheduler = Scheduler(1.5, 500)
+    pipe.save_pretrained(tmp_path)
+    assert minidiff.load(tmp_path).scheduler == Scheduler(1.5, 500)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_number_is_a_card_and_not_the_cpu(number):
+    try:
+        found = checks.check_target(number, None)[0]
+    except ValueError as error:  # none is here
+        assert f"device is {number}" in str(error)
+    else:
+        assert found.type != "cpu" and found.index == number
+
+
+def test_targets_that_cannot_be():
+    with pytest.raises(ValueError, match="device is 'tpu9'; expected cpu, cuda"):
+        checks.check_target("tpu9", None)
+    with pytest.raises(ValueError, match="dtype is torch.int8; expected one of"):
+        checks.check_target(None, torch.int8)
+
+
+def test_numpys_whole_numbers_are_whole_numbers(pipe):
+    call = {"seed": 5, "height": 32, "width": 40, "num_images_per_prompt": 2}
+    call |= {"num_inference_steps": 2, "output_type": "pil"}
+    expected = draw(pipe, **call)
+    found = draw(pipe, **{k: np.int64(v) if v != "pil" else v for k, v in call.items()})
+    for ours, known in zip(found, expected, strict=True):
+        assert ours.tobytes() == known.tobytes() and ours.info == known.info
+
+
+def test_one_text_in_a_list_is_told_apart(pipe):
+    with pytest.raises(ValueError, match="has 1 texts; expected one string, or 2 text"):
+        pipe(["a", "b"], negative_prompt=["c"])
+
+
+def test_the_steps_alone_refuse_too(pipe):
+    context, pooled = pipe.encode_prompt(["", "a bag"])
+    noise = pipe.prepare_latents(1)
+    with pytest.raises(ValueError, match="sampler is 'ddim'"):
+        pipe.denoise(noise, context, pooled, 2, sampler="ddim")
+    with pytest.raises(ValueError, match="prompt is an empty list"):
+        pipe.encode_prompt([])
+    with pytest.raises(ValueError, match="guidance_scale is '4.5'"):
+        pipe("a bag", guidance_scale="4.5")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"pooled_projection_dim": 41}, "pooled_projection_dim is 41; .* need 40"),
+        ({"in_channels": 8}, "in_channels is 8; .* need 16"),
+    ],
+)
+def test_each_pair_of_parts_must_fit(pipe, change, message):
+    with torch.device("meta"):
+        other = MMDiT(replace(pipe.transformer.config, **change))
+    parts = pipe.tokenizers, pipe.text_encoders, other, pipe.vae, Scheduler()
+    with pytest.raises(ValueError, match=message):
+        sampling.Pipeline(*parts)
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_schedules_of_another_kind_are_refused(folders, tmp_path, name):
+    other = copy(folders()[0], tmp_path / "d")
+    config = other / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {name: 0.1}))
+    with pytest.raises(ValueError, match=f"asks for {name}"):
+        minidiff.load(other)
+
+
+def test_the_names_of_other_schedules():
+    known = {"use_dynamic_shifting", "shift_terminal", "use_karras_sigmas"}
+    known |= {"use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas"}
+    assert {*DYNAMIC} == known | {"stochastic_sampling"}
 
 
 def test_default_dtypes():

@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tokenizer_strings import strings
 
 from minidiff import tokenizer as chapter
 from minidiff.support import sentencepiece, unicode
-from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer, Tokenizer
+from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer, Tokenizer, maximize
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -506,3 +507,27 @@ def test_bad_calls_say_what_was_expected():
     ):
         with pytest.raises(error, match=message):
             call()
+
+
+def test_saving_over_another_tokenizer_leaves_nothing_of_it(tmp_path):
+    first, other = trained()["tokenizer"], CLIPTokenizer.train(CAPTIONS[:1], 560)
+    first.save_pretrained(tmp_path)
+    transformers.CLIPTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer.json").is_file()
+    other.save_pretrained(tmp_path)
+    assert CLIPTokenizer.from_pretrained(tmp_path).vocab == other.vocab
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert not differences(other, reference, CAPTIONS)
+
+
+def test_no_sentinels_stay_none(tmp_path):
+    t5 = T5Tokenizer.train(CAPTIONS, 512, extra_ids=0)
+    t5.save_pretrained(tmp_path)
+    again = T5Tokenizer.from_pretrained(tmp_path)
+    assert again.vocab == t5.vocab and again.settings == t5.settings
+
+
+def test_single_letters_stay_and_pairs_of_neighbours_do_not():
+    """ "ab" is part of the alphabet's text, but no letter."""
+    counts = Counter({"a": 0.1, "ab": 0.1, "b": 3.0})
+    assert maximize(counts, "ab").keys() == {"a", "b"}

@@ -1,5 +1,6 @@
 """Every stage learns from real data; a run survives what befalls it."""
 
+import errno
 import json
 import math
 import os
@@ -28,9 +29,10 @@ from minidiff.extras import finetune, stages
 from minidiff.support import captioned, data, rng, trainer
 from minidiff.support.checkpoints import TINY, load_component
 from minidiff.support.trainer import Run, TrainingError, check_other, read_log
+from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder
 from minidiff.tokenizer import T5Tokenizer
 from minidiff.training import Task, TrainingConfig, drop_encoders, fit
-from minidiff.vae import VAE, VAEConfig
+from minidiff.vae import VAE, Posterior, VAEConfig
 
 # Objectives
 
@@ -61,6 +63,69 @@ def test_t5_writes_each_word_before_it_sees_it() -> None:
     loss = training.t5_loss(model, {"source": target, "target": target})
     assert seen[0].tolist() == [[0, 5, 6, 1]]
     assert loss.item() == pytest.approx(math.log(9))
+
+
+def test_every_caption_counts_alike_in_the_loss_of_t5() -> None:
+    target = torch.tensor([[5, 6, 7, 1], [5, 1, 0, 0]])
+
+    def model(source: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+        known = 100.0 * nn.functional.one_hot(target[1], 9)
+        return torch.stack([torch.zeros(4, 9), known])
+
+    loss = training.t5_loss(model, {"source": target, "target": target})
+    assert loss.item() == pytest.approx(math.log(9) / 2)
+
+
+def test_each_clip_has_its_own_scale_up_to_a_hundred() -> None:
+    configs = CLIPTextConfig.tiny_l(), CLIPTextConfig.tiny_g()
+    model = training.CLIPTraining(*map(CLIPTextEncoder, configs))
+    ids = torch.randint(0, 600, (4, 32))
+    batch = {"images": torch.rand(4, 3, 64, 64), "ids_l": ids, "ids_g": ids}
+    batch["meaning"] = torch.arange(4)
+    training.clip_loss(model, batch).backward()
+    assert model.log_scale.grad.all()
+    found = []
+    with torch.no_grad():
+        for value in (math.log(100), 9.0):
+            model.log_scale.fill_(value)
+            found.append(training.clip_loss(model, batch).item())
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_the_loss_of_the_autoencoder_is_its_formula() -> None:
+    mean, logvar, noise, x = torch.randn(4, 2, 3, 6, 6)
+    images, given = torch.rand(2, 3, 6, 6), []
+    vae = SimpleNamespace(
+        encode=lambda _: Posterior(mean, logvar),
+        decode=lambda latents: given.append(latents) or x,
+    )
+    batch = {"images": images, "noise": noise}
+    loss = training.vae_loss(vae, batch, kl_weight=0.1)
+    deviation, e = (logvar / 2).exp(), x - images
+    torch.testing.assert_close(given[0], mean + deviation * noise)
+    edges = (e.diff(dim=2).abs().mean() + e.diff(dim=3).abs().mean()) / 2
+    drawn = torch.distributions.Normal(mean, deviation)
+    standard = torch.distributions.Normal(0.0, 1.0)
+    kl = torch.distributions.kl_divergence(drawn, standard).mean()
+    expected = e.abs().mean() + 2 * e.square().mean() + edges / 2 + 0.1 * kl
+    torch.testing.assert_close(loss, expected)
+    default = training.vae_loss(vae, batch) - loss
+    torch.testing.assert_close(default, (5e-4 - 0.1) * kl, rtol=1e-4, atol=1e-6)
+
+
+def test_the_optimiser_is_as_configured() -> None:
+    task, config = regression(beta2=0.9, weight_decay=0.3, max_grad_norm=0.01)
+    learner, seen = training.Learner(task, config, "cpu"), []
+    (group,) = learner.optimizer.param_groups
+    assert group["betas"] == (0.9, 0.9) and group["weight_decay"] == 0.3
+
+    def look(*_: object) -> None:
+        grads = [p.grad.flatten() for p in learner.model.parameters()]
+        seen.append(torch.cat(grads).norm().item())
+
+    learner.optimizer.register_step_pre_hook(look)
+    learner.step(0)
+    assert seen == [pytest.approx(0.01, rel=1e-3)]
 
 
 def test_contrastive_loss_shares_between_equal_captions() -> None:
@@ -317,6 +382,28 @@ def test_a_stage_goes_on_from_a_model(
     assert files(go_on(stage, tmp_path / "killed")) == new
 
 
+def test_a_stage_goes_on_where_its_start_has_moved(
+    go_on: Callable[..., Path], made: Path, tmp_path: Path
+) -> None:
+    go_on("vae", tmp_path / "out")
+    moved = shutil.copytree(made, tmp_path / "moved")
+    go_on("vae", tmp_path / "out", moved)
+
+
+def test_a_read_only_start_is_copied_to_be_written(made: Path, tmp_path: Path) -> None:
+    start, out = shutil.copytree(made, tmp_path / "start"), tmp_path / "out"
+    out.mkdir()
+    for path in (start, *start.rglob("*")):
+        path.chmod(path.stat().st_mode & ~0o222)
+    try:
+        stages.copy_start(stages.Job(out, stages.RECIPES["trial"], start=start))
+        copied = (out / "model", *(out / "model").rglob("*"))
+        assert all(path.stat().st_mode & 0o200 for path in copied)
+    finally:
+        for path in (start, *start.rglob("*")):
+            path.chmod(path.stat().st_mode | 0o200)
+
+
 def test_the_loss_begins_where_the_old_model_stands(
     go_on: Callable[..., Path],
     made: Path,
@@ -479,7 +566,7 @@ def test_what_cannot_be_a_start(
     weights.write_bytes(whole)
     go_on("vae", tmp_path / "new", copy)
     (copy / "text_encoder" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="config|start = "):
+    with pytest.raises(ValueError, match="config|began = "):
         go_on("vae", tmp_path / "new", copy)
     with pytest.raises(ValueError, match="text_encoder is not .*: expected another"):
         stages.copy_start(
@@ -841,6 +928,26 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> Non
     assert (newest.stem, before.stem) == ("step-40", "step-38")
     newest.write_bytes(newest.read_bytes()[:1000])
     assert_same(trained(tmp_path), whole)
+
+
+def test_a_copy_of_a_checkpoint_is_no_checkpoint(tmp_path: Path) -> None:
+    whole = trained(tmp_path)
+    newest = Run(tmp_path, {}).checkpoints()[0]
+    copy = Path(shutil.copy(newest, tmp_path / "step-40 (copy).safetensors"))
+    assert Run(tmp_path, {}).checkpoints()[0] == newest
+    assert_same(trained(tmp_path), whole)
+    assert copy.exists()
+
+
+def test_a_file_system_without_locks_is_no_other_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(trainer.fcntl, "flock", flock)
+    assert_same(trained(tmp_path), trained())
+    assert "is not locked: " in capsys.readouterr().err
 
 
 def test_damaged_checkpoints_alone_begin_the_run_anew(tmp_path: Path) -> None:

@@ -259,8 +259,9 @@ def test_refuses():
         VAE(replace(config, norm_num_groups=5))
     with pytest.raises(ValueError, match="must not be empty"):
         VAE(replace(config, block_out_channels=()))
-    with pytest.raises(ValueError, match="sides multiples of 4"):
-        VAE(config).encode(torch.zeros(1, 3, 8, 9))
+    for shape in ((1, 3, 8, 9), (1, 4, 8, 8), (3, 8, 8), (8,)):
+        with pytest.raises(ValueError, match=r"expected \(B, 3, H, W.*multiples of 4"):
+            VAE(config).encode(torch.zeros(shape))
 
 
 # The chapter's own steps

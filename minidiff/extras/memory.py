@@ -68,7 +68,7 @@ class Plan:
                 raise ValueError(f"{name} is {value!r}; expected True or False")
         tile = self.vae_tile
         if tile is not None and not (isinstance(tile, int) and tile >= 8):
-            raise ValueError(f"vae_tile is {tile}; expected 8 latent pixels or more")
+            raise ValueError(f"vae_tile is {tile!r}; expected 8 latent pixels or more")
 
     def __str__(self) -> str:
         changed = [
@@ -151,7 +151,9 @@ def working(plan: Plan, call: Call) -> float:
     decoding = 2.5 * unit * tile * min(batch, slices)
     config = call.models["transformer"].config
     tokens = area // config.patch_size**2 + 333
-    denoising = 22 * 2 * batch * tokens * config.width
+    modulations = 12 * config.num_layers + 3 * len(config.dual_attention_layers)
+    modulations *= 29  # levels; all of a call's are made ahead
+    denoising = 2 * batch * config.width * (22 * tokens + modulations)
     return max(encoding, denoising, decoding) * call.width
 
 

@@ -735,7 +735,8 @@ def begin(job: Job, stage: str) -> Run:
         settings = {k: settings[k] for k in ("stage", "seed", "scenes", "data")}
         return Run(job.output / "runs" / stage, settings)
     settings |= lasting(getattr(job.recipe, stage))
-    settings["start"] = job.start and str(job.start)
+    began = begun(job, stage).state_dict().values() if job.start else ()
+    settings["began"] = fingerprint(*began) if began else None
     if stage == "transformer":
         settings["encoders"] = encoders_name(job)
     return Run(job.output / "runs" / stage, settings)
@@ -895,7 +896,9 @@ def copy_start(job: Job) -> None:
     if not job.model.exists():
         part = job.output / ".model.part"
         shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(job.start, part)
+        shutil.copytree(job.start, part, copy_function=shutil.copyfile)
+        for folder in (part, *part.glob("*/")):  # the start may be read-only
+            folder.chmod(0o755)
         part.replace(job.model)
     for name in (*TOKENIZERS, *ENCODERS):
         here, there = job.model / name, job.start / name

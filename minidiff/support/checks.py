@@ -32,7 +32,7 @@ def as_prompts(
             column = column * count
         if len(column) != count:
             found = f"{name}{suffix} has {len(column)} texts"
-            raise ValueError(f"{found}; expected 1 or {count}")
+            raise ValueError(f"{found}; expected one string, or {count} texts")
         columns.append(column)
     return list(zip(*columns, strict=True))
 
@@ -40,6 +40,8 @@ def as_prompts(
 def for_encoders(prompt: str | Sequence[str | Triple]) -> list[list[str]]:
     """Prompts of one text or three → the texts of each encoder."""
     prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not prompts:
+        raise ValueError("prompt is an empty list; expected at least one text")
     triples = [(p,) * 3 if isinstance(p, str) else p for p in prompts]
     return [list(column) for column in zip(*triples, strict=True)]
 
@@ -83,7 +85,7 @@ def check_target(
     not floating point.
     """
     try:
-        device = torch.device(device or "cpu")
+        device = torch.device("cpu" if device is None else device)
     except (RuntimeError, TypeError):
         raise ValueError(f"device is {device!r}; expected cpu, cuda, …") from None
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -184,6 +186,11 @@ def check_tokenizers(tokenizers: Sequence[Any], text_encoders: Sequence[Any]) ->
             raise ValueError(
                 f"{found}; its encoder needs them below {config.vocab_size}"
             )
+        end = getattr(config, "eos_token_id", 2)  # 2 stands for the last id: chapter 2
+        if name != "T5" and end not in (2, tokenizer.eos_token_id):
+            found = f"{name} looks for the end token {end}"
+            known = f"its tokenizer ends with {tokenizer.eos_token_id}"
+            raise ValueError(f"{found}; {known}")
         limit = getattr(config, "max_position_embeddings", math.inf)
         if tokenizer.model_max_length > limit:
             found = f"{name}'s tokenizer writes {tokenizer.model_max_length} ids"
@@ -250,6 +257,6 @@ def given(value: Any, default: Any) -> Any:
 def guidance(value: float | None, default: float) -> float:
     """The guidance scale, or ``default`` for None; ValueError unless it is finite."""
     scale = given(value, default)
-    if not math.isfinite(scale):
-        raise ValueError(f"guidance_scale is {scale}; expected a finite number")
+    if isinstance(scale, str) or not math.isfinite(scale):
+        raise ValueError(f"guidance_scale is {scale!r}; expected a finite number")
     return scale

@@ -10,6 +10,7 @@ import io
 import json
 import os
 from dataclasses import dataclass
+from glob import escape, glob
 from pathlib import Path
 from typing import NamedTuple
 
@@ -459,10 +460,11 @@ def _parquet_file(split: str, folder: str | Path | None) -> Path:
     name = f"{split}-00000-of-00001.parquet"
     folder = folder or os.environ.get("MINIDIFF_DATA")
     if folder:
-        found = sorted(Path(folder).rglob(name))
+        below = f"{escape(str(folder))}/**/{name}"
+        found = sorted(glob(below, recursive=True))  # through links too
         if not found:
             raise FileNotFoundError(f"no {name} in {folder} or below it")
-        return found[0]
+        return Path(found[0])
     from huggingface_hub import hf_hub_download
 
     try:
@@ -489,6 +491,9 @@ def _read(path: Path) -> tuple[Tensor, Tensor]:
         labels = table.column("label").to_numpy()
     except (KeyError, AttributeError) as error:
         raise ValueError(f"{path} is not of Fashion-MNIST: {error}") from None
+    if len(set(np.bincount(labels, minlength=len(CLASSES)).tolist())) > 1:
+        found = "its classes are not equally many"  # MNIST's digits are not
+        raise ValueError(f"{path} is not of Fashion-MNIST: {found}")
     pictures = np.stack([np.asarray(Image.open(io.BytesIO(f))) for f in files])
     return torch.from_numpy(pictures), torch.tensor(labels)
 

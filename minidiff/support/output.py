@@ -4,6 +4,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from functools import wraps
 from inspect import signature
+from numbers import Integral
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,9 @@ def described(draw: Callable) -> Callable:
     def drawn(*args: Any, **named: Any) -> Any:
         bound = arguments.bind(*args, **named)
         bound.apply_defaults()
+        for name, value in bound.arguments.items():  # NumPy's whole numbers are ours
+            if isinstance(value, Integral) and not isinstance(value, bool):
+                bound.arguments[name] = int(value)
         if bound.arguments["seed"] is None:
             bound.arguments["seed"] = secrets.randbelow(2**32)
         checks.check_range("seed", bound.arguments["seed"], 0, 2**63)

@@ -149,10 +149,22 @@ def read_settings(folder: str | Path, defaults: Settings) -> Settings:
     Raises:
         ValueError: a file is damaged, or asks for what is not supported.
     """
-    folder = Path(folder)
     files = ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
-    found = (read_json(folder / f) if (folder / f).is_file() else {} for f in files)
-    config, special_map, whole = found
+    paths = [Path(folder) / file for file in files]
+    found = [read_json(path) if path.is_file() else {} for path in paths]
+    try:
+        return _settings(*found, defaults)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}, the tokenizer's settings: {error}") from None
+
+
+def _settings(
+    config: dict[str, Any],
+    special_map: dict[str, Any],
+    whole: dict[str, Any],
+    defaults: Settings,
+) -> Settings:
+    """The settings in tokenizer_config.json, special_tokens_map.json and the whole."""
     if "added_tokens_decoder" in config:
         listed = sorted(config["added_tokens_decoder"].items(), key=lambda i: int(i[0]))
         known, special_map = [_added(entry) for _, entry in listed], {}
@@ -175,12 +187,12 @@ def read_settings(folder: str | Path, defaults: Settings) -> Settings:
         added.setdefault(token.content, token)
     length = config.get("model_max_length", defaults.model_max_length)
     if not isinstance(length, int | float):
-        raise ValueError(f"{folder}: model_max_length is {length!r}; expected a number")
+        raise ValueError(f"model_max_length is {length!r}; expected a number")
     return Settings(
         {name: _added(entry).content for name, entry in named.items()},
         tuple(added.values()),
         # Some folders state 1e30 for "not known".
-        length if length < 1_000_000 else defaults.model_max_length,
+        int(length) if length < 1_000_000 else defaults.model_max_length,
         sentinels,
         config.get("clean_up_tokenization_spaces", defaults.clean_up),
     )
@@ -210,7 +222,7 @@ def write_settings(
     config = {
         "added_tokens_decoder": entries,
         **settings.names,
-        **(more if settings.extra_ids else {}),
+        **(more if class_name.startswith("T5") else {}),
         "clean_up_tokenization_spaces": settings.clean_up,
         "model_max_length": settings.model_max_length,
         "tokenizer_class": class_name,
@@ -244,7 +256,8 @@ def read_bpe(
     path = first_file(folder, "tokenizer.json", "vocab.json")
     content = read_json(path)
     if path.name == "tokenizer.json":
-        model = content.get("model", {})
+        model = content.get("model")
+        model = model if isinstance(model, dict) else {}
         vocab, lines = model.get("vocab"), model.get("merges", [])
     else:
         text = read_text(first_file(folder, "merges.txt"))
@@ -277,6 +290,7 @@ def write_bpe(
     write_json(folder / "vocab.json", vocab)
     lines = ["#version: 0.2", *map(" ".join, merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "tokenizer.json").unlink(missing_ok=True)  # another one's would be read
     write_settings(folder, "CLIPTokenizer", settings, vocab)
 
 
@@ -295,6 +309,8 @@ def read_unigram(folder: str | Path) -> tuple[dict[str, float], bytes, Settings]
         pieces, charsmap = _parse_unigram(path)
     if len(scores := dict(pieces)) < len(pieces):
         raise ValueError(f"{path}: the vocabulary lists a piece twice")
+    if not scores:
+        raise ValueError(f"{path}: the vocabulary is empty")
     return scores, charsmap, settings
 
 
@@ -311,7 +327,7 @@ def _parse_unigram(path: Path) -> tuple[list[Piece], bytes]:
             for step in steps.get("normalizers", [steps])
             if step.get("type") == "Precompiled"
         ]
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: expected a Unigram model, found {error}") from error
     return pieces, maps[0] if maps else b""
 

@@ -140,11 +140,13 @@ class Run:
         try:
             if fcntl:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._lock.close()
             raise ValueError(
                 f"another process trains in {self.folder}; expected a folder of its own"
             ) from None
+        except OSError as error:  # some file systems have no locks
+            print(f"{self.folder} is not locked: {error}", file=sys.stderr)
         try:
             self.check()
         except BaseException:
@@ -198,9 +200,10 @@ class Run:
             write_text(self.folder / "run.json", text)
 
     def checkpoints(self) -> list[Path]:
-        """The numbered checkpoints, newest first."""
+        """The numbered checkpoints, newest first; copies under other names are none."""
         paths = self.folder.glob("step-*.safetensors")
-        return sorted(paths, key=number, reverse=True)
+        numbered = (path for path in paths if path.stem[5:].isdecimal())
+        return sorted(numbered, key=number, reverse=True)
 
     def save(self, step: int, tensors: dict[str, Tensor]) -> None:
         """Checkpoint after ``step`` steps; older ones than the last ``keep`` go."""
