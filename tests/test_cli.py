@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import re
 import shutil
@@ -290,6 +291,14 @@ WHOLE = "tokenizer_3/tokenizer.json"
             f, TOKENS, "added_tokens_decoder", {"9": {"content": "a", "single_word": 1}}
         ),
         lambda f: (f / "tokenizer/tokenizer.json").write_text('{"model": []}'),
+        lambda f: (f / "tokenizer/tokenizer.json").write_text(
+            '{"model": {"vocab": {"a": 0}, "merges": 5}}'
+        ),
+        lambda f: (f / "tokenizer/tokenizer.json").write_text(
+            '{"model": {"vocab": {"a": 0}, "merges": [["a", ["b"]]]}}'
+        ),
+        lambda f: (f / "tokenizer/vocab.json").write_text('{"a": "0"}'),
+        lambda f: setting(f, TOKENS, "model_max_length", -math.inf),
         lambda f: setting(f, WHOLE, "normalizer", [1]),
         lambda f: setting(f, WHOLE, "model", {"type": "Unigram", "vocab": []}),
         lambda f: setting(

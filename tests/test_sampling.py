@@ -426,8 +426,10 @@ def test_targets_that_cannot_be():
 def test_numpys_whole_numbers_are_whole_numbers(pipe):
     call = {"seed": 5, "height": 32, "width": 40, "num_images_per_prompt": 2}
     call |= {"num_inference_steps": 2, "output_type": "pil"}
-    expected = draw(pipe, **call)
-    found = draw(pipe, **{k: np.int64(v) if v != "pil" else v for k, v in call.items()})
+    numbers = {k: np.int64(v) for k, v in call.items() if v != "pil"}
+    numbers["guidance_scale"] = np.float32(4.5)
+    expected = draw(pipe, **call, guidance_scale=4.5)
+    found = draw(pipe, **call | numbers)
     for ours, known in zip(found, expected, strict=True):
         assert ours.tobytes() == known.tobytes() and ours.info == known.info
 

@@ -157,9 +157,9 @@ def finetune(
         add_lora(parts["transformer"], lora.rank, lora.alpha, lora.targets)
     dtype = torch.bfloat16 if lora and config.bfloat16 else torch.float32
     check_card(parts, lora, dtype, device)
-    known = Path(model).exists()  # and not a name that stands for a model
-    settings = {"model": str(Path(model).resolve() if known else model)}
-    settings |= {"pictures": str(Path(pictures).resolve()), "lora": str(lora)}
+    known = str(model) != "tiny" and Path(model).exists()  # no name of a model
+    settings = {"base": str(Path(model).resolve() if known else model)}
+    settings |= {"folder": str(Path(pictures).resolve()), "lora": str(lora)}
     settings |= {"drop": drop, "seed": seed, **lasting(config)}
     with Run(output / "run", settings) as run:
         images, captions = read_folder(pictures, side, crop)

@@ -138,15 +138,14 @@ def add_lora(
     layer (but for those of ``ATTENTION``), and for a rank that a layer cannot have.
     """
     layers = {f".{name}": target for name, target in targets(model).items()}
-    for name in names:
-        if not any(layer.endswith(f".{name}") for layer in layers) and (
-            name not in ATTENTION
-        ):
-            raise ValueError(f"no layer is called {name}; layers end in …to_q")
     ends = tuple(f".{name}" for name in names)
     chosen = {n[1:]: target for n, target in layers.items() if n.endswith(ends)}
-    if not chosen:
-        raise ValueError(f"no layer is called {', '.join(names)}; layers end in …to_q")
+    own = (e for e in ends if e[1:] not in ATTENTION)
+    missing = [e[1:] for e in own if not any(n.endswith(e) for n in layers)]
+    if missing or not chosen:
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+        wanted = ", ".join(missing or names)
+        raise ValueError(f"no layer is called {wanted}; their names end in {known}")
     if rank > (largest := min(min(t.shape) for t in chosen.values())):
         raise ValueError(f"rank is {rank}; expected at most {largest} in these layers")
     model.requires_grad_(False)

@@ -108,12 +108,21 @@ class Call:
         width: bytes of a working value.
         size: of the latents, (B, C, h, w).
         encoded: how many pictures become latents first.
+        levels: noise levels times rows (two with guidance) for which each picture has
+            its modulations; all are computed ahead.
     """
 
     models: Mapping[str, nn.Module]
     width: int = 2
     size: tuple[int, ...] = PICTURE
     encoded: int = 0
+    levels: int = 2 * 29
+
+
+def usual_levels(pipe: Any) -> int:
+    """``Call.levels`` with the steps and the guidance that a model is meant for."""
+    usual = pipe.defaults
+    return (usual.num_inference_steps + 1) * (1 + (usual.guidance_scale > 1))
 
 
 def estimate(plan: Plan, call: Call) -> float:
@@ -152,8 +161,8 @@ def working(plan: Plan, call: Call) -> float:
     config = call.models["transformer"].config
     tokens = area // config.patch_size**2 + 333
     modulations = 12 * config.num_layers + 3 * len(config.dual_attention_layers)
-    modulations *= 29  # levels; all of a call's are made ahead
-    denoising = 2 * batch * config.width * (22 * tokens + modulations)
+    numbers = 22 * 2 * tokens + modulations * call.levels  # of each channel
+    denoising = batch * config.width * numbers
     return max(encoding, denoising, decoding) * call.width
 
 
@@ -251,7 +260,7 @@ def check_room(pipe: Any, size: tuple[int, ...], free: float, encoded: int = 0) 
     that of ``Call``.
     """
     models = {"transformer": pipe.transformer}
-    call = Call(models, pipe.dtype.itemsize, size, encoded)
+    call = Call(models, pipe.dtype.itemsize, size, encoded, usual_levels(pipe))
     need = working(getattr(pipe.vae, "plan", Plan()), call)
     if need <= free:
         return

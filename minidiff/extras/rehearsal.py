@@ -25,6 +25,7 @@ from minidiff.extras.memory import (
     choose,
     requested,
     stand_in,
+    usual_levels,
 )
 from minidiff.flow_matching import Scheduler
 from minidiff.sampling import Pipeline
@@ -80,7 +81,8 @@ def rehearse(
     opened = outline(model, text_encoders, memory, knobs)
     asked = requested(memory, **knobs)
     pipe = attempt(perform, opened, asked)
-    call = Call(opened.parts, dtype.itemsize, pipe.size, pipe.encoded)
+    known = pipe.size, pipe.encoded, usual_levels(pipe)
+    call = Call(opened.parts, dtype.itemsize, *known)
     plan = choose(memory, call, **knobs)
     check_device(plan, call, device, **knobs)
     if plan != asked:  # it may keep weights away that a LoRA would be added to

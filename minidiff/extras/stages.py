@@ -896,9 +896,10 @@ def copy_start(job: Job) -> None:
     if not job.model.exists():
         part = job.output / ".model.part"
         shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(job.start, part, copy_function=shutil.copyfile)
-        for folder in (part, *part.glob("*/")):  # the start may be read-only
-            folder.chmod(0o755)
+        for path in filter(Path.is_file, job.start.rglob("*")):
+            copy = part / path.relative_to(job.start)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)  # without its mode: it may be read-only
         part.replace(job.model)
     for name in (*TOKENIZERS, *ENCODERS):
         here, there = job.model / name, job.start / name

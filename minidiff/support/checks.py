@@ -77,7 +77,7 @@ def check_range(name: str, value: int, low: int, high: int | None = None) -> Non
 
 
 def check_target(
-    device: torch.device | str | None, dtype: torch.dtype | None
+    device: torch.device | str | int | None, dtype: torch.dtype | None
 ) -> tuple[torch.device, torch.dtype]:
     """Where and in what to work: None is the CPU; float32 there, else bfloat16.
 
@@ -187,7 +187,7 @@ def check_tokenizers(tokenizers: Sequence[Any], text_encoders: Sequence[Any]) ->
                 f"{found}; its encoder needs them below {config.vocab_size}"
             )
         end = getattr(config, "eos_token_id", 2)  # 2 stands for the last id: chapter 2
-        if name != "T5" and end not in (2, tokenizer.eos_token_id):
+        if end not in (2, tokenizer.eos_token_id):
             found = f"{name} looks for the end token {end}"
             known = f"its tokenizer ends with {tokenizer.eos_token_id}"
             raise ValueError(f"{found}; {known}")

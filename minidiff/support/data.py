@@ -10,7 +10,6 @@ import io
 import json
 import os
 from dataclasses import dataclass
-from glob import escape, glob
 from pathlib import Path
 from typing import NamedTuple
 
@@ -460,11 +459,9 @@ def _parquet_file(split: str, folder: str | Path | None) -> Path:
     name = f"{split}-00000-of-00001.parquet"
     folder = folder or os.environ.get("MINIDIFF_DATA")
     if folder:
-        below = f"{escape(str(folder))}/**/{name}"
-        found = sorted(glob(below, recursive=True))  # through links too
-        if not found:
-            raise FileNotFoundError(f"no {name} in {folder} or below it")
-        return Path(found[0])
+        if found := _below(folder, name):
+            return found
+        raise FileNotFoundError(f"no {name} in {folder} or below it")
     from huggingface_hub import hf_hub_download
 
     try:
@@ -480,6 +477,18 @@ def _parquet_file(split: str, folder: str | Path | None) -> Path:
     return Path(path)
 
 
+def _below(folder: str | Path, name: str) -> Path | None:
+    """The first file called ``name`` in ``folder`` or below it, through links too."""
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        if name in files:
+            return Path(place, name)
+        known = os.path.realpath(place)
+        folders[:] = [] if known in seen else sorted(folders)
+        seen.add(known)
+    return None
+
+
 @functools.lru_cache(maxsize=4)
 def _read(path: Path) -> tuple[Tensor, Tensor]:
     import numpy as np
@@ -489,11 +498,10 @@ def _read(path: Path) -> tuple[Tensor, Tensor]:
     try:
         files = table.column("image").combine_chunks().field("bytes").to_pylist()
         labels = table.column("label").to_numpy()
-    except (KeyError, AttributeError) as error:
+        if len(set(np.bincount(labels, minlength=len(CLASSES)).tolist())) > 1:
+            raise ValueError("its classes are not equally many")  # as MNIST's digits
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not of Fashion-MNIST: {error}") from None
-    if len(set(np.bincount(labels, minlength=len(CLASSES)).tolist())) > 1:
-        found = "its classes are not equally many"  # MNIST's digits are not
-        raise ValueError(f"{path} is not of Fashion-MNIST: {found}")
     pictures = np.stack([np.asarray(Image.open(io.BytesIO(f))) for f in files])
     return torch.from_numpy(pictures), torch.tensor(labels)
 

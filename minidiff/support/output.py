@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from functools import wraps
 from inspect import signature
-from numbers import Integral
+from numbers import Integral, Real
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -92,9 +92,8 @@ def described(draw: Callable) -> Callable:
     def drawn(*args: Any, **named: Any) -> Any:
         bound = arguments.bind(*args, **named)
         bound.apply_defaults()
-        for name, value in bound.arguments.items():  # NumPy's whole numbers are ours
-            if isinstance(value, Integral) and not isinstance(value, bool):
-                bound.arguments[name] = int(value)
+        for given in (bound.arguments, bound.arguments.get("call", {})):
+            given |= {name: plain(value) for name, value in given.items()}
         if bound.arguments["seed"] is None:
             bound.arguments["seed"] = secrets.randbelow(2**32)
         checks.check_range("seed", bound.arguments["seed"], 0, 2**63)
@@ -106,6 +105,13 @@ def described(draw: Callable) -> Callable:
         return pictures
 
     return drawn
+
+
+def plain(value: Any) -> Any:
+    """NumPy's numbers as Python's, all else as it is."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def settings(pipe: Any, given: Mapping[str, Any], index: int) -> dict[str, Any]:

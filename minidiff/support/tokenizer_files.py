@@ -154,7 +154,7 @@ def read_settings(folder: str | Path, defaults: Settings) -> Settings:
     found = [read_json(path) if path.is_file() else {} for path in paths]
     try:
         return _settings(*found, defaults)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}, the tokenizer's settings: {error}") from None
 
 
@@ -263,9 +263,13 @@ def read_bpe(
         text = read_text(first_file(folder, "merges.txt"))
         vocab, lines = content, text.removesuffix("\n").split("\n")
         lines = [line for line in lines if not line.startswith("#version")]
-    if not isinstance(vocab, dict):
+    if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):
         raise ValueError(f"{path}: expected a BPE vocabulary of pieces and ids")
-    merges = [tuple(x.split(" ") if isinstance(x, str) else x) for x in lines]
+    try:
+        merges = [tuple(x.split(" ") if isinstance(x, str) else x) for x in lines]
+        "".join("".join(pair) for pair in merges)
+    except TypeError as error:
+        raise ValueError(f"{path}: expected merges, pairs of texts: {error}") from None
     for number, pair in enumerate(merges):
         if len(pair) != 2:
             raise ValueError(
