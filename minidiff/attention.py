@@ -476,8 +476,7 @@ def record_attention(
 # Now the words themselves. T5's tokens stand behind CLIP's 32. For every word we ask
 # how much each patch reads it, and lay the answer over the finished picture: one row
 # per word, one column per block, in the middle of the way from noise to picture. Bright
-# is
-# where the word is read most; each map has a scale of its own.
+# is where the word is read most; each map has a scale of its own.
 
 # %% tags=["active-ipynb"]
 # t5 = pipe.tokenizers[2]

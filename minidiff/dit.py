@@ -71,9 +71,8 @@ from minidiff.attention import Attention, Heads, JointAttention
 # The transformer is a stack of blocks of one design, each with its own weights: 5 in
 # Tiny, 24 in Medium, 38 in Large. Each stream walks down its own column, through
 # weights of its own, and the two meet only in joint attention. What is blue is steered
-# from outside, by time and pooled text. “Add”
-# means: to what the stream was before, so that a block changes its tokens rather than
-# replacing them.
+# from outside, by time and pooled text. “Add” means: to what the stream was before, so
+# that a block changes its tokens rather than replacing them.
 
 # %% tags=["active-ipynb"]
 # viz.show_joint_block()

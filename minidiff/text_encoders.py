@@ -73,9 +73,8 @@ from torch import Tensor, nn
 # 7 does it). This ties words to what can be *seen*, and leaves the encoder free to
 # forget what does not help to tell pictures apart, such as fine grammar. T5 never saw a
 # picture, but to fill gaps it must keep track of who does what to whom. The paper on
-# Stable
-# Diffusion 3 finds that leaving T5 out costs little on simple prompts, and most on long
-# ones and on written words in the picture ([Esser et al.
+# Stable Diffusion 3 finds that leaving T5 out costs little on simple prompts, and most
+# on long ones and on written words in the picture ([Esser et al.
 # 2024](https://arxiv.org/abs/2403.03206), section 5.3).
 #
 # The symbols of this chapter, with the sizes of SD3.5 and of the tiny model that ships
@@ -805,10 +804,10 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 
 # %% [markdown]
 # Above (colours stop at ±3), the 32 tokens of the two CLIPs: 160 features and then
-# zeros up to the width of
-# T5. Below, the 32 tokens of T5. In both halves the first rows, the words, differ from
-# one another; the rows after the end token, the padding, are almost alike. They are
-# there in SD3.5 too, and nobody masks them: the transformer reads them with the rest.
+# zeros up to the width of T5. Below, the 32 tokens of T5. In both halves the first
+# rows, the words, differ from one another; the rows after the end token, the padding,
+# are almost alike. They are there in SD3.5 too, and nobody masks them: the transformer
+# reads them with the rest.
 #
 # On the meta device tensors have shapes but no values, so that we can send a prompt
 # through the encoders of SD3.5 itself:

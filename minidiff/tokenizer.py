@@ -849,10 +849,9 @@ class T5Tokenizer(Tokenizer):
 
 # %% [markdown]
 # All three readers notice the `!`. CLIP does not see capitals; T5 spells them, since no
-# caption had any. The emoji are
-# eight bytes to CLIP and one `<unk>` to T5, which has nothing for "é" either. (The
-# published T5 knows "é", but not the emoji, and of a Chinese prompt one `<unk>` is
-# left.)
+# caption had any. The emoji are eight bytes to CLIP and one `<unk>` to T5, which has
+# nothing for "é" either. (The published T5 knows "é", but not the emoji, and of a
+# Chinese prompt one `<unk>` is left.)
 #
 # Now break something: replay the merges with the ranks reversed, the last learned
 # first. All symbols are still in the vocabulary, and no error is raised.
