@@ -73,7 +73,7 @@ def test_parity_catches_texts_in_another_order(both, monkeypatch):
 @pytest.mark.parametrize(
     "call, message",
     [
-        ({"prompt": ["a", "b"], "prompt_2": ["c"]}, "prompt_2 has 1 texts; .* or 2 texts"),
+        ({"prompt": ["a", "b"], "prompt_2": ["c"]}, "prompt_2 has 1 texts; .* 2 texts"),
         ({"prompt": "a", "prompt_3": 3}, "prompt_3 is a int"),
         (
             {"prompt": "a", "negative_prompt_2": ["b", "c"]},
