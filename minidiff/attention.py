@@ -488,11 +488,11 @@ def record_attention(
 # viz.show_attention(by_block, [f"block {i}" for i in range(5)], image, rows=words)
 
 # %% [markdown]
-# Questions to put to this figure: in which block does the garment read *red*? Does the
-# rest read *blue*, the colour of the background? Eyes are easily persuaded, so here is
-# a number: the correlation, over the 64 patches, of each word's map with how much
-# redder than blue the finished picture is there. A word that is read by the dress comes
-# near +1, a word that is read by the background near −1.
+# In which block does the garment read *red*, and the rest *blue*, the colour of the
+# background? Eyes are easily persuaded, so here is a number: the correlation, over the
+# 64 patches, of each word's map with how much redder than blue the finished picture is
+# there. A word that the dress reads comes near +1, a word that the background reads
+# near −1.
 
 # %% tags=["active-ipynb"]
 # redness = F.avg_pool2d(image[:1] - image[2:], 8).flatten()  # (1, H, W) → (64,)
@@ -501,11 +501,12 @@ def record_attention(
 #     print(f"{word:>10}", [f"{torch.corrcoef(pair)[0, 1]:+.1f}" for pair in pairs])
 
 # %% [markdown]
-# Read the table by columns, a block at a time. Where *red* and *blue* have the same
-# sign, the block uses both colours alike: it tells garment from ground, and no more.
-# Where they have opposite signs, each colour is read in its own place. Where no block
-# shows this, what tells the colours apart must reach the picture by another way than
-# T5's two words: by CLIP's tokens or the pooled vector.
+# Read the table by columns, a block at a time. In block 0 *red* is near +1 and *blue*
+# near −1: the dress reads its own colour, the ground its own. In block 2 both are
+# negative: the maps tell garment from ground, and no more. And a word need not be read
+# where the thing that it names will be: in the last two blocks it is the dress that
+# reads *background*. The token's vector describes more than its own word: T5 has let it
+# read the whole caption.
 #
 # Now one block over the steps, block 2: first noise, at the end a picture. From which
 # step on does a map keep the outline of the finished garment?

@@ -644,12 +644,12 @@ def dpmpp_2m(
 # print("all three come closer")
 
 # %% [markdown]
-# Few calls favour the plain solver: with 8 Euler lies lowest, with 16 DPM++ 2M has
+# Few calls favour the plain solver: with 4 Euler lies lowest, with 8 DPM++ 2M has
 # caught up, and Heun not yet. The last step but one falls to 0.001, a long way in
 # $\ln\sigma$: Heun asks for a velocity at its far end, and DPM++ 2M draws its line
-# across it. Order describes small steps; Heun shows it with some thirty calls. (Its
-# last step asks only once, so that its counts are one too high here.) In practice one
-# takes as many steps as change the picture to the eye, long before the error is small.
+# across it. Order describes small steps; Heun shows it from 16 calls on. (Its last step
+# asks only once, so that its counts are one too high here.) In practice one takes as
+# many steps as change the picture to the eye, long before the error is small.
 #
 # ## Guidance
 #

@@ -554,7 +554,9 @@ def _box(ax: "Axes", x: float, y: float, text: str, chosen: bool) -> None:
         (x - 0.47, y - 0.32), 0.94, 0.64, shape, lw=2 if chosen else 1, **style
     )
     ax.add_patch(patch)
-    ax.text(x, y, text, ha="center", va="center", weight="bold" if chosen else None)
+    size = 8 if chosen and max(map(len, text.split())) > 10 else 9  # bold is wide
+    bold = "bold" if chosen else None
+    ax.text(x, y, text, ha="center", va="center", weight=bold, fontsize=size)
 
 
 def _arrow(ax: "Axes", start: float, end: float, y: float, label: str) -> None:
