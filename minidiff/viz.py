@@ -53,6 +53,7 @@ __all__ = [
     "show_tokens",
     "show_trajectory",
     "show_vectors",
+    "to_frames",
     "to_pictures",
 ]
 
