@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import request
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,6 +31,17 @@ def settings() -> None:
     """One thread and a fixed seed for every test."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Four plain pictures of 20 × 14 pixels with their captions."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("red", "green", "blue", "white"):
+        Image.new("RGB", (20, 14), name).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"a {name} background\n")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -27,17 +27,6 @@ from minidiff.support.trainer import read_log
 from minidiff.training import Task, TrainingConfig
 
 
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Four plain pictures of 20 × 14 pixels with their captions."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for name in ("red", "green", "blue", "white"):
-        Image.new("RGB", (20, 14), name).save(folder / f"{name}.png")
-        (folder / f"{name}.txt").write_text(f"a {name} background\n")
-    return folder
-
-
 def test_captions_beside_pictures_and_in_one_file(pictures: Path) -> None:
     images, captions = read_folder(pictures, 8)
     assert images.shape == (4, 3, 8, 8)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -74,12 +73,7 @@ def test_sharded_stages_export_the_model_of_one(fashion: Path, tmp_path: Path) -
         assert (tmp_path / "together" / name).exists()
 
 
-def test_fine_tuning_in_two_processes(tmp_path: Path) -> None:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    for name in ("red", "green", "blue", "white"):
-        Image.new("RGB", (64, 64), name).save(pictures / f"{name}.png")
-        (pictures / f"{name}.txt").write_text(f"a {name} background")
+def test_fine_tuning_in_two_processes(pictures: Path, tmp_path: Path) -> None:
     train = ["minidiff", "train", "--from", "tiny", "--lora", "--data", pictures]
     train += ["--steps", "3", "--batch-size", "2", "--learning-rate", "1e-2"]
     train = list(map(str, [*train, "--device", "cpu", "--output"]))

@@ -137,11 +137,10 @@ def add_lora(
     The model's own weights stop learning. Raises ValueError for a name that matches no
     layer (but for those of ``ATTENTION``), and for a rank that a layer cannot have.
     """
-    layers = {f".{name}": target for name, target in targets(model).items()}
-    ends = tuple(f".{name}" for name in names)
-    chosen = {n[1:]: target for n, target in layers.items() if n.endswith(ends)}
-    own = (e for e in ends if e[1:] not in ATTENTION)
-    missing = [e[1:] for e in own if not any(n.endswith(e) for n in layers)]
+    layers, ends = targets(model), tuple(f".{name}" for name in names)
+    chosen = {n: t for n, t in layers.items() if f".{n}".endswith(ends)}
+    own = [name for name in names if name not in ATTENTION]
+    missing = [n for n in own if not any(f".{c}".endswith(f".{n}") for c in chosen)]
     if missing or not chosen:
         known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
         wanted = ", ".join(missing or names)
@@ -274,7 +273,8 @@ class LoRA:
 def record(pipe, loras: list[LoRA]) -> None:
     """Let pictures say which ``loras`` act on the pipeline that draws them."""
     pipe.loras = loras
-    pipe.settings = {k: v for k, v in pipe.settings.items() if k[:4] != "lora"}
+    ours = ("lora", "lora_scale")
+    pipe.settings = {k: v for k, v in pipe.settings.items() if k not in ours}
     if loras:
         pipe.settings["lora"] = ", ".join(str(one.file) for one in loras)
         scales = [one.scale for one in loras]

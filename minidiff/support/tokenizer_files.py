@@ -265,13 +265,10 @@ def read_bpe(
         lines = [line for line in lines if not line.startswith("#version")]
     if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):
         raise ValueError(f"{path}: expected a BPE vocabulary of pieces and ids")
-    try:
-        merges = [tuple(x.split(" ") if isinstance(x, str) else x) for x in lines]
-        "".join("".join(pair) for pair in merges)
-    except TypeError as error:
-        raise ValueError(f"{path}: expected merges, pairs of texts: {error}") from None
-    for number, pair in enumerate(merges):
-        if len(pair) != 2:
+    merges = []
+    for number, line in enumerate(lines if isinstance(lines, list) else [lines]):
+        pair = line.split(" ") if isinstance(line, str) else line
+        if not isinstance(pair, list) or [*map(type, pair)] != [str, str]:
             raise ValueError(
                 f"{folder}: merge {number} is {pair}, expected two symbols"
             )
@@ -279,6 +276,7 @@ def read_bpe(
             raise ValueError(
                 f"{folder}: merge {number} {pair} has symbols not in the vocabulary"
             )
+        merges.append(tuple(pair))
     return vocab, merges, read_settings(folder, CLIP_SETTINGS)
 
 

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -55,7 +54,9 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: object) -> 
 
 
 def cached(
-    path: Path | None, make: Callable[[], dict[str, Tensor]], device: Any
+    path: Path | None,
+    make: Callable[[], dict[str, Tensor]],
+    device: str | torch.device,
 ) -> dict[str, Tensor]:
     """What ``make`` returns, on ``device``; kept in the file ``path``, if there is one.
 
