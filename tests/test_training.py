@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,7 @@ from helpers import relative_error
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from tqdm import tqdm
 
 import minidiff
 from minidiff import training
@@ -837,10 +839,15 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 
 def in_child(action, kill_after: float | None = None) -> int:
-    """Run ``action`` in a forked process, kill it if asked; its exit status."""
+    """Run ``action`` in a forked process, kill it if asked; its exit status.
+
+    It gets a lock of its own for its bars: tqdm's is shared with forked processes, and
+    one that is killed while it holds it would leave all others waiting for ever.
+    """
     child = os.fork()
     if child == 0:
         try:
+            tqdm.set_lock(threading.RLock())
             action()
             os._exit(0)
         except BaseException as error:
