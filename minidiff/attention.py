@@ -174,7 +174,7 @@ def attend_matrices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # ## Then in one call
 #
 # The table is the trouble. It has $L^2$ entries per head; for one block of SD3.5 Large
-# at 1024² with guidance (two samples) that is
+# at 1024² with guidance, for which each step runs two samples (chapter 6), that is
 
 # %% tags=["active-ipynb"]
 # length, heads, samples = 333 + 4096, 38, 2

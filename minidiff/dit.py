@@ -262,7 +262,8 @@ def unpatchify(tokens: Tensor, height: int, width: int, patch_size: int) -> Tens
 #
 # The table is larger than any usual picture, and a picture takes the rectangle in its
 # *middle*. The model thus learns places counted from the centre: a wider picture adds
-# places at both sides, and those in the middle keep their meaning.
+# places at both sides, and those in the middle keep their meaning. (Medium was trained
+# on rectangles at random places of its table too, says its model card.)
 #
 # The published checkpoints store their tables, 226 million numbers in Medium, almost a
 # tenth of its file. Always take the stored one: nothing promises that it was made by
@@ -323,8 +324,9 @@ def timestep_embedding(timestep: Tensor, width: int = 256) -> Tensor:
 # viz.show_heatmap(features, None, None, "feature", "100 · sigma", title, signed=True)
 
 # %% [markdown]
-# One row of pixels is one time. The waves at the left of each half are too fast for 101
-# rows, hence the whorls; those at the right hardly turn, and tell early from late.
+# One row of pixels is one time. The waves at the left of each half turn too fast for
+# 101 rows, which show false patterns in their place; those at the right hardly turn,
+# and tell early from late.
 #
 # This has to be computed in 32 bits, even in a model of 16. Between 512 and 1024 the
 # numbers of bfloat16 lie four apart: different times become one.
@@ -518,7 +520,10 @@ class JointBlock(nn.Module):
 # ## The last layer
 #
 # One more LayerNorm with shift and scale, and a linear map to the numbers of a patch.
-# Its weights start at zero too: a fresh model predicts the velocity zero.
+# Its weights start at zero too: a fresh model predicts the velocity zero. How can it
+# learn, then? The first gradient reaches only this last matrix, which multiplies tokens
+# that are not zero. Once it is not zero itself, a gradient reaches the gates, for they
+# multiply what attention and MLP give; and once the gates are open, everything else.
 
 
 # %%
@@ -842,9 +847,10 @@ class MMDiT(nn.Module):
 # viz.show_images(torch.stack(pictures), titles)
 
 # %% [markdown]
-# A block *adds* to its tokens, so taking it out leaves everything that the others have
-# built. The nearer a picture is to the first, the better the others do without that
-# block. Was your guess right?
+# A block *adds* to its tokens, so that without it the network still runs; but the later
+# ones miss what it would have written. The nearer a picture is to the first, the better
+# they do without that block. Nothing is left where the first is missing, on which all
+# others build. Was your guess right?
 #
 # **Two.** Exchange rows and columns of the position table: every patch is told the
 # place of its mirror image across the diagonal. What will be painted? And what if every

@@ -59,8 +59,9 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 # ## A picture in the plane
 #
 # Let the data be points in the plane: two moons, 120 points in all. Give every data
-# point its own draw of noise and join the two by a straight line. That is the whole
-# forward process of rectified flow: no chain of small steps, no formula to remember.
+# point its own draw of noise and join the two by a straight line. That is all that
+# rectified flow does to the data (papers call the way from data to noise the *forward
+# process*): no chain of small steps, no formula to remember.
 
 # %% tags=["active-ipynb"]
 # angle = torch.linspace(0, torch.pi, 60)
@@ -78,6 +79,13 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 # of the directions, and following the averages gives paths that never meet in this way.
 # We shall see them below.
 #
+# Why may we follow the averages? Think of very many travellers as a fluid. How much of
+# it flows through a small region at level $\sigma$ is its density there times the
+# *mean* velocity there; the single directions do not enter. Travellers who all walk at
+# the mean velocity carry the same flow. So at every $\sigma$ they are spread as on the
+# straight lines, and at $\sigma = 0$ as the data are; only who ends where is different
+# (Liu et al. and Lipman et al., below, prove it).
+#
 # ## The mathematics
 #
 # Time is the noise level $\sigma$, from 0 (data) to 1 (noise). On the line from a
@@ -90,9 +98,14 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 #
 # $$v = \frac{dx_\sigma}{d\sigma} = \epsilon - x_0.$$
 #
-# Whoever knows $x_\sigma$ and $v$ knows both ends:
+# Whoever knows $x_\sigma$ and $v$ knows both ends,
 #
-# $$\hat x_0 = x_\sigma - \sigma v, \qquad \hat\epsilon = x_\sigma + (1-\sigma)\, v.$$
+# $$\hat x_0 = x_\sigma - \sigma v, \qquad \hat\epsilon = x_\sigma + (1-\sigma)\, v,$$
+#
+# and divides by nothing. That is why the network predicts $v$: from a predicted noise
+# the picture is $(x_\sigma - \sigma\hat\epsilon)/(1-\sigma)$, a division by zero at
+# $\sigma = 1$, where drawing begins; from a predicted picture the noise fails at the
+# other end.
 #
 # | symbol | variable | meaning | shape in Tiny | in SD3.5 at 1024² |
 # |---|---|---|---|---|
@@ -236,7 +249,8 @@ def flow_matching_loss(
 # %% [markdown]
 # Which function makes this loss smallest? Squared error is minimised by the mean: the
 # best velocity at $(x, \sigma)$ is the average of $\epsilon - x_0$ over all lines that
-# pass there. Since $\epsilon = (x - (1-\sigma) x_0)/\sigma$ on every such line,
+# pass there. On every such line $\epsilon = (x - (1-\sigma) x_0)/\sigma$, therefore
+# $\epsilon - x_0 = (x - x_0)/\sigma$, and in the average only $x_0$ is unknown:
 #
 # $$v^*(x, \sigma) = \mathbb E[\epsilon - x_0 \mid x]
 # = \frac{x - \mathbb E[x_0 \mid x]}{\sigma}.$$
@@ -297,11 +311,11 @@ def exact_velocity(points: Tensor) -> Velocity:
 # the picture is already there. SD3 draws levels whose *logit*
 # $\ln\frac{\sigma}{1-\sigma}$ is normal, which puts most of them in the middle. In the
 # comparison of the SD3 paper (section 5.1) this choice, with mean 0 and standard
-# deviation 1, did best overall. With mean $m$ and standard deviation $s$ (`mean`,
+# deviation 1, did best overall. With mean $m$ and standard deviation $d$ (`mean`,
 # `std`) the density of such levels is
 #
-# $$p(\sigma) = \frac{1}{s \sqrt{2\pi}} \cdot \frac{1}{\sigma(1-\sigma)} \cdot
-# \exp\Bigl(-\frac{(\operatorname{logit}\sigma - m)^2}{2 s^2}\Bigr),$$
+# $$p(\sigma) = \frac{1}{d \sqrt{2\pi}} \cdot \frac{1}{\sigma(1-\sigma)} \cdot
+# \exp\Bigl(-\frac{(\operatorname{logit}\sigma - m)^2}{2 d^2}\Bigr),$$
 #
 # where $1/(\sigma(1-\sigma))$ is the derivative of the logit.
 
@@ -351,7 +365,8 @@ def logit_normal_density(sigma: Tensor, mean: float = 0.0, std: float = 1.0) -> 
 # Near 1 hardly anything is known of the scene, and what is unknown cannot be predicted.
 # Near 0 it is the noise that is unknown: so little of it is left in $x$ that it cannot
 # be told from texture, and an answer without it costs its variance, 1. The logit-normal
-# density deliberately does not follow the loss: noise so faint is cheap to be wrong
+# density deliberately does not follow the loss: an error in the velocity moves
+# $\hat x_0$ by $\sigma$ times as much, so that noise so faint is cheap to be wrong
 # about. But it is not the last word. What decides the garment of our scenes lies above
 # 0.7, where this density has one sample in five. The last runs of the shipped model
 # therefore moved it towards noise, by the shift of the next section ([how the shipped
@@ -389,10 +404,12 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
 
 # %% [markdown]
 # All three are divided by $1 - \sigma$, to full contrast. The first had the noise level
-# of the second, and is as clear as the third, whose odds are a quarter. SD3.5, made for
-# 1024², is drawn with $s = 3$; the tiny model, at 64², with $s = 1$, no shift at all.
-# (Its last training runs did shift their levels, by 3: what to train on and what to
-# visit are two choices.)
+# of the second, and is as clear as the third, whose odds are a quarter. From 256² to
+# 1024² this rule would ask for $s = 4$. Esser et al. showed people pictures: all shifts
+# above 1.5 were liked better than none, with little between them, so that SD3 is
+# trained and drawn at 1024² with $s = 3$ (section 5.3.2). The tiny model, at 64², is
+# drawn with $s = 1$, no shift at all. (Its last training runs did shift their levels,
+# by 3: what to train on and what to visit are two choices.)
 #
 # ## Which noise levels to visit
 #
@@ -557,10 +574,11 @@ def heun(
 
 
 # %% [markdown]
-# **DPM++ 2M**, the default of the reference code, gets its second order for nothing: it
-# remembers. Write the flow as $dx/d\sigma = (x - \hat x_0)/\sigma$. If $\hat x_0$ were
-# constant, $x - \hat x_0$ would shrink in proportion to $\sigma$, and one step would be
-# exact however long:
+# **DPM++ 2M** (of DPM-Solver++, a solver for diffusion probabilistic models; second
+# order, multistep) is the default of the reference code. It gets its second order for
+# nothing: it remembers. Write the flow as $dx/d\sigma = (x - \hat x_0)/\sigma$. If
+# $\hat x_0$ were constant, $x - \hat x_0$ would shrink in proportion to $\sigma$, and
+# one step would be exact however long:
 #
 # $$x' = \frac{\sigma'}{\sigma}\,x + \Bigl(1 - \frac{\sigma'}{\sigma}\Bigr)\hat x_0,$$
 #
@@ -597,22 +615,29 @@ def dpmpp_2m(
 # %% [markdown]
 # ### Error over steps
 #
-# In the plane first. The measure is the distance from a very fine solution; a step of
-# Heun costs two calls, so we count calls. We stop at $\sigma = 0.3$: close to the data
+# In the plane first. The measure is the distance from a very fine solution, and what we
+# count is calls: a step of Heun costs two. We stop at $\sigma = 0.3$: close to the data
 # the perfect field of a finite set jumps from point to point, which says nothing about
 # solvers.
 
 # %% tags=["active-ipynb"]
-# def errors(velocity, x, levels: dict[int, Tensor], exact: Tensor) -> dict:
+# def errors(velocity, x, schedules: list[Tensor], exact: Tensor) -> dict:
+#     def counted(x: Tensor, sigma: Tensor) -> Tensor:
+#         calls.append(sigma)
+#         return velocity(x, sigma)
+#
 #     curves = {}
-#     for solve, calls in ((euler, 1), (heun, 2), (dpmpp_2m, 1)):
-#         found = [solve(velocity, x, sigmas) - exact for sigmas in levels.values()]
-#         size = [error.norm() / exact.norm() for error in found]
-#         curves[solve.__name__] = ([calls * n for n in levels], torch.stack(size))
+#     for solve in (euler, heun, dpmpp_2m):
+#         counts, sizes = [], []
+#         for sigmas in schedules:
+#             calls = []
+#             sizes.append((solve(counted, x, sigmas) - exact).norm() / exact.norm())
+#             counts.append(len(calls))
+#         curves[solve.__name__] = (counts, torch.stack(sizes))
 #     return curves
 
 # %% tags=["active-ipynb"]
-# levels = {n: torch.linspace(1, 0.3, n + 1).double() for n in (4, 8, 16, 32, 64)}
+# levels = [torch.linspace(1, 0.3, n + 1).double() for n in (4, 8, 16, 32, 64)]
 # precise, start = exact_velocity(moons.double()), z.double()
 # exact = heun(precise, start, torch.linspace(1, 0.3, 1001).double())
 # plane = errors(precise, start, levels, exact)
@@ -633,7 +658,7 @@ def dpmpp_2m(
 # def model(x: Tensor, sigma: Tensor) -> Tensor:
 #     return pipe.transformer(x, sigma.expand(len(x)), context, pooled)
 #
-# levels = {n: sigma_schedule(n, shift=1.0) for n in (4, 8, 16)}
+# levels = [sigma_schedule(n, shift=1.0) for n in (4, 8, 16)]
 # exact = heun(model, noise, sigma_schedule(60, shift=1.0))
 # latent = errors(model, noise, levels, exact)
 # viz.show_curves(latent, **axes, logx=True, logy=True, markers=True)
@@ -647,9 +672,9 @@ def dpmpp_2m(
 # Few calls favour the plain solver: with 4 Euler lies lowest, with 8 DPM++ 2M has
 # caught up, and Heun not yet. The last step but one falls to 0.001, a long way in
 # $\ln\sigma$: Heun asks for a velocity at its far end, and DPM++ 2M draws its line
-# across it. Order describes small steps; Heun shows it from 16 calls on. (Its last step
-# asks only once, so that its counts are one too high here.) In practice one takes as
-# many steps as change the picture to the eye, long before the error is small.
+# across it. Order describes small steps; Heun shows it from 15 calls on. In practice
+# one takes as many steps as change the picture to the eye, long before the error is
+# small.
 #
 # ## Guidance
 #
@@ -660,6 +685,19 @@ def dpmpp_2m(
 # $$v = v_- + g\,(v_+ - v_-).$$
 #
 # With $g = 1$ the empty prompt cancels out, and there is no need to ask it.
+#
+# Why does this follow the prompt? By Bayes' rule, $p(x \mid \text{prompt})$ is
+# proportional to $p(x)\, p(\text{prompt} \mid x)$. The best estimate of the noise is
+# $\hat\epsilon = -\sigma\nabla_x \ln p_\sigma(x)$, and $v = (\hat\epsilon -
+# x)/(1-\sigma)$, so that
+#
+# $$v_+ - v_- =
+# -\frac{\sigma}{1-\sigma}\, \nabla_x \ln p_\sigma(\text{prompt} \mid x).$$
+#
+# Walking against $v$, each step also climbs the probability that a classifier would
+# give to the prompt, and $g$ multiplies this part. No classifier is trained, hence the
+# name; but the network must have met the empty prompt, which is why training leaves
+# some captions out (chapter 7).
 
 
 # %%
@@ -915,7 +953,7 @@ def guide(v_neg: Tensor, v_pos: Tensor, scale: float) -> Tensor:
 # ## Further reading
 #
 # - Liu, Gong and Liu 2023, [Flow straight and fast](https://arxiv.org/abs/2209.03003):
-#   rectified flow, and how to straighten the paths.
+#   rectified flow, why the averages may be followed, and how to straighten the paths.
 # - Lipman et al. 2023, [Flow matching for generative
 #   modeling](https://arxiv.org/abs/2210.02747): the loss and why it works.
 # - Esser et al. 2024, [Scaling rectified flow

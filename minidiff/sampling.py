@@ -217,7 +217,8 @@ def denoise_naively(
 # ## The pipeline
 #
 # Now the form that the package exports. First, how each model wants to be drawn from.
-# Large Turbo is distilled: four steps, and guidance is already in its weights.
+# Large Turbo is *distilled*: trained further, with a guided model as its teacher, until
+# four steps without guidance look like the teacher's many.
 
 
 # %%
@@ -868,8 +869,8 @@ def load(
 # coat = image_to_image(pipe, "a red coat on a blue background", dress, strength=0.7)[0]
 # ```
 #
-# What the last three lines cost and save is on the page
-# [Performance](../book/performance.md).
+# What of this is counted and measured so far, and that no time on a GPU is among it, is
+# on the page [Performance](../book/performance.md).
 #
 # ## Exercises
 #
@@ -981,8 +982,8 @@ def load(
 # and drew a picture with a loop of four lines. You **batched** the prompts and
 # **precomputed** the modulations, and saw that nothing changed. You **watched** the
 # picture appear, **compared** guidance scales, step counts and solvers, and took T5
-# away. You set up the three published models with the same lines, which **run**
-# wherever their weights do.
+# away. You **set up** the three published models with the same lines, without their
+# weights.
 #
 # The journey ends where it wanted to go: the prompt of chapter 1 is a picture.
 

@@ -101,10 +101,10 @@ from torch import Tensor, nn
 #
 # All three encoders are stacks of the same two steps: *attention*, in which tokens read
 # one another, and an *MLP*, which works on every token alone. An MLP (multi-layer
-# perceptron) is two linear maps with a bend between. For attention each token makes
-# three vectors of width $d$: a query $q_i$ (what am I looking for), a key $k_j$ (what
-# do I offer) and a value $v_j$ (what do I pass on). Token $i$ receives a weighted mean
-# of all values:
+# perceptron) is two linear maps with a nonlinear function, a *bend*, between. For
+# attention each token makes three vectors of width $d$: a query $q_i$ (what am I
+# looking for), a key $k_j$ (what do I offer) and a value $v_j$ (what do I pass on).
+# Token $i$ receives a weighted mean of all values:
 #
 # $$
 # o_i = \sum_j \frac{e^{\ell_{ij}}}{\sum_{j'} e^{\ell_{ij'}}}\, v_j,
@@ -336,10 +336,9 @@ class CLIPLayer(nn.Module):
 # - Behind the end token stands padding. CLIP-L pads with the end token itself, so the
 #   *first* one counts.
 # - The published `config.json` states `eos_token_id` 2, which is wrong (it is 49407).
-#   Since the end token has the largest id of all, the reference looks for the largest
-#   id instead when it reads that 2. The weights are fine either way; a
-#   re-implementation that searches for id 2 pools at the first token, which has read
-#   nothing.
+#   Since the end token has the largest id of all, transformers looks for the largest id
+#   instead when it reads that 2. The weights are fine either way; a re-implementation
+#   that searches for id 2 pools at the first token, which has read nothing.
 
 
 # %%
@@ -606,8 +605,8 @@ def bucket_of(offset: int) -> int:
 
 # %% [markdown]
 # For all pairs at once, and for any number of rows. The logarithm is taken in float32,
-# in the reference's order of operations: at $n = 16, 32, 64$ it falls on a whole
-# number, where another rounding would choose another row.
+# in transformers' order of operations: at $n = 16, 32, 64$ it falls on a whole number,
+# where another rounding would choose another row.
 
 
 # %%

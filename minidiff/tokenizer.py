@@ -515,8 +515,8 @@ class CLIPTokenizer(Tokenizer):
 # every piece that fits as an arc; the piece $w_{i:j}$ leads from station $i$ to station
 # $j$. A cut is a path from the first station to the last. To find all arcs quickly the
 # pieces are kept in a *trie*, dictionaries nested letter by letter. A letter that is no
-# piece gets an arc too, so dear that it is the last resort. Words begin with the sign
-# `▁`, which stands for the space before them.
+# piece gets an arc too, with so low a score that it is taken only where nothing else
+# fits. Words begin with the sign `▁`, which stands for the space before them.
 
 # %%
 SPACE = "▁"
@@ -647,9 +647,9 @@ def expected_counts(words: dict[str, int], scores: dict[str, float]) -> Counter[
 def maximize(counts: Counter[str], alphabet: str) -> dict[str, float]:
     """M step: counts to log-probabilities; what is used less than 0.5 times goes."""
     kept = {p: max(n, 0.5) for p, n in counts.items() if n >= 0.5 or len(p) == 1}
-    total = math.log(sum(kept.values()))
+    total = math.log(sum(kept.values()) or 1.0)  # 1 where no part of a word repeats
     scores = {piece: math.log(n) - total for piece, n in kept.items()}
-    return dict.fromkeys(alphabet, min(scores.values()) - 1.0) | scores
+    return dict.fromkeys(alphabet, min(scores.values(), default=0.0) - 1.0) | scores
 
 
 # %% [markdown]

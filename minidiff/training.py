@@ -529,13 +529,13 @@ class TrainingConfig:
 # The learning rate climbs while Adam's averages are still young, then falls along half
 # a cosine, so that the noise of the steps dies out at the end.
 #
-# `muon` chooses another optimiser for nearly all matrices of the transformer. The
-# singular value decomposition writes a matrix, here the running mean of a gradient, as
-# $USV^T$: $U$ and $V$ hold directions, the diagonal of $S$ their lengths, a few long
-# and most short. Adam divides each number by its own usual size and still follows the
-# long ones. Muon leaves $S$ out and steps along $UV^T$, about equally far in all of
-# them (`minidiff.support.muon`). The shipped transformer's last steps were of this
-# kind.
+# `muon` chooses another optimiser for all matrices of the transformer but the text's
+# first and the picture's last. The singular value decomposition writes a matrix, here
+# the running mean of a gradient, as $USV^T$: $U$ and $V$ hold directions, the diagonal
+# of $S$ their lengths, a few long and most short. Adam scales each number by itself,
+# and so still follows mostly the long ones. Muon steps along $UV^T$, found by five
+# rounds of matrix products, about equally far in all directions
+# (`minidiff.support.muon`), as in the shipped transformer's last runs.
 
 
 # %%
@@ -922,8 +922,8 @@ def fit(
 #   time. `minidiff train` encodes all its scenes and captions before the transformer's
 #   first step and keeps them on the device; its step is then a gather, not an encoder.
 # - **Compile, and never wait.** A compiled step fuses norms, modulations and gates into
-#   their neighbours. `Monitor` leaves the losses on the device and fetches fifty at a
-#   time: reading a number makes the CPU wait for the GPU.
+#   their neighbours. `Monitor` fetches losses fifty at a time: reading a number makes
+#   the CPU wait for the GPU.
 # - **Many devices.** Under `torchrun` each process takes its share of every batch;
 #   `DistributedDataParallel` averages the gradients while they are still being
 #   computed. Two processes give the weights of one up to rounding, for every loss of
@@ -936,11 +936,11 @@ def fit(
 #   ([Rombach et al. 2022](https://arxiv.org/abs/2112.10752)), and at the end SD3 was
 #   tuned to human preferences.
 #
-# To train the whole tiny model yourself, in a terminal:
-# `minidiff train --output my-model`. Stop it when you like; the same line goes on. [How
-# the shipped model was made](../book/training_log.md) gives its recipe, seeds and
-# times. To teach a model your own pictures, each with its caption in a `.txt` beside
-# it: `minidiff train --from tiny --lora --data my-pictures --output my-style`.
+# To train such a model yourself, in a terminal: `minidiff train --output my-model`.
+# Stop it when you like; the same line goes on. On a CPU it is the first of the runs in
+# [How the shipped model was made](../book/training_log.md). To teach a model your own
+# pictures, each with its caption in a `.txt` beside it:
+# `minidiff train --from tiny --lora --data my-pictures --output my-style`.
 
 # %% [markdown]
 # ## Exercises

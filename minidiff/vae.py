@@ -578,7 +578,8 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # The noise is a small fraction of the spread: the encoder is nearly certain, and a draw
 # costs almost nothing. So small a weight on the divergence does not press the latents
 # into a standard normal; it only keeps them from drifting apart and makes the decoder
-# robust to small errors.
+# robust to small errors. (The transformer of this book learns from the means, `mode`;
+# diffusers' training scripts take a draw.)
 #
 # ### Channel by channel
 #
@@ -604,8 +605,8 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # %% [markdown]
 # One channel carries most: without it the dress fades. Some cost a few decibels each;
 # the others can be missed with hardly a trace: they carry little, or only what others
-# carry too. None is the channel for red, which would lose this colour and nothing else;
-# nothing in the loss asks for such a channel.
+# carry too. Is the first kind the channel for red? One picture does not show it: try
+# another scene before you name a channel. Nothing in the loss asks for such meanings.
 
 # %% [markdown]
 # ## Reconstruction against compression
