@@ -7,6 +7,7 @@ import functools
 import sys
 import warnings
 from contextlib import nullcontext, redirect_stdout
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,15 +32,16 @@ Device = Annotated[str | None, typer.Option(help=DEVICE)]
 DATA = "Folder of Fashion-MNIST's parquet files."
 Data = Annotated[Path | None, typer.Option(help=DATA)]
 Overwrite = Annotated[bool, typer.Option(help="Replace an existing file.")]
+INTERRUPTED = 130  # as a shell counts: 128 and the signal's number
 
 
 def main() -> None:
     """Run a command; a bad input is one line on stderr and exit status 2."""
     warnings.showwarning = lambda message, *_: log(f"minidiff: {message}")
     try:
-        code = app(standalone_mode=False)
+        code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
-        fail("interrupted", 130)
+        code = INTERRUPTED
     except OSError as error:
         named = error.filename and error.strerror
         fail(f"{error.filename}: {error.strerror}" if named else error)
@@ -47,6 +49,8 @@ def main() -> None:
         fail(error)
     except Exception as error:
         fail(explain(error))
+    if code == INTERRUPTED:  # what typer makes of it, too
+        fail("interrupted", INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -174,6 +178,7 @@ def sample(
     """Draw pictures of a prompt, or of each prompt in a file."""
     from minidiff.extras import files
     from minidiff.extras.rehearsal import rehearse
+    from minidiff.support.checks import check_range
 
     if (prompt is None) == (prompts is None):
         raise ValueError("expected a prompt, or --prompts with a file, and not both")
@@ -186,9 +191,8 @@ def sample(
     if not skip_layers:
         refuse("--skip-layers", skip_layer_scale=skip_layer_scale)
     batch_size = 1 if batch_size is None else batch_size
-    for name, count in (("--num-images", num_images), ("--batch-size", batch_size)):
-        if count < 1:
-            raise ValueError(f"{name} is {count}; expected at least 1")
+    check_range("--num-images", num_images, 1)
+    check_range("--batch-size", batch_size, 1)
     texts = [prompt] if prompts is None else files.read_prompts(prompts)
     names = output_files(output, len(texts) * num_images, overwrite)
     if preview:
@@ -331,21 +335,21 @@ def check_png(option: str, file: Path) -> None:
         raise ValueError(f"{option} is {file}; expected a name that ends in .png")
 
 
-def output_files(output: Path | None, count: int, overwrite: bool) -> list[Path]:
-    """The ``count`` files to write; ValueError if one cannot be.
+def output_files(output: Path | None, pictures: int, overwrite: bool) -> list[Path]:
+    """The file of each of ``pictures``; ValueError if one cannot be written.
 
     Without ``output`` the first free picture.png, picture-1.png, … are taken.
     """
     if output:
         check_png("--output", output)
     if output is None:
-        names = (f"picture{f'-{i}' if i else ''}.png" for i in range(10**6))
+        names = (f"picture{f'-{i}' if i else ''}.png" for i in count())
         free = (Path(name) for name in names if not Path(name).exists())
-        files = [next(free) for _ in range(count)]
-    elif count == 1:
+        files = list(islice(free, pictures))
+    elif pictures == 1:
         files = [output]
     else:
-        files = [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
+        files = [output.with_stem(f"{output.stem}-{i}") for i in range(pictures)]
     for file in files:
         check_writable(file, overwrite)
     return files
@@ -381,8 +385,8 @@ def find_device(name: str | None) -> str:
     if not found.get(kind) or not (number or "0").isdecimal():
         usable = ", ".join(kind for kind, there in found.items() if there)
         raise ValueError(f"--device is {name!r}; expected one that is here: {usable}")
-    if kind == "cuda" and int(number or 0) >= (count := torch.cuda.device_count()):
-        last = f"cuda:{count - 1}"
+    if kind == "cuda" and int(number or 0) >= (cards := torch.cuda.device_count()):
+        last = f"cuda:{cards - 1}"
         raise ValueError(f"--device is {name!r}; expected cuda:0 to {last}")
     return "cpu" if kind == "cpu" else name
 
@@ -483,12 +487,8 @@ def train(
         str | None,
         typer.Option("--from", help="Fine-tune this model on the pictures in --data."),
     ] = None,
-    lora: Annotated[
-        bool, typer.Option(help="Fine-tune small corrections only.")
-    ] = False,
-    rank: Annotated[
-        int | None, typer.Option(help="Of the corrections; by default 8.")
-    ] = None,
+    lora: Annotated[bool, typer.Option(help="Train a LoRA, not all weights.")] = False,
+    rank: Annotated[int | None, typer.Option(help="Of the LoRA; by default 8.")] = None,
     alpha: Annotated[
         float | None, typer.Option(help="Their strength; by default the rank.")
     ] = None,
@@ -538,9 +538,9 @@ def train(
     from minidiff.support import parallel
 
     size = (steps, batch_size, 1e-4 if learning_rate is None else learning_rate)
-    corrections = (8 if rank is None else rank, alpha, targets) if lora else None
+    updates = (8 if rank is None else rank, alpha, targets) if lora else None
     how = (device, compile, recompute, crop)
-    made = finetune.train(from_model, data, output, *size, corrections, *how)
+    made = finetune.train(from_model, data, output, *size, updates, *how)
     if parallel.rank() == 0:
         print(made)
 
@@ -587,6 +587,7 @@ def evaluate(
         check_writable(output, overwrite)
     from minidiff.extras.loading import blueprint
     from minidiff.support import checks, metrics
+    from minidiff.support.checkpoints import write_json
     from minidiff.support.inception import load_inception
     from minidiff.support.judge import JUDGE, load_judge
 
@@ -618,7 +619,7 @@ def evaluate(
     result |= {"model": model, "attention": found}
     print(metrics.format_table(result))
     if output:
-        metrics.write_json(result, output)
+        write_json(output, result)
 
 
 def log(line: str) -> None:

@@ -454,7 +454,8 @@ class Pipeline:
         how = SAMPLERS, sampler, output_type, max_sequence_length, sigmas
         checks.check_call(self, steps, num_images_per_prompt, *how)
         count = len(prompts) * num_images_per_prompt
-        latents = self.prepare_latents(count, height, width, seed, latents)
+        levels = (steps + 1) * (1 + (scale > 1))
+        latents = self.prepare_latents(count, height, width, seed, latents, levels)
 
         texts = prompts if scale <= 1 else negatives + prompts
         unique = list(dict.fromkeys(texts))
@@ -475,25 +476,25 @@ class Pipeline:
         width: int | None = None,
         seed: int | None = 0,
         latents: Tensor | None = None,
+        levels: int | None = None,
     ) -> Tensor:
         """The noise to start from, (count, C, h, w), for a picture of height × width.
 
-        Raises ValueError for a size that the model cannot make.
+        Raises ValueError for a size that the model cannot make, or that a card has no
+        room for where ``levels`` (steps + 1, twice with guidance) have modulations.
         """
         config, factor = self.transformer.config, self.vae.config.factor
         if latents is not None and latents.ndim != 4:
             found = tuple(latents.shape)
             raise ValueError(f"latents have shape {found}; expected (B, C, h, w)")
-        given = (
-            [None] * 2 if latents is None else [s * factor for s in latents.shape[2:]]
-        )
+        own = [None] * 2 if latents is None else [n * factor for n in latents.shape[2:]]
         usual = config.sample_size * factor
-        sizes = list(map(checks.given, (height, width), [g or usual for g in given]))
+        sizes = list(map(checks.given, (height, width), [n or usual for n in own]))
         grid = factor * config.patch_size
         for name, size in zip(("height", "width"), sizes, strict=True):
             checks.check_size(name, size, grid, config.pos_embed_max_size * grid)
         shape = (config.in_channels, *(size // factor for size in sizes))
-        checks.check_room(self, (count, *shape))
+        checks.check_room(self, (count, *shape), levels=levels)
         if latents is None:
             first = secrets.randbelow(2**32) if seed is None else seed
             return starting_noise(range(first, first + count), shape)
@@ -569,7 +570,7 @@ def load(
     else:
         from minidiff.extras.memory import load_parts
 
-        parts = load_parts(opened.parts, device, dtype, memory, **knobs)
+        parts = load_parts(opened.parts, device, dtype, memory, compile, **knobs)
     *encoders, transformer, vae = (parts.get(name) for name in loading.PARTS)
     if fast or compile:
         from minidiff.extras.fast import accelerate

@@ -27,7 +27,6 @@ After it you will be able to
 
 # %%
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -657,15 +656,15 @@ def fit(
     monitor = trainer.Monitor(config.steps, start, config.batch_size, run)
     for step in range(start, config.steps):
         monitor.add(learner.step(step))
-        done, late = step + 1, time.time() > (deadline or math.inf)
+        done, late = step + 1, trainer.is_late(deadline)
         logs, saves, validates = trainer.due(config, done, late)
         if logs or saves or validates:
             monitor.flush(lr=learning_rate(step, config))
+        if task.validate and validates:  # first, or a kill between would lose it
+            monitor.validate(task.validate, learner.ema)
         if run and saves:
             trainer.checkpoint(run, done, learner.model, learner.ema, learner.optimizer)
             monitor.restart()
-        if task.validate and validates:
-            monitor.validate(task.validate, learner.ema)
         if late and done < config.steps:
             raise TimeoutError(f"stopped after step {done} of {config.steps}")
     return parallel.whole_model(learner.ema)

@@ -589,16 +589,13 @@ def _fields(ax: "Axes", text: float) -> None:
             color = _colors(4)[2 * row + column]
             style = {"fc": color + "1c", "ec": color, "lw": 1}
             ax.add_patch(_rectangle((x, y), width, height, style))
+            middle = x + width / 2, y + height / 2
+            place = {"ha": "center", "va": "center"}
             if min(width, height) > 0.3:
-                label, center = (
-                    f"{reader}\nread\n{read}",
-                    (x + width / 2, y + height / 2),
-                )
-                ax.text(*center, label, ha="center", va="center")
+                ax.text(*middle, f"{reader}\nread\n{read}", **place)
             elif max(width, height) > 0.3:
-                label, center = f"{reader} read {read}", (x + width / 2, y + height / 2)
-                place = {"ha": "center", "va": "center", "fontsize": 7}
-                ax.text(*center, label, rotation=90 * (height > width), **place)
+                place |= {"fontsize": 7, "rotation": 90 * (height > width)}
+                ax.text(*middle, f"{reader} read {read}", **place)
     ax.set(xlim=(0, 1), ylim=(1, 0), aspect="equal", xticks=[], yticks=[])
 
 

@@ -131,6 +131,8 @@ def main() -> None:
         task = stage()
         before = {k: v.clone() for k, v in task.model.state_dict().items()}
         config = replace(CONFIG, sharded=len(sys.argv) > 2, muon=stage is muon)
+        if stage in (vae, transformer):  # contrastive losses need whole batches
+            config = replace(config, accumulation=2)
         for name, value in learned(task, config).state_dict().items():
             value = parallel.whole(value)
             weights[f"{stage.__name__}/{name}"] = value.contiguous()

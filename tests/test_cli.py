@@ -23,6 +23,7 @@ from minidiff.dit import JointBlock
 from minidiff.extras.files import read_settings
 from minidiff.extras.lora import LowRank, save_lora
 from minidiff.extras.stages import Recipe
+from minidiff.sampling import Pipeline
 from minidiff.support import metrics
 from minidiff.support.checkpoints import TINY, Prepared
 from minidiff.training import TrainingConfig
@@ -114,7 +115,7 @@ BAD = [
     (["--height", 33], "height is 33; expected a multiple of 8"),
     (["--width", 104], "width is 104; expected a multiple of 8 up to 96"),
     (["--sampler", "ddim"], "sampler is 'ddim'; expected one of euler, heun, dpmpp_2m"),
-    (["--num-images", 0], "--num-images is 0; expected at least 1"),
+    (["--num-images", 0], "--num-images is 0; expected a whole number, at least 1"),
     (["--model", "sd4"], "model is 'sd4'; expected tiny, sd3.5-medium"),
     (["--model", ""], "model is ''; expected tiny"),
     (["--device", "tpu"], "--device is 'tpu'; expected one that is here: cpu"),
@@ -326,7 +327,7 @@ def test_info_of_a_folder_without_a_model(run, tmp_path):
 
 
 def test_no_arguments_and_help(run):
-    assert run("--help")[0] == 0
+    assert run() == run("--help") and run()[0] == 0 and run()[1].count("\n") > 5
     code, out, err = run("sample")
     assert code == 2 and "prompt" in err.lower() and err.count("\n") == 1
     code, out, err = run("paint")
@@ -385,7 +386,7 @@ def test_options_of_training_arrive(run, folder, tmp_path, monkeypatch, kind):
         options += ["--from", "tiny", "--data", "d", "--learning-rate", 0.5, "--lora"]
         options += ["--rank", 2, "--alpha", 6, "--targets", "to_q"]
         own = {"model": "tiny", "pictures": Path("d"), "learning_rate": 0.5}
-        own |= {"corrections": (2, 6, "to_q"), "recomputed": True}
+        own |= {"lora": (2, 6, "to_q"), "recompute": True}
     run("train", "--output", "out", "--device", "cpu", *options)
     ((positional, named),) = given
     arrived = names.bind(*positional, **named).arguments
@@ -466,3 +467,33 @@ def test_load_imports_little_beside_torch():
 
 def test_the_command_line_starts_without_torch():
     assert "torch" not in imported("import minidiff.cli")
+
+
+def test_an_interruption_is_told(run, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "decode", interrupt)
+    code, out, err = run("sample", "a bag", "--steps", 1)
+    assert (code, out) == (130, "") and err.endswith("minidiff: interrupted\n")
+
+
+def test_no_file_is_lost(run, tmp_path):
+    for name, call in (
+        ("step.png", ("sample", "a", "--preview")),
+        ("found.json", ("evaluate", "--output")),
+    ):
+        (tmp_path / name).write_text("kept")
+        code, _, err = run(*call, name)
+        assert code == 2 and f"{name} exists" in err
+        assert (tmp_path / name).read_text() == "kept"
+
+
+def test_a_judge_that_is_not_there(run, tmp_path):
+    assert "no judge in" in run("evaluate", "--judge", tmp_path)[2]
+
+
+def test_a_folder_goes_before_a_published_name(run, tmp_path):
+    shutil.copytree(TINY, tmp_path / "sd3.5-medium")
+    assert "64×64 pixels" in run("info", "sd3.5-medium")[1]
+    assert run("sample", "a bag", "--model", "sd3.5-medium", "--steps", 1)[0] == 0

@@ -419,7 +419,7 @@ BAD = [
     ([], "expected a prompt, or --prompts with a file"),
     (["a", "--prompts", "p.txt"], "and not both"),
     (["--prompts", "p.txt"], "p.txt"),
-    (["--prompts", "{texts}", "--batch-size", 0], "--batch-size is 0; expected at"),
+    (["--prompts", "{texts}", "--batch-size", 0], "--batch-size is 0; expected a"),
     (["a", "--mask", "m.png"], "--mask is m.png, which needs --image"),
     (["a", "--image", "m.png"], "m.png"),
     (["a", "--skip-layers", "x"], "--skip-layers is 'x'; expected whole numbers"),
@@ -528,3 +528,10 @@ def test_info_of_what_is_no_picture(run, tmp_path):
     assert code == 2 and "a.png is not a picture" in err
     code, _, err = run("info", "b.png")
     assert code == 2 and "b.png" in err
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image.Image, "save", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        files.save_picture(Image.new("RGB", (8, 4)), tmp_path / "a.png")
+    assert not [*tmp_path.iterdir()]

@@ -1,6 +1,7 @@
 """Fine-tuning on a folder of captioned pictures; LoRA files that diffusers loads."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from helpers import relative_error
 from PIL import Image
 from pipelines import load_tokenizers, reference_pipeline, save_tokenizers
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import minidiff
@@ -20,7 +21,7 @@ from minidiff.extras import finetune
 from minidiff.extras.finetune import LoraConfig
 from minidiff.extras.lora import ATTENTION, load_lora
 from minidiff.extras.memory import weigh
-from minidiff.support import checks
+from minidiff.support import checks, trainer
 from minidiff.support.captioned import captions_of, read_folder
 from minidiff.support.data import CLASSES, Scenes
 from minidiff.support.trainer import read_log
@@ -35,6 +36,27 @@ def test_captions_beside_pictures_and_in_one_file(pictures: Path) -> None:
     line = {"file_name": "red.png", "text": "from one file"}
     (pictures / "metadata.jsonl").write_text(json.dumps(line) + "\n")
     assert captions_of(pictures)["red.png"] == "from one file"
+
+
+def test_phones_pictures_stand_upright(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (16, 16), "red")
+    picture.paste("blue", (8, 0, 16, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side: left is to be above
+    picture.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    (tmp_path / "a.txt").write_text("halves")
+    image = read_folder(tmp_path, 16)[0][0]
+    assert image[0, :4].mean() > 0.9 and image[2, -4:].mean() > 0.9
+
+
+def test_names_and_texts_of_a_list(pictures: Path) -> None:
+    line = {"file_name": "./red.png", "text": "from one file"}
+    (pictures / "metadata.jsonl").write_text(json.dumps(line) + "\n")
+    assert captions_of(pictures)["red.png"] == "from one file"
+    line["text"] = "half of \ud800 a pair"
+    (pictures / "metadata.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(ValueError, match="metadata.jsonl, line 1"):
+        captions_of(pictures)
 
 
 def test_crop_takes_the_middle_and_resize_all(tmp_path: Path) -> None:
@@ -210,17 +232,21 @@ def test_encodings_are_named_after_all_that_makes_them(model: Path, how: dict) -
 
 
 def test_recomputed_blocks_give_the_same_lora(
-    model: Path, pictures: Path, tmp_path: Path
+    model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked, recompute = [], trainer.recompute
+    monkeypatch.setattr(
+        trainer, "recompute", lambda blocks: asked.append(recompute(blocks))
+    )
     config = replace(CONFIG, steps=3)
     files = [
         finetune.finetune(
-            model, pictures, tmp_path / str(r), config, LoraConfig(2), recomputed=r
+            model, pictures, tmp_path / str(r), config, LoraConfig(2), recompute=r
         )
         for r in (False, True)
     ]
     a, b = (load_file(file) for file in files)
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert all(torch.equal(a[k], b[k]) for k in a) and len(asked) == 1
 
 
 def test_validation_leaves_alone_what_learns(
@@ -320,15 +346,19 @@ def test_lora_learns_beside_weights_in_bfloat16(
     assert gain(model, pictures, lambda pipe: load_lora(pipe, file).pipe) < 0.98
 
 
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])
 def test_a_grid_that_does_not_fit_is_told_and_the_run_goes_on(
     model: Path,
     pictures: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
+    error: type,
 ) -> None:
-    def full(*_: object) -> None:
-        raise ValueError("no room")
+    """Of a size that is refused, or of the CPU's memory."""
+
+    def full(*_: object, **__: object) -> None:
+        raise error("no room: can't allocate memory")
 
     monkeypatch.setattr(checks, "check_room", full)
     config = replace(CONFIG, steps=4, validate_every=2)
@@ -502,16 +532,13 @@ def test_every_layer_that_is_named_learns_or_is_told(
     model: Path, pictures: Path
 ) -> None:
     call = {"steps": 1, "batch_size": 1, "learning_rate": 1e-3, "device": "cpu"}
-    call |= {"compile": None, "recomputed": False}
+    call |= {"compile": None, "recompute": False}
     with pytest.raises(ValueError, match="no layer is called to_kk"):
         out = pictures / "bad"
-        finetune.train(
-            str(model), pictures, out, corrections=(2, None, "to_q,to_kk"), **call
-        )
+        finetune.train(str(model), pictures, out, lora=(2, None, "to_q,to_kk"), **call)
     out = pictures / "out"
-    file = finetune.train(
-        str(model), pictures, out, corrections=(2, None, "to_q, to_k"), **call
-    )
+    updates = (2, None, "to_q, to_k")
+    file = finetune.train(str(model), pictures, out, lora=updates, **call)
     names = {key.split(".lora")[0].split(".")[-1] for key in load_file(file)}
     assert names == {"to_q", "to_k"}
 
@@ -523,3 +550,36 @@ def test_a_run_goes_on_by_another_name_of_its_pictures(
     monkeypatch.chdir(pictures.parent)
     for given in ("pictures", pictures):
         finetune.finetune(model, given, tmp_path / "a", config, LoraConfig(2))
+
+
+def test_another_base_is_told(model: Path, pictures: Path, tmp_path: Path) -> None:
+    """A LoRA belongs to the weights that it was learned on, not to their folder."""
+    base, config = shutil.copytree(model, tmp_path / "base"), replace(CONFIG, steps=2)
+    finetune.finetune(base, pictures, tmp_path / "out", config, LoraConfig(2))
+    file = base / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["proj_out.bias"] += 1
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="holds a run with began = "):
+        finetune.finetune(base, pictures, tmp_path / "out", config, LoraConfig(2))
+
+
+def test_options_of_fine_tuning_arrive(
+    model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, read, configs, fit = [], [], [], finetune.fit
+
+    def reading(*given: object) -> tuple:
+        read.append(given)
+        return read_folder(*given)
+
+    def learning(task: Task, config: TrainingConfig, *rest: object) -> nn.Module:
+        configs.append(config)
+        return fit(task, replace(config, compile=False), *rest)
+
+    monkeypatch.setattr(trainer, "recompute", asked.append)
+    monkeypatch.setattr(finetune, "read_folder", reading)
+    monkeypatch.setattr(finetune, "fit", learning)
+    how = (1, 1, 1e-3, (2, None, None), "cpu", True, True, False)
+    finetune.train(str(model), pictures, tmp_path / "out", *how)
+    assert len(asked) == 1 and read[0][2] is False and configs[0].compile

@@ -122,3 +122,11 @@ def test_it_warns_where_it_is_not_meant(both, monkeypatch):
 def test_bad_settings(both, settings, message):
     with pytest.raises(ValueError, match=message):
         ours(both[0], None, *settings)
+
+
+def test_what_changes_meanwhile_stays(both):
+    pipe, _ = both
+    with skip_layer_guidance(pipe, [1]):
+        pipe.settings |= {"lora": "loaded.safetensors"}
+        assert pipe.settings["skip_layers"] == "1"
+    assert pipe.settings.pop("lora") and "skip_layers" not in pipe.settings

@@ -230,7 +230,9 @@ def test_slices_are_encoded_as_the_whole(pipes, tmp_path):
 
 def test_what_is_encoded_is_weighed(pipes, monkeypatch):
     seen = []
-    monkeypatch.setattr(checks, "check_room", lambda *given: seen.append(given[1:]))
+    monkeypatch.setattr(
+        checks, "check_room", lambda *given, levels=None: seen.append(given[1:])
+    )
     ours(pipes[0], picture(), 0.6)
     assert seen[1] == ((2, 16, 8, 8), 2)
 
@@ -270,3 +272,9 @@ def test_bad_input(pipes, monkeypatch, call, kind, message):
     monkeypatch.setattr(pipes[0].vae, "encode", lambda *_: pytest.fail("work began"))
     with pytest.raises(kind, match=message):
         ours(pipes[0], **{"image": picture(), "strength": 0.6} | call)
+
+
+def test_a_mask_of_sixteen_bits_is_scaled():
+    mask = Image.fromarray(np.full((8, 8), 20_000, np.uint16))
+    found = module.as_tensor("mask_image", mask, "L", 8, 8, 1)
+    assert found.max() == pytest.approx(20_000 / 65_535, abs=0.01)

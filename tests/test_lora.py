@@ -316,6 +316,8 @@ GOOD = [(2, 32), (32, 2)]
         (GOOD, {PATTERN: [1]}, "alpha_pattern cannot be read"),
         (GOOD, {PATTERN: {"(": 1}}, "alpha_pattern cannot be read"),
         (GOOD, {PATTERN: None}, ""),
+        (GOOD, {"transformer.use_rslora": False, "transformer.use_dora": False}, ""),
+        ([(2, 32), (32, 3)], None, "lora_A of rank 2, lora_B of rank 3; expected one"),
     ],
 )
 def test_malformed_files_are_named(tmp_path, shapes, notes, message) -> None:
@@ -329,6 +331,28 @@ def test_malformed_files_are_named(tmp_path, shapes, notes, message) -> None:
         return
     with pytest.raises(ValueError, match=f"bad.safetensors.*{message}"):
         lora.read_lora(file, models)
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    head = {
+        f"{LAYER}.lora_{k}.weight": {"dtype": "F32", "shape": s, "data_offsets": [0, 8]}
+        for k, s in zip("AB", GOOD, strict=True)
+    }
+    text, file = json.dumps(head).encode(), tmp_path / "bad.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(ValueError, match="bad.safetensors is damaged"):
+        lora.read_lora(file, {"transformer": pair(SMALL)[0]})
+
+
+@torch.no_grad()
+def test_updates_in_half_precision_are_added_too(tmp_path: Path) -> None:
+    ours, x = pair(SMALL)[0], inputs()
+    pipe = SimpleNamespace(transformer=ours, text_encoders=[], settings={})
+    file, before = tmp_path / "half.safetensors", ours(*x)
+    a, b = (torch.randn(shape).half() for shape in GOOD)
+    save_file({f"{LAYER}.lora_A.weight": a, f"{LAYER}.lora_B.weight": b}, file)
+    lora.load_lora(pipe, file)
+    assert relative_error(ours(*x), before) > 1e-3
 
 
 def test_a_model_without_the_usual_layers_is_told() -> None:
@@ -360,6 +384,7 @@ def test_another_model_is_refused(case: SimpleNamespace) -> None:
     [
         ("transformer.transformer_blocks.0.attn.to_q.lora_magnitude_vector", "has .*"),
         ("transformer.use_rslora", "has transformer.use_rslora; expected plain LoRA"),
+        ("transformer.transformer_blocks.0.attn.to_q.lora_B.bias", "has .*B.bias; exp"),
         ("transformer.transformer_blocks.9.attn.to_q", "another model: .* no linear"),
         ("lora_unet_joint_blocks_0_x_block_attn_qkv.alpha", "lacks lora_A or lora_B"),
     ],

@@ -251,3 +251,24 @@ def test_words_look_where_their_garment_is(fashion):
     pipe.tokenizers = (*pipe.tokenizers[:2], None)
     found = metrics.attention_correlation(pipe, record_attention, 2, folder=fashion)
     assert {name.split()[0] for name in found} == {"CLIP"}
+
+
+def test_what_is_compared_with_what(fashion, monkeypatch):
+    """Training scenes are the reference, all others are the test set's."""
+    seen, real = [], metrics.Scenes
+    monkeypatch.setattr(metrics, "Scenes", lambda s, *a: seen.append(s) or real(s, *a))
+    judge, pipe = Judge(JudgeConfig((8, 8, 8), (1, 1, 1), 12)).eval(), Echo()
+    how = {"guidance_scale": 1.0, "folder": fashion}
+    every = metrics.evaluate(pipe, judge, 8, **how)
+    assert sorted(seen) == ["test"] * 6 + ["train"] * 2
+    known = metrics.evaluate(pipe, judge, 8, rows=list(metrics.ROWS)[::2], **how)
+    assert known["frechet"] == every["frechet"]  # never-trained pairs do not count
+
+
+def test_rows_alone_and_the_usual_guidance(fashion):
+    judge, pipe = Judge(JudgeConfig((8, 8, 8), (1, 1, 1), 12)).eval(), Echo()
+    pipe.defaults = SimpleNamespace(guidance_scale=3.0)
+    rows = metrics.choose_rows("one")
+    found = metrics.evaluate(pipe, judge, 2, folder=fashion, rows=rows)
+    assert pipe.calls[0]["guidance_scale"] == 3 and "frechet" not in found
+    assert "Fréchet" not in metrics.format_table(found)

@@ -14,7 +14,7 @@ from minidiff.extras.lora import FILE
 from minidiff.support.checkpoints import TINY
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-LAUNCH += ["--nproc-per-node", "2"]
+LAUNCH += ["--nproc-per-node", "2", "--local-addr", "127.0.0.1"]
 WORKER = Path(__file__).with_name("parallel_worker.py")
 
 
@@ -32,7 +32,7 @@ def learned(file: Path, command: list[str], *options: str) -> dict[str, Tensor]:
 
 def run(command: list) -> str:
     """What ``command`` prints; it must succeed."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

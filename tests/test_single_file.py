@@ -188,7 +188,7 @@ def without(file, change, tmp_path):
     [
         (
             lambda t: t.pop("first_stage_model.decoder.conv_in.bias"),
-            "lacks 1 tensors: first_stage_model.decoder.conv_in.bias",
+            "small.safetensors lacks 1 tensors: first_stage_model.decoder.conv_in.bias",
         ),
         (
             lambda t: t.pop("model.diffusion_model.x_embedder.proj.weight"),
@@ -214,6 +214,32 @@ def test_other_files_are_refused(layouts, tmp_path, change, message):
     file = without(layouts / "sd3.5_small.safetensors", change, tmp_path)
     with pytest.raises(ValueError, match=message):
         minidiff.load(file, text_encoders=layouts / "encoders")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("pos_embed", [3]), ("joint_blocks.0.x_block.attn.ln_q.weight", [0])],
+)
+def test_shapes_of_nothing_known_are_refused(layouts, tmp_path, name, shape):
+    wrong = {f"model.diffusion_model.{name}": torch.ones(shape)}
+    change = lambda tensors: tensors.update(wrong)  # noqa: E731
+    file = without(layouts / "sd3.5_small.safetensors", change, tmp_path)
+    with pytest.raises(ValueError, match="sd3.5_small.safetensors is no transformer"):
+        minidiff.load(file, text_encoders=layouts / "encoders")
+
+
+def test_without_t5_its_files_may_be_damaged(layouts, tmp_path):
+    encoders = shutil.copytree(layouts / "encoders", tmp_path / "encoders")
+    (encoders / "t5xxl_fp16.safetensors").write_bytes(b"half a download")
+    file = layouts / "sd3.5_small.safetensors"
+    assert (
+        minidiff.load(file, text_encoders=encoders, t5="none").text_encoders[2] is None
+    )
+    (encoders / "clip_l.safetensors").write_bytes(
+        (layouts / "encoders" / "clip_g.safetensors").read_bytes()[:-8]
+    )
+    with pytest.raises(ValueError, match="clip_l.safetensors is damaged"):
+        minidiff.load(file, text_encoders=encoders, t5="none")
 
 
 def test_a_truncated_file_is_named(layouts, tmp_path):

@@ -531,3 +531,8 @@ def test_single_letters_stay_and_pairs_of_neighbours_do_not():
     """ "ab" is part of the alphabet's text, but no letter."""
     counts = Counter({"a": 0.1, "ab": 0.1, "b": 3.0})
     assert maximize(counts, "ab").keys() == {"a", "b"}
+
+
+def test_texts_in_which_nothing_repeats():
+    t5 = T5Tokenizer.train(["ab"], 300)
+    assert t5.decode(t5.encode("ab")) == "ab"

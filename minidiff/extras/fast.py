@@ -32,10 +32,11 @@ from minidiff.extras.kernels import (
     quantize_rows,
     residual_norm,
 )
-from minidiff.extras.precision import Float8Linear
-from minidiff.support.checks import check_fast
+from minidiff.extras.precision import Float8Linear, has_fp8
+from minidiff.support.checks import check_choice, check_fast
 from minidiff.vae import VAE, AttentionBlock, Decoder, ResnetBlock, Upsample
 
+LAST = torch.channels_last
 ONEDNN = torch.backends.mkldnn.is_available()  # for float32 products on a CPU
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names of malloc.h; values in bytes
 BACKENDS = {
@@ -55,9 +56,7 @@ def attention_backend(first: str | None) -> Iterator[None]:
     if first is None:
         yield
         return
-    if first not in BACKENDS:
-        names = ", ".join(BACKENDS)
-        raise ValueError(f"attention backend {first!r}: expected one of {names}")
+    check_choice("attention backend", first, BACKENDS)
     rest = [b for name, b in BACKENDS.items() if name != first]
     with sdpa_kernel([BACKENDS[first], *rest], set_priority=True):
         yield
@@ -146,7 +145,8 @@ class FastMMDiT:
         recorded = any(b.attention._forward_pre_hooks for b in blocks)
         if recorded or torch.is_grad_enabled():
             return MMDiT.forward(self.model, *given, **options)
-        return self.forward(*given, **options)
+        with torch.cuda.device_of(given[0]):  # where Triton starts its kernels
+            return self.forward(*given, **options)
 
     def forward(
         self,
@@ -158,7 +158,7 @@ class FastMMDiT:
         skip_layers: Collection[int] = (),
         modulations: Modulations | None = None,
     ) -> Tensor:
-        """The forms of this module, as they are."""
+        """Velocity (B, C, h, w), by the fused passes."""
         model = self.model
         height, width = model.check(latents, context, pooled)
         if modulations is None:
@@ -303,14 +303,8 @@ def accelerate(
 def compile_blocks(transformer: MMDiT) -> None:
     """Compile each kind of block once: for all blocks of the kind, and for all sizes.
 
-    Two samples and one are two sizes to the compiler, all other numbers are one. Raises
-    ValueError for blocks in fp8 on a GPU for which Triton has no such numbers.
+    Two samples and one are two sizes to the compiler, all other numbers are one.
     """
-    weight = transformer.joint_blocks[0].x_block.mlp.fc1.weight
-    if weight.is_cuda and weight.dtype == FLOAT8 and not has_fp8(weight.device):
-        major, minor = torch.cuda.get_device_capability(weight.device)
-        found = f"compile is True, weights are in fp8, and the GPU is {major}.{minor}"
-        raise ValueError(f"{found}; expected 8.9 or more, or compile=False")
     # Past its limit dynamo compiles no more, and the eight forms that it allows are for
     # all models of the process: three kinds with and without guidance are six of them
     config = torch._dynamo.config
@@ -365,14 +359,12 @@ def has_fp8_products(device: torch.device) -> bool:
     return True
 
 
-def has_fp8(device: torch.device) -> bool:
-    """Whether a GPU, or Triton on it, knows fp8: Ada, and what came after it."""
-    return torch.cuda.get_device_capability(device) >= (8, 9)
-
-
 def preferred_attention(weight: Tensor) -> str | None:
-    """The backend to try first where ``weight`` is: cuDNN's on an H100 or a B200."""
-    if not weight.is_cuda:
+    """The backend to try first where ``weight`` is: cuDNN's on an H100 or a B200.
+
+    Before 9.15.1 it was wrong for some lengths that 128 does not divide.
+    """
+    if not weight.is_cuda or (torch.backends.cudnn.version() or 0) <= 91500:
         return None
     major = torch.cuda.get_device_capability(weight.device)[0]
     return "cudnn" if major in (9, 10) else None
@@ -401,16 +393,21 @@ class FastDecoder:
     """
 
     def __init__(self, decoder: Decoder, fold: bool = True) -> None:
-        self.decoder = decoder.to(memory_format=torch.channels_last)
+        self.decoder = decoder.to(memory_format=LAST)
         self.groups = decoder.norm_out.num_groups
         levels = [u["upsample"] for u in decoder.up if "upsample" in u]
         self.folded = {u: folded_kernel(u) for u in levels} if fold else {}
 
     def __call__(self, latents: Tensor) -> Tensor:
-        d = self.decoder
         if torch.is_grad_enabled():
-            return Decoder.forward(d, latents)
-        x = latents.contiguous(memory_format=torch.channels_last)
+            return Decoder.forward(self.decoder, latents)
+        with torch.cuda.device_of(latents):
+            return self.forward(latents)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) → images, by the fused passes."""
+        d = self.decoder
+        x = latents.contiguous(memory_format=LAST)
         x = self.resnet(Pending(d.conv_in(x)), d.mid["block_1"])
         x = self.attention(x, d.mid["attn_1"])
         x = self.resnet(x, d.mid["block_2"])
@@ -458,9 +455,8 @@ class FastDecoder:
             return Pending(F.conv2d(x, layer.conv.weight, padding=1), layer.conv.bias)
         y = F.conv2d(x, self.folded[layer], padding=1)  # → (B, 4·C, H+1, W+1)
         batch, channels, height, width = x.shape
-        out = x.new_empty(batch, channels, 2 * height, 2 * width).to(
-            memory_format=torch.channels_last
-        )
+        shape = batch, channels, 2 * height, 2 * width
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAST)
         for i, phase in enumerate(y.chunk(4, dim=1)):
             a, b = divmod(i, 2)
             out[:, :, a::2, b::2] = phase[:, :, a : a + height, b : b + width]
@@ -478,7 +474,7 @@ def folded_kernel(layer: Upsample) -> Tensor:
     taps = torch.tensor([even, odd], dtype=torch.float32, device=weight.device)
     folded = torch.einsum("atk,bul,oikl->aboitu", taps, taps, weight.float())
     folded = folded.flatten(0, 2).to(weight.dtype)  # (2, 2, C, C, 2, 2) → (4·C, C, …)
-    return folded.contiguous(memory_format=torch.channels_last)
+    return folded.contiguous(memory_format=LAST)
 
 
 def pixels(x: Tensor) -> Tensor:
@@ -489,7 +485,8 @@ def pixels(x: Tensor) -> Tensor:
 def pixel_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ) v with q (B, Q, C) scaled already; scores in float32 on a GPU."""
     if q.is_cuda:
-        scores = torch.bmm(q, k.mT, out_dtype=torch.float32)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = torch.bmm(q, k.mT, out_dtype=wide)
     else:
         scores = q @ k.mT  # (B, Q, C) · (B, C, L) → (B, Q, L)
     return scores.softmax(-1).to(v.dtype) @ v

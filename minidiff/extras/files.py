@@ -13,10 +13,9 @@ if TYPE_CHECKING:
 
 def read_prompts(file: Path | str) -> list[str]:
     """The lines of a UTF-8 file that are not blank; ValueError if there is none."""
-    try:
-        lines = Path(file).read_text("utf-8-sig").split("\n")
-    except UnicodeDecodeError:
-        raise ValueError(f"{file} is not a text in UTF-8") from None
+    from minidiff.support.checkpoints import read_text
+
+    lines = read_text(file).split("\n")
     if not (prompts := [line.strip() for line in lines if line.strip()]):
         raise ValueError(f"{file} holds no prompt; expected one on each line")
     return prompts

@@ -26,13 +26,9 @@ from minidiff.flow_matching import shift_sigma
 from minidiff.sampling import Pipeline, load
 from minidiff.support import parallel, rng, trainer
 from minidiff.support.captioned import captions_of, read_folder
-from minidiff.support.trainer import (
-    Run,
-    cached,
-    fingerprint,
-    lasting,
-    save_sheet,
-)
+from minidiff.support.checks import check_range
+from minidiff.support.output import save_sheet
+from minidiff.support.trainer import Run, cached, fingerprint, lasting
 from minidiff.training import (
     Batch,
     Task,
@@ -140,13 +136,13 @@ def finetune(
     crop: bool = True,
     drop: float = 0.1,
     seed: int = 0,
-    recomputed: bool = False,
+    recompute: bool = False,
 ) -> Path:
     """Train ``model`` on the folder ``pictures``; the file or folder it wrote.
 
     With ``lora`` the result is ``output``/pytorch_lora_weights.safetensors, else a
     whole model in ``output``/model. A stopped run goes on when called again.
-    ``recomputed`` saves memory: see ``trainer.recompute``. With ``lora`` and
+    ``recompute`` saves memory: see ``trainer.recompute``. With ``lora`` and
     ``config.bfloat16`` the model's own weights, which do not learn, are in bfloat16.
     """
     device, output = parallel.start(device), Path(output)
@@ -163,9 +159,10 @@ def finetune(
     settings |= {"drop": drop, "seed": seed, **lasting(config)}
     with Run(output / "run", settings) as run:
         images, captions = read_folder(pictures, side, crop)
-        pipe, trained, updates = begin(model, lora, device, dtype, seed, recomputed)
+        pipe, trained, updates = begin(model, lora, device, dtype, seed, recompute)
         name = encoding_name(pipe, images, captions)
-        run.add(encodings=name)
+        began = fingerprint(*all_weights(pipe.transformer), pipe.scheduler.shift)
+        run.add(encodings=name, began=began)
         path = output / "cache" / f"{name}.safetensors"
         encoded = cached(path, lambda: encode(pipe, images, captions), pipe.device)
         grids = output / "grids"
@@ -219,7 +216,7 @@ def begin(
     device: str,
     dtype: torch.dtype,
     seed: int,
-    recomputed: bool,
+    recompute: bool,
 ) -> tuple[Pipeline, nn.Module, dict[str, LowRank] | None]:
     """The pipeline, what of it learns, and with ``lora`` the corrections by layer."""
     cuda = device.startswith("cuda")  # the encoders visit the card while they encode
@@ -236,7 +233,7 @@ def begin(
         for parameter in trained.parameters():  # it may be a read-only memory map
             parameter.data = parameter.data.clone()
         trained.requires_grad_(True)
-    if recomputed:
+    if recompute:
         trainer.recompute(pipe.transformer.joint_blocks)
     return pipe, trained, updates
 
@@ -286,7 +283,9 @@ def save_samples(pipe: Pipeline, encoded: Batch, seed: int, file: Path) -> None:
             noise = pipe.prepare_latents(1, height, width, seed + i)
             pictures.append(pipe.decode(pipe.denoise(noise, *text)))
         save_sheet(torch.cat(pictures), len(pictures), file)
-    except (ValueError, torch.OutOfMemoryError) as error:
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not trainer.is_out_of_memory(error):
+            raise
         print(f"{file.name} is not drawn: {error}", file=sys.stderr)
 
 
@@ -297,15 +296,15 @@ def train(
     steps: int | None,
     batch_size: int | None,
     learning_rate: float,
-    corrections: tuple[int, float | None, str | None] | None,
+    lora: tuple[int, float | None, str | None] | None,
     device: str,
     compile: bool | None,
-    recomputed: bool,
+    recompute: bool,
     crop: bool = True,
 ) -> Path:
     """``minidiff train --from``: 500 steps of one picture unless told otherwise.
 
-    ``corrections``, for LoRA, are rank, alpha and the layers' names, by commas.
+    ``lora``: rank, alpha and the layers' names, by commas.
     """
     if pictures is None:
         raise ValueError("--from needs --data: a folder of pictures with captions")
@@ -323,15 +322,15 @@ def train(
         save_every=100,
         validate_every=max(100, steps // 5),
     )
-    lora = None
-    if corrections:
-        rank, alpha, names = corrections
-        if rank < 1:
-            raise ValueError(f"--rank is {rank}; expected at least 1")
-        if alpha is not None and not 0 < alpha < math.inf:
-            raise ValueError(f"--alpha is {alpha}; expected a finite number above 0")
-        chosen = names.split(",") if names else ATTENTION
-        targets = tuple(name.strip() for name in chosen)
-        lora = LoraConfig(rank, alpha, targets)
-    how = {"crop": crop, "recomputed": recomputed}
-    return finetune(model, pictures, output, config, lora, device, **how)
+    settings = lora_config(*lora) if lora else None
+    how = {"crop": crop, "recompute": recompute}
+    return finetune(model, pictures, output, config, settings, device, **how)
+
+
+def lora_config(rank: int, alpha: float | None, names: str | None) -> LoraConfig:
+    """Of --rank, --alpha and --targets; ValueError for numbers that cannot be."""
+    check_range("--rank", rank, 1)
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise ValueError(f"--alpha is {alpha}; expected a finite number above 0")
+    chosen = names.split(",") if names else ATTENTION
+    return LoraConfig(rank, alpha, tuple(name.strip() for name in chosen))

@@ -61,13 +61,14 @@ def skip_layer_guidance(
         return guided
 
     about = {"skip_layers": ",".join(map(str, layers)), "skip_layer_scale": scale}
-    pipe.velocity, settings = velocity, pipe.settings
-    pipe.settings = settings | about
+    pipe.velocity = velocity
+    pipe.settings = pipe.settings | about
     try:
         yield
     finally:
         del pipe.velocity
-        pipe.settings = settings
+        kept = {k: v for k, v in pipe.settings.items() if k not in about}
+        pipe.settings = kept
 
 
 def window(sigmas: Tensor, start: float, stop: float) -> Tensor:

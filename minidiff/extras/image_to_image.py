@@ -172,7 +172,8 @@ def as_tensor(
             )
         check_tensor(name, found, height, width, count)
         return found
-    image = in_rgb(image) if mode == "RGB" else image.convert(mode)
+    deep = image.mode.startswith("I")  # more than 8 bits, which ``convert`` cuts off
+    image = (in_rgb(image) if mode == "RGB" or deep else image).convert(mode)
     if image.size != (width, height):
         image = image.resize((width, height), resample=1)
     values = torch.from_numpy(np.array(image, dtype=np.float32) / 255)

@@ -309,6 +309,9 @@ def group_norm_silu(
         if silu:
             return sums, plain_group_norm_silu(x, sums, groups, weight, bias)
         return sums, F.group_norm(sums, groups, weight, bias, 1e-6)
+    last = torch.channels_last  # nothing is copied where it is so already
+    x = x.contiguous(memory_format=last)
+    residual = residual if residual is None else residual.contiguous(memory_format=last)
     batch, channels, height, width = x.shape
     pixels = height * width
     block = triton.next_power_of_2(channels)

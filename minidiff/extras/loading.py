@@ -155,16 +155,15 @@ def open_single_file(
         parts |= {
             name: cp.prepare_component(*PARTS[name][1:], folder / name)
             for name in ENCODERS
-            if (folder / name).is_dir() or not name.endswith("_3")
+            if not name.endswith("_3") or (t5 and (folder / name).is_dir())
         }
     else:
         files = single_file.find_text_encoders(folder, t5)
         parts |= {
             name: single_file.prepare_part(name, *PARTS[name][1:], encoder)
             for name, encoder in files.items()
+            if t5 or not name.endswith("_3")
         }
-    if not t5:
-        parts.pop("text_encoder_3", None)
     present = [n for n in TOKENIZERS if (folder / n).is_dir() or not n.endswith("_3")]
     check_t5(folder, parts, present)
     tokenizers = read_tokenizers(folder, present)
@@ -196,18 +195,23 @@ PUBLISHED = {
 }
 
 
+def is_published(model: Path | str) -> bool:
+    """Whether ``model`` is a published model's name, and no folder of that name."""
+    return str(model) in PUBLISHED and not Path(model).is_dir()
+
+
 def blueprint(model: Path | str = "tiny") -> dict[str, nn.Module]:
     """The models of a pipeline on the meta device: shapes, and not one weight.
 
     The published names need no network; a folder's config.json files are read.
     """
-    if model in PUBLISHED:
+    if is_published(model):
         with torch.device("meta"):
             return {
                 "text_encoder": CLIPTextEncoder(CLIPTextConfig.clip_l()),
                 "text_encoder_2": CLIPTextEncoder(CLIPTextConfig.clip_g()),
                 "text_encoder_3": T5Encoder(T5Config.t5_xxl()),
-                "transformer": MMDiT(PUBLISHED[model]()),
+                "transformer": MMDiT(PUBLISHED[str(model)]()),
                 "vae": VAE(VAEConfig.sd35()),
             }
     folder = find_model(model, weights=False)
@@ -225,7 +229,7 @@ def known_as(model: Path | str) -> str:
     Where the folder remembers another name, that is its end. The published names need
     no network.
     """
-    if model in PUBLISHED:
+    if is_published(model):
         return str(model)
     folder = find_model(model, weights=False)
     return with_origin(folder, read_index(folder)[0])

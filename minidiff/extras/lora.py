@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from minidiff.dit import MMDiT
@@ -22,6 +21,7 @@ from minidiff.extras.memory import StreamedLinear
 from minidiff.extras.precision import Float8Linear
 from minidiff.support.checkpoints import (
     Source,
+    open_tensors,
     read_header,
     transformer_sources,
     write_tensors,
@@ -177,7 +177,7 @@ def read_lora(
         raise ValueError(f"{file} holds no LoRA: it has no tensors")
     layers = {part: targets(model) for part, model in models.items()}
     found: dict[str, dict[str, LowRank]] = {}
-    with safe_open(file, "pt") as stream:
+    with open_tensors(file) as stream:
         notes = parse_notes(file, (stream.metadata() or {}).get(METADATA, "{}"))
         check_kind(file, [*shapes, *(k for k, v in notes.items() if v)])
         for name in sorted({key.split(".lora_")[0] for key in shapes}):
@@ -239,8 +239,11 @@ def check(
         raise ValueError(
             f"{file} was made for another model: this one has no linear layer {name}"
         )
+    if shapes[a][0] != shapes[b][1]:
+        found = f"lora_A of rank {shapes[a][0]}, lora_B of rank {shapes[b][1]}"
+        raise ValueError(f"{file}: {name} has {found}; expected one rank")
     update = shapes[b][0], shapes[a][1]
-    if update != target.shape or shapes[a][0] != shapes[b][1]:
+    if update != target.shape:
         raise ValueError(
             f"{file} was made for another model: it updates {name} of shape "
             f"{list(update)}; expected {list(target.shape)}"

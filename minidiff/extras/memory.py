@@ -21,9 +21,10 @@ from torch.nn import functional as F
 
 from minidiff.dit import MMDiT
 from minidiff.extras.kernels import Rows, quantize
-from minidiff.extras.precision import Float8Linear
+from minidiff.extras.precision import Float8Linear, has_fp8
 from minidiff.extras.tiling import sliced_decode, sliced_encode, tiled_decode
 from minidiff.support.checkpoints import Prepared, Read
+from minidiff.support.checks import check_choice
 from minidiff.text_encoders import T5Encoder
 from minidiff.vae import VAE
 
@@ -60,9 +61,7 @@ class Plan:
             "modulation": ("resident", "streamed"),
         }
         for name, known in choices.items():
-            if (value := getattr(self, name)) not in known:
-                names = ", ".join(known)
-                raise ValueError(f"{name} is {value!r}; expected one of {names}")
+            check_choice(name, getattr(self, name), known)
         for name in ("fp8", "vae_slicing"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name} is {value!r}; expected True or False")
@@ -253,14 +252,21 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
-def check_room(pipe: Any, size: tuple[int, ...], free: float, encoded: int = 0) -> None:
+def check_room(
+    pipe: Any,
+    size: tuple[int, ...],
+    free: float,
+    encoded: int = 0,
+    levels: int | None = None,
+) -> None:
     """Raise ValueError where latents of ``size`` need more than ``free`` bytes.
 
-    ``pipe`` is loaded: the memory that its weights take is not free. ``encoded`` is
-    that of ``Call``.
+    ``pipe`` is loaded: the memory that its weights take is not free. ``encoded`` and
+    ``levels`` are those of ``Call``; None is ``usual_levels``.
     """
     models = {"transformer": pipe.transformer}
-    call = Call(models, pipe.dtype.itemsize, size, encoded, usual_levels(pipe))
+    levels = levels or usual_levels(pipe)
+    call = Call(models, pipe.dtype.itemsize, size, encoded, levels)
     need = working(getattr(pipe.vae, "plan", Plan()), call)
     if need <= free:
         return
@@ -431,17 +437,23 @@ def load_parts(
     device: Any,
     dtype: torch.dtype,
     memory: str | Plan | None = None,
+    compile: bool = False,
     **knobs: Any,
 ) -> dict[str, nn.Module]:
     """Read the parts of a pipeline, by the hub's names, as a plan says (``choose``).
 
     What was chosen for ``memory`` is printed in one line. Raises ValueError where the
     card is too small for a picture of 1024², naming a plan that fits; with a Plan,
-    where it is too small for the weights.
+    where it is too small for the weights; and with ``compile`` for weights in fp8 on a
+    GPU for which Triton has no such numbers.
     """
     models = {name: part.model for name, part in prepared.items()}
     picture = Call(models, dtype.itemsize)
     plan = choose(memory, picture, **knobs)
+    device = torch.device(device)
+    if compile and plan.fp8 and device.type == "cuda" and not has_fp8(device):
+        found = "compile is True and weights are in fp8, which this GPU does not know"
+        raise ValueError(f"{found}; expected one of 8.9 or more, or compile=False")
     if plan.t5 == "none":
         models.pop("text_encoder_3", None)
     weights = replace(picture, size=NOTHING)

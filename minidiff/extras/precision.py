@@ -4,10 +4,16 @@ A value is stored as fp8 e4m3 (4 exponent and 3 mantissa bits: a relative step o
 to 1/16) times its row's scale, chosen so that the row's largest value becomes 448.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minidiff.extras.kernels import Rows
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether a GPU, or Triton on it, knows fp8: Ada, and what came after it."""
+    return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 class Float8Linear(nn.Module):

@@ -40,16 +40,16 @@ class Began(Exception):
 class Rehearsal(Pipeline):
     """A pipeline on the meta device that ends at its first work.
 
-    It keeps what memory depends on: the latents' size, and how many pictures are
-    encoded first.
+    It keeps what memory depends on: the latents' size, how many pictures are encoded
+    first, and how many levels have modulations.
     """
 
-    size, encoded = PICTURE, 0
+    size, encoded, levels = PICTURE, 0, None
 
-    def prepare_latents(self, *args: Any, **options: Any) -> Tensor:
-        """The latents; their shape is kept."""
-        latents = super().prepare_latents(*args, **options)
-        self.size = tuple(latents.shape)
+    def prepare_latents(self, *args: Any) -> Tensor:
+        """The latents; their shape and the levels are kept."""
+        latents = super().prepare_latents(*args)
+        self.size, self.levels = tuple(latents.shape), (*args, *[None] * 6)[5]
         return latents
 
     def encode(self, images: Tensor) -> Posterior:
@@ -81,7 +81,7 @@ def rehearse(
     opened = outline(model, text_encoders, memory, knobs)
     asked = requested(memory, **knobs)
     pipe = attempt(perform, opened, asked)
-    known = pipe.size, pipe.encoded, usual_levels(pipe)
+    known = pipe.size, pipe.encoded, pipe.levels or usual_levels(pipe)
     call = Call(opened.parts, dtype.itemsize, *known)
     plan = choose(memory, call, **knobs)
     check_device(plan, call, device, **knobs)
@@ -119,7 +119,7 @@ def outline(
     Of a published model they need not be here yet: what is wrong with a call is told
     before the download.
     """
-    if str(model) not in loading.PUBLISHED or text_encoders is not None:
+    if not loading.is_published(model) or text_encoders is not None:
         opened = loading.open_model(model, text_encoders, memory, knobs)
         return opened._replace(parts={n: p.model for n, p in opened.parts.items()})
     models = loading.blueprint(model)

@@ -34,9 +34,17 @@ from minidiff.support.checkpoints import (
     write_json,
 )
 from minidiff.support.checks import check_range
-from minidiff.support.data import SCENES, Scenes, fashion_mnist, token_table
+from minidiff.support.data import (
+    SCENES,
+    Scenes,
+    fashion_mnist,
+    from_bytes,
+    to_bytes,
+    token_table,
+)
 from minidiff.support.judge import Judge, accuracy, judge_loss, measure, save_judge
-from minidiff.support.metrics import psnr
+from minidiff.support.metrics import check_side, psnr
+from minidiff.support.output import save_sheet
 from minidiff.support.trainer import (
     Run,
     cached,
@@ -46,7 +54,6 @@ from minidiff.support.trainer import (
     fingerprint,
     lasting,
     recompute,
-    save_sheet,
 )
 from minidiff.text_encoders import (
     CLIPTextConfig,
@@ -268,9 +275,9 @@ def changed(settings, changes: dict, where: str):
             raise ValueError(f"{where} sets {name!r}; expected {known}")
         old = getattr(settings, name)
         deeper = is_dataclass(old) and isinstance(value, dict)
-        values[name] = changed(old, value, f"{where}, {name},") if deeper else value
+        values[name] = changed(old, value, f"{where}, {name}") if deeper else value
         check_number(name, value, where)
-        if not isinstance(values[name], type(old) if old is not None else object):
+        if old is not None and type(values[name]) is not type(old):
             kinds = type(old).__name__, type(value).__name__
             if kinds != ("float", "int"):
                 raise ValueError(
@@ -342,14 +349,8 @@ def picture_pool(
     for start in range(0, n, chunk):
         device = scenes.device
         batch = scenes.batch(torch.arange(start, min(n, start + chunk), device=device))
-        images = ((batch.images + 1) * 127.5).round().clamp(0, 255).byte()
-        parts.append((images, batch.caption_ids, batch.meanings))
+        parts.append((to_bytes(batch.images), batch.caption_ids, batch.meanings))
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
-
-
-def from_bytes(images: Tensor) -> Tensor:
-    """uint8 pictures as numbers in [−1, 1]."""
-    return images.float() / 127.5 - 1
 
 
 # Tokenizers
@@ -430,7 +431,7 @@ def train_t5(job: Job) -> None:
     ids = token_tables(job)[2]
     tokenizer = T5Tokenizer.from_pretrained(job.model / "tokenizer_3")
     config = T5Config.tiny()
-    sentinels = [tokenizer.vocab[f"<extra_id_{i}>"] for i in range(3)]
+    sentinels = [tokenizer.sentinel_id(i) for i in range(3)]
     sentinels = torch.tensor(sentinels, device=job.device)
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     every = torch.arange(n, device=job.device).split(2**16)
@@ -601,13 +602,16 @@ def encode_captions(
     encoders: list, tables: list[Tensor], rows: Tensor, chunk: int = 4096
 ) -> tuple[Tensor, Tensor]:
     """float16 contexts (N, 2·L, D) and pooled vectors (N, P) of captions ``rows``."""
-    contexts, pooled = [], []
-    for part in rows.split(chunk):
-        ids = [table[part].long() for table in tables]
+    context, pooled = None, []
+    for start in range(0, len(rows), chunk):
+        ids = [table[rows[start : start + chunk]].long() for table in tables]
         (l, pooled_l), (g, pooled_g) = encoders[0](ids[0]), encoders[1](ids[1])
-        contexts.append(assemble(l, g, encoders[2](ids[2])).half())
+        part = assemble(l, g, encoders[2](ids[2])).half()
+        if context is None:  # its gigabytes only once, not in parts beside the whole
+            context = part.new_empty(len(rows), *part.shape[1:])
+        context[start : start + chunk] = part
         pooled.append(torch.cat([pooled_l, pooled_g], -1).half())
-    return torch.cat(contexts), torch.cat(pooled)
+    return context, torch.cat(pooled)
 
 
 def train_transformer(job: Job) -> None:
@@ -732,7 +736,8 @@ def begin(job: Job, stage: str) -> Run:
     """A stage's folder; what differs from a run that was begun there is named."""
     settings = {"stage": stage, "seed": job.seed, **samples(job)}
     if stage == "tokenizers":
-        settings = {k: settings[k] for k in ("stage", "seed", "scenes", "data")}
+        kept = ("stage", "seed", "scenes", "data", "captions")
+        settings = {name: settings[name] for name in kept}
         return Run(job.output / "runs" / stage, settings)
     settings |= lasting(getattr(job.recipe, stage))
     began = begun(job, stage).state_dict().values() if job.start else ()
@@ -756,8 +761,7 @@ def samples(job: Job) -> dict:
     values = {k: v for k, v in values.items() if not isinstance(v, TrainingConfig)}
     if job.recipe.scenes in SCENES:
         return values | {"data": fingerprint(*fashion_mnist("train", job.data))}
-    for name in (*POOLS, "held"):  # as many as the folder has: the content decides
-        del values[name]
+    del values["held"]  # not learned from
     content = job.scenes().content
     return values | {"scenes": "pictures", "data": fingerprint(*content)}
 
@@ -774,7 +778,7 @@ def export(job: Job, model: torch.nn.Module, name: str) -> None:
         ids = {k: getattr(tokenizer, k) for k in ("bos_token_id", "eos_token_id")}
         ids["pad_token_id"] = tokenizer.pad_token_id
         known = {k: v for k, v in ids.items() if v is not None}
-        write_json(path, json.loads(path.read_text()) | known)
+        write_json(path, read_json(path) | known)
 
 
 def finish(job: Job) -> None:
@@ -883,8 +887,20 @@ def open_start(start: Path) -> Path:
     folder = TINY if str(start) == "tiny" else start
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"--start is {start}; expected tiny, or a model's folder")
-    loading.open_folder(folder)
+    parts = loading.open_folder(folder).parts
+    if "text_encoder_3" not in parts:
+        raise ValueError(f"--start is {start}, which lacks T5; expected all encoders")
+    check_side(parts["transformer"].model, parts["vae"].model)
     return folder
+
+
+PIPELINE = ("model_index.json", "scheduler", *TOKENIZERS, *ENCODERS)
+PIPELINE += ("transformer", "vae")  # all that a model in the hub's layout consists of
+
+
+def files_of(path: Path) -> list[Path]:
+    """``path`` if it is a file, or the files right in this folder."""
+    return [path] if path.is_file() else [p for p in path.iterdir() if p.is_file()]
 
 
 def copy_start(job: Job) -> None:
@@ -896,14 +912,15 @@ def copy_start(job: Job) -> None:
     if not job.model.exists():
         part = job.output / ".model.part"
         shutil.rmtree(part, ignore_errors=True)
-        for path in filter(Path.is_file, job.start.rglob("*")):
+        names = [name for name in PIPELINE if (job.start / name).exists()]
+        for path in [p for n in names for p in files_of(job.start / n)]:
             copy = part / path.relative_to(job.start)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)  # without its mode: it may be read-only
         part.replace(job.model)
     for name in (*TOKENIZERS, *ENCODERS):
         here, there = job.model / name, job.start / name
-        files = [path.name for path in there.iterdir()]
+        files = [path.name for path in files_of(there)]
         if filecmp.cmpfiles(here, there, files, shallow=False)[0] != files:
             raise ValueError(
                 f"{here} is not {job.start}'s: expected another --output, or the "
@@ -963,18 +980,13 @@ def train(
         )
     check_range("--seed", seed, 0, 2**63 - 1)
     stages = choose_stages(stage, start, chosen.scenes)
-    changes = {"steps": steps, "batch_size": batch_size}
-    changes = {name: value for name, value in changes.items() if value is not None}
-    if changes and not hasattr(chosen, stage):
+    size = {"steps": steps, "batch_size": batch_size}
+    size = {name: value for name, value in size.items() if value is not None}
+    if size and stage not in STAGES[1:]:
         raise ValueError("--steps and --batch-size need a --stage that has them")
-    if bad := [name for name, value in changes.items() if value < 1]:
-        raise ValueError(f"{bad[0]} is {changes[bad[0]]}; expected at least 1")
-    for name in STAGES[1:]:
-        config = getattr(chosen, name)
-        if compile is not None:
-            config = replace(config, compile=compile)
-        config = replace(config, **changes) if name == stage else config
-        chosen = replace(chosen, **{name: config})
+    compiled = {} if compile is None else {"compile": compile}
+    changes = {name: compiled | (size if name == stage else {}) for name in STAGES[1:]}
+    chosen = changed(chosen, changes, "the command line")
     start = start and open_start(start)
     check_needs(stage, start or output / "model")
     device = parallel.start(device)

@@ -15,7 +15,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from minidiff.support.data import IMAGE_SIZE, in_rgb, to_tensor
+from minidiff.support.checkpoints import read_text
+from minidiff.support.data import IMAGE_SIZE, from_bytes, in_rgb, to_bytes, to_tensor
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -30,12 +31,12 @@ def captions_of(folder: Path) -> dict[str, str]:
         raise FileNotFoundError(f"{folder} is not a folder")
     listed, found = folder / "metadata.jsonl", {}
     if listed.exists():
-        for number, line in enumerate(_text(listed).split("\n"), 1):
+        for number, line in enumerate(read_text(listed).split("\n"), 1):
             found |= _entry(listed, number, line)
     pictures = {path.stem: path.name for path in pictures_in(folder)}
     for path in sorted(folder.glob("*.txt")):
         name = pictures.get(path.stem, f"{path.stem}.png")
-        found.setdefault(name, _text(path).strip())
+        found.setdefault(name, read_text(path).strip())
     if not found:
         raise FileNotFoundError(
             f"no captions in {folder}: expected a .txt beside each picture, or "
@@ -51,13 +52,6 @@ def pictures_in(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a text in UTF-8") from None
-
-
 def _entry(path: Path, number: int, line: str) -> dict[str, str]:
     if not line.strip():
         return {}
@@ -66,7 +60,8 @@ def _entry(path: Path, number: int, line: str) -> dict[str, str]:
         name, text = entry["file_name"], entry["text"]
         if not (isinstance(name, str) and isinstance(text, str)):
             raise TypeError
-        return {name: text}
+        text.encode()  # half of a pair is none
+        return {Path(name).as_posix(): text}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}, line {number}: expected an object with file_name and text "
@@ -118,7 +113,7 @@ def read_folder(
 @functools.lru_cache(maxsize=1)
 def _read_bytes(folder: str, size: int, crop: bool) -> tuple[Tensor, list[str]]:
     images, captions = read_folder(folder, size, crop)
-    return ((images + 1) * 127.5).round().byte(), captions
+    return to_bytes(images), captions
 
 
 @dataclass(frozen=True)
@@ -191,7 +186,7 @@ class Pictures:
 
     def batch(self, indices: Tensor) -> PictureBatch:
         """The pictures with the numbers ``indices`` (B,), each below the length."""
-        images = self.images[indices].float() / 127.5 - 1
+        images = from_bytes(self.images[indices])
         return PictureBatch(images, self.numbers[indices], self.texts)
 
     def caption_pairs(self, indices: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
@@ -47,6 +46,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected an object")
     return content
+
+
+def read_text(path: Path | str) -> str:
+    """A text in UTF-8, with or without a byte order mark; ValueError for another."""
+    try:
+        return Path(path).read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text in UTF-8") from None
 
 
 def config_file(path: Path | str) -> Path:
@@ -301,7 +308,7 @@ class Prepared:
         place: Place | None = None,
     ) -> nn.Module:
         expected = self.model.state_dict()
-        opened = {file: _open(file) for file, _ in self.found.values()}
+        opened = {file: open_tensors(file) for file, _ in self.found.values()}
 
         def stored(name: str) -> Tensor:
             return opened[self.found[name][0]].get_tensor(name)
@@ -344,7 +351,8 @@ def prepare_weights(
     return Prepared(model, sources, found)
 
 
-def _open(file: Path) -> Any:
+def open_tensors(file: Path | str) -> Any:
+    """A safetensors file, open to be read; ValueError for one that is damaged."""
     try:
         return safe_open(file, "pt")
     except SafetensorError as error:
@@ -362,7 +370,8 @@ def check_names(
 ) -> None:
     """Raise ValueError unless the files hold exactly the tensors that are wanted."""
     wanted = {name for source in sources.values() for name in source.names}
-    folder = next(iter(found.values()))[0].parent
+    files = {file for file, _ in found.values()}
+    folder = files.pop() if len(files) == 1 else files.pop().parent
     if missing := wanted - found.keys():
         raise ValueError(f"{folder} lacks {len(missing)} tensors: {_some(missing)}")
     if extra := found.keys() - wanted - UNUSED:
@@ -559,10 +568,11 @@ def save_component(
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``content`` as the hub's JSON files are written: indented, sorted."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
+    """Write a JSON object, indented and in UTF-8."""
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", "utf-8")
 
 
 def count_parameters(model: nn.Module) -> int:
     """How many numbers the model learns (its buffers are not among them)."""
-    return sum(prod(p.shape) for p in model.parameters())
+    return sum(p.numel() for p in model.parameters())

@@ -81,7 +81,7 @@ def check_target(
 ) -> tuple[torch.device, torch.dtype]:
     """Where and in what to work: None is the CPU; float32 there, else bfloat16.
 
-    Raises ValueError for a device that torch does not know, and for numbers that are
+    Raises ValueError for a device that torch does not know, and for a dtype that is
     not floating point.
     """
     try:
@@ -147,15 +147,19 @@ def check_size(name: str, size: int, grid: int, largest: int) -> None:
         )
 
 
-def check_room(pipe: Any, size: tuple[int, ...], encoded: int = 0) -> None:
+def check_room(
+    pipe: Any, size: tuple[int, ...], encoded: int = 0, levels: int | None = None
+) -> None:
     """Raise ValueError where the card has no room for latents of ``size``.
 
-    ``encoded`` is the number of pictures of that size that are encoded before.
+    ``encoded`` is the number of pictures of that size that are encoded before,
+    ``levels`` that of ``memory.Call``.
     """
     if pipe.device.type == "cuda":
         from minidiff.extras import memory
 
-        memory.check_room(pipe, size, memory.free_memory(pipe.device), encoded)
+        free = memory.free_memory(pipe.device)
+        memory.check_room(pipe, size, free, encoded, levels)
 
 
 def check_parts(text_encoders: Sequence[Any], transformer: Any, vae: Any) -> None:

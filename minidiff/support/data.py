@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from minidiff.support.output import save_sheet
 from minidiff.support.rng import uniform
 
 REPOSITORY = "zalando-datasets/fashion_mnist"
@@ -558,7 +559,17 @@ def to_tensor(picture: Image.Image) -> Tensor:
     import numpy as np
 
     pixels = torch.from_numpy(np.array(in_rgb(picture)))
-    return pixels.permute(2, 0, 1) / 127.5 - 1  # (H, W, 3) → (3, H, W)
+    return from_bytes(pixels.permute(2, 0, 1))  # (H, W, 3) → (3, H, W)
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Pictures in [−1, 1] as uint8."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+def from_bytes(images: Tensor) -> Tensor:
+    """uint8 pictures as numbers in [−1, 1]."""
+    return images.float() / 127.5 - 1
 
 
 def write_samples(folder: str | Path | None, output: Path = SAMPLES) -> None:
@@ -568,11 +579,7 @@ def write_samples(folder: str | Path | None, output: Path = SAMPLES) -> None:
     one = one.batch(torch.tensor([first, *range(7)]))
     two = Scenes("test", folder, two_garments=1).batch(torch.arange(8, 16))
     images, texts = torch.cat([one.images, two.images]), one.captions + two.captions
-    # (16, 3, 64, 64) → (2, 8, 3, 64, 64) → (2, 64, 8, 64, 3) → (128, 512, 3)
-    sheet = images.unflatten(0, (2, 8)).permute(0, 3, 1, 4, 2).reshape(128, 512, 3)
-    pixels = ((sheet + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    output.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.numpy()).save(output / "scenes.png", optimize=True)
+    save_sheet((images + 1) / 2, 8, output / "scenes.png")
     text = json.dumps({"captions": texts}, indent=1)
     (output / "scenes.json").write_text(text + "\n")
 

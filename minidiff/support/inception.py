@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -164,6 +165,8 @@ def load_inception(file: str | Path, device: str | torch.device = "cpu") -> Ince
     model = InceptionV3()
     try:
         missing = model.load_state_dict(load_file(file), strict=False).missing_keys
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
     except RuntimeError as error:
         first = str(error).split("\n")[1].strip()
         raise ValueError(f"{file} is not of Inception-v3: {first}") from None

@@ -78,7 +78,8 @@ class Interactive:
     def _repr_html_(self) -> str:
         data = json.dumps(self.data, separators=(",", ":")).replace("<", "\\u003c")
         label = html.escape(self.label, quote=True)
-        style, script = ((ASSETS / n).read_text("utf-8") for n in self._files())
+        files = "figures.css", f"{self.kind}.js"
+        style, script = ((ASSETS / name).read_text("utf-8") for name in files)
         text = (
             f'<figure class="minidiff-figure" data-kind="{self.kind}" '
             f'aria-label="{label}">\n<img class="minidiff-strip dark-light" '
@@ -89,9 +90,6 @@ class Interactive:
         if len(text) > LIMIT:
             raise ValueError(f"figure of {len(text)} bytes: expected at most {LIMIT}")
         return text
-
-    def _files(self) -> tuple[str, str]:
-        return "figures.css", f"{self.kind}.js"
 
     def save(self, path: str | Path) -> None:
         """Write the figure as a page of its own."""
@@ -109,16 +107,16 @@ def _data_url(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
+def _strip(pictures: np.ndarray) -> str:
+    """Pictures (S, h, w, 3) side by side, as the address of a PNG."""
+    return _data_url(_png(np.hstack(pictures)))
+
+
 def _resized(pictures: np.ndarray, height: int) -> np.ndarray:
     """Pictures (S, h, w, 3) at another height, without smoothing when they grow."""
     size = (height * pictures.shape[2] // pictures.shape[1], height)
     method = Image.Resampling.BOX
     return np.stack([Image.fromarray(p).resize(size, method) for p in pictures])
-
-
-def _row(pictures: np.ndarray) -> np.ndarray:
-    """(S, h, w, 3) → (h, S·w, 3)"""
-    return np.concatenate(list(pictures), axis=1)
 
 
 def denoising_scrubber(
@@ -141,12 +139,12 @@ def denoising_scrubber(
         raise ValueError(f"{found} frames: expected as many of each")
     frames = [to_frames(values) for _, values in rows]
     chosen = np.linspace(0, steps - 1, min(7, steps)).round().astype(int)
-    strip = np.concatenate([_row(_resized(f[chosen], 64)) for f in frames])
+    strip = np.concatenate([np.hstack(_resized(f[chosen], 64)) for f in frames])
     data = {
         "label": f"Denoising of “{prompt}”" if prompt else "Denoising",
         "sigmas": [round(float(s), 3) for s in sigmas],
         "rows": [
-            {"name": name, "size": f.shape[1:3], "sprite": _data_url(_png(_row(f)))}
+            {"name": name, "size": f.shape[1:3], "sprite": _strip(f)}
             for (name, _), f in zip(rows, frames, strict=True)
         ],
     }
@@ -181,12 +179,12 @@ def attention_explorer(
         "grid": shape[3:],
         "size": pictures.shape[1:3],
         "pictures": len(pictures),
-        "sprite": _data_url(_png(_row(pictures))),
+        "sprite": _strip(pictures),
         "maps": _bytes(maps, (3, 4)),
         "reads": _bytes(maps.permute(0, 1, 3, 4, 2), (4,)),  # → (B, S, h, w, N)
         "palette": _palette(),
     }
-    strip = _row(np.stack([_overlay(m, pictures[-1]) for m in maps[-1, -1]]))
+    strip = np.hstack(np.stack([_overlay(m, pictures[-1]) for m in maps[-1, -1]]))
     label = "Where attention finds each word: " + ", ".join(words)
     return Interactive("explorer", label, data, _png(strip))
 

@@ -7,7 +7,6 @@ is trained on, it would learn that a blue t-shirt does not exist, and see none. 
 hidden layer gives the features of the Fréchet distance.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.support.checkpoints import load_component, write_tensors
+from minidiff.support.checkpoints import load_component, save_weights, write_json
 from minidiff.support.data import (
     BACKGROUNDS,
     CLASSES,
@@ -190,10 +189,8 @@ def measure(judge: Judge, folder: str | Path | None, n: int = 10_000) -> dict:
 def save_judge(judge: Judge, output: Path, **facts) -> None:
     """Write model.safetensors (fp16) and config.json, with ``facts`` about it."""
     output.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.half().contiguous() for k, v in judge.state_dict().items()}
-    write_tensors(weights, output / "model.safetensors")
-    text = json.dumps(asdict(judge.config) | facts, indent=2)
-    (output / "config.json").write_text(text + "\n")
+    save_weights(judge, output / "model.safetensors", dtype=torch.float16)
+    write_json(output / "config.json", asdict(judge.config) | facts)
 
 
 def load_judge(folder: str | Path = JUDGE, device: str | torch.device = "cpu") -> Judge:

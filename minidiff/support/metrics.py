@@ -4,7 +4,6 @@ Every figure is set beside the same figure of real test scenes: the judge is no 
 and what it gets wrong on real pictures is the ceiling for generated ones.
 """
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidiff.support.checks import check_range
 from minidiff.support.data import IMAGE_SIZE, Scenes, captions, prompts
 from minidiff.support.inception import InceptionV3
 from minidiff.support.judge import EVALUATION_SEED, Judge, load_judge, score
@@ -205,8 +205,7 @@ def evaluate(
     Returns:
         What ``format_table`` prints, ready for JSON.
     """
-    if n < 2:
-        raise ValueError(f"n is {n}, expected at least 2")
+    check_range("n", n, 2)
     check_side(pipe.transformer, pipe.vae)
     device = next(pipe.transformer.parameters()).device
     judge = load_judge(device=device) if judge is None else judge
@@ -293,11 +292,6 @@ def _best_block(word: str, found: dict[str, list[float]]) -> str:
         best = max(range(len(values)), key=lambda i: abs(values[i]))
         cells.append(f"{values[best]:+.2f} in block {best} ({direction})")
     return f"Attention of {word} and the garment's mask: " + ", ".join(cells) + "."
-
-
-def write_json(result: dict, path: Path) -> None:
-    """Write the result of ``evaluate``."""
-    path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 # Attention

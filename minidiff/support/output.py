@@ -6,22 +6,17 @@ from functools import wraps
 from inspect import signature
 from numbers import Integral, Real
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from minidiff.support import checks
+from minidiff.support.checkpoints import replacing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-
-def progress_bar(steps: int, shown: bool) -> Any:
-    """A progress bar on a terminal, nothing elsewhere (notebooks, files)."""
-    from tqdm import tqdm
-
-    return tqdm(total=steps, disable=None if shown else True, leave=False)
 
 
 # callback(pipe, step, timestep, {"latents": …, "denoised": x̂₀}), as in diffusers
@@ -39,9 +34,12 @@ class Watch:
     def __init__(
         self, pipe: Any, latents: Tensor, sigmas: Tensor, callback: Callback | None
     ) -> None:
+        from tqdm import tqdm
+
         self.pipe, self.callback = pipe, callback
         self.latents, self.tensors = latents, {"latents": latents}
-        self.bar = progress_bar(len(sigmas) - 1, pipe.progress)
+        hidden = None if pipe.progress else True  # None: shown on a terminal alone
+        self.bar = tqdm(total=len(sigmas) - 1, disable=hidden, leave=False)
 
     def __enter__(self) -> "Watch":
         return self
@@ -73,6 +71,15 @@ def to_pil(pictures: Tensor) -> "list[Image]":
     values = (pictures * 255).round().to(torch.uint8).cpu()
     values = values.permute(0, 2, 3, 1)  # (B, 3, H, W) → (B, H, W, 3)
     return [Image.fromarray(picture.numpy()) for picture in values]
+
+
+def save_sheet(pictures: Tensor, columns: int, file: Path) -> None:
+    """Write ``pictures`` (N, 3, H, W) in [0, 1] as one PNG, N / ``columns`` rows."""
+    sheet = pictures.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4)
+    sheet = sheet.flatten(3).flatten(1, 2)  # (3, R, H, K, W) → (3, R·H, K·W)
+    file.parent.mkdir(exist_ok=True)
+    with replacing(file) as part:
+        to_pil(sheet[None])[0].save(part, "PNG")
 
 
 # The settings that a picture carries

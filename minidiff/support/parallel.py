@@ -7,6 +7,7 @@ so that the training loop is the same in both cases.
 import copy
 import os
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -19,9 +20,10 @@ def start(device: str) -> str:
         return device
     cuda = device.startswith("cuda")
     if cuda:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    patience = timedelta(hours=6)  # the others wait while one encodes a whole data set
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
     return device
 
 
@@ -41,7 +43,7 @@ def size() -> int:
 
 
 def wait() -> None:
-    """Until all processes have come this far."""
+    """Wait until all processes have come this far."""
     if active():
         dist.barrier()
 

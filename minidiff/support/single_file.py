@@ -146,12 +146,14 @@ def prepare_part(
     check_known(file, shapes, prefix)
     try:
         config = config_class(**sizes(under(shapes, prefix)))
+        with torch.device("meta"):
+            model = model_class(config)
     except KeyError as missing:
         raise ValueError(
             f"{file} is no {part}: it lacks {prefix}{missing.args[0]}"
         ) from None
-    with torch.device("meta"):
-        model = model_class(config)
+    except (IndexError, ArithmeticError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{file} is no {part}: its shapes fit none: {error}") from None
 
     def rename(names: Iterable[str]) -> dict[str, Source]:
         return {name: source(name, prefix, shapes) for name in names}

@@ -6,14 +6,13 @@ tokens, and how they are sought, stands there (transformers 4), or in
 """
 
 import base64
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from minidiff.support.checkpoints import read_json
+from minidiff.support.checkpoints import read_json, read_text, write_json
 from minidiff.support.sentencepiece import Piece, read_model
 from minidiff.support.unicode import WHITE_SPACE
 
@@ -126,14 +125,6 @@ def tidy(text: str) -> str:
     return text
 
 
-def read_text(path: Path) -> str:
-    """Read a text file; ValueError, naming it, for what is not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a text in UTF-8") from None
-
-
 def first_file(folder: str | Path, *names: str) -> Path:
     """Return the first of these files that the folder holds."""
     folder = Path(folder)
@@ -238,12 +229,6 @@ def write_settings(
 def entry(token: AddedToken) -> dict[str, Any]:
     """Return the JSON entry of an added token."""
     return {**token._asdict(), "single_word": False}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object, readable and in UTF-8."""
-    text = json.dumps(content, ensure_ascii=False, indent=2)
-    path.write_text(text + "\n", encoding="utf-8")
 
 
 def read_bpe(

@@ -18,7 +18,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -99,13 +98,16 @@ def check_folder(path: Path) -> None:
         raise OSError(f"{path} cannot be written into: {reason}") from None
 
 
+RESULTS = ("model", "judge", "pytorch_lora_weights.safetensors")
+
+
 def check_other(output: Path, own: str, other: str) -> None:
-    """Raise ValueError where the model in ``output`` is not this training's.
+    """Raise ValueError where what stands in ``output`` is not this training's.
 
     ``own`` and ``other`` are the folders in which the two kinds of training keep runs.
     """
-    foreign = (output / "model").exists() and not (output / own).exists()
-    if (output / other).exists() or foreign:
+    foreign = any((output / name).exists() for name in RESULTS)
+    if (output / other).exists() or (foreign and not (output / own).exists()):
         raise ValueError(
             f"{output} holds another training or model; expected a folder of its own"
         )
@@ -248,17 +250,25 @@ class Run:
         path = self.folder / "best.safetensors"
         if parallel.rank() or not math.isfinite(score):
             return
-        if path.exists() and load_tensors(path)[1]["score"] <= score:
-            return
-        save_tensors(path, tensors, score=score)
+        try:
+            kept = load_tensors(path)[1]["score"]
+        except (FileNotFoundError, ValueError):  # none yet, or damaged
+            kept = math.inf
+        if score < kept:
+            save_tensors(path, tensors, score=score)
 
     def log(self, record: dict) -> None:
         """Append ``record`` to ``log.jsonl``, with the time of day."""
         self.step = record.get("step", self.step)
         if parallel.rank():
             return
-        with open(self.folder / "log.jsonl", "a") as file:
-            file.write(json.dumps({**record, "time": round(time.time(), 2)}) + "\n")
+        path = self.folder / "log.jsonl"
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps({**record, "time": round(time.time(), 2)}) + "\n")
+        except OSError as error:
+            reason = f"cannot write {path}: {error.strerror}"
+            raise OSError(f"{reason}; {self.last_good()}") from error
         if board := tensorboard(self.folder):
             for name, value in record.items():
                 if name != "step" and isinstance(value, int | float):
@@ -297,6 +307,12 @@ def lasting(config: object) -> dict:
     return {k: v for k, v in asdict(config).items() if k not in passing}
 
 
+def is_late(deadline: float | None) -> bool:
+    """Whether it is past ``deadline`` for any process, so that all stop at one step."""
+    late = torch.tensor(float(time.time() > (deadline or math.inf)))
+    return deadline is not None and parallel.average(late).item() > 0
+
+
 def due(config: object, done: int, late: bool) -> tuple[bool, ...]:
     """Whether to log, to save and to validate after ``done`` steps; at the end all."""
     last = late or done == config.steps
@@ -316,10 +332,13 @@ def checkpoint(
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}/{name}"] = value
-    tensors = {name: parallel.whole(x) for name, x in tensors.items()}
-    if bad := [name for name, x in tensors.items() if not x.isfinite().all()]:
-        place = name_step(step, run.settings.get("batch_size", 0))
-        raise TrainingError(f"{bad[0]} is not finite after {place}; {run.last_good()}")
+    for name, x in tensors.items():
+        x = parallel.whole(x)
+        if not x.isfinite().all():
+            place = name_step(step, run.settings.get("batch_size", 0))
+            found = f"{name} is not finite after {place}"
+            raise TrainingError(f"{found}; {run.last_good()}")
+        tensors[name] = x.cpu()  # one by one: a device may not hold all of them whole
     run.save(step, tensors)
 
 
@@ -334,10 +353,12 @@ def restore(
     run: Run | None, model: nn.Module, ema: nn.Module, optimizer: Optimizer
 ) -> int:
     """Take back what the last :func:`checkpoint` saved; the steps that are done."""
-    saved = run.restore() if run else None
-    if saved is None:
+    tensors, step = (run and run.restore()) or ({}, 0)
+    first = next(model.parameters())
+    if parallel.average(torch.tensor(float(step), device=first.device)) != step:
+        raise TrainingError(f"not every process sees step {step} in {run.folder}")
+    if not step:
         return 0
-    tensors, step = saved
     check_fit(run.folder / f"step-{step}.safetensors", tensors, model)
     for part, module in (("model/", model), ("ema/", ema)):
         load_whole(module, {n: tensors[part + n] for n in module.state_dict()})
@@ -408,15 +429,6 @@ INDUCTOR = {
 }
 
 
-def save_sheet(pictures: Tensor, columns: int, file: Path) -> None:
-    """Write ``pictures`` (N, 3, H, W) in [0, 1] as one PNG, N / ``columns`` rows."""
-    rows = pictures.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)
-    pixels = (rows.flatten(2, 3).flatten(0, 1) * 255).round().byte()
-    file.parent.mkdir(exist_ok=True)
-    with replacing(file) as part:
-        Image.fromarray(pixels.cpu().numpy()).save(part, "png")
-
-
 def compiled(module: nn.Module) -> Callable:
     """``module`` through torch.compile, or as it is where that fails (it says so)."""
     fast = torch.compile(module, options=INDUCTOR)
@@ -467,7 +479,7 @@ class Monitor:
         self.done, self.waiting = start, []
         quiet = parallel.rank() > 0 or not sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=start, disable=quiet, unit="step")
-        self.since = time.time()
+        self.restart()
 
     def add(self, loss: Tensor) -> None:
         """Take the loss of the next step, a tensor without axes."""
@@ -484,7 +496,7 @@ class Monitor:
                 raise TrainingError(self._broken(step, loss))
         loss, self.waiting = sum(losses) / len(losses), []
         self.done += len(losses)
-        speed = len(losses) * self.batch_size / (time.time() - self.since)
+        speed = len(losses) * self.batch_size / (time.perf_counter() - self.since)
         self.bar.set_postfix(loss=f"{loss:.4f}", samples_per_s=f"{speed:.0f}")
         self.bar.update(len(losses))
         if self.done == self.steps:
@@ -507,7 +519,7 @@ class Monitor:
 
     def restart(self) -> None:
         """Time what follows from here."""
-        self.since = time.time()
+        self.since = time.perf_counter()
 
     def _broken(self, step: int, loss: float) -> str:
         kept = self.run.last_good() if self.run else "nothing was saved"
