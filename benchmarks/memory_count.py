@@ -11,6 +11,7 @@ and what CUDA itself takes. Attention counts its output only, as in a fused kern
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,11 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minidiff.dit import MMDiT, MMDiTConfig
+from minidiff.extras.loading import blueprint
 from minidiff.extras.memory import GIB, Plan, place
 from minidiff.flow_matching import Scheduler
 from minidiff.sampling import Pipeline
 from minidiff.support.checkpoints import Prepared
-from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
+from minidiff.text_encoders import T5Config, T5Encoder
 from minidiff.vae import VAE, VAEConfig
 
 STREAMED = Plan("streamed", "streamed", "streamed")
@@ -111,32 +113,25 @@ def in_files(model: nn.Module, plan: Plan) -> Iterator[Tensor]:
         yield model.pos_embed
 
 
-def pipeline(transformer: MMDiT, vae: VAE) -> Pipeline:
-    """A pipeline around a transformer; its text encoders are shapes only."""
-    with torch.device("meta"):
-        encoders = (
-            CLIPTextEncoder(CLIPTextConfig.clip_l()),
-            CLIPTextEncoder(CLIPTextConfig.clip_g()),
-            T5Encoder(T5Config.t5_xxl()),
-        )
+def pipeline(transformer: MMDiT) -> Pipeline:
+    """A pipeline around a transformer; its other models are shapes only."""
+    *encoders, _, vae = blueprint("sd3.5-medium").values()
     pipe = Pipeline([None] * 3, encoders, transformer, vae, Scheduler(3.0))
     pipe.progress = False
     return pipe
 
 
-def denoising_peak(config: MMDiTConfig, plan: Plan, steps: int = 28) -> float:
+def denoising_peak(config: MMDiTConfig, plan: Plan) -> float:
     """GiB of a denoising call with guidance at 1024², weights included.
 
     Of the steps, which all take the same memory, two are run.
     """
-    with torch.device("meta"):
-        vae = VAE(VAEConfig.sd35())
     model = on_meta(MMDiT, config, plan)
-    pipe = pipeline(model, vae)
+    pipe = pipeline(model)
     x = torch.empty(1, 16, 128, 128, device="meta")
     context = torch.empty(2, 333, 4096, device="meta", dtype=torch.bfloat16)
     pooled = torch.empty(2, 2048, device="meta", dtype=torch.bfloat16)
-    sigmas = pipe.scheduler.sigmas(steps)
+    sigmas = pipe.scheduler.sigmas(28)
     with fused_attention(), Count(model, plan) as count, torch.no_grad():
         velocity = pipe.velocity(context, pooled, sigmas, 4.5)
         for sigma, following in zip(sigmas[:2], sigmas[1:3], strict=True):
@@ -168,7 +163,7 @@ def main() -> None:
     plans = {
         "everything resident": Plan(),
         "AdaLN streamed": STREAMED,
-        "AdaLN streamed, fp8 weights": Plan("streamed", "streamed", "streamed", True),
+        "AdaLN streamed, fp8 weights": replace(STREAMED, fp8=True),
     }
     print("denoising, 28 steps, 1024×1024, guidance, bfloat16: GiB counted")
     for name, config in configs.items():

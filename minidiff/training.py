@@ -926,8 +926,8 @@ def fit(
 # - **Many devices.** Under `torchrun` each process takes its share of every batch;
 #   `DistributedDataParallel` averages the gradients while they are still being
 #   computed. Two processes give the weights of one up to rounding, for every loss of
-#   this chapter: a test compares them in float64. Where a model exceeds one device, its
-#   weights are sharded too (PyTorch's FSDP2).
+#   this chapter: a test compares them in float64. `sharded` leaves each a part of
+#   weights, average and moments between steps (PyTorch's FSDP2).
 # - **Better data.** SD3's pictures were filtered and deduplicated, and half of its
 #   captions written by a vision model; the authors measure that such captions help
 #   ([Esser et al. 2024](https://arxiv.org/abs/2403.03206), section 5.2.2). Autoencoders

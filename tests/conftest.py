@@ -17,6 +17,9 @@ import pytest
 import torch
 from helpers import request
 from PIL import Image
+from small import small_pipeline
+
+from minidiff import cli
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,6 +45,30 @@ def pictures(tmp_path: Path) -> Path:
         Image.new("RGB", (20, 14), name).save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text(f"a {name} background\n")
     return folder
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> Callable[..., tuple]:
+    """Run the command line in an empty folder; returns exit status, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple:
+        monkeypatch.setattr(sys, "argv", ["minidiff", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small pipeline of random weights, in the hub's layout."""
+    folder = tmp_path_factory.mktemp("small")
+    small_pipeline(folder / "tokenizers").save_pretrained(folder / "saved")
+    return folder / "saved"
 
 
 @pytest.fixture(scope="session")

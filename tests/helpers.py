@@ -2,9 +2,12 @@
 
 import json
 import urllib.request
+from types import ModuleType, SimpleNamespace
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
@@ -35,6 +38,13 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
                 values = 0.1 * values
             parameter.copy_(values)
     return module.eval()
+
+
+def patch_functions(
+    monkeypatch: pytest.MonkeyPatch, module: ModuleType, **replacements: object
+) -> None:
+    """Let ``module`` alone see other functions in place of those of ``F``."""
+    monkeypatch.setattr(module, "F", SimpleNamespace(**vars(F) | replacements))
 
 
 def request(url: str, model: dict | None = None) -> dict:

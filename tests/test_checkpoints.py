@@ -174,32 +174,6 @@ def test_every_name_of_the_official_files(shared, manifest, prefix, sources):
     assert found == {n: (tuple(names), how) for n, (names, how) in expected.items()}
 
 
-@pytest.mark.parametrize(
-    "folder, component, sources",
-    [
-        ("sd3.5-medium", "transformer", cp.transformer_sources),
-        ("sd3.5-large", "transformer", cp.transformer_sources),
-        ("sd3.5-large", "vae", cp.vae_sources),
-        ("sd3.5-large", "text_encoder", cp._identity),
-        ("sd3.5-large", "text_encoder_2", cp._identity),
-        ("sd3.5-large", "text_encoder_3", cp._identity),
-    ],
-)
-def test_the_published_folders_fit_on_the_meta_device(
-    shared, folder, component, sources
-):
-    path = shared / "sd35" / "configs" / folder / component
-    model_class, config = COMPONENTS[cp.component_class(path)]
-    model = cp.load_component(model_class, type(config), path, device="meta")
-    name = f"{folder}.{component}" if component == "transformer" else component
-    lines = (shared / "sd35" / "manifests" / "hf" / f"{name}.tsv").read_text()
-    rows = [line.split("\t") for line in lines.splitlines() if line[0] != "#"]
-    found = {n: (cp.Path(n), tuple(map(int, s.split("x")))) for n, _, s in rows}
-    expected = model.state_dict()
-    cp.check_names(sources(expected), found)
-    cp.check_shapes(sources(expected), found, expected)
-
-
 def test_half_swap_is_seen(tmp_path, monkeypatch):
     """The mutant that forgets to swap halves gives other numbers."""
     model = saved(tmp_path, "SD3Transformer2DModel")

@@ -39,20 +39,6 @@ def folder(tmp_path_factory):
     return path / "saved"
 
 
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run the command line in an empty folder; returns exit status, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["minidiff", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code or 0, *capsys.readouterr()
-
-    return call
-
-
 def test_sample_takes_free_names(run, folder, tmp_path):
     arguments = ("sample", "a red dress", "--model", folder, "--steps", 2)
     for names in (["picture.png"], ["picture-1.png"]):
@@ -440,6 +426,8 @@ def test_no_network(tmp_path, command):
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr.count("\n") == 1
     assert "https://huggingface.co/stabilityai/stable-diffusion-3.5-large" in run.stderr
+    for word in ("network", "licence", "token", "hf auth login", "HF_TOKEN"):
+        assert word in run.stderr
     assert "hf_secret" not in run.stderr
 
 

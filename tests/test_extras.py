@@ -1,7 +1,6 @@
 """Texts for each encoder, what is cut, stopping, previews, files and their settings."""
 
 import logging
-import sys
 import warnings
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from safetensors.torch import save_file
 from test_sampling import LONG
 from torch._inductor.exc import InvalidCxxCompiler
 
-from minidiff import cli, sampling
+from minidiff import sampling
 from minidiff.extras import files
 from minidiff.extras.guidance import skip_layer_guidance
 from minidiff.extras.image_to_image import image_to_image
@@ -325,18 +324,15 @@ def test_prompts_of_a_file(tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path, model):
-    monkeypatch.chdir(tmp_path)
+def run(run, model):
+    """On the small model, in two steps, unless told otherwise."""
 
     def call(*arguments):
         if arguments[0] == "sample":
             chosen = () if "--model" in arguments else ("--model", model[2])
             steps = () if "--steps" in arguments else ("--steps", 2)
             arguments += (*chosen, *steps)
-        monkeypatch.setattr(sys, "argv", ["minidiff", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code or 0, *capsys.readouterr()
+        return run(*arguments)
 
     return call
 

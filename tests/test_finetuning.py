@@ -49,6 +49,14 @@ def test_phones_pictures_stand_upright(tmp_path: Path) -> None:
     assert image[0, :4].mean() > 0.9 and image[2, -4:].mean() > 0.9
 
 
+def test_any_case_and_no_hidden_files(pictures: Path) -> None:
+    (pictures / "red.txt").rename(pictures / "red.TXT")
+    (pictures / "._red.txt").write_bytes(b"\xff")
+    (pictures / "._red.png").write_bytes(b"not a picture")
+    assert captions_of(pictures)["red.png"] == "a red background"
+    assert len(captions_of(pictures)) == 4
+
+
 def test_names_and_texts_of_a_list(pictures: Path) -> None:
     line = {"file_name": "./red.png", "text": "from one file"}
     (pictures / "metadata.jsonl").write_text(json.dumps(line) + "\n")

@@ -9,7 +9,6 @@ import pytest
 import torch
 from helpers import randomize, relative_error
 from safetensors.torch import save_file
-from small import small_pipeline
 
 import minidiff
 from benchmarks.memory_count import (
@@ -38,11 +37,9 @@ CALL = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("small")
-    small_pipeline(folder / "tokenizers").save_pretrained(folder / "saved")
-    return folder / "saved"
+@pytest.fixture
+def folder(small):
+    return small
 
 
 def draw(folder, **settings):

@@ -1,8 +1,6 @@
 """The pipeline against diffusers' own, on the same weights, in both directions."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +12,6 @@ from pipelines import load_tokenizers, reference_pipeline, save_tokenizers
 import minidiff
 from minidiff import sampling
 from minidiff.dit import MMDiT, MMDiTConfig
-from minidiff.extras.loading import DYNAMIC
 from minidiff.flow_matching import Scheduler
 from minidiff.sampling import DEFAULTS, recognize, starting_noise
 from minidiff.support import checkpoints as cp
@@ -312,11 +309,6 @@ def test_dtype(folders):
     assert relative_error(a, b) < 0.1
 
 
-def test_meta_pipeline_needs_no_weights(pipe):
-    pipe.transformer.to("meta")
-    assert pipe.device.type == "meta"
-
-
 # What suits each model
 
 
@@ -434,11 +426,6 @@ def test_numpys_whole_numbers_are_whole_numbers(pipe):
         assert ours.tobytes() == known.tobytes() and ours.info == known.info
 
 
-def test_one_text_in_a_list_is_told_apart(pipe):
-    with pytest.raises(ValueError, match="has 1 texts; expected one string, or 2 text"):
-        pipe(["a", "b"], negative_prompt=["c"])
-
-
 def test_the_steps_alone_refuse_too(pipe):
     context, pooled = pipe.encode_prompt(["", "a bag"])
     noise = pipe.prepare_latents(1)
@@ -455,6 +442,7 @@ def test_the_steps_alone_refuse_too(pipe):
     [
         ({"pooled_projection_dim": 41}, "pooled_projection_dim is 41; .* need 40"),
         ({"in_channels": 8}, "in_channels is 8; .* need 16"),
+        ({"joint_attention_dim": 64}, "joint_attention_dim is 64; .* need 48"),
     ],
 )
 def test_each_pair_of_parts_must_fit(pipe, change, message):
@@ -465,19 +453,24 @@ def test_each_pair_of_parts_must_fit(pipe, change, message):
         sampling.Pipeline(*parts)
 
 
-@pytest.mark.parametrize("name", DYNAMIC)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "use_dynamic_shifting",
+        "shift_terminal",
+        "use_karras_sigmas",
+        "use_exponential_sigmas",
+        "use_beta_sigmas",
+        "invert_sigmas",
+        "stochastic_sampling",
+    ],
+)
 def test_schedules_of_another_kind_are_refused(folders, tmp_path, name):
     other = copy(folders()[0], tmp_path / "d")
     config = other / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {name: 0.1}))
     with pytest.raises(ValueError, match=f"asks for {name}"):
         minidiff.load(other)
-
-
-def test_the_names_of_other_schedules():
-    known = {"use_dynamic_shifting", "shift_terminal", "use_karras_sigmas"}
-    known |= {"use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas"}
-    assert {*DYNAMIC} == known | {"stochastic_sampling"}
 
 
 def test_default_dtypes():
@@ -490,10 +483,6 @@ def test_a_bad_call_is_refused_before_any_work(pipe, monkeypatch, call, message)
     monkeypatch.setattr(pipe, "encode_prompt", lambda *_: pytest.fail("work began"))
     with pytest.raises((ValueError, TypeError), match=message):
         pipe(**{"prompt": "a bag"} | call)
-
-
-def test_an_empty_prompt_is_fine(pipe):
-    assert draw(pipe, "").isfinite().all()
 
 
 def copy(folder, target, **index):
@@ -526,19 +515,6 @@ def test_folders_of_another_kind(folders, tmp_path):
     lacking = copy(folders()[0], tmp_path / "c", vae=[None, None])
     with pytest.raises(ValueError, match="model_index.json names no vae"):
         minidiff.load(lacking)
-    dynamic = copy(folders()[0], tmp_path / "d")
-    config = dynamic / "scheduler" / "scheduler_config.json"
-    content = json.loads(config.read_text()) | {"use_dynamic_shifting": True}
-    config.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="asks for use_dynamic_shifting"):
-        minidiff.load(dynamic)
-
-
-def test_parts_that_do_not_fit(pipe):
-    wide = MMDiT(MMDiTConfig(joint_attention_dim=64, pooled_projection_dim=40))
-    parts = (pipe.tokenizers, pipe.text_encoders)
-    with pytest.raises(ValueError, match="joint_attention_dim is 64; .* need 48"):
-        sampling.Pipeline(*parts, wide.to("meta"), pipe.vae, Scheduler())
 
 
 @pytest.mark.parametrize("name", ["sd4", "nowhere/at/all", ""])
@@ -554,30 +530,3 @@ def test_a_file_is_not_a_model(tmp_path):
     file.write_bytes(b"x")
     with pytest.raises(ValueError, match="is a file; expected a folder"):
         minidiff.load(file)
-
-
-OFFLINE = """
-import minidiff
-try:
-    minidiff.load("sd3.5-medium")
-except OSError as error:
-    print(error)
-"""
-
-
-def test_no_network_says_what_is_needed(tmp_path):
-    env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_secret"}
-    import os
-
-    run = subprocess.run(
-        [sys.executable, "-c", OFFLINE],
-        env=os.environ | env,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    line = run.stdout.strip()
-    assert line.count("\n") == 0 and "stabilityai/stable-diffusion-3.5-medium" in line
-    for word in ("network", "licence", "token", "hf auth login", "HF_TOKEN"):
-        assert word in line
-    assert "hf_secret" not in run.stdout + run.stderr

@@ -1,18 +1,21 @@
 """The fused and the compiled forms compute what the chapters' classes compute."""
 
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import randomize, relative_error
-from small import AUTOENCODER, TRANSFORMER, small_pipeline
+from small import AUTOENCODER, TRANSFORMER
 from torch import nn
 from torch.nn.attention import SDPBackend
 
@@ -283,11 +286,9 @@ def test_a_wrong_fold_would_show(monkeypatch):
 # Whole pictures
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("small")
-    small_pipeline(folder / "tokenizers").save_pretrained(folder / "saved")
-    return folder / "saved"
+@pytest.fixture
+def folder(small):
+    return small
 
 
 def draw(pipe, **settings):
@@ -415,6 +416,25 @@ def test_the_gpu_benchmark_runs_and_goes_on(tmp_path):
     steps = [r for r in found if r["stage"] == "step" and "fp8" not in r["rung"]]
     exact = [r["error"] for r in steps if r.get("error") is not None]
     assert len(exact) > 8 and max(exact) < 1e-5
+
+
+def test_the_gpu_benchmark_measures_nothing_twice(tmp_path):
+    asked, end = [], time.monotonic() + 100
+
+    def draw(what):
+        asked.append(what)
+        time.sleep(1e-3)
+        return torch.ones(3)
+
+    for _ in range(2):  # but the first call, whose result the others are compared with
+        device, output = torch.device("cpu"), tmp_path / "results.jsonl"
+        bench = gpu.Bench(output, end, device, True, 1, tmp_path)
+        compare = gpu.Compare(bench, stage="picture", model="medium")
+        for what in ("diffusers", "fast"):
+            compare(what, partial(draw, what))
+        assert compare.seconds.keys() == {"diffusers", "fast"}
+    kinds = [what for what, _ in itertools.groupby(asked)]
+    assert kinds == ["diffusers", "fast", "diffusers"]
 
 
 # What is asked of ``load``

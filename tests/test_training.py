@@ -473,15 +473,9 @@ def test_levels_are_distributed_as_the_recipe_says(
     middle: float,
 ) -> None:
     """Logit-normal or uniform; shifted, 1/2 becomes 3/4."""
-    tasks = []
-
-    def learn(job: stages.Job, stage: str, task: Task) -> nn.Module:
-        tasks.append(task)
-        return task.model
-
-    monkeypatch.setattr(stages, "learn", learn)
-    stages.train_transformer(replace(job, recipe=replace(job.recipe, **changes)))
-    sigma = tasks[0].batch(torch.arange(4000))["sigma"]
+    job = replace(job, recipe=replace(job.recipe, **changes))
+    task = tasks_of(stages.train_transformer, job, monkeypatch)
+    sigma = task.batch(torch.arange(4000))["sigma"]
     assert sigma.median() == pytest.approx(middle, abs=0.03)
     outer = (sigma < 0.1).double().mean()
     # a tenth of uniform levels; of logit-normal ones Φ(logit 0.1) = 0.014, or 0.0004
@@ -493,15 +487,8 @@ def test_prompts_are_dropped_as_often_as_the_recipe_says(
     job: stages.Job, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One in ten for the empty prompt; each encoder in one of twenty for zeros."""
-    tasks = []
-
-    def learn(job: stages.Job, stage: str, task: Task) -> nn.Module:
-        tasks.append(task)
-        return task.model
-
-    monkeypatch.setattr(stages, "learn", learn)
-    stages.train_transformer(job)
-    batch = tasks[0].batch(torch.arange(4000))
+    task = tasks_of(stages.train_transformer, job, monkeypatch)
+    batch = task.batch(torch.arange(4000))
     clip, t5 = batch["context"].chunk(2, dim=1)
     pooled, widths = batch["pooled"], (64, 96)
     l, g, _ = clip.split([*widths, clip.shape[2] - sum(widths)], -1)

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import randomize, relative_error
+from helpers import patch_functions, randomize, relative_error
 from torch import Tensor, nn
 
 from minidiff import vae
@@ -97,36 +97,26 @@ def other_groups(monkeypatch):
     monkeypatch.setattr(vae, "group_norm", norm)
 
 
-def patch_functions(monkeypatch, **replacements):
-    class Patched:
-        silu, pad, interpolate = F.silu, F.pad, F.interpolate
-        scaled_dot_product_attention = F.scaled_dot_product_attention
-
-    for name, function in replacements.items():
-        setattr(Patched, name, staticmethod(function))
-    monkeypatch.setattr(vae, "F", Patched)
-
-
 def relu(monkeypatch):
-    patch_functions(monkeypatch, silu=F.relu)
+    patch_functions(monkeypatch, vae, silu=F.relu)
 
 
 def unscaled_attention(monkeypatch):
     def attend(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, scale=1.0)
 
-    patch_functions(monkeypatch, scaled_dot_product_attention=attend)
+    patch_functions(monkeypatch, vae, scaled_dot_product_attention=attend)
 
 
 def bilinear(monkeypatch):
     def interpolate(x, scale_factor):
         return F.interpolate(x, scale_factor=scale_factor, mode="bilinear")
 
-    patch_functions(monkeypatch, interpolate=interpolate)
+    patch_functions(monkeypatch, vae, interpolate=interpolate)
 
 
 def symmetric_border(monkeypatch):
-    patch_functions(monkeypatch, pad=lambda x, border: F.pad(x, (1, 0, 1, 0)))
+    patch_functions(monkeypatch, vae, pad=lambda x, border: F.pad(x, (1, 0, 1, 0)))
 
 
 def logvar_first(monkeypatch):

@@ -34,7 +34,7 @@ def captions_of(folder: Path) -> dict[str, str]:
         for number, line in enumerate(read_text(listed).split("\n"), 1):
             found |= _entry(listed, number, line)
     pictures = {path.stem: path.name for path in pictures_in(folder)}
-    for path in sorted(folder.glob("*.txt")):
+    for path in files_in(folder, (".txt",)):
         name = pictures.get(path.stem, f"{path.stem}.png")
         found.setdefault(name, read_text(path).strip())
     if not found:
@@ -49,7 +49,13 @@ def captions_of(folder: Path) -> dict[str, str]:
 
 def pictures_in(folder: Path) -> list[Path]:
     """The files of ``folder`` that are named like pictures, in order."""
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
+    return files_in(folder, PICTURES)
+
+
+def files_in(folder: Path, ends: tuple[str, ...]) -> list[Path]:
+    """The files with such ends, in order; hidden ones are some system's own."""
+    named = (path for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted(path for path in named if path.suffix.lower() in ends)
 
 
 def _entry(path: Path, number: int, line: str) -> dict[str, str]:

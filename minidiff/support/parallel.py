@@ -52,7 +52,7 @@ def wrap(module: nn.Module, sharded: bool = False) -> nn.Module:
     """Data parallel: every process holds all weights, gradients are averaged.
 
     ``sharded``: every process keeps a part of each weight and collects the rest when
-    it computes (PyTorch's FSDP2; its forerunner: Zhao et al. 2023).
+    it computes, all at once (PyTorch's FSDP2; its forerunner: Zhao et al. 2023).
     """
     if not active():
         return module
