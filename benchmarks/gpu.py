@@ -10,10 +10,10 @@ a batch of two for guidance, 333 text tokens, bfloat16. A time is the median of 
 calls between CUDA events after a warm-up. An error or difference is ‖a − b‖ / ‖b‖: of
 the stages "step" and "decode" against diffusers in float32, of all others against the
 stage's first result. Every result is one JSON line, written as it comes; a stage that
-fails is reported and the next one runs. Run again with the same output, it goes on with
-the calls that are not done, where it ran out of its ``--budget`` of seconds.
-``--models`` leaves out the stages of other models. It needs diffusers, and minidiff
-installed or in PYTHONPATH.
+fails is reported and the next one runs. Run again with the same output, it goes on
+where it ran out of its ``--budget`` of seconds: with the stages that are not done, and
+in "t5", "picture" and "whole" with the calls that are not. ``--models`` leaves out the
+stages of other models. It needs diffusers, and minidiff installed or in PYTHONPATH.
 """
 
 import argparse
@@ -168,11 +168,11 @@ def random_weights(module: nn.Module, device: torch.device, dtype: torch.dtype) 
         if value.is_floating_point():
             value.data.normal_(generator=generator)
             if value.ndim > 1:
-                fan = 1 if "pos_embed.pos_embed" in name else value[0].numel()
+                fan = 1 if name.endswith("pos_embed") else value[0].numel()
                 value.data.mul_(fan**-0.5)
             else:
                 value.data.mul_(0.1)
-                if "norm" in name and name.endswith("weight"):
+                if ("norm" in name or ".ln_" in name) and name.endswith("weight"):
                     value.data.add_(1)
 
 
@@ -754,7 +754,7 @@ class Compare:
         self.known = {
             found["what"]: found["seconds"]
             for found in read_log(bench.output)
-            if record.items() <= found.items() and "seconds" in found
+            if record.items() <= found.items() and {"what", "seconds"} <= found.keys()
         }
 
     def __call__(self, what: str, call: Callable[[], Tensor], need: float = 20) -> None:
@@ -915,10 +915,9 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument("--tiny", action="store_true", help="small sizes, on the CPU")
     parser.add_argument("--no-compile", action="store_true")
-    roomiest = max(
-        ("/dev/shm", "/tmp"), key=lambda place: shutil.disk_usage(place).free
-    )
-    weights = Path(roomiest) / "minidiff"
+    places = [Path(p, "minidiff") for p in ("/dev/shm", "/tmp") if Path(p).is_dir()]
+    roomy = lambda path: (path.is_dir(), shutil.disk_usage(path.parent).free)  # noqa: E731
+    weights = max(places, key=roomy)  # or where an earlier run has begun
     parser.add_argument("--folder", type=Path, default=weights, help="for weights")
     options = parser.parse_args()
     bench = Bench(

@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Stable Diffusion 3.5 from scratch.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 MODEL = "tiny, sd3.5-medium, sd3.5-large, sd3.5-large-turbo, a hub id, a folder"
 Model = Annotated[str, typer.Option(help=f"{MODEL}, or an official single file.")]
-DEVICE = "cpu, cuda, mps; by default a GPU if there is one."
+DEVICE = "cpu, cuda, mps; by default cuda if there is one, else cpu."
 Device = Annotated[str | None, typer.Option(help=DEVICE)]
 DATA = "Folder of Fashion-MNIST's parquet files."
+PICTURES = "With --from, your pictures; else Fashion-MNIST's parquet files."
 Data = Annotated[Path | None, typer.Option(help=DATA)]
 Overwrite = Annotated[bool, typer.Option(help="Replace an existing file.")]
-INTERRUPTED = 130  # as a shell counts: 128 and the signal's number
+INTERRUPTED = 130  # 128 and SIGINT's number, as shells count
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
         fail(error)
     except Exception as error:
         fail(explain(error))
-    if code == INTERRUPTED:  # what typer makes of it, too
+    if code == INTERRUPTED:  # typer, too, returns this
         fail("interrupted", INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -132,7 +132,7 @@ def sample(
         float | None, typer.Option(help="Its strength; by default 2.8.")
     ] = None,
     lora: Annotated[
-        Path | None, typer.Option(help="LoRA file in diffusers' keys.")
+        list[Path] | None, typer.Option(help="Local LoRA file, in diffusers' keys.")
     ] = None,
     lora_scale: Annotated[
         float | None, typer.Option(help="Its strength; by default 1.")
@@ -227,7 +227,7 @@ def sample(
             from minidiff.extras.lora import load_lora
 
             scale = 1.0 if lora_scale is None else lora_scale
-            load_lora(pipe, lora, scale, fused=compile or not plan)
+            load_lora(pipe, lora[0], scale, fused=compile or not plan)
         follow = {"callback_on_step_end": preview_into(preview)} if preview else {}
         with skipping(pipe, blocks, skip_layer_scale):
             for i in range(0, len(texts), batch_size):
@@ -282,11 +282,14 @@ def open_start(image: Path | None, mask: Path | None, strength: float | None) ->
     return opened | ({} if strength is None else {"strength": strength})
 
 
-def check_lora(file: Path) -> None:
+def check_lora(files: list[Path]) -> None:
     """Raise ValueError or OSError, before a model is read, for what cannot be used."""
     from minidiff.extras.lora import FILE
     from minidiff.support.checkpoints import read_header
 
+    file, *others = files
+    if others:
+        raise ValueError("--lora is given more than once; expected one file")
     read_header(file / FILE if file.is_dir() else file)
 
 
@@ -420,7 +423,7 @@ def info(
 
     Of a picture that sample has drawn, print the settings.
     """
-    if model.lower().endswith(".png"):
+    if Path(model).is_file() and not model.lower().endswith(".safetensors"):
         from minidiff.extras.files import read_settings
 
         for name, value in read_settings(model).items():
@@ -433,8 +436,8 @@ def info(
     parts = blueprint(model)
     print(f"{'part':<16}{'parameters':>16}{'MB':>10}")
     for name, part in parts.items():
-        count = count_parameters(part)
-        print(f"{name:<16}{count:>16,}{2 * count / 1e6:>10,.1f}")
+        size = count_parameters(part)
+        print(f"{name:<16}{size:>16,}{2 * size / 1e6:>10,.1f}")
     total = sum(map(count_parameters, parts.values()))
     print(f"{'all':<16}{total:>16,}{2 * total / 1e6:>10,.1f}")
     config = parts["transformer"].config
@@ -456,7 +459,7 @@ def train(
         str,
         typer.Option(help="tokenizers, clip, t5, vae, judge, transformer, or all."),
     ] = "all",
-    data: Data = None,
+    data: Annotated[Path | None, typer.Option(help=PICTURES)] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
@@ -490,11 +493,9 @@ def train(
     lora: Annotated[bool, typer.Option(help="Train a LoRA, not all weights.")] = False,
     rank: Annotated[int | None, typer.Option(help="Of the LoRA; by default 8.")] = None,
     alpha: Annotated[
-        float | None, typer.Option(help="Their strength; by default the rank.")
+        float | None, typer.Option(help="Its strength; by default the rank.")
     ] = None,
-    targets: Annotated[
-        str | None, typer.Option(help="Layers to correct: to_q,to_k,…")
-    ] = None,
+    targets: Annotated[str | None, typer.Option(help="Its layers: to_q,to_k,…")] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="Of fine-tuning; by default 1e-4.")
     ] = None,
@@ -533,7 +534,8 @@ def train(
         stages.train(stage, output, data, device, recipe, *size, *how)
         return
     if recipe or start or scenes or stage != "all" or seed is not None:
-        raise ValueError("--from has no stages, recipe, start, scenes or seed")
+        found = "--from has no stages, recipe, start, scenes or seed"
+        raise ValueError(f"{found}; its pictures are --data")
     from minidiff.extras import finetune
     from minidiff.support import parallel
 

@@ -847,10 +847,10 @@ class MMDiT(nn.Module):
 # viz.show_images(torch.stack(pictures), titles)
 
 # %% [markdown]
-# A block *adds* to its tokens, so that without it the network still runs; but the later
-# ones miss what it would have written. The nearer a picture is to the first, the better
-# they do without that block. Nothing is left where the first is missing, on which all
-# others build. Was your guess right?
+# A block *adds* to its tokens, so that the network still runs without it; but later
+# blocks miss what it would have written. The nearer a picture is to that of all blocks,
+# the better the others do without this one. Without block 0, on which all build,
+# nothing is left. Was your guess right?
 #
 # **Two.** Exchange rows and columns of the position table: every patch is told the
 # place of its mirror image across the diagonal. What will be painted? And what if every

@@ -838,7 +838,8 @@ def guide(v_neg: Tensor, v_pos: Tensor, scale: float) -> Tensor:
 #   bfloat16, and computes each step in float32. Our pipeline keeps the state in float32
 #   throughout; it is small.
 # - **Guidance in one batch or two.** One batch of two is faster; two calls need less
-#   memory. Some pipelines guide only the middle steps, where it matters most.
+#   memory. Some pipelines guide only the middle steps, where it matters most
+#   ([Kynkäänniemi et al. 2024](https://arxiv.org/abs/2404.07724)).
 # - **Resolution-dependent shift.** Newer models compute the shift from the number of
 #   patches (“dynamic shifting”). SD3.5's is fixed at 3.
 #
@@ -965,3 +966,6 @@ def guide(v_neg: Tensor, v_pos: Tensor, scale: float) -> Tensor:
 #   memory.
 # - Ho and Salimans 2022, [Classifier-free diffusion
 #   guidance](https://arxiv.org/abs/2207.12598).
+# - The older models: Ho et al. 2020, [DDPM](https://arxiv.org/abs/2006.11239); Song et
+#   al. 2021, [DDIM](https://arxiv.org/abs/2010.02502); Salimans and Ho 2022,
+#   [Progressive distillation](https://arxiv.org/abs/2202.00512), for the other $v$.

@@ -454,8 +454,8 @@ class Pipeline:
         how = SAMPLERS, sampler, output_type, max_sequence_length, sigmas
         checks.check_call(self, steps, num_images_per_prompt, *how)
         count = len(prompts) * num_images_per_prompt
-        levels = (steps + 1) * (1 + (scale > 1))
-        latents = self.prepare_latents(count, height, width, seed, latents, levels)
+        n = (1 + (scale > 1)) * (steps + 1 if sigmas is None else len(sigmas))
+        latents = self.prepare_latents(count, height, width, seed, latents, levels=n)
 
         texts = prompts if scale <= 1 else negatives + prompts
         unique = list(dict.fromkeys(texts))
@@ -563,7 +563,7 @@ def load(
     """
     from minidiff.extras import loading
 
-    device, dtype = checks.check_target(device, dtype)
+    device, dtype = checks.find_target(device, dtype)
     opened = loading.open_model(model, text_encoders, memory, knobs, fast, compile)
     if memory is None and not knobs and device.type != "cuda":
         parts = {name: read(device, dtype) for name, read in opened.parts.items()}
@@ -870,8 +870,8 @@ def load(
 # coat = image_to_image(pipe, "a red coat on a blue background", dress, strength=0.7)[0]
 # ```
 #
-# What of this is counted and measured so far, and that no time on a GPU is among it, is
-# on the page [Performance](../book/performance.md).
+# [Performance](../book/performance.md) says what of this is counted or measured so far;
+# no time on a GPU is.
 #
 # ## Exercises
 #

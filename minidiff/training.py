@@ -656,7 +656,7 @@ def fit(
     monitor = trainer.Monitor(config.steps, start, config.batch_size, run)
     for step in range(start, config.steps):
         monitor.add(learner.step(step))
-        done, late = step + 1, trainer.is_late(deadline)
+        done, late = step + 1, trainer.is_late(deadline, learner.device)
         logs, saves, validates = trainer.due(config, done, late)
         if logs or saves or validates:
             monitor.flush(lr=learning_rate(step, config))
@@ -926,8 +926,8 @@ def fit(
 # - **Many devices.** Under `torchrun` each process takes its share of every batch;
 #   `DistributedDataParallel` averages the gradients while they are still being
 #   computed. Two processes give the weights of one up to rounding, for every loss of
-#   this chapter: a test compares them in float64. `sharded` leaves each a part of
-#   weights, average and moments between steps (PyTorch's FSDP2).
+#   this chapter: a test compares them in float64. With `sharded` each keeps its part of
+#   weights, average and moments between steps (FSDP2).
 # - **Better data.** SD3's pictures were filtered and deduplicated, and half of its
 #   captions written by a vision model; the authors measure that such captions help
 #   ([Esser et al. 2024](https://arxiv.org/abs/2403.03206), section 5.2.2). Autoencoders
@@ -936,7 +936,7 @@ def fit(
 #   tuned to human preferences.
 #
 # To train such a model yourself, in a terminal: `minidiff train --output my-model`.
-# Stop it when you like; the same line goes on. On a CPU it is the first of the runs in
+# Stop it when you like; the same line goes on. On a CPU this repeats the first run of
 # [How the shipped model was made](../book/training_log.md). To teach a model your own
 # pictures, each with its caption in a `.txt` beside it:
 # `minidiff train --from tiny --lora --data my-pictures --output my-style`.

@@ -605,8 +605,8 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # %% [markdown]
 # One channel carries most: without it the dress fades. Some cost a few decibels each;
 # the others can be missed with hardly a trace: they carry little, or only what others
-# carry too. Is the first kind the channel for red? One picture does not show it: try
-# another scene before you name a channel. Nothing in the loss asks for such meanings.
+# carry too. Is that one the channel for red? One picture does not show it: try another
+# scene before you name a channel. Nothing in the loss asks for such meanings.
 
 # %% [markdown]
 # ## Reconstruction against compression

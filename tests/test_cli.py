@@ -198,7 +198,7 @@ def test_lora_beside_weights_that_are_not_held_in_full(run, folder, tmp_path):
 def test_a_single_file_needs_its_encoders(run, tmp_path):
     (tmp_path / "sd3.5_medium.safetensors").write_bytes(b"x")
     code, _, err = run("sample", "a bag", "--model", "sd3.5_medium.safetensors")
-    assert code == 2 and "holds no text encoders; expected text_encoders=" in err
+    assert code == 2 and "encoders are not read from it; expected text_encoders=" in err
 
 
 def test_a_folder_that_cannot_be_written(run, folder, monkeypatch):
@@ -485,3 +485,8 @@ def test_a_folder_goes_before_a_published_name(run, tmp_path):
     shutil.copytree(TINY, tmp_path / "sd3.5-medium")
     assert "64×64 pixels" in run("info", "sd3.5-medium")[1]
     assert run("sample", "a bag", "--model", "sd3.5-medium", "--steps", 1)[0] == 0
+
+
+def test_one_lora_at_a_time(run):
+    code, _, err = run("sample", "a bag", "--lora", "a", "--lora", "b")
+    assert code == 2 and "--lora is given more than once; expected one file" in err

@@ -526,6 +526,11 @@ def test_info_of_what_is_no_picture(run, tmp_path):
     assert code == 2 and "b.png" in err
 
 
+def test_a_picture_is_a_png(tmp_path):
+    with pytest.raises(ValueError, match="a.jpg; expected a name that ends in .png"):
+        files.save_picture(Image.new("RGB", (8, 4)), tmp_path / "a.jpg")
+
+
 def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, "save", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -23,7 +23,7 @@ from minidiff.extras.lora import ATTENTION, load_lora
 from minidiff.extras.memory import weigh
 from minidiff.support import checks, trainer
 from minidiff.support.captioned import captions_of, read_folder
-from minidiff.support.data import CLASSES, Scenes
+from minidiff.support.data import CLASSES, Scenes, from_bytes
 from minidiff.support.trainer import read_log
 from minidiff.training import Task, TrainingConfig
 
@@ -32,7 +32,7 @@ def test_captions_beside_pictures_and_in_one_file(pictures: Path) -> None:
     images, captions = read_folder(pictures, 8)
     assert images.shape == (4, 3, 8, 8)
     red = captions.index("a red background")
-    assert torch.allclose(images[red, :, 4, 4], torch.tensor([1.0, -1.0, -1.0]))
+    assert images[red, :, 4, 4].tolist() == [255, 0, 0]
     line = {"file_name": "red.png", "text": "from one file"}
     (pictures / "metadata.jsonl").write_text(json.dumps(line) + "\n")
     assert captions_of(pictures)["red.png"] == "from one file"
@@ -45,8 +45,23 @@ def test_phones_pictures_stand_upright(tmp_path: Path) -> None:
     exif[0x0112] = 6  # the camera was held on its side: left is to be above
     picture.save(tmp_path / "a.jpg", exif=exif, quality=95)
     (tmp_path / "a.txt").write_text("halves")
-    image = read_folder(tmp_path, 16)[0][0]
-    assert image[0, :4].mean() > 0.9 and image[2, -4:].mean() > 0.9
+    image = read_folder(tmp_path, 16)[0][0].float()
+    assert image[0, :4].mean() > 240 and image[2, -4:].mean() > 240
+
+
+def test_files_of_no_known_kind_are_named(
+    pictures: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (pictures / "cats").mkdir()
+    shutil.copy(pictures / "red.png", pictures / "cats")
+    read_folder(pictures, 8)
+    assert "cats is left out: no caption names its pictures" in capsys.readouterr().err
+    line = json.dumps({"file_name": "cats/red.png", "text": "a cat"})
+    (pictures / "metadata.jsonl").write_text(line)
+    assert len(read_folder(pictures, 8)[1]) == 5 and not capsys.readouterr().err
+    (pictures / "green.png").rename(pictures / "green.heic")
+    with pytest.raises(ValueError, match="of green has no picture .found green.heic; "):
+        captions_of(pictures)
 
 
 def test_any_case_and_no_hidden_files(pictures: Path) -> None:
@@ -72,8 +87,8 @@ def test_crop_takes_the_middle_and_resize_all(tmp_path: Path) -> None:
     picture.paste(Image.new("RGB", (10, 10), "white"), (10, 0))
     picture.save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("stripes")
-    assert read_folder(tmp_path, 8)[0].min() == 1
-    assert read_folder(tmp_path, 8, crop=False)[0].min() == -1
+    assert read_folder(tmp_path, 8)[0].min() == 255
+    assert read_folder(tmp_path, 8, crop=False)[0].min() == 0
 
 
 def test_the_command_line_crops_unless_told(pictures, monkeypatch) -> None:
@@ -137,9 +152,10 @@ def test_pictures_of_every_kind_look_as_they_should(tmp_path: Path) -> None:
     text = "\n".join(lines).replace("\\u2028", "\u2028")  # legal within a string
     (tmp_path / "metadata.jsonl").write_text(text, "utf-8")
     images, captions = read_folder(tmp_path, 8)
-    shown = {c: i.mean((1, 2)).tolist() for i, c in zip(images, captions, strict=True)}
-    white, grey = [1.0] * 3, [pytest.approx(0, abs=0.01)] * 3
-    assert shown.pop("green.gif") == [-1, 1, -1] and shown.pop("a\u2028b") == grey
+    means = images.float().mean((2, 3)).tolist()
+    shown = dict(zip(captions, means, strict=True))
+    white, grey = [255] * 3, [pytest.approx(127.5, abs=1)] * 3
+    assert shown.pop("green.gif") == [0, 255, 0] and shown.pop("a\u2028b") == grey
     assert list(shown.values()) == [white] * 3
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "half.png", "text": null}')
     with pytest.raises(ValueError, match="line 1: expected an object with file_name"):
@@ -491,7 +507,8 @@ def test_what_a_batch_holds(model: Path, pictures: Path) -> None:
     images, captions = read_folder(pictures, 32)
     known = finetune.encode(pipe, images, captions)
     with torch.no_grad():
-        expected = pipe.vae.decode(pipe.vae.encode(images).mode()) / 2 + 0.5
+        mode = pipe.vae.encode(from_bytes(images)).mode()
+        expected = pipe.vae.decode(mode) / 2 + 0.5
     assert relative_error(pipe.decode(known["x0"]), expected.clamp(0, 1)) < 1e-5
     given = pipe, known, pipe.transformer, 0, 0.1, CONFIG, lambda: None
     batch = finetune.finetuning_task(*given).batch(torch.arange(4000))

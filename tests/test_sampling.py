@@ -530,3 +530,28 @@ def test_a_file_is_not_a_model(tmp_path):
     file.write_bytes(b"x")
     with pytest.raises(ValueError, match="is a file; expected a folder"):
         minidiff.load(file)
+
+
+def test_what_diffusers_calls_otherwise_is_told(pipe, folders, monkeypatch):
+    with pytest.raises(TypeError, match="argument 'generator'; expected .*, seed, "):
+        pipe("a bag", generator=torch.Generator())
+    with pytest.raises(ValueError, match="seed is a list; expected one number .pict"):
+        pipe("a bag", seed=[3, 77])
+    with pytest.raises(ValueError, match="torch_dtype is no setting; expected dtype"):
+        minidiff.load(folders()[0], torch_dtype=torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(
+        ValueError, match="device is cuda, and PyTorch sees no such GPU"
+    ):
+        minidiff.load(folders()[0], "cuda")
+
+
+def test_weights_that_are_elsewhere_are_told(folders, tmp_path):
+    folder = copy(folders()[0], tmp_path / "e")
+    weights = folder / "vae" / cp.WEIGHTS[0]
+    weights.write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
+    with pytest.raises(ValueError, match="is Git LFS's pointer .* run git lfs pull"):
+        minidiff.load(folder)
+    weights.rename(weights.with_suffix(".fp16.safetensors"))
+    with pytest.raises(FileNotFoundError, match="found .*fp16.safetensors"):
+        minidiff.load(folder)

@@ -627,8 +627,8 @@ def test_processes_begin_at_one_step(
 
 def test_a_deadline_is_one_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer.parallel, "average", lambda x: (x + 1) / 2)
-    assert trainer.is_late(math.inf)  # another process is late
-    assert not trainer.is_late(None)
+    assert trainer.is_late(math.inf, torch.device("cpu"))  # another process is late
+    assert not trainer.is_late(None, torch.device("cpu"))
 
 
 def test_plain_fashion_mnist_trains_every_stage(fashion: Path, tmp_path: Path) -> None:
@@ -693,7 +693,7 @@ def test_own_pictures_train_every_stage(
     for path in sorted(own_pictures.glob("1*.png")):
         path.unlink()
         path.with_suffix(".txt").unlink()
-    captioned._read_bytes.cache_clear()
+    captioned._read_once.cache_clear()
     with pytest.raises(ValueError, match="holds 9 pictures .* at least 16"):
         stages.train("all", tmp_path / "new", **how)
 
@@ -711,12 +711,12 @@ def test_own_pictures_in_any_letters(own_pictures: Path, tmp_path: Path) -> None
     again = own_pictures.parent / "pictures" / "."  # the same folder by another name
     stages.train("tokenizers", tmp_path / "model", **how | {"scenes": f"{again}/"})
     texts[0].write_text("other")
-    captioned._read_bytes.cache_clear()
+    captioned._read_once.cache_clear()
     with pytest.raises(ValueError, match="tokenizers holds a run with data = "):
         stages.train("tokenizers", tmp_path / "model", **how)
     for path in texts:
         path.write_text(" ")
-    captioned._read_bytes.cache_clear()
+    captioned._read_once.cache_clear()
     with pytest.raises(ValueError, match="all captions are empty"):
         stages.train("tokenizers", tmp_path / "new", **how)
 
@@ -780,7 +780,7 @@ def test_own_pictures_are_split_once(own_pictures: Path) -> None:
     images, captions = captioned.read_folder(own_pictures, 64)
     where = [captions.index(text) for text in texts]
     shown = torch.cat([batch.images for batch in batches])
-    torch.testing.assert_close(shown, images[where], atol=1 / 255, rtol=0)
+    torch.testing.assert_close(shown, data.from_bytes(images[where]))
     other = captioned.Pictures("test", folder, seed=1)
     assert set(other.numbers.tolist()) != set(held.numbers.tolist())
     squeezed = captioned.Pictures("train", folder, crop=False)

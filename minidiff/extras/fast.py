@@ -145,7 +145,8 @@ class FastMMDiT:
         recorded = any(b.attention._forward_pre_hooks for b in blocks)
         if recorded or torch.is_grad_enabled():
             return MMDiT.forward(self.model, *given, **options)
-        with torch.cuda.device_of(given[0]):  # where Triton starts its kernels
+        weight = self.model.x_embedder.proj.weight
+        with torch.cuda.device_of(weight):  # Triton starts its kernels there
             return self.forward(*given, **options)
 
     def forward(
@@ -284,19 +285,15 @@ def accelerate(
 
     A transformer whose blocks are in fp8 then also multiplies in fp8, where the device
     can. With ``compile`` the chapters' own blocks are compiled instead, each kind of
-    block once for all sizes; ``fast`` then serves the decoder alone. The model's GPU
-    becomes the current one: Triton starts its kernels there.
+    block once for all sizes; ``fast`` then serves the decoder alone.
     """
-    weight = transformer.x_embedder.proj.weight
-    if weight.is_cuda:
-        torch.cuda.set_device(weight.device)
     if compile:
         compile_blocks(transformer)
     elif fast:
         transformer.forward = FastMMDiT(transformer, multiplies_in_fp8(transformer))
     if fast:
         vae.decoder.forward = FastDecoder(vae.decoder)
-        if not weight.is_cuda:
+        if not transformer.x_embedder.proj.weight.is_cuda:
             keep_freed_memory()
 
 

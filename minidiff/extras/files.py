@@ -44,8 +44,10 @@ def save_picture(picture: "Image", file: Path | str, replace: bool = False) -> N
 
     There every picture that a pipeline draws has its prompt, seed, model and settings;
     PIL's own ``save`` leaves them out. Our version is added. Raises FileExistsError for
-    an existing file unless told to ``replace`` it.
+    an existing file unless told to ``replace`` it, ValueError for another kind's name.
     """
+    if Path(file).suffix.lower() != ".png":
+        raise ValueError(f"file is {file}; expected a name that ends in .png")
     from PIL.PngImagePlugin import PngInfo
 
     from minidiff.support.checkpoints import replacing

@@ -27,6 +27,7 @@ from minidiff.sampling import Pipeline, load
 from minidiff.support import parallel, rng, trainer
 from minidiff.support.captioned import captions_of, read_folder
 from minidiff.support.checks import check_range
+from minidiff.support.data import from_bytes
 from minidiff.support.output import save_sheet
 from minidiff.support.trainer import Run, cached, fingerprint, lasting
 from minidiff.training import (
@@ -53,11 +54,13 @@ class LoraConfig:
 def encode(pipe: Pipeline, images: Tensor, captions: list[str]) -> Batch:
     """Latents (N, C, h, w), float32, and what the encoders make of the captions.
 
-    ``context`` and ``pooled`` have one more row, the last: the empty prompt's.
+    ``images`` are uint8 (N, 3, H, W). ``context`` and ``pooled`` have one more row, the
+    last: the empty prompt's.
     """
     latents, contexts, texts = [], [], [*captions, ""]
     for image in images.split(1):
-        mode = pipe.vae.encode(image.to(pipe.device, pipe.dtype)).mode()
+        image = from_bytes(image).to(pipe.device, pipe.dtype)
+        mode = pipe.vae.encode(image).mode()
         latents.append(pipe.vae.scale(mode.float()))
     for start in range(0, len(texts), 32):  # a streamed T5 comes once for each
         contexts.append(pipe.encode_prompt(texts[start : start + 32]))
@@ -284,7 +287,7 @@ def save_samples(pipe: Pipeline, encoded: Batch, seed: int, file: Path) -> None:
             pictures.append(pipe.decode(pipe.denoise(noise, *text)))
         save_sheet(torch.cat(pictures), len(pictures), file)
     except (ValueError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not trainer.is_out_of_memory(error):
+        if not (isinstance(error, ValueError) or trainer.is_out_of_memory(error)):
             raise
         print(f"{file.name} is not drawn: {error}", file=sys.stderr)
 

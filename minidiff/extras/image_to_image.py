@@ -60,9 +60,11 @@ def image_to_image(
     sigmas = pipe.scheduler.sigmas(steps)[first_step(steps, strength) :]
     image, mask = open_pictures(image, mask_image)
     width, height = map(checks.given, (width, height), size(image))
-    shape = pipe.prepare_latents(count, height, width).shape  # a wrong size ends here
+    scale = checks.guidance(call.get("guidance_scale"), pipe.defaults.guidance_scale)
+    levels = len(sigmas) * (1 + (scale > 1))
+    shape = latent_shape(pipe, count, height, width, levels)
     pictures = as_tensor("image", image, "RGB", height, width, count) * 2 - 1
-    checks.check_room(pipe, shape, len(pictures))
+    checks.check_room(pipe, shape, len(pictures), levels)
     if mask is not None:
         mask = as_tensor("mask_image", mask, "L", height, width, count)
 
@@ -81,6 +83,14 @@ def image_to_image(
         callback_on_step_end=callback,
         **call,
     )
+
+
+def latent_shape(pipe: Pipeline, count: int, h: int, w: int, levels: int) -> torch.Size:
+    """(count, C, h, w) of the latents; ValueError for a size that cannot be drawn."""
+    try:
+        return pipe.prepare_latents(count, h, w, levels=levels).shape
+    except ValueError as error:
+        raise ValueError(f"{error}; height and width resize the picture") from None
 
 
 def check_call(
@@ -172,7 +182,7 @@ def as_tensor(
             )
         check_tensor(name, found, height, width, count)
         return found
-    deep = image.mode.startswith("I")  # more than 8 bits, which ``convert`` cuts off
+    deep = image.mode.startswith("I;16")  # of which ``convert`` cuts off the upper part
     image = (in_rgb(image) if mode == "RGB" or deep else image).convert(mode)
     if image.size != (width, height):
         image = image.resize((width, height), resample=1)

@@ -1,5 +1,6 @@
 """Pipelines on disk: hub folders and single files, checked before they are read."""
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -143,8 +144,8 @@ def open_single_file(
         )
     if text_encoders is None:
         raise ValueError(
-            f"{file} holds no text encoders; expected text_encoders=folder, with "
-            "clip_l.safetensors, clip_g.safetensors, … and the tokenizers"
+            f"{file}: text encoders are not read from it; expected text_encoders="
+            "folder, with clip_l.safetensors, clip_g.safetensors, … and the tokenizers"
         )
     folder = Path(text_encoders)
     parts = {
@@ -162,10 +163,11 @@ def open_single_file(
         parts |= {
             name: single_file.prepare_part(name, *PARTS[name][1:], encoder)
             for name, encoder in files.items()
-            if t5 or not name.endswith("_3")
         }
     present = [n for n in TOKENIZERS if (folder / n).is_dir() or not n.endswith("_3")]
     check_t5(folder, parts, present)
+    if t5 and "text_encoder_3" not in parts:
+        warnings.warn(f"{folder} holds no T5, so it is left out", stacklevel=4)
     tokenizers = read_tokenizers(folder, present)
     return Opened(file.stem, file.stem, parts, tokenizers, Scheduler(3.0))
 

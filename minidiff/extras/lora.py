@@ -229,6 +229,9 @@ def check(
     file: Path | str, name: str, target: Target | None, shapes: Mapping, a: str, b: str
 ) -> None:
     """Raise ValueError unless ``file`` has both matrices of a layer that exists."""
+    if not name.startswith(("transformer.", "text_encoder.", "text_encoder_2.")):
+        found = f"{file} has {name}, a key of another program (kohya's, ComfyUI's, …)"
+        raise ValueError(f"{found}; expected diffusers' (transformer.….lora_A.weight)")
     if a not in shapes or b not in shapes:
         raise ValueError(f"{file}: {name} lacks lora_A or lora_B (diffusers' keys)")
     for key in (a, b):

@@ -169,7 +169,8 @@ def requested(memory: str | Plan | None, **knobs: Any) -> Plan:
     """What is asked for whatever the model; ValueError for what is no setting."""
     if unknown := knobs.keys() - {f.name for f in fields(Plan)}:
         names = ", ".join(f.name for f in fields(Plan))
-        raise ValueError(f"{min(unknown)} is no setting of memory; it has {names}")
+        known = f"expected dtype, memory, fast, compile, or one of {names}"
+        raise ValueError(f"{min(unknown)} is no setting; {known}")
     if memory is not None and not isinstance(memory, Plan):
         parse_budget(memory)
         memory = None
@@ -453,7 +454,7 @@ def load_parts(
     device = torch.device(device)
     if compile and plan.fp8 and device.type == "cuda" and not has_fp8(device):
         found = "compile is True and weights are in fp8, which this GPU does not know"
-        raise ValueError(f"{found}; expected one of 8.9 or more, or compile=False")
+        raise ValueError(f"{found}; expected 8.9 or newer, or compile=False")
     if plan.t5 == "none":
         models.pop("text_encoder_3", None)
     weights = replace(picture, size=NOTHING)

@@ -46,10 +46,10 @@ class Rehearsal(Pipeline):
 
     size, encoded, levels = PICTURE, 0, None
 
-    def prepare_latents(self, *args: Any) -> Tensor:
+    def prepare_latents(self, *args: Any, levels: int | None = None) -> Tensor:
         """The latents; their shape and the levels are kept."""
-        latents = super().prepare_latents(*args)
-        self.size, self.levels = tuple(latents.shape), (*args, *[None] * 6)[5]
+        latents = super().prepare_latents(*args, levels=levels)
+        self.size, self.levels = tuple(latents.shape), levels
         return latents
 
     def encode(self, images: Tensor) -> Posterior:
@@ -120,7 +120,8 @@ def outline(
     before the download.
     """
     if not loading.is_published(model) or text_encoders is not None:
-        opened = loading.open_model(model, text_encoders, memory, knobs)
+        with warnings.catch_warnings(action="ignore"):
+            opened = loading.open_model(model, text_encoders, memory, knobs)
         return opened._replace(parts={n: p.model for n, p in opened.parts.items()})
     models = loading.blueprint(model)
     if requested(memory, **knobs).t5 == "none":

@@ -759,9 +759,9 @@ def samples(job: Job) -> dict:
     """The settings that change what is learned from, the same for all stages."""
     values = {f.name: getattr(job.recipe, f.name) for f in fields(Recipe)}
     values = {k: v for k, v in values.items() if not isinstance(v, TrainingConfig)}
+    del values["held"]  # not learned from
     if job.recipe.scenes in SCENES:
         return values | {"data": fingerprint(*fashion_mnist("train", job.data))}
-    del values["held"]  # not learned from
     content = job.scenes().content
     return values | {"scenes": "pictures", "data": fingerprint(*content)}
 
@@ -894,12 +894,11 @@ def open_start(start: Path) -> Path:
     return folder
 
 
-PIPELINE = ("model_index.json", "scheduler", *TOKENIZERS, *ENCODERS)
-PIPELINE += ("transformer", "vae")  # all that a model in the hub's layout consists of
+PIPELINE = ("model_index.json", "scheduler", *TOKENIZERS, *loading.PARTS)
 
 
 def files_of(path: Path) -> list[Path]:
-    """``path`` if it is a file, or the files right in this folder."""
+    """The file ``path``, or the files of this folder, none below."""
     return [path] if path.is_file() else [p for p in path.iterdir() if p.is_file()]
 
 

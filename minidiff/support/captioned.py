@@ -6,6 +6,7 @@ hub's image folders.
 """
 
 import functools
+import glob
 import json
 import sys
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 from minidiff.support.checkpoints import read_text
 from minidiff.support.data import IMAGE_SIZE, from_bytes, in_rgb, to_bytes, to_tensor
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def captions_of(folder: Path) -> dict[str, str]:
@@ -40,10 +41,14 @@ def captions_of(folder: Path) -> dict[str, str]:
     if not found:
         raise FileNotFoundError(
             f"no captions in {folder}: expected a .txt beside each picture, or "
-            "metadata.jsonl"
+            "metadata.jsonl, which may name those in subfolders"
         )
     if missing := [name for name in found if not (folder / name).is_file()]:
-        raise ValueError(f"{folder}: the caption of {missing[0]} has no picture")
+        name = Path(missing[0]).stem
+        others = sorted(p.name for p in folder.glob(f"{glob.escape(name)}.*"))
+        found = ", ".join(p for p in others if not p.lower().endswith(".txt"))
+        kinds = f" (found {found}; expected {', '.join(PICTURES)})" if found else ""
+        raise ValueError(f"{folder}: the caption of {name} has no picture{kinds}")
     return found
 
 
@@ -53,7 +58,7 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 def files_in(folder: Path, ends: tuple[str, ...]) -> list[Path]:
-    """The files with such ends, in order; hidden ones are some system's own."""
+    """The files with these ends, in order; hidden ones are left out."""
     named = (path for path in folder.iterdir() if not path.name.startswith("."))
     return sorted(path for path in named if path.suffix.lower() in ends)
 
@@ -66,7 +71,7 @@ def _entry(path: Path, number: int, line: str) -> dict[str, str]:
         name, text = entry["file_name"], entry["text"]
         if not (isinstance(name, str) and isinstance(text, str)):
             raise TypeError
-        text.encode()  # half of a pair is none
+        text.encode()  # ValueError for half of a surrogate pair
         return {Path(name).as_posix(): text}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -87,7 +92,7 @@ def fitted(picture: Image.Image, size: int, crop: bool = True) -> Image.Image:
 def read_folder(
     folder: Path | str, size: int, crop: bool = True
 ) -> tuple[Tensor, list[str]]:
-    """All pictures of ``folder`` (N, 3, size, size) in [−1, 1], and their captions.
+    """All pictures of ``folder`` as uint8 (N, 3, size, size), and their captions.
 
     A picture that cannot be read or has no caption is named on stderr and left out;
     ValueError if none is left.
@@ -97,11 +102,16 @@ def read_folder(
     for path in pictures_in(folder):
         if path.name not in found:
             print(f"{path} is left out: it has no caption", file=sys.stderr)
+    for path in folder.iterdir():
+        named = any(name.startswith(f"{path.name}/") for name in found)
+        if path.is_dir() and any(pictures_in(path)) and not named:
+            print(f"{path} is left out: no caption names its pictures", file=sys.stderr)
     for name, caption in found.items():
         try:
             with Image.open(folder / name) as picture:
                 ImageOps.exif_transpose(picture, in_place=True)
-                pictures.append(to_tensor(fitted(in_rgb(picture), size, crop)))
+                image = to_tensor(fitted(in_rgb(picture), size, crop))
+                pictures.append(to_bytes(image))
         except MemoryError:
             raise
         except Exception as error:  # Pillow has many names for a damaged file
@@ -116,10 +126,7 @@ def read_folder(
 # The trainer's data, in place of ``data.Scenes``
 
 
-@functools.lru_cache(maxsize=1)
-def _read_bytes(folder: str, size: int, crop: bool) -> tuple[Tensor, list[str]]:
-    images, captions = read_folder(folder, size, crop)
-    return to_bytes(images), captions
+_read_once = functools.lru_cache(maxsize=1)(read_folder)
 
 
 @dataclass(frozen=True)
@@ -155,7 +162,7 @@ class Pictures:
         seed: int = 0,
         crop: bool = True,
     ) -> None:
-        images, captions = _read_bytes(folder, IMAGE_SIZE, crop)
+        images, captions = _read_once(folder, IMAGE_SIZE, crop)
         if not any(text.strip() for text in captions):
             raise ValueError(f"{folder}: all captions are empty")
         held = min(512, max(8, len(images) // 10))

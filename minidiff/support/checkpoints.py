@@ -237,7 +237,10 @@ def weight_files(folder: Path | str) -> list[Path]:
     pickled = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLED)
     if pickled:
         raise _refused(folder / pickled[0])
-    raise FileNotFoundError(f"no weights in {folder}: expected {' or '.join(WEIGHTS)}")
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    found = f" (found {', '.join(others)})" if others else ""
+    known = " or ".join(WEIGHTS)
+    raise FileNotFoundError(f"no weights in {folder}: expected {known}{found}")
 
 
 def _shards(index: Path) -> list[str]:
@@ -264,7 +267,11 @@ def read_header(file: Path) -> dict[str, tuple[int, ...]]:
         raise FileNotFoundError(f"{file} is missing")
     size = file.stat().st_size
     with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
+        start = stream.read(8)
+        if start == b"version ":
+            found = f"{file} is Git LFS's pointer to weights that are not here"
+            raise ValueError(f"{found}; run git lfs pull in its folder")
+        length = int.from_bytes(start, "little")
         if size < 8 or length > size - 8:
             raise ValueError(f"{file} is not a whole safetensors file ({size} bytes)")
         try:
@@ -370,13 +377,13 @@ def check_names(
 ) -> None:
     """Raise ValueError unless the files hold exactly the tensors that are wanted."""
     wanted = {name for source in sources.values() for name in source.names}
-    files = {file for file, _ in found.values()}
-    folder = files.pop() if len(files) == 1 else files.pop().parent
+    file, *others = {file for file, _ in found.values()}
+    place = file.parent if others else file
     if missing := wanted - found.keys():
-        raise ValueError(f"{folder} lacks {len(missing)} tensors: {_some(missing)}")
+        raise ValueError(f"{place} lacks {len(missing)} tensors: {_some(missing)}")
     if extra := found.keys() - wanted - UNUSED:
         what = f"{len(extra)} unexpected tensors"
-        raise ValueError(f"{folder} has {what}: {_some(extra)}")
+        raise ValueError(f"{place} has {what}: {_some(extra)}")
 
 
 def check_shapes(

@@ -96,6 +96,17 @@ def check_target(
     return device, dtype
 
 
+def find_target(
+    device: torch.device | str | int | None, dtype: torch.dtype | None
+) -> tuple[torch.device, torch.dtype]:
+    """As ``check_target``; ValueError too for a GPU that PyTorch does not see."""
+    device, dtype = check_target(device, dtype)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        found = f"device is {device}, and PyTorch sees no such GPU"
+        raise ValueError(f"{found}; expected cpu, or a PyTorch that is built for it")
+    return device, dtype
+
+
 def check_fast(config: Any) -> None:
     """Raise ValueError for a transformer that ``minidiff.extras.fast`` cannot run."""
     if config.qk_norm != "rms_norm":

@@ -462,7 +462,8 @@ def _parquet_file(split: str, folder: str | Path | None) -> Path:
     if folder:
         if found := _below(folder, name):
             return found
-        raise FileNotFoundError(f"no {name} in {folder} or below it")
+        own = "your own pictures: train --scenes FOLDER, or --from MODEL --data FOLDER"
+        raise FileNotFoundError(f"no {name} in {folder} or below it ({own})")
     from huggingface_hub import hf_hub_download
 
     try:

@@ -184,7 +184,7 @@ def attention_explorer(
         "reads": _bytes(maps.permute(0, 1, 3, 4, 2), (4,)),  # → (B, S, h, w, N)
         "palette": _palette(),
     }
-    strip = np.hstack(np.stack([_overlay(m, pictures[-1]) for m in maps[-1, -1]]))
+    strip = np.hstack([_overlay(m, pictures[-1]) for m in maps[-1, -1]])
     label = "Where attention finds each word: " + ", ".join(words)
     return Interactive("explorer", label, data, _png(strip))
 

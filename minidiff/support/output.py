@@ -77,9 +77,9 @@ def save_sheet(pictures: Tensor, columns: int, file: Path) -> None:
     """Write ``pictures`` (N, 3, H, W) in [0, 1] as one PNG, N / ``columns`` rows."""
     sheet = pictures.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4)
     sheet = sheet.flatten(3).flatten(1, 2)  # (3, R, H, K, W) → (3, R·H, K·W)
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as part:
-        to_pil(sheet[None])[0].save(part, "PNG")
+        to_pil(sheet[None])[0].save(part, "PNG", optimize=True)
 
 
 # The settings that a picture carries
@@ -97,12 +97,19 @@ def described(draw: Callable) -> Callable:
 
     @wraps(draw)
     def drawn(*args: Any, **named: Any) -> Any:
-        bound = arguments.bind(*args, **named)
+        try:
+            bound = arguments.bind(*args, **named)
+        except TypeError as error:
+            known = ", ".join(list(arguments.parameters)[1:])
+            raise TypeError(f"{error}; expected {known}") from None
         bound.apply_defaults()
         for given in (bound.arguments, bound.arguments.get("call", {})):
             given |= {name: plain(value) for name, value in given.items()}
         if bound.arguments["seed"] is None:
             bound.arguments["seed"] = secrets.randbelow(2**32)
+        if isinstance(bound.arguments["seed"], list | tuple):
+            found = "seed is a list; expected one number (picture i has seed + i)"
+            raise ValueError(f"{found}, or latents=starting_noise(seeds, shape)")
         checks.check_range("seed", bound.arguments["seed"], 0, 2**63)
         pictures = draw(*bound.args, **bound.kwargs)
         if isinstance(pictures, list):

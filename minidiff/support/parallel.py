@@ -22,7 +22,7 @@ def start(device: str) -> str:
     if cuda:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
-    patience = timedelta(hours=6)  # the others wait while one encodes a whole data set
+    patience = timedelta(hours=6)  # the others wait while the first draws or measures
     dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
     return device
 

@@ -153,7 +153,9 @@ def prepare_part(
             f"{file} is no {part}: it lacks {prefix}{missing.args[0]}"
         ) from None
     except (IndexError, ArithmeticError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{file} is no {part}: its shapes fit none: {error}") from None
+        raise ValueError(
+            f"{file} is no {part}: its shapes are of none: {error}"
+        ) from None
 
     def rename(names: Iterable[str]) -> dict[str, Source]:
         return {name: source(name, prefix, shapes) for name in names}
@@ -187,7 +189,7 @@ def find_text_encoders(folder: Path, t5: bool = True) -> dict[str, Path]:
     found, folders = {}, (folder, folder / "text_encoders")
     for part, names in TEXT_ENCODERS.items():
         files = [p / n for n in names for p in folders if (p / n).is_file()]
-        if files:
+        if files and (t5 or part != "text_encoder_3"):
             found[part] = files[0]
         elif part != "text_encoder_3":
             raise FileNotFoundError(f"{folder} lacks {names[0]}")

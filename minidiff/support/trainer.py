@@ -166,13 +166,14 @@ class Run:
             self._lock.close()
         if is_out_of_memory(error):
             what = "the model, its average, and what to learn from"
-            less = "a smaller model, or fewer pictures or latents"
+            less = "a smaller model, or fewer pictures or latents (in a new folder)"
             if self.step is not None:
-                size = self.settings.get("batch_size")
-                what, less = f"a batch of {size}", "a smaller one"
+                what = f"a batch of {self.settings.get('batch_size')}"
+                less = "a smaller one (in a new folder)"
+                if self.settings.get("stage", "transformer") == "transformer":
+                    less += ", or --recompute"
             raise TrainingError(
-                f"the memory does not hold {what}: expected {less} (in a new folder); "
-                f"{self.last_good()}"
+                f"the memory does not hold {what}: expected {less}; {self.last_good()}"
             ) from error
 
     def check(self) -> None:
@@ -307,17 +308,23 @@ def lasting(config: object) -> dict:
     return {k: v for k, v in asdict(config).items() if k not in passing}
 
 
-def is_late(deadline: float | None) -> bool:
+def is_late(deadline: float | None, device: torch.device) -> bool:
     """Whether it is past ``deadline`` for any process, so that all stop at one step."""
-    late = torch.tensor(float(time.time() > (deadline or math.inf)))
-    return deadline is not None and parallel.average(late).item() > 0
+    if deadline is None:
+        return False
+    late = torch.tensor(float(time.time() > deadline), device=device)
+    return parallel.average(late).item() > 0
 
 
 def due(config: object, done: int, late: bool) -> tuple[bool, ...]:
-    """Whether to log, to save and to validate after ``done`` steps; at the end all."""
-    last = late or done == config.steps
+    """Whether to log, to save and to validate after ``done`` steps.
+
+    At the end all; at a deadline log and save.
+    """
     every = config.log_every, config.save_every, config.validate_every
-    return tuple(n > 0 and (last or done % n == 0) for n in every)
+    end, stops = done == config.steps, (late, late, False)
+    pairs = zip(every, stops, strict=True)
+    return tuple(n > 0 and (end or stop or done % n == 0) for n, stop in pairs)
 
 
 def checkpoint(
@@ -338,7 +345,8 @@ def checkpoint(
             place = name_step(step, run.settings.get("batch_size", 0))
             found = f"{name} is not finite after {place}"
             raise TrainingError(f"{found}; {run.last_good()}")
-        tensors[name] = x.cpu()  # one by one: a device may not hold all of them whole
+        if parallel.rank() == 0:  # one by one: a device may not hold all of them whole
+            tensors[name] = x.cpu()
     run.save(step, tensors)
 
 
@@ -559,6 +567,8 @@ def fingerprint(*parts: object) -> str:
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
-            part = part.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()
-        digest.update(part if isinstance(part, bytes) else repr(part).encode())
+            part = part.detach().contiguous().cpu().view(torch.uint8)
+            part = memoryview(part.numpy())
+        known = isinstance(part, bytes | memoryview)
+        digest.update(part if known else repr(part).encode())
     return digest.hexdigest()[:16]
