@@ -111,7 +111,7 @@ def test_what_is_wrong_with_a_folder_is_named(
     assert len(read_folder(pictures, 8)[1]) == 3
     assert "red.png is left out" in capsys.readouterr().err
     (pictures / "ghost.txt").write_text("nothing")
-    with pytest.raises(ValueError, match=r"the caption of ghost.png has no picture"):
+    with pytest.raises(ValueError, match=r"the caption of ghost has no picture"):
         read_folder(pictures, 8)
     (pictures / "ghost.txt").unlink()
     (pictures / "green.txt").unlink()

@@ -223,7 +223,7 @@ def test_the_plan_is_one_line(folder, capsys):
         ({"fp8": "no"}, "fp8 is 'no'; expected True or False"),
         (
             {"nonsense": 1},
-            "nonsense is no setting; expected dtype, memory, .* t5, clip",
+            "nonsense is no setting; expected dtype, .* t5, clip",
         ),
     ],
 )
