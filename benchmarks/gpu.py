@@ -916,8 +916,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small sizes, on the CPU")
     parser.add_argument("--no-compile", action="store_true")
     places = [Path(p, "minidiff") for p in ("/dev/shm", "/tmp") if Path(p).is_dir()]
-    roomy = lambda path: (path.is_dir(), shutil.disk_usage(path.parent).free)  # noqa: E731
-    weights = max(places, key=roomy)  # or where an earlier run has begun
+    weights = max(places, key=lambda p: (p.is_dir(), shutil.disk_usage(p.parent).free))
     parser.add_argument("--folder", type=Path, default=weights, help="for weights")
     options = parser.parse_args()
     bench = Bench(

@@ -423,7 +423,9 @@ def info(
 
     Of a picture that sample has drawn, print the settings.
     """
-    if Path(model).is_file() and not model.lower().endswith(".safetensors"):
+    name = model.lower()
+    is_file = Path(model).is_file() and not name.endswith(".safetensors")
+    if is_file or name.endswith(".png"):
         from minidiff.extras.files import read_settings
 
         for name, value in read_settings(model).items():

@@ -647,7 +647,7 @@ def expected_counts(words: dict[str, int], scores: dict[str, float]) -> Counter[
 def maximize(counts: Counter[str], alphabet: str) -> dict[str, float]:
     """M step: counts to log-probabilities; what is used less than 0.5 times goes."""
     kept = {p: max(n, 0.5) for p, n in counts.items() if n >= 0.5 or len(p) == 1}
-    total = math.log(sum(kept.values()) or 1.0)  # nothing may repeat
+    total = math.log(sum(kept.values()) or 1.0)  # log 1 where nothing repeats
     scores = {piece: math.log(n) - total for piece, n in kept.items()}
     return dict.fromkeys(alphabet, min(scores.values(), default=0.0) - 1.0) | scores
 

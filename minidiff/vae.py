@@ -605,7 +605,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # %% [markdown]
 # One channel carries most: without it the dress fades. Some cost a few decibels each;
 # the others can be missed with hardly a trace: they carry little, or only what others
-# carry too. Is that one the channel for red? One picture does not show it: try another
+# carry too. Is the first the channel for red? One picture does not show it: try another
 # scene before you name a channel. Nothing in the loss asks for such meanings.
 
 # %% [markdown]

@@ -60,7 +60,7 @@ def test_files_of_no_known_kind_are_named(
     (pictures / "metadata.jsonl").write_text(line)
     assert len(read_folder(pictures, 8)[1]) == 5 and not capsys.readouterr().err
     (pictures / "green.png").rename(pictures / "green.heic")
-    with pytest.raises(ValueError, match="of green has no picture .found green.heic; "):
+    with pytest.raises(ValueError, match="green.png has no picture .found green.heic"):
         captions_of(pictures)
 
 
@@ -111,7 +111,7 @@ def test_what_is_wrong_with_a_folder_is_named(
     assert len(read_folder(pictures, 8)[1]) == 3
     assert "red.png is left out" in capsys.readouterr().err
     (pictures / "ghost.txt").write_text("nothing")
-    with pytest.raises(ValueError, match=r"the caption of ghost has no picture"):
+    with pytest.raises(ValueError, match=r"the caption of ghost.png has no picture"):
         read_folder(pictures, 8)
     (pictures / "ghost.txt").unlink()
     (pictures / "green.txt").unlink()

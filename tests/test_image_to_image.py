@@ -229,12 +229,16 @@ def test_slices_are_encoded_as_the_whole(pipes, tmp_path):
 
 
 def test_what_is_encoded_is_weighed(pipes, monkeypatch):
+    """So are the levels: seven, twice with guidance."""
     seen = []
-    monkeypatch.setattr(
-        checks, "check_room", lambda *given, levels=None: seen.append(given[1:])
-    )
+
+    def weigh(_, size, encoded=0, levels=None):
+        seen.append((tuple(size), encoded, levels))
+
+    monkeypatch.setattr(checks, "check_room", weigh)
     ours(pipes[0], picture(), 0.6)
-    assert seen[1][:2] == ((2, 16, 8, 8), 2)
+    size = (2, 16, 8, 8)
+    assert seen == [(size, 0, 14), (size, 2, 14), (size, 0, 14)]
 
 
 BAD = [

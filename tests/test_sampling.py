@@ -539,10 +539,8 @@ def test_what_diffusers_calls_otherwise_is_told(pipe, folders, monkeypatch):
         pipe("a bag", seed=[3, 77])
     with pytest.raises(ValueError, match="torch_dtype is no setting; expected dtype"):
         minidiff.load(folders()[0], torch_dtype=torch.bfloat16)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(
-        ValueError, match="device is cuda, and PyTorch sees no such"
-    ):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match="device is cuda, which PyTorch does not see"):
         minidiff.load(folders()[0], "cuda")
 
 

@@ -90,7 +90,9 @@ def latent_shape(pipe: Pipeline, count: int, h: int, w: int, levels: int) -> tor
     try:
         return pipe.prepare_latents(count, h, w, levels=levels).shape
     except ValueError as error:
-        raise ValueError(f"{error}; height and width resize the picture") from None
+        raise ValueError(
+            f"{error}; height and width resize a PIL picture or a file"
+        ) from None
 
 
 def check_call(
@@ -99,11 +101,11 @@ def check_call(
     """What the pipeline would check, before the first work; how many pictures."""
     known = signature(Pipeline.__call__).parameters.keys() - OWN
     if unknown := call.keys() - known:
-        raise TypeError(f"image_to_image() takes no argument {min(unknown)!r}")
+        found = f"image_to_image() takes no argument {min(unknown)!r}"
+        raise TypeError(f"{found}; expected {', '.join(sorted(known))}")
     usual = {"sampler": "euler", "output_type": "pil", "max_sequence_length": None}
     how = (call.get(name, value) for name, value in usual.items())
     checks.check_call(pipe, steps, num, SAMPLERS, *how)
-    checks.guidance(call.get("guidance_scale"), pipe.defaults.guidance_scale)
     others = call.get("prompt_2"), call.get("prompt_3")
     prompts = checks.as_prompts("prompt", prompt, *others)
     no = (call.get(f"negative_prompt{end}") for end in ("", "_2", "_3"))

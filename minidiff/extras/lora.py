@@ -230,8 +230,10 @@ def check(
 ) -> None:
     """Raise ValueError unless ``file`` has both matrices of a layer that exists."""
     if not name.startswith(("transformer.", "text_encoder.", "text_encoder_2.")):
-        found = f"{file} has {name}, a key of another program (kohya's, ComfyUI's, …)"
-        raise ValueError(f"{found}; expected diffusers' (transformer.….lora_A.weight)")
+        known = (
+            "diffusers' keys (transformer.….lora_A.weight), not kohya's or ComfyUI's"
+        )
+        raise ValueError(f"{file} has {name}; expected {known}")
     if a not in shapes or b not in shapes:
         raise ValueError(f"{file}: {name} lacks lora_A or lora_B (diffusers' keys)")
     for key in (a, b):

@@ -454,7 +454,7 @@ def load_parts(
     device = torch.device(device)
     if compile and plan.fp8 and device.type == "cuda" and not has_fp8(device):
         found = "compile is True and weights are in fp8, which this GPU does not know"
-        raise ValueError(f"{found}; expected 8.9 or newer, or compile=False")
+        raise ValueError(f"{found}; expected compute capability 8.9, or compile=False")
     if plan.t5 == "none":
         models.pop("text_encoder_3", None)
     weights = replace(picture, size=NOTHING)

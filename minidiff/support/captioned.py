@@ -9,6 +9,8 @@ import functools
 import glob
 import json
 import sys
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,11 +46,11 @@ def captions_of(folder: Path) -> dict[str, str]:
             "metadata.jsonl, which may name those in subfolders"
         )
     if missing := [name for name in found if not (folder / name).is_file()]:
-        name = Path(missing[0]).stem
-        others = sorted(p.name for p in folder.glob(f"{glob.escape(name)}.*"))
-        found = ", ".join(p for p in others if not p.lower().endswith(".txt"))
-        kinds = f" (found {found}; expected {', '.join(PICTURES)})" if found else ""
-        raise ValueError(f"{folder}: the caption of {name} has no picture{kinds}")
+        path = folder / missing[0]
+        near = sorted(p.name for p in path.parent.glob(f"{glob.escape(path.stem)}.*"))
+        near = [name for name in near if not name.lower().endswith(".txt")]
+        kinds = f" (found {', '.join(near)})" if near else ""
+        raise ValueError(f"{folder}: the caption of {missing[0]} has no picture{kinds}")
     return found
 
 
@@ -89,6 +91,22 @@ def fitted(picture: Image.Image, size: int, crop: bool = True) -> Image.Image:
     return picture.resize((size, size), Image.Resampling.BICUBIC)
 
 
+def tell_of_others(folder: Path, found: Collection[str]) -> None:
+    """Name on stderr what has no caption among ``found``: pictures, and folders."""
+    for path in pictures_in(folder):
+        if path.name not in found:
+            print(f"{path} is left out: it has no caption", file=sys.stderr)
+    listed = {Path(name).parts[0] for name in found}
+    for path in sorted(folder.iterdir()):
+        other = path.is_dir() and path.name not in listed
+        with suppress(PermissionError):  # some system's own
+            if other and not path.name.startswith(".") and any(pictures_in(path)):
+                print(
+                    f"{path} is left out: no caption names its pictures",
+                    file=sys.stderr,
+                )
+
+
 def read_folder(
     folder: Path | str, size: int, crop: bool = True
 ) -> tuple[Tensor, list[str]]:
@@ -99,13 +117,7 @@ def read_folder(
     """
     folder, pictures, captions = Path(folder), [], []
     found = captions_of(folder)
-    for path in pictures_in(folder):
-        if path.name not in found:
-            print(f"{path} is left out: it has no caption", file=sys.stderr)
-    for path in folder.iterdir():
-        named = any(name.startswith(f"{path.name}/") for name in found)
-        if path.is_dir() and any(pictures_in(path)) and not named:
-            print(f"{path} is left out: no caption names its pictures", file=sys.stderr)
+    tell_of_others(folder, found)
     for name, caption in found.items():
         try:
             with Image.open(folder / name) as picture:

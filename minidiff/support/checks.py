@@ -101,9 +101,9 @@ def find_target(
 ) -> tuple[torch.device, torch.dtype]:
     """As ``check_target``; ValueError too for a GPU that PyTorch does not see."""
     device, dtype = check_target(device, dtype)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        found = f"device is {device}, and PyTorch sees no such GPU"
-        raise ValueError(f"{found}; expected cpu, or a PyTorch that is built for it")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = f"device is {device}, which PyTorch does not see"
+        raise ValueError(f"{found}; expected cpu, or a driver and a PyTorch for it")
     return device, dtype
 
 

@@ -52,14 +52,14 @@ def download(
     except errors.GatedRepoError:
         raise PermissionError(f"{repository} is gated: {needs(repository)}") from None
     except errors.RepositoryNotFoundError:
-        what = f"{repository} is no folder here, and not on the hub, or not for you"
+        what = f"{name} is not on this machine, and not on the hub or not for you"
         raise FileNotFoundError(f"{what}: {needs(repository)}") from None
     except (OSError, errors.HfHubHTTPError) as error:
         if getattr(error, "errno", None):  # of this machine: no room, not permitted, …
             what = f"{repository} cannot be kept: {error.strerror}"
             raise OSError(f"{what} ({error.filename or 'the cache'})") from None
         reason = type(error).__name__
-        what = f"{repository} is no folder here and cannot be fetched ({reason})"
+        what = f"{name} is not on this machine and cannot be fetched ({reason})"
         raise ConnectionError(f"{what}: {needs(repository)}") from None
     except Exception as error:  # httpx's or its successor's; Xet raises RuntimeError
         if not type(error).__module__.startswith("httpx") and (

@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Callable, Mapping
 from functools import wraps
-from inspect import signature
+from inspect import BoundArguments, Signature, signature
 from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
@@ -97,19 +97,14 @@ def described(draw: Callable) -> Callable:
 
     @wraps(draw)
     def drawn(*args: Any, **named: Any) -> Any:
-        try:
-            bound = arguments.bind(*args, **named)
-        except TypeError as error:
-            known = ", ".join(list(arguments.parameters)[1:])
-            raise TypeError(f"{error}; expected {known}") from None
-        bound.apply_defaults()
+        bound = bind(arguments, args, named)
         for given in (bound.arguments, bound.arguments.get("call", {})):
             given |= {name: plain(value) for name, value in given.items()}
         if bound.arguments["seed"] is None:
             bound.arguments["seed"] = secrets.randbelow(2**32)
         if isinstance(bound.arguments["seed"], list | tuple):
-            found = "seed is a list; expected one number (picture i has seed + i)"
-            raise ValueError(f"{found}, or latents=starting_noise(seeds, shape)")
+            known = "one number (picture i has seed + i)"
+            raise ValueError(f"seed is a list; expected {known}")
         checks.check_range("seed", bound.arguments["seed"], 0, 2**63)
         pictures = draw(*bound.args, **bound.kwargs)
         if isinstance(pictures, list):
@@ -119,6 +114,18 @@ def described(draw: Callable) -> Callable:
         return pictures
 
     return drawn
+
+
+def bind(arguments: Signature, args: tuple, named: dict) -> BoundArguments:
+    """The arguments of a call, usual ones too; TypeError names those there are."""
+    try:
+        bound = arguments.bind(*args, **named)
+    except TypeError as error:
+        own = ("self", "pipe", "call")
+        known = ", ".join(name for name in arguments.parameters if name not in own)
+        raise TypeError(f"{error}; expected {known}") from None
+    bound.apply_defaults()
+    return bound
 
 
 def plain(value: Any) -> Any:

@@ -153,9 +153,7 @@ def prepare_part(
             f"{file} is no {part}: it lacks {prefix}{missing.args[0]}"
         ) from None
     except (IndexError, ArithmeticError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"{file} is no {part}: its shapes are of none: {error}"
-        ) from None
+        raise ValueError(f"{file} is no {part}: {error}") from None
 
     def rename(names: Iterable[str]) -> dict[str, Source]:
         return {name: source(name, prefix, shapes) for name in names}
