@@ -47,6 +47,7 @@ Batch = dict[str, Tensor]
 # %% tags=["active-ipynb"]
 # import contextlib
 # import tempfile
+# import time
 # from dataclasses import replace
 # from pathlib import Path
 #
