@@ -503,10 +503,11 @@ def record_attention(
 # %% [markdown]
 # Read the table by columns, a block at a time. In block 0 *red* is near +1 and *blue*
 # near −1: the dress reads its own colour, the ground its own. In block 2 both are
-# negative: the maps tell garment from ground, and no more. And a word need not be read
-# where the thing that it names will be: in the last two blocks it is the dress that
-# reads *background*. The token's vector describes more than its own word: T5 has let it
-# read the whole caption.
+# negative: there the ground reads both colours more than the dress does. And a word
+# need not be read where the thing that it names will be: the dress reads *background*
+# in block 0 and again in the last two, and reads *dress* in block 0 alone. T5 has let
+# each token read the whole caption, so that its vector may stand for more than its own
+# word.
 #
 # Now one block over the steps, block 2: first noise, at the end a picture. From which
 # step on does a map keep the outline of the finished garment?

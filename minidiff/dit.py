@@ -870,8 +870,9 @@ class MMDiT(nn.Module):
 # Attention treats tokens as a set, and everything else treats them one by one. So a
 # patch that is told the place of its mirror image paints what belongs there: the whole
 # is mirrored at the diagonal, while inside each patch things stay upright. With one
-# place for all, patches differ by nothing but their noise: each knows the colours of
-# the prompt, and none knows whether it is in the middle or at the edge.
+# place for all, patches differ by nothing but their noise: each knows the prompt, and
+# none knows whether it is garment or ground. So all paint nearly the same, and it is
+# neither.
 #
 # ## Parity
 #
