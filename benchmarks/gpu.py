@@ -833,7 +833,8 @@ def picture(bench: Bench, name: str) -> None:
     del theirs
     for what, settings in OURS.items():
         free()
-        if bench.compile or "compile" not in settings:
+        wanted = bench.compile or "compile" not in settings
+        if wanted and what not in compare.known:
             pipe = load(folder, bench.device, bench.dtype, **settings)
             pipe.progress = False
             compare(what, lambda p=pipe: p(**call), need=60)

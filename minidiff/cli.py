@@ -29,7 +29,6 @@ Model = Annotated[str, typer.Option(help=f"{MODEL}, or an official single file."
 DEVICE = "cpu, cuda, mps; by default cuda if there is one, else cpu."
 Device = Annotated[str | None, typer.Option(help=DEVICE)]
 DATA = "Folder of Fashion-MNIST's parquet files."
-PICTURES = "With --from, your pictures; else Fashion-MNIST's parquet files."
 Data = Annotated[Path | None, typer.Option(help=DATA)]
 Overwrite = Annotated[bool, typer.Option(help="Replace an existing file.")]
 INTERRUPTED = 130  # 128 and SIGINT's number, as shells count
@@ -461,7 +460,9 @@ def train(
         str,
         typer.Option(help="tokenizers, clip, t5, vae, judge, transformer, or all."),
     ] = "all",
-    data: Annotated[Path | None, typer.Option(help=PICTURES)] = None,
+    data: Annotated[
+        Path | None, typer.Option(help=f"{DATA[:-1]}; with --from your pictures.")
+    ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(

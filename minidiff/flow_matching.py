@@ -688,8 +688,8 @@ def dpmpp_2m(
 #
 # Why does this follow the prompt? By Bayes' rule, $p(x \mid \text{prompt})$ is
 # proportional to $p(x)\, p(\text{prompt} \mid x)$. The best estimate of the noise is
-# $\hat\epsilon = -\sigma\nabla_x \ln p_\sigma(x)$, and $v = (\hat\epsilon -
-# x)/(1-\sigma)$, so that
+# $\hat\epsilon = -\sigma\nabla_x \ln p_\sigma(x)$, and
+# $v = (\hat\epsilon - x)/(1-\sigma)$, so that
 #
 # $$v_+ - v_- =
 # -\frac{\sigma}{1-\sigma}\, \nabla_x \ln p_\sigma(\text{prompt} \mid x).$$

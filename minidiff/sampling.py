@@ -454,7 +454,7 @@ class Pipeline:
         how = SAMPLERS, sampler, output_type, max_sequence_length, sigmas
         checks.check_call(self, steps, num_images_per_prompt, *how)
         count = len(prompts) * num_images_per_prompt
-        n = (1 + (scale > 1)) * (steps + 1 if sigmas is None else len(sigmas))
+        n = checks.count_levels(scale, steps, sigmas)
         latents = self.prepare_latents(count, height, width, seed, latents, levels=n)
 
         texts = prompts if scale <= 1 else negatives + prompts

@@ -535,7 +535,7 @@ def test_a_file_is_not_a_model(tmp_path):
 def test_what_diffusers_calls_otherwise_is_told(pipe, folders, monkeypatch):
     with pytest.raises(TypeError, match="argument 'generator'; expected .*, seed, "):
         pipe("a bag", generator=torch.Generator())
-    with pytest.raises(ValueError, match="seed is a list; expected one number .pict"):
+    with pytest.raises(ValueError, match="seed is .3, 77.; expected a whole number"):
         pipe("a bag", seed=[3, 77])
     with pytest.raises(ValueError, match="torch_dtype is no setting; expected dtype"):
         minidiff.load(folders()[0], torch_dtype=torch.bfloat16)

@@ -359,7 +359,8 @@ def has_fp8_products(device: torch.device) -> bool:
 def preferred_attention(weight: Tensor) -> str | None:
     """The backend to try first where ``weight`` is: cuDNN's on an H100 or a B200.
 
-    Before 9.15.1 it was wrong for some lengths that 128 does not divide.
+    Before 9.15.1 it was wrong for lengths that 128 does not divide (PyTorch's issue
+    169849), and PyTorch does not choose it either.
     """
     if not weight.is_cuda or (torch.backends.cudnn.version() or 0) <= 91500:
         return None

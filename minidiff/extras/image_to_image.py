@@ -61,7 +61,7 @@ def image_to_image(
     image, mask = open_pictures(image, mask_image)
     width, height = map(checks.given, (width, height), size(image))
     scale = checks.guidance(call.get("guidance_scale"), pipe.defaults.guidance_scale)
-    levels = len(sigmas) * (1 + (scale > 1))
+    levels = checks.count_levels(scale, steps, sigmas)
     shape = latent_shape(pipe, count, height, width, levels)
     pictures = as_tensor("image", image, "RGB", height, width, count) * 2 - 1
     checks.check_room(pipe, shape, len(pictures), levels)

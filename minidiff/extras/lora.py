@@ -230,9 +230,7 @@ def check(
 ) -> None:
     """Raise ValueError unless ``file`` has both matrices of a layer that exists."""
     if not name.startswith(("transformer.", "text_encoder.", "text_encoder_2.")):
-        known = (
-            "diffusers' keys (transformer.….lora_A.weight), not kohya's or ComfyUI's"
-        )
+        known = "diffusers' keys (transformer.….lora_A.weight), not kohya's"
         raise ValueError(f"{file} has {name}; expected {known}")
     if a not in shapes or b not in shapes:
         raise ValueError(f"{file}: {name} lacks lora_A or lora_B (diffusers' keys)")

@@ -24,7 +24,7 @@ from minidiff.extras.kernels import Rows, quantize
 from minidiff.extras.precision import Float8Linear, has_fp8
 from minidiff.extras.tiling import sliced_decode, sliced_encode, tiled_decode
 from minidiff.support.checkpoints import Prepared, Read
-from minidiff.support.checks import check_choice
+from minidiff.support.checks import check_choice, count_levels
 from minidiff.text_encoders import T5Encoder
 from minidiff.vae import VAE
 
@@ -120,8 +120,7 @@ class Call:
 
 def usual_levels(pipe: Any) -> int:
     """``Call.levels`` with the steps and the guidance that a model is meant for."""
-    usual = pipe.defaults
-    return (usual.num_inference_steps + 1) * (1 + (usual.guidance_scale > 1))
+    return count_levels(pipe.defaults.guidance_scale, pipe.defaults.num_inference_steps)
 
 
 def estimate(plan: Plan, call: Call) -> float:

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from minidiff.support.checkpoints import read_text
-from minidiff.support.data import IMAGE_SIZE, from_bytes, in_rgb, to_bytes, to_tensor
+from minidiff.support.data import IMAGE_SIZE, from_bytes, in_rgb, to_tensor
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -122,8 +122,7 @@ def read_folder(
         try:
             with Image.open(folder / name) as picture:
                 ImageOps.exif_transpose(picture, in_place=True)
-                image = to_tensor(fitted(in_rgb(picture), size, crop))
-                pictures.append(to_bytes(image))
+                pictures.append(to_tensor(fitted(in_rgb(picture), size, crop)))
         except MemoryError:
             raise
         except Exception as error:  # Pillow has many names for a damaged file

@@ -158,6 +158,11 @@ def check_size(name: str, size: int, grid: int, largest: int) -> None:
         )
 
 
+def count_levels(scale: float, steps: int, sigmas: Tensor | None = None) -> int:
+    """Noise levels of a call times its rows (two with guidance): ``memory.Call``'s."""
+    return (1 + (scale > 1)) * (steps + 1 if sigmas is None else len(sigmas))
+
+
 def check_room(
     pipe: Any, size: tuple[int, ...], encoded: int = 0, levels: int | None = None
 ) -> None:

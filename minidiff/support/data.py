@@ -534,7 +534,7 @@ def sample_scenes() -> tuple[Tensor, list[str]]:
     Returns pictures (16, 3, 64, 64) in [−1, 1] and their captions; the first shows
     "a red dress on a blue background". No data set is needed.
     """
-    sheet = to_tensor(Image.open(SAMPLES / "scenes.png"))
+    sheet = from_bytes(to_tensor(Image.open(SAMPLES / "scenes.png")))
     texts = json.loads((SAMPLES / "scenes.json").read_text())["captions"]
     # (3, 2·64, 8·64) → (3, 2, 64, 8, 64) → (2, 8, 3, 64, 64) → (16, 3, 64, 64)
     tiles = sheet.unflatten(2, (-1, 64)).unflatten(1, (-1, 64))
@@ -556,11 +556,11 @@ def in_rgb(picture: Image.Image) -> Image.Image:
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
-    """A picture as a tensor (3, H, W) in [−1, 1]."""
+    """A picture as uint8 (3, H, W)."""
     import numpy as np
 
     pixels = torch.from_numpy(np.array(in_rgb(picture)))
-    return from_bytes(pixels.permute(2, 0, 1))  # (H, W, 3) → (3, H, W)
+    return pixels.permute(2, 0, 1)  # (H, W, 3) → (3, H, W)
 
 
 def to_bytes(images: Tensor) -> Tensor:
