@@ -31,9 +31,10 @@ Row = tuple[str, str, int, float]  # what, against what, how many cases, largest
 INTRODUCTION = """# Parity report
 
 Every component of minidiff, given the same weights and the same input as the reference
-implementation, on a CPU in float32. All parameters are random and different from zero
-(norm weights around one, biases and gates too): a shipped model could hide a mistake
-behind a weight that happens to be zero. The error is
+implementation, on a CPU, in float32 unless the row says otherwise. All parameters but
+the shipped model's are random and different from zero (norm weights around one, biases
+and gates too): a shipped model could hide a mistake behind a weight that happens to be
+zero. The error is
 $\\lVert a - b\\rVert / \\lVert b\\rVert$, and the largest over all cases stands in the
 table. The tests demand at most $10^{-5}$ in every row, and show for each component
 that a small mistake (another epsilon, scale and shift exchanged) is caught.

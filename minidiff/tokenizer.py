@@ -870,9 +870,9 @@ class T5Tokenizer(Tokenizer):
 # ## Parity
 #
 # Here the reference is transformers. It loads the same three folders and must give the
-# same ids and the same decoded text, on captions and on noise from all of Unicode. On
-# the published vocabularies the tests of this repository ask the same of 20,000
-# strings, and of each quirk alone that its absence is noticed.
+# same ids and the same decoded text, on captions and on noise from Unicode's first
+# three planes. On the published vocabularies the tests of this repository ask the same
+# of 20,000 strings, and of each quirk alone that its absence is noticed.
 
 # %% tags=["active-ipynb"]
 # import random

@@ -499,6 +499,8 @@ def check_config(config: VAEConfig) -> None:
             "block_out_channels and layers_per_block must not be empty, found "
             f"{config.block_out_channels} and {config.layers_per_block}"
         )
+    if config.scaling_factor == 0:
+        raise ValueError("scaling_factor is 0; expected another number")
     groups = config.norm_num_groups
     for width in config.block_out_channels:
         if width % groups:
@@ -605,7 +607,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # %% [markdown]
 # One channel carries most: without it the dress fades. Some cost a few decibels each;
 # the others can be missed with hardly a trace: they carry little, or only what others
-# carry too. Is the first the channel for red? One picture does not show it: try another
+# carry too. Is that one the channel for red? One picture does not show it: try another
 # scene before you name a channel. Nothing in the loss asks for such meanings.
 
 # %% [markdown]
