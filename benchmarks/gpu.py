@@ -19,9 +19,11 @@ stages of other models. It needs diffusers, and minidiff installed or in PYTHONP
 import argparse
 import gc
 import json
+import os
 import shutil
 import statistics
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -563,7 +565,8 @@ def write_transformer(bench: Bench, name: str) -> Path:
 
 def anonymous_gib() -> float:
     """This process's memory that no file backs."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    status = Path("/proc/self/status")  # of Linux
+    for line in status.read_text().splitlines() if status.exists() else ():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) / 2**20
     return float("nan")
@@ -916,7 +919,8 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument("--tiny", action="store_true", help="small sizes, on the CPU")
     parser.add_argument("--no-compile", action="store_true")
-    places = [Path(p, "minidiff") for p in ("/dev/shm", "/tmp") if Path(p).is_dir()]
+    roots = filter(os.path.isdir, ("/dev/shm", tempfile.gettempdir()))
+    places = [Path(root, "minidiff") for root in roots]
     weights = max(places, key=lambda p: (p.is_dir(), shutil.disk_usage(p.parent).free))
     parser.add_argument("--folder", type=Path, default=weights, help="for weights")
     options = parser.parse_args()

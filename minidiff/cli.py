@@ -37,6 +37,7 @@ INTERRUPTED = 130  # 128 and SIGINT's number, as shells count
 def main() -> None:
     """Run a command; a bad input is one line on stderr and exit status 2."""
     warnings.showwarning = lambda message, *_: log(f"minidiff: {message}")
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that are no text
     try:
         code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
@@ -55,24 +56,34 @@ def main() -> None:
 
 def explain(error: Exception) -> str:
     """What to tell of the option parser's errors and some of torch's; raises others."""
+    if hasattr(error, "format_message"):  # the option parser's
+        return error.format_message()
+    from minidiff.support.trainer import is_out_of_memory
+
     less = "fewer or smaller pictures at once, or a smaller batch, need less"
-    if type(error).__name__ == "OutOfMemoryError":  # torch's; not imported here
+    if type(error).__name__ == "OutOfMemoryError":  # of a GPU
         return f"{str(error).split('. ')[0]}; {less} (sample has --memory)"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+    if isinstance(error, MemoryError) or is_out_of_memory(error):
         return f"this machine's memory is full; {less}"
-    if "InvalidCxxCompiler" in f"{type(error).__name__} {error}":
-        return "--compile needs a C++ compiler; expected g++ or clang++ in PATH"
-    if "Failed to find C compiler" in str(error):  # Triton's, at its first kernel
+    found = f"{type(error).__name__} {error}"
+    if "InvalidCxxCompiler" in found or "Compiler: cl is not found" in found:
+        return "--compile needs a C++ compiler; expected g++, clang++ or cl in PATH"
+    if "Failed to find C compiler" in found:  # Triton's, at its first kernel
         return "kernels for a GPU need a C compiler; expected gcc or clang in PATH"
-    if not hasattr(error, "format_message"):
-        raise error
-    return error.format_message()
+    if "TritonMissing" in found:
+        return "--compile needs Triton on a GPU; expected a PyTorch that comes with it"
+    raise error
 
 
 def fail(message: object, code: int = 2) -> None:
     """Print one line and leave."""
-    print("minidiff:", " ".join(str(message).split()), file=sys.stderr)
+    print("minidiff:", printable(" ".join(str(message).split())), file=sys.stderr)
     sys.exit(code)
+
+
+def printable(text: object) -> str:
+    """``text`` with what a terminal would obey, and line ends, written as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
 # Pictures
@@ -226,7 +237,7 @@ def sample(
             from minidiff.extras.lora import load_lora
 
             scale = 1.0 if lora_scale is None else lora_scale
-            load_lora(pipe, lora[0], scale, fused=compile or not plan)
+            load_lora(pipe, lora[0], scale, fused=compile)
         follow = {"callback_on_step_end": preview_into(preview)} if preview else {}
         with skipping(pipe, blocks, skip_layer_scale):
             for i in range(0, len(texts), batch_size):
@@ -325,8 +336,11 @@ def preview_into(file: Path) -> Any:
         small = to_pil(fit(pipe.vae)(tensors["denoised"][:1]))[0]
         side = pipe.vae.config.factor
         large = small.resize((small.width * side, small.height * side), resample=0)
-        with replacing(file) as part:  # a viewer that follows never sees half of it
-            large.save(part, "PNG")
+        try:
+            with replacing(file) as part:  # a viewer never sees half of it
+                large.save(part, "PNG")
+        except OSError as error:  # on Windows while a viewer reads it; no full stop
+            log(f"no preview of this step: {error}")
 
     return follow
 
@@ -428,7 +442,7 @@ def info(
         from minidiff.extras.files import read_settings
 
         for name, value in read_settings(model).items():
-            print(f"{name}: {value}")
+            print(f"{printable(name)}: {printable(value)}")
         return
     from minidiff.extras.loading import blueprint, known_as
     from minidiff.sampling import DEFAULTS, recognize
@@ -523,7 +537,7 @@ def train(
     steps, batch_size, learning_rate, warmup_steps, weight_decay, beta2, max_grad_norm,
     ema_decay, muon, accumulation, bfloat16, compile, sharded, log_every, save_every,
     validate_every. Of all: pictures, latents, captions, held, two_garments,
-    uniform_levels, keep_latents, shift, scenes.
+    uniform_levels, keep_latents, shift, scenes. Muon is for the transformer alone.
     """
     device = find_device(device)
     if not lora:
@@ -622,11 +636,11 @@ def evaluate(
     )
     found = metrics.attention_correlation(pipe, record_attention, folder=data)
     result |= {"model": model, "attention": found}
-    print(metrics.format_table(result))
     if output:
         write_json(output, result)
+    print(metrics.format_table(result))
 
 
 def log(line: str) -> None:
     """Tell the user how far it has come, on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)

@@ -355,21 +355,20 @@ class Pipeline:
         the negative prompts, then those of the prompts. Blocks in ``skip_layers`` are
         left out.
         """
+        context, pooled = (x.to(self.device, self.dtype) for x in (context, pooled))
         levels = {sigma: i for i, sigma in enumerate(sigmas.tolist())}
         times = sigmas[:, None].to(self.device)  # (S,) → (S, 1)
         modulations = self.transformer.modulations(times, pooled)
 
-        def predict(x: Tensor, sigma: Tensor) -> Tensor:
+        guided = guidance_scale > 1
+
+        @torch.no_grad()
+        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
             now = modulations.step(levels[sigma.item()])
             how = {"modulations": now, "skip_layers": skip_layers}
-            x = x.to(self.dtype)
-            return self.transformer(x, None, context, None, **how).float()
-
-        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-            if guidance_scale <= 1:
-                return predict(x, sigma)
-            both = predict(torch.cat([x, x]), sigma)  # → (2·B, C, h, w)
-            return guide(*both.chunk(2), guidance_scale)
+            x = (torch.cat([x, x]) if guided else x).to(self.dtype)  # → (B or 2·B, …)
+            v = self.transformer(x, None, context, None, **how).float()
+            return guide(*v.chunk(2), guidance_scale) if guided else v
 
         return velocity
 
@@ -392,7 +391,7 @@ class Pipeline:
         {"latents": …, "denoised": x̂₀})`` may return {"latents": …} to replace them,
         or raise StopIteration to end here. ``sigmas`` replaces the schedule.
         """
-        checks.check_choice("sampler", sampler, SAMPLERS)
+        checks.check_solver(sampler, SAMPLERS, sigmas)
         steps = checks.given(num_inference_steps, self.defaults.num_inference_steps)
         scale = checks.guidance(guidance_scale, self.defaults.guidance_scale)
         sigmas = checks.given(sigmas, self.scheduler.sigmas(steps))
@@ -405,7 +404,8 @@ class Pipeline:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) → pictures (B, 3, H, W) in [0, 1]."""
-        pictures = self.vae.decode(self.vae.unscale(latents).to(self.dtype)).float()
+        latents = self.vae.unscale(latents).to(self.device, self.dtype)
+        pictures = self.vae.decode(latents).float()
         checks.warn_of_overflow("the picture", pictures)
         return (pictures / 2 + 0.5).clamp(0, 1)
 
@@ -902,8 +902,9 @@ def load(
 # %% [markdown]
 # **8.2 Code.** *Image to image*: take the latent of a picture, mix it with the
 # journey's `noise` as on chapter 6's path, and solve only the rest of the way. Of the
-# schedule's 28 steps take the last `int(28 * strength)`, so mix up to the level where
-# these begin. `velocity` is the guided velocity, `sigmas` the whole schedule.
+# schedule's 28 steps leave out the first `int(28 - 28 * strength)`, as diffusers
+# counts, and mix up to the level where the others begin. `velocity` is the guided
+# velocity, `sigmas` the whole schedule.
 
 # %% tags=["active-ipynb", "exercise"]
 # def repaint(velocity: Velocity, x0: Tensor, sigmas: Tensor, strength: float):
@@ -924,7 +925,7 @@ def load(
 
 # %% tags=["active-ipynb", "hide-cell", "solution"]
 # def repaint(velocity: Velocity, x0: Tensor, sigmas: Tensor, strength: float):
-#     rest = sigmas[len(sigmas) - 1 - int(28 * strength) :]
+#     rest = sigmas[int(28 - 28 * strength) :]
 #     x = (1 - rest[0]) * x0 + rest[0] * noise
 #     return euler(velocity, x, rest)
 #

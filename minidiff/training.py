@@ -21,7 +21,7 @@ After it you will be able to
 #
 # The earlier chapters took their weights from the folder that ships with the package.
 # This one explains where that folder comes from. It is the only chapter that needs the
-# data set, Fashion-MNIST (30 MB). If the next cells find none, they download it once
+# data set, Fashion-MNIST (34 MB). If the next cells find none, they download it once
 # from the hub; without a network, let the environment variable `MINIDIFF_DATA` name a
 # folder that holds its two parquet files, and start again.
 
@@ -395,7 +395,7 @@ def transformer_loss(model: MMDiT, batch: Batch) -> Tensor:
 # Levels are drawn so that their logit is normal: the middle more often than the ends.
 # (The shipped model's last runs moved them towards noise, by chapter 6's shift of 3,
 # because garments are decided there.) Here too each sample's level is a function of its
-# number: a uniform number through the normal distribution's quantile function.
+# number: its logit is a second normal number.
 
 
 # %%
@@ -404,8 +404,8 @@ def noise_and_levels(
 ) -> tuple[Tensor, Tensor]:
     """Noise ``(B, *shape)`` and logit-normal levels (B,) of the samples ``indices``."""
     # fold_in: a second stream of numbers from the same seed
-    u = rng.uniform(rng.fold_in(seed, 1), indices, 1)[:, 0].clamp(1e-6, 1 - 1e-6)
-    return rng.normal(seed, indices, shape), torch.special.ndtri(u).sigmoid()
+    logit = rng.normal(rng.fold_in(seed, 1), indices, (1,))[:, 0]
+    return rng.normal(seed, indices, shape), logit.sigmoid()
 
 
 # %% [markdown]
@@ -529,13 +529,13 @@ class TrainingConfig:
 # The learning rate climbs while Adam's averages are still young, then falls along half
 # a cosine, so that the noise of the steps dies out at the end.
 #
-# `muon` chooses another optimiser for all matrices of the transformer but the text's
-# first and the picture's last. The singular value decomposition writes a matrix, here
-# the running mean of a gradient, as $USV^T$: $U$ and $V$ hold directions, the diagonal
-# of $S$ their lengths, a few long and most short. Adam scales each number by itself,
-# and so still follows mostly the long ones. Muon steps along $UV^T$, found by five
-# rounds of matrix products, about equally far in all directions
-# (`minidiff.support.muon`), as in the shipped transformer's last runs.
+# `muon` chooses another optimiser for all matrices of the transformer but those at its
+# two entrances and its exit. The singular value decomposition writes a matrix, here the
+# running mean of a gradient, as $USV^T$: $U$ and $V$ hold directions, the diagonal of
+# $S$ their lengths, a few long and most short. Adam scales each number by itself, and
+# so still follows mostly the long ones. Muon steps along $UV^T$, found by five rounds
+# of matrix products, about equally far in all directions (`minidiff.support.muon`), as
+# in the shipped transformer's last runs.
 
 
 # %%

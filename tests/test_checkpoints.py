@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import resource
 from dataclasses import dataclass, replace
 
 import pytest
@@ -96,6 +95,30 @@ def test_shards_are_found_by_their_index(tmp_path):
         load(tmp_path / "shards", "SD3Transformer2DModel")
 
 
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/x.safetensors"])
+def test_shards_lie_beside_their_index(tmp_path, name):
+    index = tmp_path / f"{cp.WEIGHTS[1]}.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ValueError, match="index.json names .*; expected files beside"):
+        cp.weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("listed", ['"T5EncoderModel"', '["T5EncoderModel"]'])
+def test_architectures_of_any_kind_name_the_class(tmp_path, listed):
+    (tmp_path / "config.json").write_text(f'{{"architectures": {listed}}}')
+    assert cp.component_class(tmp_path) == "T5EncoderModel"
+    (tmp_path / "config.json").write_text('{"architectures": 5}')
+    assert cp.component_class(tmp_path) == "5"  # of no component
+
+
+def test_a_header_that_would_fill_the_memory_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(cp, "LONGEST_HEADER", 50)
+    file = tmp_path / "a.safetensors"
+    save_file({"a": torch.ones(1)}, file)
+    with pytest.raises(ValueError, match="a.safetensors is not a whole safetensors"):
+        cp.read_header(file)
+
+
 def test_dtype_and_device(tmp_path):
     model = saved(tmp_path, "AutoencoderKL", torch.float16)
     stored = load_file(tmp_path / cp.WEIGHTS[0])
@@ -137,6 +160,7 @@ def test_saving_over_the_mapped_file_keeps_the_model(tmp_path):
 
 
 def test_a_full_disk_keeps_what_was_there(tmp_path):
+    resource = pytest.importorskip("resource", reason="needs limits of POSIX")
     saved(tmp_path, "T5EncoderModel")
     file = tmp_path / cp.WEIGHTS[1]
     before, limits = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -199,6 +223,8 @@ def test_read_config(tmp_path):
     class Small:
         size: int
         parts: tuple[int, ...] = ()
+        scale: float = 1.0
+        hidden_layers: int = 1
 
     file = tmp_path / "config.json"
     file.write_text('{"size": 3, "parts": [1, 2], "other": null}')
@@ -208,6 +234,13 @@ def test_read_config(tmp_path):
         file.write_text(f'{{"size": {value}}}')
         with pytest.raises(ValueError, match="config.json: size is .*; expected int"):
             cp.read_config(Small, tmp_path)
+    for value in ("NaN", "1e999"):
+        file.write_text(f'{{"size": 1, "scale": {value}}}')
+        with pytest.raises(ValueError, match="json: scale is .*; expected float"):
+            cp.read_config(Small, tmp_path)
+    file.write_text('{"size": 1, "hidden_layers": 1001}')
+    with pytest.raises(ValueError, match="hidden_layers is 1001; expected at most"):
+        cp.read_config(Small, tmp_path)
     file.write_text('{"size": 0}')
     with pytest.raises(ValueError, match="json: size is 0; expected at least 1"):
         cp.read_config(Small, tmp_path)
@@ -218,9 +251,10 @@ def test_read_config(tmp_path):
     file.write_text('{"other": 1}')
     with pytest.raises(ValueError, match="config.json lacks size"):
         cp.read_config(Small, tmp_path)
-    file.write_text("{")
-    with pytest.raises(ValueError, match="config.json is not valid JSON"):
-        cp.read_config(Small, tmp_path)
+    for text in ("{", "[" * 100_000):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="config.json is not valid JSON"):
+            cp.read_config(Small, tmp_path)
     file.write_text("[]")
     with pytest.raises(ValueError, match="expected an object"):
         cp.read_config(Small, tmp_path)
@@ -238,6 +272,7 @@ BAD = {
     "3 norm groups do not divide": ("AutoencoderKL", {"norm_num_groups": 3}),
     "scaling_factor is 'x'; expected float": ("AutoencoderKL", {"scaling_factor": "x"}),
     "hidden_act 'relu'": ("CLIPTextModelWithProjection", {"hidden_act": "relu"}),
+    "scaling_factor is 0; expected another": ("AutoencoderKL", {"scaling_factor": 0}),
     "num_heads is None; expected int": ("T5EncoderModel", {"num_heads": None}),
 }
 
@@ -283,7 +318,17 @@ def test_truncated_weights(vae_folder, kept):
 
 
 @pytest.mark.parametrize(
-    "header", [b"not json", b"[1]", b'{"a": "b"}', b'{"a": {"shape": [1]}}']
+    "header",
+    [
+        b"not json",
+        b"[1]",
+        b'{"a": "b"}',
+        b'{"a": {"shape": [1]}}',
+        b'{"a": {"shape": ["x"], "data_offsets": [0, 8]}}',
+        b'{"a": {"shape": [1], "data_offsets": [0, "8"]}}',
+        b'{"a":' * 100_000,
+    ],
+    ids=lambda header: header[:50].decode(),
 )
 def test_weights_that_are_something_else(vae_folder, header):
     file = vae_folder / cp.WEIGHTS[0]

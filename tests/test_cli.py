@@ -240,7 +240,7 @@ def setting(folder, file, name, value):
 SHIFT = ("scheduler/scheduler_config.json", "shift")
 LENGTH = ("tokenizer/tokenizer_config.json", "model_max_length")
 MISFITS = {
-    "CLIP-L's tokenizer has ids up to 704": lambda f: vocabulary_of(f, 704),
+    "CLIP-L's tokenizer has ids from 0 to 704": lambda f: vocabulary_of(f, 704),
     "CLIP-L's tokenizer writes 77 ids": lambda f: setting(f, *LENGTH, 77),
     "model_max_length is 'long'": lambda f: setting(f, *LENGTH, "long"),
     "CLIP-L looks for the end token 5": lambda f: setting(
@@ -270,6 +270,12 @@ TOKENS = "tokenizer/tokenizer_config.json"
 WHOLE = "tokenizer_3/tokenizer.json"
 
 
+def negative_id(folder):
+    """The vocabulary with an id that no table has."""
+    vocab = json.loads((folder / "tokenizer/vocab.json").read_text())
+    return json.dumps(vocab | {next(iter(vocab)): -1})
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -286,6 +292,8 @@ WHOLE = "tokenizer_3/tokenizer.json"
         ),
         lambda f: (f / "tokenizer/vocab.json").write_text('{"a": "0"}'),
         lambda f: setting(f, TOKENS, "model_max_length", -math.inf),
+        lambda f: setting(f, "tokenizer_3/tokenizer_config.json", "extra_ids", 10**9),
+        lambda f: (f / "tokenizer/vocab.json").write_text(negative_id(f)),
         lambda f: setting(f, WHOLE, "normalizer", [1]),
         lambda f: setting(f, WHOLE, "model", {"type": "Unigram", "vocab": []}),
         lambda f: setting(

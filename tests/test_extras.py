@@ -1,6 +1,7 @@
 """Texts for each encoder, what is cut, stopping, previews, files and their settings."""
 
 import logging
+import os
 import warnings
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from test_sampling import LONG
 from torch._inductor.exc import InvalidCxxCompiler
 
-from minidiff import sampling
+from minidiff import cli, sampling
 from minidiff.extras import files
 from minidiff.extras.guidance import skip_layer_guidance
 from minidiff.extras.image_to_image import image_to_image
@@ -279,6 +280,28 @@ def test_every_picture_carries_how_it_was_drawn(model, tmp_path):
     assert stored == {k: str(v) for k, v in pictures[3].info.items()} | version
 
 
+def test_own_levels_are_counted_as_steps(model):
+    levels = torch.tensor([1.0, 0.6, 0.3, 0.0])
+    info = model[0]("a bag", sigmas=levels, height=24, width=32)[0].info
+    assert (info["num_inference_steps"], info["sigmas"]) == (3, "1, 0.6, 0.3, 0")
+
+
+def test_a_text_for_t5_needs_t5(model):
+    pipe = sampling.load(model[2], t5="none")
+    for name in ("prompt_3", "negative_prompt_3"):
+        with pytest.raises(ValueError, match=f"{name} is given; expected .* with T5"):
+            pipe("a bag", **{name: "a coat"}, **SHOWN)
+
+
+def test_a_negative_prompt_without_guidance_is_told(model):
+    call = {"negative_prompt": ["", "a coat"], "guidance_scale": 1.0}
+    with pytest.warns(UserWarning, match="negative_prompt does nothing without guid"):
+        model[0](["a bag"] * 2, **call, **SHOWN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model[0](["a bag"] * 2, **call | {"negative_prompt": ["", ""]}, **SHOWN)
+
+
 def test_a_random_seed_draws_the_same_again(both):
     first = both[0]("a bag", seed=None, **SHOWN)[0]
     again = both[0]("a bag", seed=first.info["seed"], **SHOWN)[0]
@@ -481,6 +504,7 @@ def test_bad_input_is_one_line(run, tmp_path, given, monkeypatch, arguments, mes
 
 
 HOST = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
+WINDOWS = "DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."
 CUDA = "CUDA out of memory. Tried to allocate 9 GiB. …"
 TRITON = "Failed to find C compiler. Please specify via CC environment variable."
 
@@ -490,6 +514,9 @@ TRITON = "Failed to find C compiler. Please specify via CC environment variable.
     [
         (torch.OutOfMemoryError(CUDA), "CUDA out of memory; fewer or smaller pictures"),
         (RuntimeError(HOST), "this machine's memory is full; fewer or smaller"),
+        (RuntimeError(WINDOWS), "this machine's memory is full; fewer or smaller"),
+        (RuntimeError("Compiler: cl is not found."), "--compile needs a C++ compiler"),
+        (type("TritonMissing", (Exception,), {})(), "--compile needs Triton on a GPU"),
         (MemoryError(), "this machine's memory is full; fewer or smaller"),
         (InvalidCxxCompiler(), "--compile needs a C++ compiler; expected g++"),
         (RuntimeError(TRITON), "kernels for a GPU need a C compiler; expected gcc"),
@@ -509,6 +536,26 @@ def test_other_errors_are_not_hidden(run, monkeypatch):
     monkeypatch.setattr(sampling.Pipeline, "decode", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run("sample", "a bag")
+
+
+def test_what_a_terminal_would_obey_is_escaped(run, tmp_path):
+    picture = Image.new("RGB", (8, 8))
+    picture.info |= {"prompt": "a\x1b[2J\nseed: 5", "lora": "\udce9.safetensors"}
+    files.save_picture(picture, tmp_path / "a.png")
+    lines = run("info", "a.png")[1].splitlines()
+    assert lines[:2] == [r"prompt: a\x1b[2J\nseed: 5", "lora: ?.safetensors"]
+    code, _, err = run("info", "b\x1b[2J.png")
+    assert code == 2 and r"b\x1b[2J.png: No such file" in err
+
+
+def test_a_preview_that_cannot_be_written_costs_no_picture(run, monkeypatch):
+    def fail(*_):
+        raise OSError("cannot write")
+
+    monkeypatch.setattr(os, "replace", fail)
+    pipe, step = sampling.load("tiny"), {"denoised": torch.zeros(1, 16, 2, 2)}
+    cli.preview_into(Path("step.png"))(pipe, 0, None, step)
+    assert not Path("step.png").exists()
 
 
 def test_info_of_a_damaged_picture(run, tmp_path):

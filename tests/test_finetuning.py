@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import relative_error
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from pipelines import load_tokenizers, reference_pipeline, save_tokenizers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -80,6 +80,26 @@ def test_names_and_texts_of_a_list(pictures: Path) -> None:
     (pictures / "metadata.jsonl").write_text(json.dumps(line) + "\n")
     with pytest.raises(ValueError, match="metadata.jsonl, line 1"):
         captions_of(pictures)
+    for name in ("../red.png", "a/../../red.png", "/red.png"):
+        line = {"file_name": name, "text": "not here"}
+        (pictures / "metadata.jsonl").write_text(json.dumps(line) + "\n")
+        with pytest.raises(ValueError, match="expected a file in this folder or below"):
+            captions_of(pictures)
+
+
+def test_only_pictures_are_opened(
+    pictures: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostScript would start another program; the range of fractions is not known."""
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", None)
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
+    (pictures / "red.png").write_bytes(script)
+    Image.new("F", (8, 8)).save(pictures / "green.tif")
+    (pictures / "green.png").unlink()
+    assert len(read_folder(pictures, 8)[1]) == 2
+    err = capsys.readouterr().err
+    assert "red.png is not a picture that can be read: cannot identify" in err
+    assert "green.tif holds fractions; expected 8 or 16 bits a value; it is left" in err
 
 
 def test_crop_takes_the_middle_and_resize_all(tmp_path: Path) -> None:
@@ -105,11 +125,11 @@ def test_what_is_wrong_with_a_folder_is_named(
 ) -> None:
     (pictures / "red.png").write_bytes(b"no picture")
     assert len(read_folder(pictures, 8)[1]) == 3
-    assert "red.png is left out" in capsys.readouterr().err
+    assert "red.png is not a picture that can be read" in capsys.readouterr().err
     chunks = b"\x89PNG\r\n\x1a\n" + b"\0\0\0\x01IHDR\0" + b"\0" * 8
     (pictures / "red.png").write_bytes(chunks)  # a header that ends too early
     assert len(read_folder(pictures, 8)[1]) == 3
-    assert "red.png is left out" in capsys.readouterr().err
+    assert "red.png is not a picture that can be read" in capsys.readouterr().err
     (pictures / "ghost.txt").write_text("nothing")
     with pytest.raises(ValueError, match=r"the caption of ghost.png has no picture"):
         read_folder(pictures, 8)
@@ -133,7 +153,7 @@ def test_damaged_exif_costs_one_picture(
     Image.new("RGB", (20, 14)).save(pictures / "red.jpg", exif=exif)
     (pictures / "red.png").unlink()
     assert len(read_folder(pictures, 8)[1]) == 3
-    assert "red.jpg is left out" in capsys.readouterr().err
+    assert "red.jpg is not a picture that can be read" in capsys.readouterr().err
 
 
 def test_pictures_of_every_kind_look_as_they_should(tmp_path: Path) -> None:

@@ -194,15 +194,26 @@ def test_a_corrupted_file_is_named(server, download):
     server.changed[name] = WEIGHTS[:-1] + bytes([WEIGHTS[-1] ^ 1])
     code, _, message = download()
     assert code == 2 and name in message and "SHA-256" in message
+    server.changed.clear()
+    code, folder, _ = download(words=("download", "sd3.5-medium"))
+    assert code == 0 and Path(folder, name).read_bytes() == WEIGHTS
 
 
-def test_sample_too_checks_what_it_fetches(server, download):
+def test_sample_too_checks_what_it_fetches(server, download, tmp_path):
     name = "text_encoder/model.safetensors"
     server.changed[name] = FILES[name][:-1] + bytes([FILES[name][-1] ^ 1])
     words = "sample", "a bag", "--model", "sd3.5-medium"
     code, _, message = download(words=words)
     assert code == 2 and name in message and "SHA-256" in message
-    code, _, message = download(words=words)  # it is older than this command
+    code, _, message = download(words=words)  # it was deleted, and comes again
+    assert code == 2 and name in message and "SHA-256" in message
+    server.changed.clear()
+    code, _, message = download(words=words)  # whole, but of no model
+    assert code == 2 and "SHA-256" not in message
+    digest = hashlib.sha256(FILES[name]).hexdigest()
+    (blob,) = tmp_path.glob(f"cache/**/blobs/{digest}")
+    blob.write_bytes(FILES[name][:-1] + bytes([FILES[name][-1] ^ 1]))
+    code, _, message = download(words=words)  # older than this command
     assert code == 2 and "SHA-256" not in message
     code, _, message = download()
     assert code == 2 and name in message and "SHA-256" in message

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -215,6 +216,27 @@ def test_half_a_scale_is_half_an_update(case: SimpleNamespace) -> None:
         assert relative_error(half, found[0] / 2) < 1e-5
 
 
+def test_one_file_twice_is_told(case: SimpleNamespace) -> None:
+    first = lora.load_lora(case.pipe, case.file)
+    with pytest.warns(UserWarning, match="is on this pipeline already and is added"):
+        lora.load_lora(case.pipe, case.file / lora.FILE, scale=0.5).remove()
+    first.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora.load_lora(case.pipe, case.file)
+
+
+@torch.no_grad()
+def test_weights_of_16_bits_are_rounded_after_the_sum() -> None:
+    model = pair(SMALL)[0].bfloat16()
+    update = lora.LowRank(32, 32, 2)
+    torch.nn.init.normal_(update.up.weight)
+    layer = model.joint_blocks[0].x_block.attn.qkv
+    exact = layer.weight[:32].float() + update.matrix()
+    lora.fuse({LAYER.partition(".")[2]: update}, model)
+    assert torch.equal(layer.weight[:32], exact.bfloat16())
+
+
 def test_two_files_are_both_on_record(case: SimpleNamespace, tmp_path: Path) -> None:
     other = tmp_path / "other.safetensors"
     other.write_bytes((case.file / lora.FILE).read_bytes())
@@ -315,6 +337,14 @@ GOOD = [(2, 32), (32, 2)]
         (GOOD, {ALPHA: float("nan")}, "to_q is nan; expected a number"),
         (GOOD, {PATTERN: [1]}, "alpha_pattern cannot be read"),
         (GOOD, {PATTERN: {"(": 1}}, "alpha_pattern cannot be read"),
+        (
+            GOOD,
+            {PATTERN: {"(.|.)+[A-Z]": 1}},
+            "alpha_pattern cannot be read",
+        ),  # for hours
+        (GOOD, {PATTERN: {"a{99999999999}": 1}}, "alpha_pattern cannot be read"),
+        (GOOD, {ALPHA: 10**400}, "to_q is 10*; expected a number"),
+        (GOOD, '{"a":' * 100_000, "metadata is .*; expected a JSON object"),
         (GOOD, {PATTERN: None}, ""),
         (GOOD, {"transformer.use_rslora": False, "transformer.use_dora": False}, ""),
         ([(2, 32), (32, 3)], None, "lora_A of rank 2, lora_B of rank 3; expected one"),

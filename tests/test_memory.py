@@ -232,6 +232,11 @@ def test_bad_settings(folder, settings, message):
         minidiff.load(folder, **settings)
 
 
+def test_mps_has_no_fp8(folder):
+    with pytest.raises(ValueError, match="in fp8, which MPS does not have"):
+        minidiff.load(folder, device="mps", fp8=True)
+
+
 @pytest.fixture
 def card(monkeypatch):
     """Let a card have so many GB free, before CUDA has taken its part."""

@@ -431,6 +431,8 @@ def test_the_steps_alone_refuse_too(pipe):
     noise = pipe.prepare_latents(1)
     with pytest.raises(ValueError, match="sampler is 'ddim'"):
         pipe.denoise(noise, context, pooled, 2, sampler="ddim")
+    with pytest.raises(ValueError, match="sigmas are no tensor of two or more"):
+        pipe.denoise(noise, context, pooled, sigmas=[1.0, 0.0])
     with pytest.raises(ValueError, match="prompt is an empty list"):
         pipe.encode_prompt([])
     with pytest.raises(ValueError, match="guidance_scale is '4.5'"):
@@ -451,6 +453,30 @@ def test_each_pair_of_parts_must_fit(pipe, change, message):
     parts = pipe.tokenizers, pipe.text_encoders, other, pipe.vae, Scheduler()
     with pytest.raises(ValueError, match=message):
         sampling.Pipeline(*parts)
+
+
+def test_ones_own_solver_keeps_no_graph(pipe):
+    context, pooled = pipe.encode_prompt(["a bag"])
+    velocity = pipe.velocity(context.double(), pooled, torch.ones(1), 1.0)
+    v = velocity(pipe.prepare_latents(1), torch.ones(()))
+    assert torch.is_grad_enabled() and not v.requires_grad
+
+
+def test_another_scheduler_is_refused(folders, tmp_path):
+    other = copy(folders()[0], tmp_path / "d")
+    config = other / "scheduler" / "scheduler_config.json"
+    found = json.loads(config.read_text())
+    for name, value, message in (
+        (
+            "_class_name",
+            "FlowMatchHeunDiscreteScheduler",
+            "asks for the scheduler Flow",
+        ),
+        ("shift", float("nan"), "shift is nan; expected float"),
+    ):
+        config.write_text(json.dumps(found | {name: value}))
+        with pytest.raises(ValueError, match=message):
+            minidiff.load(other)
 
 
 @pytest.mark.parametrize(

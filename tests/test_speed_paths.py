@@ -284,6 +284,17 @@ def test_a_wrong_fold_would_show(monkeypatch):
     assert relative_error(FastDecoder(vae.decoder)(latents), expected) > 1e-2
 
 
+@torch.no_grad()
+def test_weights_that_are_loaded_later_are_seen():
+    model, given = transformer(), inputs(TRANSFORMER)
+    vae, latents = randomize(VAE(AUTOENCODER)), torch.randn(1, 16, 4, 4)
+    quick, decode = FastMMDiT(model), FastDecoder(vae.decoder)
+    for part in (model, vae):
+        part.load_state_dict({n: 1.5 * x for n, x in part.state_dict().items()})
+    assert relative_error(quick(*given), model(*given)) < 1e-5
+    assert relative_error(decode(latents), vae.decode(latents)) < 1e-5
+
+
 # Whole pictures
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 import time
 import unicodedata
 from collections import Counter
@@ -476,14 +477,26 @@ DAMAGED = [
     bytes(100),
     b"\x08\x01",
     b"\x0a\x00",
+    b"\xff" * 1_000_000,  # one integer of seven million bits
 ]
 
 
-@pytest.mark.parametrize("data", DAMAGED)
+@pytest.mark.parametrize("data", DAMAGED, ids=lambda data: str(data[:20]))
 def test_a_damaged_spiece_model_is_named(tmp_path, data):
     (tmp_path / "spiece.model").write_bytes(data)
     with pytest.raises(ValueError, match="spiece.model"):
         T5Tokenizer.from_pretrained(tmp_path)
+
+
+LEAD_AWAY = [0] * 97 + [97 | 256 | 1000 << 10]  # "a": a value, far behind the end
+
+
+@pytest.mark.parametrize(
+    "data", [7, b"", bytes(4), struct.pack("<99I", 4 * 98, *LEAD_AWAY)]
+)
+def test_a_damaged_map_of_characters_is_named(data):
+    with pytest.raises(ValueError, match="precompiled_charsmap is"):
+        sentencepiece.CharacterMap(data)("a")
 
 
 def test_a_cut_spiece_model_is_named(folders, tmp_path):

@@ -11,6 +11,7 @@ the convolution behind it.
 
 import ctypes
 import platform
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -133,8 +134,13 @@ class FastMMDiT:
         self.model, self.heads = model, model.config.num_attention_heads
         weight = model.x_embedder.proj.weight
         self.fp8, self.attention = fp8, attention or preferred_attention(weight)
+        self.collect()
+        model.register_load_state_dict_post_hook(lambda *_: self.collect())
+
+    def collect(self) -> None:
+        """Copy the weights of the norms, which one pass reads together."""
         self.norms = []
-        for block in model.joint_blocks:
+        for block in self.model.joint_blocks:
             text, image = block.context_block, block.x_block
             dual = head_norms(image.attn2, image.attn2) if image.chunks == 9 else None
             self.norms.append((head_norms(text.attn, image.attn), dual))
@@ -323,7 +329,7 @@ def keep_freed_memory() -> None:
     which on a CPU costs as much time as a quarter of the products (man 3 mallopt). The
     process holds its peak from then on. Other C libraries are left as they are.
     """
-    if platform.libc_ver()[0] == "glibc":
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         for option, value in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**30)):
             ctypes.CDLL(None).mallopt(option, value)
 
@@ -392,9 +398,14 @@ class FastDecoder:
 
     def __init__(self, decoder: Decoder, fold: bool = True) -> None:
         self.decoder = decoder.to(memory_format=LAST)
-        self.groups = decoder.norm_out.num_groups
-        levels = [u["upsample"] for u in decoder.up if "upsample" in u]
-        self.folded = {u: folded_kernel(u) for u in levels} if fold else {}
+        self.groups, self.fold = decoder.norm_out.num_groups, fold
+        self.collect()
+        decoder.register_load_state_dict_post_hook(lambda *_: self.collect())
+
+    def collect(self) -> None:
+        """Fold the kernels of the doublings."""
+        levels = [u["upsample"] for u in self.decoder.up if "upsample" in u]
+        self.folded = {u: folded_kernel(u) for u in levels} if self.fold else {}
 
     def __call__(self, latents: Tensor) -> Tensor:
         if torch.is_grad_enabled():

@@ -21,24 +21,6 @@ def read_prompts(file: Path | str) -> list[str]:
     return prompts
 
 
-def open_picture(file: Path | str) -> "Image":
-    """The picture in a file, all of it read, and turned as the camera was held.
-
-    Raises ValueError for what is no picture, or damaged; OSError for what is no file.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(file) as picture:
-            ImageOps.exif_transpose(picture, in_place=True)
-    except Exception as error:  # of damage PIL tells in a dozen ways
-        if isinstance(error, MemoryError) or getattr(error, "errno", None):
-            raise
-        reason = f"is not a picture that can be read: {error}"
-        raise ValueError(f"{file} {reason}") from None
-    return picture
-
-
 def save_picture(picture: "Image", file: Path | str, replace: bool = False) -> None:
     """Write a PNG that carries the numbers and texts of ``picture.info``.
 
@@ -55,7 +37,8 @@ def save_picture(picture: "Image", file: Path | str, replace: bool = False) -> N
     info, about = PngInfo(), {"version": f"minidiff {version('minidiff')}"}
     for name, value in (picture.info | about).items():
         if isinstance(value, str | int | float):
-            info.add_itxt(name, str(value))
+            text = str(value).encode("utf-8", "replace")  # a path may be no text
+            info.add_itxt(name, text)
     if not replace:
         Path(file).open("xb").close()  # the name is ours, or FileExistsError
     try:
@@ -69,6 +52,8 @@ def save_picture(picture: "Image", file: Path | str, replace: bool = False) -> N
 
 def read_settings(file: Path | str) -> dict[str, str]:
     """The settings in a PNG file; ValueError for what is no picture or has none."""
+    from minidiff.support.data import open_picture
+
     if not (found := dict(getattr(open_picture(file), "text", {}))):
         raise ValueError(
             f"{file} carries no settings; minidiff sample and save_picture write them"

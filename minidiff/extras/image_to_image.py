@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minidiff.extras.files import open_picture
 from minidiff.flow_matching import interpolate
 from minidiff.sampling import SAMPLERS, Pipeline
 from minidiff.support import checks, output
-from minidiff.support.data import in_rgb
+from minidiff.support.data import in_rgb, open_picture
 from minidiff.vae import Posterior
 
 if TYPE_CHECKING:

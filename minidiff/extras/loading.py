@@ -32,6 +32,7 @@ TOKENIZERS = {
     "tokenizer_2": ("CLIPTokenizer", CLIPTokenizer),
     "tokenizer_3": ("T5TokenizerFast", T5Tokenizer),
 }
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 # Settings of diffusers' scheduler that no SD3 model uses, and that we do not honour.
 DYNAMIC = (
     "use_dynamic_shifting",
@@ -262,6 +263,9 @@ def find_model(model: Path | str, t5: bool = True, weights: bool = True) -> Path
 def read_scheduler(folder: Path) -> Scheduler:
     """The schedule of a folder; ValueError for settings that would draw otherwise."""
     content = cp.read_json(cp.config_file(folder))
+    if (name := content.get("_class_name", SCHEDULER)) != SCHEDULER:
+        found = f"{folder} asks for the scheduler {name}"
+        raise ValueError(f"{found}; expected {SCHEDULER} (solvers: sampler=…)")
     if used := [name for name in DYNAMIC if content.get(name)]:
         raise ValueError(f"{folder} asks for {used[0]}, which minidiff does not have")
     scheduler = cp.read_config(Scheduler, folder)
@@ -321,14 +325,14 @@ def pipeline_index(present: Collection[str]) -> dict[str, object]:
         library = "diffusers" if name in ("transformer", "vae") else "transformers"
         known = name in present
         index[name] = [library, hub_class] if known else [None, None]
-    return index | {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
+    return index | {"scheduler": ["diffusers", SCHEDULER]}
 
 
 def save_scheduler(scheduler: Scheduler, folder: Path) -> None:
     """Write the hub's scheduler_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "_class_name": SCHEDULER,
         "shift": scheduler.shift,
         "num_train_timesteps": scheduler.num_train_timesteps,
     }

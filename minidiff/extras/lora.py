@@ -7,12 +7,13 @@ in its header.
 
 import json
 import math
-import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import regex
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ from minidiff.support.checkpoints import (
 
 FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
+LARGEST = torch.finfo(torch.float32).max
 # What the trainer of diffusers adapts: the projections of both streams' attention.
 ATTENTION = (
     "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
@@ -111,7 +113,8 @@ def fuse(updates: Mapping[str, LowRank], model: nn.Module) -> None:
     for name, update in updates.items():
         layer, rows = layers[name].layer, layers[name].rows
         weight = layer.weight.clone()  # the weight may be a read-only memory map
-        weight[rows] += update.to(weight).matrix()
+        change = update.to(weight.device, torch.float32).matrix()
+        weight[rows] = (weight[rows] + change).to(weight)  # summed, then rounded
         layer.weight = nn.Parameter(weight, layer.weight.requires_grad)
 
 
@@ -187,8 +190,8 @@ def read_lora(
             (rank, inputs), outputs = shapes[a], shapes[b][0]
             alpha = alpha_of(file, notes, part, layer)
             update = LowRank(inputs, outputs, rank, alpha)
-            update.down.weight.data = stream.get_tensor(a)
-            update.up.weight.data = stream.get_tensor(b)
+            update.down.weight.data = stream.get_tensor(a).clone()  # not mapped: the
+            update.up.weight.data = stream.get_tensor(b).clone()  # file may be replaced
             found.setdefault(part, {})[layer] = update.requires_grad_(False)
     return found
 
@@ -197,7 +200,7 @@ def parse_notes(file: Path | str, text: str) -> dict[str, Any]:
     """A file's metadata; ValueError where it is no object of JSON."""
     try:
         notes = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         notes = None
     if not isinstance(notes, dict):
         raise ValueError(f"{file}: {METADATA} is {text[:40]!r}; expected a JSON object")
@@ -214,13 +217,12 @@ def alpha_of(
     alpha, patterns = notes.get(f"{part}.lora_alpha"), f"{part}.alpha_pattern"
     try:
         for key, value in (notes.get(patterns) or {}).items():
-            if re.match(rf"(.*\.)?({key})$", layer):
+            if regex.match(rf"(.*\.)?({key})$", layer, timeout=1):
                 alpha = value
                 break
-    except (AttributeError, re.error):
+    except (AttributeError, regex.error, OverflowError, TimeoutError):
         raise ValueError(f"{file}: {patterns} cannot be read as patterns") from None
-    known = isinstance(alpha, int | float | None)
-    if not known or not math.isfinite(alpha or 0):
+    if not (isinstance(alpha, int | float | None) and abs(alpha or 0) < LARGEST):
         raise ValueError(f"{file}: α of {part}.{layer} is {alpha!r}; expected a number")
     return alpha
 
@@ -263,8 +265,11 @@ def check_kind(file: Path | str, names: Sequence[str]) -> None:
 class LoRA:
     """The updates of one file on a pipeline; ``remove`` takes them off again."""
 
-    def __init__(self, pipe, handles: list, file: Path | str, scale: float) -> None:
+    def __init__(
+        self, pipe, handles: list, file: Path | str, scale: float, path: Path
+    ) -> None:
         self.pipe, self.handles, self.file, self.scale = pipe, handles, file, scale
+        self.path = path
         record(pipe, [*getattr(pipe, "loras", ()), self])
 
     def remove(self) -> None:
@@ -299,6 +304,9 @@ def load_lora(pipe, file: Path | str, scale: float = 1.0, fused: bool = False) -
         raise ValueError(f"lora_scale is {scale}; expected a finite number")
     path = Path(file)
     path = path / FILE if path.is_dir() else path
+    if any(path.resolve() == one.path for one in getattr(pipe, "loras", ())):
+        known = f"{file} is on this pipeline already and is added once more"
+        warnings.warn(f"{known}; remove() takes a LoRA off", stacklevel=2)
     models, handles = components(pipe), []
     found = read_lora(path, models)
     for part, updates in found.items():
@@ -316,7 +324,7 @@ def load_lora(pipe, file: Path | str, scale: float = 1.0, fused: bool = False) -
             fuse(updates, models[part])
         else:
             handles += attach(updates, models[part])
-    return LoRA(pipe, handles, file, scale)
+    return LoRA(pipe, handles, file, scale, path.resolve())
 
 
 def save_lora(updates: Mapping[str, Mapping[str, LowRank]], file: Path | str) -> None:

@@ -229,6 +229,8 @@ def check_device(plan: Plan, call: Call, device: Any, **knobs: Any) -> None:
     size the settings are named one by one.
     """
     device = torch.device(device)
+    if plan.fp8 and device.type == "mps":
+        raise ValueError("the plan holds weights in fp8, which MPS does not have")
     if device.type != "cuda":
         return
     gc.collect()  # of a pipeline that is no longer used, cycles may be left

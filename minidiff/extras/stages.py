@@ -926,7 +926,7 @@ def copy_start(job: Job) -> None:
                 "model that it began with"
             )
     for stage in COPIED:
-        (job.output / "runs" / f"{stage}.done").write_text(f'"{job.start}"')
+        (job.output / "runs" / f"{stage}.done").write_text(json.dumps(str(job.start)))
 
 
 def limited(recipe: Recipe, seed: int, crop: bool) -> Recipe:
@@ -963,10 +963,10 @@ def train(
     decides what is drawn by chance: other scenes, another order, other noise.
 
     ``recipe`` is "gpu" (large batches, for a large GPU), "shipped" (what began the
-    shipped model, an hour of a CPU), "longer", "further" and "muon" (what went on with
-    it, with ``start``), "trial" (a few steps of everything) or a JSON file (see
-    ``find_recipe``); by default "gpu" on a GPU, else "shipped". Raises ValueError for a
-    name or a number that cannot be.
+    shipped model, an hour and a half of two CPU cores), "longer", "further" and "muon"
+    (what went on with it, with ``start``), "trial" (a few steps of everything) or a
+    JSON file (see ``find_recipe``); by default "gpu" on a GPU, else "shipped". Raises
+    ValueError for a name or a number that cannot be.
     """
     cuda = device.startswith("cuda")
     chosen = find_recipe(recipe or ("gpu" if cuda else "shipped"), cuda)

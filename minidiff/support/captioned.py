@@ -15,11 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from minidiff.support.checkpoints import read_text
-from minidiff.support.data import IMAGE_SIZE, from_bytes, in_rgb, to_tensor
+from minidiff.support.data import (
+    IMAGE_SIZE,
+    from_bytes,
+    in_rgb,
+    open_picture,
+    to_tensor,
+)
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -74,12 +80,16 @@ def _entry(path: Path, number: int, line: str) -> dict[str, str]:
         if not (isinstance(name, str) and isinstance(text, str)):
             raise TypeError
         text.encode()  # ValueError for half of a surrogate pair
-        return {Path(name).as_posix(): text}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path}, line {number}: expected an object with file_name and text "
             f"({type(error).__name__})"
         ) from None
+    file = Path(name)
+    if file.anchor or ".." in file.parts:
+        found = f"{path}, line {number}: file_name is {name!r}"
+        raise ValueError(f"{found}; expected a file in this folder or below")
+    return {file.as_posix(): text}
 
 
 def fitted(picture: Image.Image, size: int, crop: bool = True) -> Image.Image:
@@ -120,13 +130,10 @@ def read_folder(
     tell_of_others(folder, found)
     for name, caption in found.items():
         try:
-            with Image.open(folder / name) as picture:
-                ImageOps.exif_transpose(picture, in_place=True)
-                pictures.append(to_tensor(fitted(in_rgb(picture), size, crop)))
-        except MemoryError:
-            raise
-        except Exception as error:  # Pillow has many names for a damaged file
-            print(f"{folder / name} is left out: {error}", file=sys.stderr)
+            picture = in_rgb(open_picture(folder / name))
+            pictures.append(to_tensor(fitted(picture, size, crop)))
+        except (ValueError, OSError) as error:
+            print(f"{error}; it is left out", file=sys.stderr)
             continue
         captions.append(caption)
     if not pictures:

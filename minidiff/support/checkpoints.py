@@ -7,6 +7,8 @@ used for reading and for writing. Text encoders have one set of names in both la
 """
 
 import json
+import math
+import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,6 +27,7 @@ TINY = Path(__file__).parents[1] / "pretrained" / "tiny"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 CONFIGS = ("config.json", "scheduler_config.json")
+LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 # Written by some versions, read by none: a copy of the table, the numbers 0, 1, 2, …
 UNUSED = {"encoder.embed_tokens.weight", "text_model.embeddings.position_ids"}
 
@@ -41,7 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is missing")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected an object")
@@ -69,7 +72,7 @@ def read_config(cls: type[Config], path: Path | str) -> Config:
     """Build the dataclass ``cls`` from the hub's JSON file ``path`` (or its folder).
 
     Keys that are not fields are ignored; a field without default must be there, and
-    each value must be of its field's type.
+    each value must be of its field's type. Numbers are finite, layers at most 1000.
     """
     path = config_file(path)
     content = read_json(path)
@@ -89,6 +92,8 @@ def read_config(cls: type[Config], path: Path | str) -> Config:
             raise ValueError(f"{path}: {f.name} is {value!r}; expected {kind}")
         if f.type is int and value < 1 and not f.name.endswith("_id"):
             raise ValueError(f"{path}: {f.name} is {value}; expected at least 1")
+        if "layers" in f.name and f.type is int and value > 1000:
+            raise ValueError(f"{path}: {f.name} is {value}; expected at most 1000")
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
@@ -99,7 +104,9 @@ def _fits(value: Any, kind: Any) -> bool:
     """Whether a field of type ``kind`` can hold a value from a JSON file."""
     if get_origin(kind) is tuple:
         return isinstance(value, tuple) and all(isinstance(v, int) for v in value)
-    return isinstance(value, int | float if kind is float else kind)
+    if kind is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, kind)
 
 
 # Names
@@ -248,7 +255,10 @@ def _shards(index: Path) -> list[str]:
     files = read_json(index).get("weight_map")
     if not files or not isinstance(files, dict):
         raise ValueError(f"{index} names no files; expected them in its weight_map")
-    return sorted(set(map(str, files.values())))
+    names = sorted(set(map(str, files.values())))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{index} names {outside[0]!r}; expected files beside it")
+    return names
 
 
 def _refused(file: Path) -> ValueError:
@@ -272,15 +282,16 @@ def read_header(file: Path) -> dict[str, tuple[int, ...]]:
             found = f"{file} is Git LFS's pointer to weights that are not here"
             raise ValueError(f"{found}; run git lfs pull in its folder")
         length = int.from_bytes(start, "little")
-        if size < 8 or length > size - 8:
+        if size < 8 or length > min(size - 8, LONGEST_HEADER):
             raise ValueError(f"{file} is not a whole safetensors file ({size} bytes)")
         try:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
-            shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-            ends = [entry["data_offsets"][1] for entry in header.values()]
+            whole = operator.index  # TypeError for what is no whole number
+            shapes = {n: tuple(map(whole, x["shape"])) for n, x in header.items()}
+            ends = [whole(x["data_offsets"][1]) for x in header.values()]
             data = max(ends, default=0)
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{file} is not a safetensors file") from None
     if size != 8 + length + data:
         raise ValueError(
@@ -431,7 +442,9 @@ def assemble(
 def component_class(folder: Path | str) -> str:
     """The class name that a component's config.json states, as diffusers spells it."""
     content = read_json(config_file(folder))
-    return content.get("_class_name") or (content.get("architectures") or [""])[0]
+    listed = content.get("architectures") or [""]
+    first = listed[0] if isinstance(listed, list) else listed
+    return str(content.get("_class_name") or first)
 
 
 def _build(
@@ -517,7 +530,8 @@ def replacing(file: Path | str) -> Iterator[Path]:
     """Another name to write ``file`` under; at the end it takes its place in one step.
 
     A reader, and a model whose weights are still mapped from the old file, see the old
-    bytes or the new, never a part. An error (a full disk, say) leaves the old: OSError.
+    bytes or the new, never a part. An error (a full disk, say; on Windows an old file
+    that is still mapped) leaves the old: OSError.
     """
     file = Path(file)
     part = file.with_name(f".{file.name}.{os.getpid()}.part")

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -125,6 +125,33 @@ def check_sigmas(sigmas: Tensor | None) -> None:
         raise ValueError(f"sigmas are {levels}; expected levels that fall from 1 to 0")
 
 
+def check_solver(
+    sampler: str, samplers: Collection[str], sigmas: Tensor | None
+) -> None:
+    """Raise ValueError for an unknown solver, and for levels it cannot follow."""
+    check_choice("sampler", sampler, samplers)
+    check_sigmas(sigmas)
+
+
+def check_texts(pipe: Any, given: Mapping[str, Any]) -> None:
+    """Raise ValueError for a text that only T5 would read, where there is no T5.
+
+    Warns of negative prompts that no guidance leads away from.
+    """
+    for name in ("prompt_3", "negative_prompt_3"):
+        if given.get(name) and pipe.text_encoders[2] is None:
+            raise ValueError(
+                f"{name} is given; expected a pipeline with T5, its reader"
+            )
+    scale = given.get("guidance_scale")
+    scale = guidance(scale, pipe.defaults.guidance_scale)
+    negatives = {n: text for n, text in given.items() if n.startswith("negative_")}
+    named = [name for name, text in negatives.items() if any(text or ())]
+    if named and scale <= 1:
+        what = f"{named[0]} does nothing without guidance"
+        warnings.warn(f"{what}: guidance_scale is {scale:g}", stacklevel=3)
+
+
 def check_call(
     pipe: Any,
     steps: int,
@@ -137,13 +164,12 @@ def check_call(
 ) -> None:
     """Raise ValueError for settings of a drawing that ``pipe`` cannot follow."""
     check_dtypes(pipe.transformer, pipe.vae)
-    check_choice("sampler", sampler, samplers)
+    check_solver(sampler, samplers, sigmas)
     check_choice("output_type", output_type, ("pil", "pt", "latent"))
     check_range("num_inference_steps", steps, 1, 1000)
     check_range("num_images_per_prompt", num_images_per_prompt, 1)
     if max_sequence_length is not None:  # None leaves the choice
         check_range("max_sequence_length", max_sequence_length, 1, 512)
-    check_sigmas(sigmas)
 
 
 def check_size(name: str, size: int, grid: int, largest: int) -> None:
@@ -200,12 +226,11 @@ def check_tokenizers(tokenizers: Sequence[Any], text_encoders: Sequence[Any]) ->
     for name, tokenizer, encoder in zip(names, tokenizers, text_encoders, strict=True):
         if not (tokenizer and encoder):
             continue
-        config, last = encoder.config, max(tokenizer.vocab.values())
-        if last >= config.vocab_size:
-            found = f"{name}'s tokenizer has ids up to {last}"
-            raise ValueError(
-                f"{found}; its encoder needs them below {config.vocab_size}"
-            )
+        config, ids = encoder.config, tokenizer.vocab.values()
+        if min(ids) < 0 or max(ids) >= config.vocab_size:
+            found = f"{name}'s tokenizer has ids from {min(ids)} to {max(ids)}"
+            known = f"its encoder needs them from 0 to {config.vocab_size - 1}"
+            raise ValueError(f"{found}; {known}")
         end = getattr(config, "eos_token_id", 2)  # 2 stands for the last id: chapter 2
         if end not in (2, tokenizer.eos_token_id):
             found = f"{name} looks for the end token {end}"

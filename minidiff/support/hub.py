@@ -79,8 +79,9 @@ def verify(folder: Path, since: float = 0) -> None:
     """Raise ValueError naming the first weights' file in ``folder`` that is damaged.
 
     The size must be what the file's header says, and the SHA-256 what the hub
-    published: its cache names each file after it. Files that were written before
-    ``since`` (seconds since the epoch) are left out.
+    published: its cache names each file after it, where a file system has links. A file
+    with another one is deleted. Files that were written before ``since`` (seconds since
+    the epoch) are left out.
     """
     for file in sorted(folder.glob("*/*.safetensors")):
         stored = file.resolve()
@@ -92,9 +93,10 @@ def verify(folder: Path, since: float = 0) -> None:
         with stored.open("rb") as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
         if found != stored.name:
+            stored.unlink()  # or the next download would take it for whole
             raise ValueError(
-                f"{file} is damaged: its SHA-256 begins with {found[:10]}, the hub's "
-                f"with {stored.name[:10]}; delete {stored} and download again"
+                f"{file} was damaged: its SHA-256 begins with {found[:10]}, the hub's "
+                f"with {stored.name[:10]}; it is deleted, download it again"
             )
 
 

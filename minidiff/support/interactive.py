@@ -42,7 +42,7 @@ def to_pictures(images: Any, low: float = -1.0) -> np.ndarray:
 def latent_pictures(latents: Tensor) -> np.ndarray:
     """(S, h, w, 3) uint8: latents (S, C, h, w) along the three directions in which
     the last of them varies most, as red, green and blue."""
-    x = latents.detach().double().cpu()
+    x = latents.detach().cpu().double()
     last = x[-1].flatten(1)  # (C, h, w) → (C, h·w)
     last = last - last.mean(1, keepdim=True)
     axes = torch.linalg.svd(last, full_matrices=False).U[:, :3]  # (C, 3)
@@ -191,7 +191,7 @@ def attention_explorer(
 
 def _scaled(values: Tensor, axes: tuple[int, ...]) -> np.ndarray:
     """Values relative to their maximum over ``axes``, as uint8."""
-    x = values.detach().double().cpu().clamp(min=0)
+    x = values.detach().cpu().double().clamp(min=0)
     return (
         (255 * x / x.amax(axes, keepdim=True).clamp(min=1e-30)).round().byte().numpy()
     )

@@ -55,5 +55,5 @@ def check(name: str, x: Tensor, tolerance: float = 1e-3) -> str:
 
 def describe(x: Tensor) -> dict:
     """The entry of one tensor in the record."""
-    rms = x.detach().double().square().mean().sqrt().item()
+    rms = x.detach().cpu().double().square().mean().sqrt().item()
     return {"shape": list(x.shape), "rms": rms, "fingerprint": fingerprint(x)}

@@ -103,6 +103,7 @@ def described(draw: Callable) -> Callable:
         if bound.arguments["seed"] is None:
             bound.arguments["seed"] = secrets.randbelow(2**32)
         checks.check_range("seed", bound.arguments["seed"], 0, 2**63)
+        checks.check_texts(bound.args[0], merged(bound.arguments))
         pictures = draw(*bound.args, **bound.kwargs)
         if isinstance(pictures, list):
             for i, picture in enumerate(pictures):
@@ -132,9 +133,16 @@ def plain(value: Any) -> Any:
     return int(value) if isinstance(value, Integral) else float(value)
 
 
+def merged(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments, and those that are passed on to the pipeline's call."""
+    return {**given, **given.get("call", {})}
+
+
 def settings(pipe: Any, given: Mapping[str, Any], index: int) -> dict[str, Any]:
     """Those of picture ``index`` of a call with the arguments ``given``."""
-    given = {**given, **given.get("call", {})}
+    given = merged(given)
+    if given.get("sigmas") is not None:
+        given["num_inference_steps"] = len(given["sigmas"]) - 1
     row = index // given.pop("num_images_per_prompt")
     usual = pipe.defaults._asdict() | {"max_sequence_length": pipe.max_sequence_length}
     given |= {k: v for k, v in usual.items() if given.get(k) is None}

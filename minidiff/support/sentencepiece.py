@@ -86,6 +86,8 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         at, shift = at + 1, shift + 7
         if byte < 128:
             return value, at
+        if shift > 63:
+            raise ValueError(f"an integer of more than 64 bits before byte {at}")
 
 
 class CharacterMap:
@@ -100,14 +102,17 @@ class CharacterMap:
         try:
             (size,) = struct.unpack_from("<I", data)
             self.units = struct.unpack_from(f"<{size // 4}I", data, 4)
-        except struct.error as error:
+        except (struct.error, TypeError) as error:
             raise ValueError(f"precompiled_charsmap is cut short: {error}") from error
         self.data, self.replacements = data, data[4 + size :]
         self._cached = lru_cache(maxsize=65_536)(self._replace)
 
     def __call__(self, text: str) -> str:
         """Normalise ``text``, one grapheme (what a reader calls a character) a time."""
-        return "".join(map(self._cached, regex.findall(r"\X", text)))
+        try:
+            return "".join(map(self._cached, regex.findall(r"\X", text)))
+        except (IndexError, ValueError) as error:  # places outside the data
+            raise ValueError(f"precompiled_charsmap is damaged: {error}") from None
 
     def _replace(self, grapheme: str) -> str:
         if len(grapheme.encode()) < 6:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from minidiff.support.checkpoints import read_json, read_text, write_json
+from minidiff.support.checks import check_range
 from minidiff.support.sentencepiece import Piece, read_model
 from minidiff.support.unicode import WHITE_SPACE
 
@@ -167,6 +168,7 @@ def _settings(
         for name, text in defaults.names.items()
     }
     sentinels = config.get("extra_ids", defaults.extra_ids)
+    check_range("extra_ids", sentinels, 0, 10_000)
     extra = (
         merged.get("additional_special_tokens")
         or merged.get("extra_special_tokens")

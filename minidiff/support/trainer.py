@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,10 +29,21 @@ from tqdm import tqdm
 from minidiff.support import parallel
 from minidiff.support.checkpoints import replacing
 
-try:
+if sys.platform == "win32":
+    import msvcrt
+else:
     import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
+
+
+def lock(file: IO) -> None:
+    """Lock ``file`` until it is closed.
+
+    Raises BlockingIOError or PermissionError where another process has done so.
+    """
+    if sys.platform == "win32":
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class TrainingError(ValueError):
@@ -139,11 +151,10 @@ class Run:
 
     def _open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / "lock", "w")
+        self._lock = open(self.folder / "lock", "a")
         try:
-            if fcntl:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock(self._lock)
+        except (BlockingIOError, PermissionError):
             self._lock.close()
             raise ValueError(
                 f"another process trains in {self.folder}; expected a folder of its own"
@@ -295,8 +306,9 @@ def number(checkpoint: Path) -> int:
 
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether PyTorch could not get memory, on a GPU or on the CPU."""
-    refused = "can't allocate memory" in str(error)
-    return isinstance(error, torch.OutOfMemoryError) or refused
+    refused = "can't allocate memory", "not enough memory"  # the second on Windows
+    told = any(words in str(error) for words in refused)
+    return isinstance(error, torch.OutOfMemoryError) or told
 
 
 def lasting(config: object) -> dict:
@@ -417,7 +429,7 @@ def laid_like(x: Tensor, parameter: Tensor) -> Tensor:
     a weight in channels_last must lie so too.
     """
     if x.ndim == 0:
-        return x
+        return x.clone()  # not mapped: the checkpoint may be deleted
     with torch.no_grad():
         return torch.empty_like(parameter).copy_(parallel.shard_like(x, parameter))
 
