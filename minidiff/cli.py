@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from minidiff.support.terminal import REFUSED, printable, tell
+
 if TYPE_CHECKING:
     import torch
 
@@ -36,8 +38,10 @@ INTERRUPTED = 130  # 128 and SIGINT's number, as shells count
 
 def main() -> None:
     """Run a command; a bad input is one line on stderr and exit status 2."""
-    warnings.showwarning = lambda message, *_: log(f"minidiff: {message}")
-    sys.stdout.reconfigure(errors="backslashreplace")  # names that are no text
+    warnings.showwarning = lambda message, *_: tell(f"minidiff: {one_line(message)}")
+    if hasattr(sys.stdout, "reconfigure"):  # for names that are no text
+        windows = sys.platform == "win32"
+        sys.stdout.reconfigure(errors="replace" if windows else "surrogateescape")
     try:
         code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
@@ -58,12 +62,10 @@ def explain(error: Exception) -> str:
     """What to tell of the option parser's errors and some of torch's; raises others."""
     if hasattr(error, "format_message"):  # the option parser's
         return error.format_message()
-    from minidiff.support.trainer import is_out_of_memory
-
     less = "fewer or smaller pictures at once, or a smaller batch, need less"
     if type(error).__name__ == "OutOfMemoryError":  # of a GPU
         return f"{str(error).split('. ')[0]}; {less} (sample has --memory)"
-    if isinstance(error, MemoryError) or is_out_of_memory(error):
+    if isinstance(error, MemoryError) or any(words in str(error) for words in REFUSED):
         return f"this machine's memory is full; {less}"
     found = f"{type(error).__name__} {error}"
     if "InvalidCxxCompiler" in found or "Compiler: cl is not found" in found:
@@ -77,13 +79,13 @@ def explain(error: Exception) -> str:
 
 def fail(message: object, code: int = 2) -> None:
     """Print one line and leave."""
-    print("minidiff:", printable(" ".join(str(message).split())), file=sys.stderr)
+    tell(f"minidiff: {one_line(message)}")
     sys.exit(code)
 
 
-def printable(text: object) -> str:
-    """``text`` with what a terminal would obey, and line ends, written as escapes."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+def one_line(message: object) -> str:
+    """``message`` with a space for each of its white spaces."""
+    return " ".join(str(message).split())
 
 
 # Pictures
@@ -192,8 +194,6 @@ def sample(
 
     if (prompt is None) == (prompts is None):
         raise ValueError("expected a prompt, or --prompts with a file, and not both")
-    if t5 == "none":
-        refuse("T5", prompt_3=prompt_3, negative_prompt_3=negative_prompt_3)
     if not prompts:
         refuse("--prompts", batch_size=batch_size)
     if not lora:
@@ -237,7 +237,7 @@ def sample(
             from minidiff.extras.lora import load_lora
 
             scale = 1.0 if lora_scale is None else lora_scale
-            load_lora(pipe, lora[0], scale, fused=compile)
+            load_lora(pipe, lora[0], scale, fused=compile)  # else exact: no rounding
         follow = {"callback_on_step_end": preview_into(preview)} if preview else {}
         with skipping(pipe, blocks, skip_layer_scale):
             for i in range(0, len(texts), batch_size):
@@ -339,8 +339,8 @@ def preview_into(file: Path) -> Any:
         try:
             with replacing(file) as part:  # a viewer never sees half of it
                 large.save(part, "PNG")
-        except OSError as error:  # on Windows while a viewer reads it; no full stop
-            log(f"no preview of this step: {error}")
+        except OSError as error:  # on Windows while a viewer reads it: it goes on
+            tell(f"no preview of this step: {error}")
 
     return follow
 
@@ -632,15 +632,10 @@ def evaluate(
     pipe.progress = False
     batch = 20 if cpu else 500
     result = metrics.evaluate(
-        pipe, reader, n, guidance_scale, steps, data, seed, batch, rows, log, extractor
+        pipe, reader, n, guidance_scale, steps, data, seed, batch, rows, tell, extractor
     )
     found = metrics.attention_correlation(pipe, record_attention, folder=data)
     result |= {"model": model, "attention": found}
     if output:
         write_json(output, result)
     print(metrics.format_table(result))
-
-
-def log(line: str) -> None:
-    """Tell the user how far it has come, on stderr."""
-    print(printable(line), file=sys.stderr, flush=True)

@@ -446,9 +446,9 @@ class Pipeline:
         in [0, 1]; with "latent" the scaled latents. Raises ValueError or TypeError,
         before any work, for what cannot be drawn.
         """
-        prompts = checks.as_prompts("prompt", prompt, prompt_2, prompt_3)
+        prompts = checks.as_prompts(self, "prompt", prompt, prompt_2, prompt_3)
         no = negative_prompt, negative_prompt_2, negative_prompt_3
-        negatives = checks.as_prompts("negative_prompt", *no, count=len(prompts))
+        negatives = checks.as_prompts(self, "negative_prompt", *no, count=len(prompts))
         steps = checks.given(num_inference_steps, self.defaults.num_inference_steps)
         scale = checks.guidance(guidance_scale, self.defaults.guidance_scale)
         how = SAMPLERS, sampler, output_type, max_sequence_length, sigmas
@@ -457,7 +457,7 @@ class Pipeline:
         n = checks.count_levels(scale, steps, sigmas)
         latents = self.prepare_latents(count, height, width, seed, latents, levels=n)
 
-        texts = prompts if scale <= 1 else negatives + prompts
+        texts = checks.to_encode(prompts, negatives, scale)
         unique = list(dict.fromkeys(texts))
         context, pooled = self.encode_prompt(unique, max_sequence_length)
         rows = [unique.index(t) for t in texts for _ in range(num_images_per_prompt)]

@@ -234,7 +234,7 @@ def test_read_config(tmp_path):
         file.write_text(f'{{"size": {value}}}')
         with pytest.raises(ValueError, match="config.json: size is .*; expected int"):
             cp.read_config(Small, tmp_path)
-    for value in ("NaN", "1e999"):
+    for value in ("NaN", "1e999", f"1{'0' * 400}"):
         file.write_text(f'{{"size": 1, "scale": {value}}}')
         with pytest.raises(ValueError, match="json: scale is .*; expected float"):
             cp.read_config(Small, tmp_path)

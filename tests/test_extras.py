@@ -75,6 +75,7 @@ def test_parity_catches_texts_in_another_order(both, monkeypatch):
     [
         ({"prompt": ["a", "b"], "prompt_2": ["c"]}, "prompt_2 has 1 texts; .* 2 texts"),
         ({"prompt": "a", "prompt_3": 3}, "prompt_3 is a int"),
+        ({"prompt": "a", "negative_prompt": 5}, "negative_prompt is a int"),
         (
             {"prompt": "a", "negative_prompt_2": ["b", "c"]},
             "negative_prompt_2 has 2 texts",
@@ -297,6 +298,9 @@ def test_a_negative_prompt_without_guidance_is_told(model):
     call = {"negative_prompt": ["", "a coat"], "guidance_scale": 1.0}
     with pytest.warns(UserWarning, match="negative_prompt does nothing without guid"):
         model[0](["a bag"] * 2, **call, **SHOWN)
+    with pytest.warns(UserWarning, match="without guidance") as found:
+        image_to_image(model[0], ["a bag"] * 2, torch.ones(3, 24, 32), **call)
+    assert len(found) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model[0](["a bag"] * 2, **call | {"negative_prompt": ["", ""]}, **SHOWN)
@@ -453,7 +457,10 @@ BAD = [
     (["a", "--batch-size", 2], "--batch-size is 2, which needs --prompts"),
     (["a", "--lora-scale", 2], "--lora-scale is 2.0, which needs --lora"),
     (["a", "--skip-layer-scale", 2], "--skip-layer-scale is 2.0, which needs --skip"),
-    (["a", "--t5", "none", "--prompt-3", "b"], "--prompt-3 is b, which needs T5"),
+    (
+        ["a", "--t5", "none", "--prompt-3", "b"],
+        "prompt_3 is given; expected a pipeline with T5, its reader",
+    ),
     (["a", "--model", "sd3.5-large", "--sampler", "ddim"], "sampler is 'ddim'"),
     (["a", "--model", "sd3.5-medium", "--height", 33], "the nearest is 32"),
     (["a", "--model", "{missing}"], "sd3.5_large.safetensors is missing"),
@@ -548,14 +555,14 @@ def test_what_a_terminal_would_obey_is_escaped(run, tmp_path):
     assert code == 2 and r"b\x1b[2J.png: No such file" in err
 
 
-def test_a_preview_that_cannot_be_written_costs_no_picture(run, monkeypatch):
+def test_a_preview_that_cannot_be_written_costs_no_picture(run, monkeypatch, capsys):
     def fail(*_):
         raise OSError("cannot write")
 
     monkeypatch.setattr(os, "replace", fail)
     pipe, step = sampling.load("tiny"), {"denoised": torch.zeros(1, 16, 2, 2)}
     cli.preview_into(Path("step.png"))(pipe, 0, None, step)
-    assert not Path("step.png").exists()
+    assert "no preview of this step: cannot write step.png" in capsys.readouterr().err
 
 
 def test_info_of_a_damaged_picture(run, tmp_path):

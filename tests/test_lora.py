@@ -343,6 +343,7 @@ GOOD = [(2, 32), (32, 2)]
             "alpha_pattern cannot be read",
         ),  # for hours
         (GOOD, {PATTERN: {"a{99999999999}": 1}}, "alpha_pattern cannot be read"),
+        (GOOD, {PATTERN: {"(" * 10_000: 1}}, "alpha_pattern cannot be read"),
         (GOOD, {ALPHA: 10**400}, "to_q is 10*; expected a number"),
         (GOOD, '{"a":' * 100_000, "metadata is .*; expected a JSON object"),
         (GOOD, {PATTERN: None}, ""),

@@ -135,9 +135,10 @@ class FastMMDiT:
         weight = model.x_embedder.proj.weight
         self.fp8, self.attention = fp8, attention or preferred_attention(weight)
         self.collect()
-        model.register_load_state_dict_post_hook(lambda *_: self.collect())
+        model.register_load_state_dict_post_hook(self.collect)
 
-    def collect(self) -> None:
+    @torch.no_grad()
+    def collect(self, *_: object) -> None:
         """Copy the weights of the norms, which one pass reads together."""
         self.norms = []
         for block in self.model.joint_blocks:
@@ -400,9 +401,10 @@ class FastDecoder:
         self.decoder = decoder.to(memory_format=LAST)
         self.groups, self.fold = decoder.norm_out.num_groups, fold
         self.collect()
-        decoder.register_load_state_dict_post_hook(lambda *_: self.collect())
+        decoder.register_load_state_dict_post_hook(self.collect)
 
-    def collect(self) -> None:
+    @torch.no_grad()
+    def collect(self, *_: object) -> None:
         """Fold the kernels of the doublings."""
         levels = [u["upsample"] for u in self.decoder.up if "upsample" in u]
         self.folded = {u: folded_kernel(u) for u in levels} if self.fold else {}

@@ -52,7 +52,7 @@ def save_picture(picture: "Image", file: Path | str, replace: bool = False) -> N
 
 def read_settings(file: Path | str) -> dict[str, str]:
     """The settings in a PNG file; ValueError for what is no picture or has none."""
-    from minidiff.support.data import open_picture
+    from minidiff.support.pictures import open_picture
 
     if not (found := dict(getattr(open_picture(file), "text", {}))):
         raise ValueError(

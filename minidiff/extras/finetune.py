@@ -29,6 +29,7 @@ from minidiff.support.captioned import captions_of, read_folder
 from minidiff.support.checks import check_range
 from minidiff.support.data import from_bytes
 from minidiff.support.output import save_sheet
+from minidiff.support.terminal import tell
 from minidiff.support.trainer import Run, cached, fingerprint, lasting
 from minidiff.training import (
     Batch,
@@ -289,7 +290,7 @@ def save_samples(pipe: Pipeline, encoded: Batch, seed: int, file: Path) -> None:
     except (ValueError, RuntimeError) as error:
         if not (isinstance(error, ValueError) or trainer.is_out_of_memory(error)):
             raise
-        print(f"{file.name} is not drawn: {error}", file=sys.stderr)
+        tell(f"{file.name} is not drawn: {error}")
 
 
 def train(

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from minidiff.flow_matching import interpolate
 from minidiff.sampling import SAMPLERS, Pipeline
 from minidiff.support import checks, output
-from minidiff.support.data import in_rgb, open_picture
+from minidiff.support.data import in_rgb
+from minidiff.support.pictures import open_picture
 from minidiff.vae import Posterior
 
 if TYPE_CHECKING:
@@ -106,9 +107,9 @@ def check_call(
     how = (call.get(name, value) for name, value in usual.items())
     checks.check_call(pipe, steps, num, SAMPLERS, *how)
     others = call.get("prompt_2"), call.get("prompt_3")
-    prompts = checks.as_prompts("prompt", prompt, *others)
+    prompts = checks.as_prompts(pipe, "prompt", prompt, *others)
     no = (call.get(f"negative_prompt{end}") for end in ("", "_2", "_3"))
-    checks.as_prompts("negative_prompt", next(no) or "", *no, count=len(prompts))
+    checks.as_prompts(pipe, "negative_prompt", next(no) or "", *no, count=len(prompts))
     return len(prompts) * num
 
 

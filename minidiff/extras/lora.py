@@ -220,7 +220,7 @@ def alpha_of(
             if regex.match(rf"(.*\.)?({key})$", layer, timeout=1):
                 alpha = value
                 break
-    except (AttributeError, regex.error, OverflowError, TimeoutError):
+    except (AttributeError, regex.error, OverflowError, RecursionError, TimeoutError):
         raise ValueError(f"{file}: {patterns} cannot be read as patterns") from None
     if not (isinstance(alpha, int | float | None) and abs(alpha or 0) < LARGEST):
         raise ValueError(f"{file}: α of {part}.{layer} is {alpha!r}; expected a number")

@@ -223,14 +223,16 @@ def parse_budget(memory: str) -> float:
 
 
 def check_device(plan: Plan, call: Call, device: Any, **knobs: Any) -> None:
-    """Raise ValueError, naming a plan that fits, where the card is too small.
+    """Raise ValueError, naming a plan that fits, where the card is too small; for MPS,
+    where the plan has weights in fp8.
 
     What ``load`` chooses for ``memory`` fits one picture of 1024², so that for another
     size the settings are named one by one.
     """
     device = torch.device(device)
     if plan.fp8 and device.type == "mps":
-        raise ValueError("the plan holds weights in fp8, which MPS does not have")
+        found = "the plan holds weights in fp8, which MPS does not have"
+        raise ValueError(f"{found}; expected fp8=False, or more memory")
     if device.type != "cuda":
         return
     gc.collect()  # of a pipeline that is no longer used, cycles may be left

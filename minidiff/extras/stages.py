@@ -45,6 +45,7 @@ from minidiff.support.data import (
 from minidiff.support.judge import Judge, accuracy, judge_loss, measure, save_judge
 from minidiff.support.metrics import check_side, psnr
 from minidiff.support.output import save_sheet
+from minidiff.support.terminal import printable
 from minidiff.support.trainer import (
     Run,
     cached,
@@ -879,7 +880,7 @@ def check_batches(recipe: Recipe, stages: tuple[str, ...]) -> None:
 def log(line: str) -> None:
     """Print ``line`` once, however many processes train."""
     if parallel.rank() == 0:
-        print(line, flush=True)
+        print(printable(line), flush=True)
 
 
 def open_start(start: Path) -> Path:

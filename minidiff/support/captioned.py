@@ -8,7 +8,6 @@ hub's image folders.
 import functools
 import glob
 import json
-import sys
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,13 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from minidiff.support.checkpoints import read_text
-from minidiff.support.data import (
-    IMAGE_SIZE,
-    from_bytes,
-    in_rgb,
-    open_picture,
-    to_tensor,
-)
+from minidiff.support.data import IMAGE_SIZE, from_bytes, in_rgb, to_tensor
+from minidiff.support.pictures import open_picture
+from minidiff.support.terminal import tell
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -105,16 +100,13 @@ def tell_of_others(folder: Path, found: Collection[str]) -> None:
     """Name on stderr what has no caption among ``found``: pictures, and folders."""
     for path in pictures_in(folder):
         if path.name not in found:
-            print(f"{path} is left out: it has no caption", file=sys.stderr)
+            tell(f"{path} is left out: it has no caption")
     listed = {Path(name).parts[0] for name in found}
     for path in sorted(folder.iterdir()):
         other = path.is_dir() and path.name not in listed
         with suppress(PermissionError):  # some system's own
             if other and not path.name.startswith(".") and any(pictures_in(path)):
-                print(
-                    f"{path} is left out: no caption names its pictures",
-                    file=sys.stderr,
-                )
+                tell(f"{path} is left out: no caption names its pictures")
 
 
 def read_folder(
@@ -132,8 +124,11 @@ def read_folder(
         try:
             picture = in_rgb(open_picture(folder / name))
             pictures.append(to_tensor(fitted(picture, size, crop)))
-        except (ValueError, OSError) as error:
-            print(f"{error}; it is left out", file=sys.stderr)
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow has many names for a damaged file
+            known = str(error) if name in str(error) else f"{folder / name}: {error}"
+            tell(f"{known}; it is left out")
             continue
         captions.append(caption)
     if not pictures:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ Triple = tuple[str, str, str]
 
 
 def as_prompts(
+    pipe: Any,
     name: str,
     first: Texts,
     second: Texts | None = None,
@@ -22,7 +23,8 @@ def as_prompts(
     """What CLIP-L, CLIP-G and T5 read for each of ``count`` prompts.
 
     As in diffusers, an encoder without a text of its own reads the first; one string
-    serves for all prompts. ValueError where the counts differ.
+    serves for all prompts. ValueError where the counts differ, and for a text of its
+    own for T5 where ``pipe`` has none.
     """
     columns = []
     for suffix, texts in (("", first), ("_2", second or first), ("_3", third or first)):
@@ -34,7 +36,24 @@ def as_prompts(
             found = f"{name}{suffix} has {len(column)} texts"
             raise ValueError(f"{found}; expected one string, or {count} texts")
         columns.append(column)
+    if third and pipe.text_encoders[2] is None:
+        raise ValueError(f"{name}_3 is given; expected a pipeline with T5, its reader")
     return list(zip(*columns, strict=True))
+
+
+def to_encode(
+    prompts: list[Triple], negatives: list[Triple], scale: float
+) -> list[Triple]:
+    """What the encoders read: with guidance the negative prompts before the others.
+
+    Warns of negative prompts that no guidance leads away from.
+    """
+    if scale > 1:
+        return negatives + prompts
+    if any(map(any, negatives)):
+        what = "negative_prompt does nothing without guidance"
+        warnings.warn(f"{what}: guidance_scale is {scale:g}", stacklevel=4)
+    return prompts
 
 
 def for_encoders(prompt: str | Sequence[str | Triple]) -> list[list[str]]:
@@ -131,25 +150,6 @@ def check_solver(
     """Raise ValueError for an unknown solver, and for levels it cannot follow."""
     check_choice("sampler", sampler, samplers)
     check_sigmas(sigmas)
-
-
-def check_texts(pipe: Any, given: Mapping[str, Any]) -> None:
-    """Raise ValueError for a text that only T5 would read, where there is no T5.
-
-    Warns of negative prompts that no guidance leads away from.
-    """
-    for name in ("prompt_3", "negative_prompt_3"):
-        if given.get(name) and pipe.text_encoders[2] is None:
-            raise ValueError(
-                f"{name} is given; expected a pipeline with T5, its reader"
-            )
-    scale = given.get("guidance_scale")
-    scale = guidance(scale, pipe.defaults.guidance_scale)
-    negatives = {n: text for n, text in given.items() if n.startswith("negative_")}
-    named = [name for name, text in negatives.items() if any(text or ())]
-    if named and scale <= 1:
-        what = f"{named[0]} does nothing without guidance"
-        warnings.warn(f"{what}: guidance_scale is {scale:g}", stacklevel=3)
 
 
 def check_call(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from minidiff.support.output import save_sheet
@@ -24,7 +24,6 @@ from minidiff.support.rng import uniform
 REPOSITORY = "zalando-datasets/fashion_mnist"
 SAMPLES = Path(__file__).parent.parent / "pretrained" / "scenes"
 IMAGE_SIZE = 64
-FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")  # that are opened
 
 CLASSES = ("t-shirt", "trousers", "pullover", "dress", "coat")
 CLASSES += ("sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -540,24 +539,6 @@ def sample_scenes() -> tuple[Tensor, list[str]]:
     # (3, 2·64, 8·64) → (3, 2, 64, 8, 64) → (2, 8, 3, 64, 64) → (16, 3, 64, 64)
     tiles = sheet.unflatten(2, (-1, 64)).unflatten(1, (-1, 64))
     return tiles.permute(1, 3, 0, 2, 4).flatten(0, 1).contiguous(), texts
-
-
-def open_picture(file: Path | str) -> Image.Image:
-    """The picture in a file, all of it read, and turned as the camera was held.
-
-    Raises ValueError for what is no picture, or damaged; OSError for what is no file.
-    """
-    Image.init()
-    kinds = [kind for kind in FORMATS if kind in Image.OPEN]
-    try:
-        with Image.open(file, formats=kinds) as picture:
-            ImageOps.exif_transpose(picture, in_place=True)
-    except Exception as error:  # of damage PIL tells in a dozen ways
-        if isinstance(error, MemoryError) or getattr(error, "errno", None):
-            raise
-        reason = f"is not a picture that can be read: {error}"
-        raise ValueError(f"{file} {reason}") from None
-    return picture
 
 
 def in_rgb(picture: Image.Image) -> Image.Image:

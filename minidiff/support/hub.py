@@ -87,17 +87,25 @@ def verify(folder: Path, since: float = 0) -> None:
         stored = file.resolve()
         if stored.stat().st_mtime < since:
             continue
-        read_header(file)
         if not re.fullmatch("[0-9a-f]{64}", stored.name):
-            continue  # not from the hub's cache
+            read_header(file)  # not from the hub's cache: at least its size
+            continue
         with stored.open("rb") as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
         if found != stored.name:
-            stored.unlink()  # or the next download would take it for whole
             raise ValueError(
-                f"{file} was damaged: its SHA-256 begins with {found[:10]}, the hub's "
-                f"with {stored.name[:10]}; it is deleted, download it again"
+                f"{file} is damaged: its SHA-256 begins with {found[:10]}, the hub's "
+                f"with {stored.name[:10]}; {discarded(stored)} and download it again"
             )
+
+
+def discarded(file: Path) -> str:
+    """What is left to do of deleting ``file``, which the next download would trust."""
+    try:
+        file.unlink()
+    except OSError:  # a cache that is read-only, or shared
+        return f"delete {file}"
+    return "it was deleted: load"
 
 
 def needs(repository: str) -> str:

@@ -103,7 +103,6 @@ def described(draw: Callable) -> Callable:
         if bound.arguments["seed"] is None:
             bound.arguments["seed"] = secrets.randbelow(2**32)
         checks.check_range("seed", bound.arguments["seed"], 0, 2**63)
-        checks.check_texts(bound.args[0], merged(bound.arguments))
         pictures = draw(*bound.args, **bound.kwargs)
         if isinstance(pictures, list):
             for i, picture in enumerate(pictures):
@@ -133,14 +132,9 @@ def plain(value: Any) -> Any:
     return int(value) if isinstance(value, Integral) else float(value)
 
 
-def merged(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments, and those that are passed on to the pipeline's call."""
-    return {**given, **given.get("call", {})}
-
-
 def settings(pipe: Any, given: Mapping[str, Any], index: int) -> dict[str, Any]:
     """Those of picture ``index`` of a call with the arguments ``given``."""
-    given = merged(given)
+    given = {**given, **given.get("call", {})}
     if given.get("sigmas") is not None:
         given["num_inference_steps"] = len(given["sigmas"]) - 1
     row = index // given.pop("num_images_per_prompt")

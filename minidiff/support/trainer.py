@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from minidiff.support import parallel
 from minidiff.support.checkpoints import replacing
+from minidiff.support.terminal import REFUSED, tell
 
 if sys.platform == "win32":
     import msvcrt
@@ -160,7 +161,7 @@ class Run:
                 f"another process trains in {self.folder}; expected a folder of its own"
             ) from None
         except OSError as error:  # some file systems have no locks
-            print(f"{self.folder} is not locked: {error}", file=sys.stderr)
+            tell(f"{self.folder} is not locked: {error}")
         try:
             self.check()
         except BaseException:
@@ -240,7 +241,7 @@ class Run:
             try:
                 tensors, metadata = load_tensors(path)
             except (ValueError, FileNotFoundError) as error:
-                print(f"{error}; it is left out", file=sys.stderr)
+                tell(f"{error}; it is left out")
                 continue
             self._rewind(metadata["step"])
             return tensors, metadata["step"]
@@ -306,8 +307,7 @@ def number(checkpoint: Path) -> int:
 
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether PyTorch could not get memory, on a GPU or on the CPU."""
-    refused = "can't allocate memory", "not enough memory"  # the second on Windows
-    told = any(words in str(error) for words in refused)
+    told = any(words in str(error) for words in REFUSED)
     return isinstance(error, torch.OutOfMemoryError) or told
 
 
@@ -460,7 +460,7 @@ def compiled(module: nn.Module) -> Callable:
         except Exception as error:
             if fast is module or is_out_of_memory(error):
                 raise
-            print(f"compilation failed, going on without: {error}", file=sys.stderr)
+            tell(f"compilation failed, going on without: {error}")
             fast = module
             return module(batch)
 
