@@ -850,7 +850,7 @@ class MMDiT(nn.Module):
 # A block *adds* to its tokens, so that the network still runs without it; but later
 # blocks miss what it would have written. The nearer a picture is to that of all blocks,
 # the better the others do without this one. Without block 0, on which all build,
-# nothing is left. Was your guess right?
+# nothing of the garment is left. Was your guess right?
 #
 # **Two.** Exchange rows and columns of the position table: every patch is told the
 # place of its mirror image across the diagonal. What will be painted? And what if every
