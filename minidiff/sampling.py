@@ -366,7 +366,7 @@ class Pipeline:
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
             now = modulations.step(levels[sigma.item()])
             how = {"modulations": now, "skip_layers": skip_layers}
-            x = (torch.cat([x, x]) if guided else x).to(self.dtype)  # → (B or 2·B, …)
+            x = (torch.cat([x, x]) if guided else x).to(self.dtype)
             v = self.transformer(x, None, context, None, **how).float()
             return guide(*v.chunk(2), guidance_scale) if guided else v
 
