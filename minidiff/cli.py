@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minidiff.support.terminal import REFUSED, printable, tell
+from minidiff.support.terminal import is_refused_memory, printable, tell
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,7 @@ def explain(error: Exception) -> str:
     less = "fewer or smaller pictures at once, or a smaller batch, need less"
     if type(error).__name__ == "OutOfMemoryError":  # of a GPU
         return f"{str(error).split('. ')[0]}; {less} (sample has --memory)"
-    if isinstance(error, MemoryError) or any(words in str(error) for words in REFUSED):
+    if isinstance(error, MemoryError) or is_refused_memory(error):
         return f"this machine's memory is full; {less}"
     found = f"{type(error).__name__} {error}"
     if "InvalidCxxCompiler" in found or "Compiler: cl is not found" in found:
@@ -294,13 +294,13 @@ def open_start(image: Path | None, mask: Path | None, strength: float | None) ->
 
 def check_lora(files: list[Path]) -> None:
     """Raise ValueError or OSError, before a model is read, for what cannot be used."""
-    from minidiff.extras.lora import FILE
+    from minidiff.extras.lora import lora_file
     from minidiff.support.checkpoints import read_header
 
     file, *others = files
     if others:
         raise ValueError("--lora is given more than once; expected one file")
-    read_header(file / FILE if file.is_dir() else file)
+    read_header(lora_file(file))
 
 
 def parse_blocks(numbers: str | None) -> list[int]:
@@ -339,7 +339,7 @@ def preview_into(file: Path) -> Any:
         try:
             with replacing(file) as part:  # a viewer never sees half of it
                 large.save(part, "PNG")
-        except OSError as error:  # on Windows while a viewer reads it: it goes on
+        except OSError as error:  # on Windows, say, a viewer has it open
             tell(f"no preview of this step: {error}")
 
     return follow

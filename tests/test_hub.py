@@ -195,7 +195,7 @@ def test_a_corrupted_file_is_named(server, download):
     code, _, message = download()
     assert code == 2 and name in message and "SHA-256" in message
     server.changed.clear()
-    code, folder, _ = download(words=("download", "sd3.5-medium"))
+    code, folder, _ = download()
     assert code == 0 and Path(folder, name).read_bytes() == WEIGHTS
 
 

@@ -113,7 +113,8 @@ def fuse(updates: Mapping[str, LowRank], model: nn.Module) -> None:
     for name, update in updates.items():
         layer, rows = layers[name].layer, layers[name].rows
         weight = layer.weight.clone()  # the weight may be a read-only memory map
-        change = update.to(weight.device, torch.float32).matrix()
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        change = update.to(weight.device, wide).matrix()
         weight[rows] = (weight[rows] + change).to(weight)  # summed, then rounded
         layer.weight = nn.Parameter(weight, layer.weight.requires_grad)
 
@@ -166,6 +167,12 @@ def components(pipe) -> dict[str, nn.Module]:
     names = ("text_encoder", "text_encoder_2")
     encoders = zip(names, pipe.text_encoders, strict=False)
     return {"transformer": pipe.transformer, **dict(encoders)}
+
+
+def lora_file(file: Path | str) -> Path:
+    """``file``, or the one in that folder."""
+    path = Path(file)
+    return path / FILE if path.is_dir() else path
 
 
 def read_lora(
@@ -265,11 +272,8 @@ def check_kind(file: Path | str, names: Sequence[str]) -> None:
 class LoRA:
     """The updates of one file on a pipeline; ``remove`` takes them off again."""
 
-    def __init__(
-        self, pipe, handles: list, file: Path | str, scale: float, path: Path
-    ) -> None:
+    def __init__(self, pipe, handles: list, file: Path | str, scale: float) -> None:
         self.pipe, self.handles, self.file, self.scale = pipe, handles, file, scale
-        self.path = path
         record(pipe, [*getattr(pipe, "loras", ()), self])
 
     def remove(self) -> None:
@@ -302,9 +306,9 @@ def load_lora(pipe, file: Path | str, scale: float = 1.0, fused: bool = False) -
     """
     if not math.isfinite(scale):
         raise ValueError(f"lora_scale is {scale}; expected a finite number")
-    path = Path(file)
-    path = path / FILE if path.is_dir() else path
-    if any(path.resolve() == one.path for one in getattr(pipe, "loras", ())):
+    path = lora_file(file)
+    others = [lora_file(one.file).resolve() for one in getattr(pipe, "loras", ())]
+    if path.resolve() in others:
         known = f"{file} is on this pipeline already and is added once more"
         warnings.warn(f"{known}; remove() takes a LoRA off", stacklevel=2)
     models, handles = components(pipe), []
@@ -324,7 +328,7 @@ def load_lora(pipe, file: Path | str, scale: float = 1.0, fused: bool = False) -
             fuse(updates, models[part])
         else:
             handles += attach(updates, models[part])
-    return LoRA(pipe, handles, file, scale, path.resolve())
+    return LoRA(pipe, handles, file, scale)
 
 
 def save_lora(updates: Mapping[str, Mapping[str, LowRank]], file: Path | str) -> None:

@@ -223,11 +223,11 @@ def parse_budget(memory: str) -> float:
 
 
 def check_device(plan: Plan, call: Call, device: Any, **knobs: Any) -> None:
-    """Raise ValueError, naming a plan that fits, where the card is too small; for MPS,
-    where the plan has weights in fp8.
+    """Raise ValueError where the device cannot follow the plan.
 
-    What ``load`` chooses for ``memory`` fits one picture of 1024², so that for another
-    size the settings are named one by one.
+    That is a card that is too small (a plan that fits is named), and MPS for fp8. What
+    ``load`` chooses for ``memory`` fits one picture of 1024², so that for another size
+    the settings are named one by one.
     """
     device = torch.device(device)
     if plan.fp8 and device.type == "mps":

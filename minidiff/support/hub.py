@@ -95,17 +95,17 @@ def verify(folder: Path, since: float = 0) -> None:
         if found != stored.name:
             raise ValueError(
                 f"{file} is damaged: its SHA-256 begins with {found[:10]}, the hub's "
-                f"with {stored.name[:10]}; {discarded(stored)} and download it again"
+                f"with {stored.name[:10]}; {discarded(stored)}; download it again"
             )
 
 
 def discarded(file: Path) -> str:
-    """What is left to do of deleting ``file``, which the next download would trust."""
+    """Delete ``file``, which the next download would trust; what there is to tell."""
     try:
         file.unlink()
     except OSError:  # a cache that is read-only, or shared
         return f"delete {file}"
-    return "it was deleted: load"
+    return "it was deleted"
 
 
 def needs(repository: str) -> str:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")  # no programs
+# Not PostScript, for which PIL would start another program on what the file says
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
 
 
 def open_picture(file: Path | str) -> Image.Image:

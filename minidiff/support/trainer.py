@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from minidiff.support import parallel
 from minidiff.support.checkpoints import replacing
-from minidiff.support.terminal import REFUSED, tell
+from minidiff.support.terminal import is_refused_memory, tell
 
 if sys.platform == "win32":
     import msvcrt
@@ -307,8 +307,7 @@ def number(checkpoint: Path) -> int:
 
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether PyTorch could not get memory, on a GPU or on the CPU."""
-    told = any(words in str(error) for words in REFUSED)
-    return isinstance(error, torch.OutOfMemoryError) or told
+    return isinstance(error, torch.OutOfMemoryError) or is_refused_memory(error)
 
 
 def lasting(config: object) -> dict:
