@@ -92,7 +92,7 @@ def make_step(
 
     def step() -> Tensor:
         ours = isinstance(model, MMDiT)
-        with attention_to_train(args.device) if ours else nullcontext():
+        with attention_to_train(args.device, args.bfloat16) if ours else nullcontext():
             loss = objective(batch)
             loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -189,8 +189,9 @@ def parse() -> argparse.Namespace:
     args.count = args.count or (20 if args.device != "cpu" else 2)
     if args.bfloat16 is None:
         args.bfloat16 = args.device != "cpu"
-    if args.ladder and (args.device != "cpu" or args.eager or args.profile):
-        parser.error("--ladder expects --device cpu, and neither --eager nor --profile")
+    on_cpu = args.device == "cpu" and args.bfloat16
+    if args.ladder and (args.eager or args.profile or not on_cpu):
+        parser.error("--ladder expects --device cpu --bfloat16, no --eager, --profile")
     return args
 
 
@@ -207,7 +208,7 @@ def main() -> None:
     if args.ladder:
         climb(ours, batch, args)
         return
-    if args.device == "cpu":
+    if args.device == "cpu" and args.bfloat16:
         plain_attention(ours)
     theirs = Diffusers(ours)
     models = {"minidiff": ours, "diffusers": theirs}

@@ -480,7 +480,7 @@ def train(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="gpu, shipped, longer, further, muon, trial, or a JSON file."
+            help="gpu, shipped, longer, further, muon, details, trial, or a JSON file."
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Of the one stage named.")] = None,
@@ -537,7 +537,8 @@ def train(
     steps, batch_size, learning_rate, warmup_steps, weight_decay, beta2, max_grad_norm,
     ema_decay, muon, accumulation, bfloat16, compile, sharded, log_every, save_every,
     validate_every. Of all: pictures, latents, captions, held, two_garments,
-    uniform_levels, keep_latents, shift, scenes. Muon is for the transformer alone.
+    uniform_levels, keep_latents, hold_latents, shift, scenes. Muon is for vae and
+    transformer.
     """
     device = find_device(device)
     if not lora:

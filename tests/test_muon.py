@@ -7,9 +7,11 @@ import torch
 from test_training import assert_same, regression
 from torch import nn
 
+from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.support.muon import Muon, orthogonal
 from minidiff.support.trainer import Run
 from minidiff.training import fit
+from minidiff.vae import VAE, VAEConfig
 
 
 def test_the_nearest_orthogonal_matrix() -> None:
@@ -23,7 +25,7 @@ def test_the_nearest_orthogonal_matrix() -> None:
     assert (turned - values.diag_embed()).abs().max() < 1e-4
 
 
-def matrices(*shapes: tuple[int, int]) -> list[tuple[str, nn.Parameter]]:
+def matrices(*shapes: tuple[int, ...]) -> list[tuple[str, nn.Parameter]]:
     """Weights of numbered layers, each drawn with its own seed."""
     draw = torch.Generator().manual_seed(1)
     values = [nn.Parameter(torch.randn(shape, generator=draw)) for shape in shapes]
@@ -50,6 +52,32 @@ def test_whole_matrices_move_as_with_pytorch(shape: tuple[int, int]) -> None:
     assert (own[1] - other[1]).norm() < 0.02 * (other[1] - before).norm()
 
 
+def test_a_convolution_is_a_matrix_with_a_row_for_each_channel_it_gives() -> None:
+    ((_, flat),) = matrices((8, 36))
+    kernel = nn.Parameter(flat.detach().view(8, 4, 3, 3).clone())
+    kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
+    flat.grad = torch.randn(8, 36, generator=torch.Generator().manual_seed(3))
+    kernel.grad = flat.grad.view(8, 4, 3, 3)
+    for x in (flat, kernel):
+        Muon([("blocks.0.weight", x)], lr=0.1).step()
+    assert torch.equal(kernel.flatten(1), flat)
+
+
+@pytest.mark.parametrize(
+    "kind, config, ends",
+    [
+        (VAE, VAEConfig.tiny(), ("conv_in", "conv_out", "conv_in", "conv_out")),
+        (MMDiT, MMDiTConfig.tiny(), ("proj", "context_embedder", "linear")),
+    ],
+)
+def test_the_layers_at_entrances_and_exits_are_left_to_adamw(kind, config, ends):
+    with torch.device("meta"):
+        named = list(kind(config).named_parameters())
+    taken = {id(x) for x in Muon(named).matrices}
+    left = [n.split(".")[-2] for n, x in named if x.ndim > 1 and id(x) not in taken]
+    assert left == list(ends)
+
+
 def test_several_maps_in_one_weight_are_orthogonal_each() -> None:
     ((name, qkv),) = matrices((48, 16))
     alone = [(f"{name}.{i}", nn.Parameter(x)) for i, x in enumerate(qkv.data.split(16))]
@@ -65,7 +93,7 @@ def test_several_maps_in_one_weight_are_orthogonal_each() -> None:
 
 def test_all_else_moves_as_with_adamw() -> None:
     draw = torch.Generator().manual_seed(4)
-    shapes = {"first.weight": (8, 8), "blocks.0.bias": (8,), "0.conv": (4, 4, 3, 3)}
+    shapes = {"first.weight": (8, 8), "blocks.0.bias": (8,), "conv.in": (4, 4, 3, 3)}
     start = {name: torch.randn(s, generator=draw) for name, s in shapes.items()}
     own, other = ([nn.Parameter(x.clone()) for x in start.values()] for _ in range(2))
     learn(Muon(zip(start, own, strict=True), lr=0.1), own)

@@ -443,6 +443,33 @@ def test_the_decoder_learns_alone(
     assert all(torch.equal(old[k], new[k]) for k in old if k.startswith("encoder"))
 
 
+def test_latents_move_less_when_they_are_held(
+    go_on: Callable[..., Path], made: Path, tmp_path: Path
+) -> None:
+    file, images = tmp_path / "recipe.json", torch.rand(4, 3, 64, 64) * 2 - 1
+    recipe = json.loads(file.read_text()) | {"keep_latents": False}
+    recipe["vae"]["muon"] = True
+    means, settings = [], []
+    for hold in (None, 1e-6, 1e3):
+        file.write_text(json.dumps(recipe | {"hold_latents": hold or 0.0}))
+        model = go_on("vae", tmp_path / f"{hold}") if hold else made
+        vae = load_component(VAE, VAEConfig, model / "vae")
+        means.append(vae.encode(images).mean.detach())
+        settings.append(vae.config)
+    free, held = ((mean - means[0]).square().mean().sqrt() for mean in means[1:])
+    assert 0 < held < free / 2
+    assert settings[0] == settings[1] == settings[2]  # the latents keep their scale
+
+
+@pytest.mark.parametrize("change", [{"keep_latents": True}, {"hold_latents": 0.1}])
+def test_no_latents_to_hold(tmp_path: Path, change: dict) -> None:
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(change))
+    with pytest.raises(ValueError, match="holds a model's latents; expected --start"):
+        stages.train("vae", tmp_path / "out", recipe=str(file))
+    assert not (tmp_path / "out").exists()
+
+
 def test_recomputed_blocks_of_the_transformer(
     go_on: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -817,7 +844,7 @@ def test_a_file_changes_the_recipe(tmp_path: Path) -> None:
             "max_grad_norm is 0; expected above 0",
         ),
         ('{"shift": 0.0}', "shift is 0.0; expected above 0"),
-        ('{"clip": {"muon": true}}', "clip: muon is for the transformer alone"),
+        ('{"clip": {"muon": true}}', "clip: muon is for vae and transformer"),
         ('{"t5": {"ema_decay": 2.0}}', "ema_decay is 2.0; expected 0 to 1"),
         ('{"clip": {"learning_rate": NaN}}', "learning_rate is nan; expected above 0"),
         ('{"clip": {"beta2": 1.0}}', "beta2 is 1.0; expected below 1"),

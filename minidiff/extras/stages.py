@@ -6,6 +6,7 @@ under ``OUTPUT/runs/STAGE`` and exports float16 weights in the hub's layout into
 """
 
 import filecmp
+import functools
 import json
 import math
 import shutil
@@ -14,6 +15,7 @@ from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -65,6 +67,7 @@ from minidiff.text_encoders import (
 )
 from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
 from minidiff.training import (
+    Batch,
     CLIPTraining,
     T5Training,
     Task,
@@ -76,6 +79,7 @@ from minidiff.training import (
     fit,
     loss_by_level,
     noise_and_levels,
+    precise,
     t5_loss,
     transformer_loss,
     vae_loss,
@@ -86,6 +90,7 @@ STAGES = ("tokenizers", "clip", "t5", "vae", "judge", "transformer")
 CLIP_VOCABULARY = 704  # rows of the table: 512 bytes, then merges and two markers
 LENGTH = 32  # tokens of a prompt, for each encoder
 MAY_BE_0 = ("warmup_steps", "validate_every", "weight_decay", "two_garments")
+MAY_BE_0 += ("hold_latents",)
 FRACTIONS = ("ema_decay", "beta2", "two_garments")
 
 
@@ -105,6 +110,9 @@ class Recipe:
     two_garments: float = 0.65  # of T5's and the transformer's scenes: they are harder
     uniform_levels: bool = False  # noise levels uniform, not logit-normal
     keep_latents: bool = False  # of the autoencoder only the decoder learns
+    hold_latents: float = (
+        0.0  # the encoder learns too, this strongly held: ``held_loss``
+    )
     shift: float = 1.0  # moves noise levels towards 1
     scenes: str = "composed"  # or "plain" (garments as they are), or a folder
 
@@ -227,12 +235,19 @@ RECIPES["further"] = replace(
     two_garments=0.65,
     shift=3.0,
 )
-# What finished it: the same levels, Muon's steps.
+# What finished the transformer: the same levels, Muon's steps.
 RECIPES["muon"] = replace(
     RECIPES["further"],
     transformer=replace(
         RECIPES["further"].transformer, steps=9_000, learning_rate=1.5e-3, muon=True
     ),
+)
+# What finished the autoencoder, by Muon's steps too: its latents hardly move, so that
+# the transformer need not learn again.
+RECIPES["details"] = replace(
+    RECIPES["muon"],
+    vae=replace(RECIPES["longer"].vae, steps=10_000, learning_rate=2e-3, muon=True),
+    hold_latents=0.05,
 )
 
 
@@ -249,9 +264,9 @@ def find_recipe(name: str, cuda: bool = False) -> Recipe:
         known = ", ".join(RECIPES)
         raise ValueError(f"--recipe is {name!r}; expected {known}, or a .json file")
     chosen = changed(find_recipe("shipped", cuda), read_json(Path(name)), name)
-    for stage in STAGES[1:-1]:
+    for stage in ("clip", "t5", "judge"):
         if getattr(chosen, stage).muon:
-            raise ValueError(f"{name}, {stage}: muon is for the transformer alone")
+            raise ValueError(f"{name}, {stage}: muon is for vae and transformer")
     return chosen
 
 
@@ -477,30 +492,52 @@ def compilable(vae: VAE) -> VAE:
 
 def train_vae(job: Job) -> None:
     """The autoencoder, and the shift and scale of its latents."""
-    images = picture_pool(job.scenes(), job.recipe.pictures)[0]
-    vae = begun(job, "vae").to(memory_format=torch.channels_last)
+    recipe, images = job.recipe, picture_pool(job.scenes(), job.recipe.pictures)[0]
+    vae = begun(job, "vae").to(job.device, memory_format=torch.channels_last)
     vae = compilable(vae) if job.device == "cpu" else vae
     config = vae.config
     seed, side = key(job, "posterior"), images.shape[-1] // config.factor
     shape = (config.latent_channels, side, side)
-    held = torch.arange(job.recipe.held, device=job.device)
+    held = torch.arange(recipe.held, device=job.device)
     tests = job.scenes(split="test").batch(held).images
+    means = latent_means(vae, images) if recipe.hold_latents else None
 
-    def batch(indices: Tensor) -> dict[str, Tensor]:
+    def batch(indices: Tensor) -> Batch:
         place = shuffled(indices, len(images))
+        known = {} if means is None else {"known": means[place].float()}
         noise = rng.normal(seed, indices, shape)
-        return {"images": from_bytes(images[place]), "noise": noise}
+        return {"images": from_bytes(images[place]), "noise": noise} | known
 
     @torch.no_grad()
     def validate(vae: VAE) -> dict[str, float]:
         decoded = vae.decode(vae.encode(tests).mode())
         return {"psnr": psnr(decoded, tests).mean().item()}
 
-    vae.encoder.requires_grad_(not job.recipe.keep_latents)
-    vae = learn(job, "vae", Task(vae, vae_loss, batch, validate))
-    if not job.recipe.keep_latents:
+    vae.encoder.requires_grad_(not recipe.keep_latents)
+    holding = functools.partial(held_loss, weight=recipe.hold_latents)
+    loss = holding if recipe.hold_latents else vae_loss
+    vae = learn(job, "vae", Task(vae, loss, batch, validate))
+    if not (recipe.keep_latents or recipe.hold_latents):
         vae = measured(vae, from_bytes(images[:1024]))
     export(job, vae, "vae")
+
+
+@torch.no_grad()
+def latent_means(vae: VAE, images: Tensor) -> Tensor:
+    """float16 latents (n, C, h, w), not scaled, of ``images`` in bytes."""
+    parts = images.split(64 if images.device.type == "cpu" else 2048)
+    return torch.cat([vae.encode(from_bytes(x)).mean.half() for x in parts])
+
+
+def held_loss(vae: VAE, batch: Batch, weight: float) -> Tensor:
+    """The loss of a ``vae`` whose means stay near ``batch["known"]`` (B, C, h, w).
+
+    A transformer that has learned on these then fits what ``vae`` becomes.
+    """
+    posterior = vae.encode(batch["images"])
+    encoded = SimpleNamespace(encode=lambda _: posterior, decode=vae.decode)
+    distance = precise(posterior.mean) - batch["known"]
+    return vae_loss(encoded, batch) + weight * distance.square().mean()
 
 
 @torch.no_grad()
@@ -649,7 +686,8 @@ def train_transformer(job: Job) -> None:
         return {"validation": sum(losses) / len(losses), "by_level": losses}
 
     model = begun(job, "transformer")
-    model = plain_attention(model) if job.device == "cpu" else model
+    if job.device == "cpu" and job.recipe.transformer.bfloat16:
+        plain_attention(model)
     if job.recompute:
         recompute(model.joint_blocks)
     task = Task(model, transformer_loss, batch, validate)
@@ -698,15 +736,15 @@ def begun(job: Job, name: str) -> torch.nn.Module:
 def learn(job: Job, stage: str, task: Task) -> torch.nn.Module:
     """Fit one stage in its own folder."""
     config = getattr(job.recipe, stage)
-    with attention_to_train(job.device):
+    with attention_to_train(job.device, config.bfloat16):
         return fit(task, config, job.run, job.device)
 
 
 class PlainAttention(JointAttention):
     """Joint attention in two products with a softmax between.
 
-    On a CPU that is the fastest to go back through: PyTorch's fused form is slow there,
-    and its own plain form (``SDPBackend.MATH``) multiplies bfloat16 as float32. The
+    In bfloat16 on a CPU that is the fastest to go back through: PyTorch's fused form is
+    slow there, and its own plain form (``SDPBackend.MATH``) multiplies in float32. The
     scale stands before the products, where inductor does not take them for the fused
     form.
     """
@@ -728,9 +766,13 @@ def plain_attention(model: MMDiT) -> MMDiT:
     return model
 
 
-def attention_to_train(device: str) -> AbstractContextManager:
-    """PyTorch's own choice, or plain products on a CPU: its fused form is slow back."""
-    return sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
+def attention_to_train(device: str, bfloat16: bool) -> AbstractContextManager:
+    """PyTorch's own choice, but plain products for bfloat16 on a CPU.
+
+    The fused form is slow there on the way back.
+    """
+    slow = device == "cpu" and bfloat16
+    return sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
 
 
 def begin(job: Job, stage: str) -> Run:
@@ -964,10 +1006,10 @@ def train(
     decides what is drawn by chance: other scenes, another order, other noise.
 
     ``recipe`` is "gpu" (large batches, for a large GPU), "shipped" (what began the
-    shipped model, an hour and a half of two CPU cores), "longer", "further" and "muon"
-    (what went on with it, with ``start``), "trial" (a few steps of everything) or a
-    JSON file (see ``find_recipe``); by default "gpu" on a GPU, else "shipped". Raises
-    ValueError for a name or a number that cannot be.
+    shipped model, an hour and a half of two CPU cores), "longer", "further", "muon" and
+    "details" (what went on with it, with ``start``), "trial" (a few steps of
+    everything) or a JSON file (see ``find_recipe``); by default "gpu" on a GPU, else
+    "shipped". Raises ValueError for a name or a number that cannot be.
     """
     cuda = device.startswith("cuda")
     chosen = find_recipe(recipe or ("gpu" if cuda else "shipped"), cuda)
@@ -987,6 +1029,10 @@ def train(
     compiled = {} if compile is None else {"compile": compile}
     changes = {name: compiled | (size if name == stage else {}) for name in STAGES[1:]}
     chosen = changed(chosen, changes, "the command line")
+    if "vae" in stages and not start and (chosen.keep_latents or chosen.hold_latents):
+        raise ValueError(
+            "the recipe keeps or holds a model's latents; expected --start"
+        )
     start = start and open_start(start)
     check_needs(stage, start or output / "model")
     device = parallel.start(device)

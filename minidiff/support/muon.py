@@ -53,10 +53,10 @@ class Muon(torch.optim.AdamW):
     """Muon for the matrices of a transformer's layers, AdamW for all else.
 
     Args:
-        named_parameters: of an MMDiT. Muon takes those with two axes whose name holds
-            a number: all matrices but those of the text's first and the picture's last
-            layer. (In other models that may be tables, which it is not for.) Of sharded
-            ones each process holds all updates while it makes a step.
+        named_parameters: of an MMDiT or a VAE. Muon takes those with two or four axes
+            whose name holds a digit: all matrices and convolutions but the layers at
+            entrances and exits. (In other models that may be tables, which it is not
+            for.) Of sharded ones each process holds all updates while it makes a step.
         settings: of AdamW. The rate and the weight decay are Muon's too.
     """
 
@@ -68,18 +68,20 @@ class Muon(torch.optim.AdamW):
         named = list(named_parameters)
         super().__init__([x for _, x in named], **settings)
         self.matrices = [
-            x for n, x in named if x.ndim == 2 and any(map(str.isdigit, n.split(".")))
+            x for n, x in named if x.ndim in (2, 4) and any(map(str.isdigit, n))
         ]
 
     @torch.no_grad()
     def step(self) -> None:
         """One step along the gradients; those of Muon's matrices are gone after it."""
         matrices = [x for x in self.matrices if x.grad is not None]
-        updates = orthogonal_parts([self._average(x) for x in matrices])
+        # A convolution is a matrix too: a row for each channel that it gives
+        updates = orthogonal_parts([self._average(x).flatten(1) for x in matrices])
         super().step()
         rate, decay = (self.param_groups[0][key] for key in ("lr", "weight_decay"))
         for x, update in zip(matrices, updates, strict=True):
-            x.mul_(1 - rate * decay).sub_(parallel.shard_like(update, x), alpha=rate)
+            update = parallel.shard_like(update.reshape(x.shape), x)
+            x.mul_(1 - rate * decay).sub_(update, alpha=rate)
 
     def _average(self, x: Tensor) -> Tensor:
         """The averaged gradient of ``x``, a step ahead (Nesterov 1983); whole."""
