@@ -80,7 +80,7 @@ from minidiff.attention import Attention, Heads, JointAttention
 # %% [markdown]
 # ## The mathematics
 #
-# Let $c$ be the condition made of time and pooled text, $W$ and $b$ a learned matrix
+# Let $c$ be the conditioning made of time and pooled text, $W$ and $b$ a learned matrix
 # and bias of the stream, $m$ the modulation that they make of $c$. LN normalises every
 # token, over its channels, to mean 0 and variance 1 and has no weights of its own.
 # Attention is chapter 4's, over both streams at once. A block does to each stream
@@ -101,7 +101,7 @@ from minidiff.attention import Attention, Heads, JointAttention
 # | $p$ | `patch_size` | latent pixels along a patch | 2 | 2 | 2 |
 # | $N$ | `height * width` | patches (1024² for SD3.5) | 64 | 4096 | 4096 |
 # | $M$ | `pos_embed_max_size` | side of the position table | 16 | 384 | 192 |
-# | $c$ | `c` | condition, (B, D) | | | |
+# | $c$ | `c` | conditioning, (B, D) | | | |
 # | $m$ | `modulation` | (B, 6·D) for each stream | | | |
 # | $\beta, \gamma, \alpha$ | `shift`, `scale`, `gate` | each (B, 1, D) | | | |
 #
@@ -232,8 +232,8 @@ class PatchEmbed(nn.Module):
 # %% [markdown]
 # At the very end the way goes back. The last layer gives every token $p \cdot p \cdot
 # C$ numbers, and here lurks a trap: the input is read in the order channel, row,
-# column, but the output is written in the order row, column, channel. Both orders are
-# as good, and the trained weights know them.
+# column, but the output is written in the order row, column, channel. Either order
+# would do, but the trained weights depend on both.
 
 
 # %%
@@ -328,7 +328,7 @@ def timestep_embedding(timestep: Tensor, width: int = 256) -> Tensor:
 # 101 rows, which show false patterns in their place; those at the right hardly turn,
 # and tell early from late.
 #
-# This has to be computed in 32 bits, even in a model of 16. Between 512 and 1024 the
+# This has to be computed in 32 bits, even in a 16-bit model. Between 512 and 1024 the
 # numbers of bfloat16 lie four apart: different times become one.
 
 # %% tags=["active-ipynb"]
@@ -336,8 +336,8 @@ def timestep_embedding(timestep: Tensor, width: int = 256) -> Tensor:
 
 # %% [markdown]
 # Two small networks take the time and the pooled text to $D$ channels; the sum is the
-# condition $c$. This is the prompt's second way into the picture, beside attention: one
-# vector for the whole sentence, that all tokens share.
+# conditioning $c$. This is the prompt's second way into the picture, beside attention:
+# one vector for the whole sentence, that all tokens share.
 
 
 # %%
@@ -360,7 +360,7 @@ class Embedder(nn.Module):
 # AdaLN is short for *adaptive layer norm*. How should $c$ act on a token? It could be
 # one more token to read. Peebles and Xie (2023) compared several ways, and the best was
 # this: let it set the *shift*, the *scale* and the *gate* around attention and MLP.
-# LayerNorm first takes the mean and the size out of every token; what the condition
+# LayerNorm first takes the mean and the size out of every token; what the conditioning
 # puts in instead, all tokens of the sample share.
 
 
@@ -848,9 +848,9 @@ class MMDiT(nn.Module):
 
 # %% [markdown]
 # A block *adds* to its tokens, so that the network still runs without it; but later
-# blocks miss what it would have written. The nearer a picture is to that of all blocks,
-# the better the others do without this one. Without block 0, on which all build,
-# nothing of the garment is left. Was your guess right?
+# blocks miss what it would have written. The nearer a picture is to the first, the less
+# its missing block matters. Without block 0, on which all build, nothing of the garment
+# is left. Was your guess right?
 #
 # **Two.** Exchange rows and columns of the position table: every patch is told the
 # place of its mirror image across the diagonal. What will be painted? And what if every
@@ -926,8 +926,8 @@ class MMDiT(nn.Module):
 # ## Exercises
 #
 # **5.1 Predict.** In Large AdaLN has 6 of 4 + 6 + 8 parts. What share of Medium's
-# parameters could leave the GPU once all modulations are computed? Count the blocks in
-# units of $D^2$: 13 have a second attention, and the last one has a short text stream.
+# parameters is AdaLN's, and can leave the GPU once all modulations are computed? Count
+# its 24 blocks in units of $D^2$; 13 have a second attention.
 
 # %% tags=["active-ipynb", "exercise"]
 # def share() -> float:
@@ -937,13 +937,12 @@ class MMDiT(nn.Module):
 # @check
 # def exercise_5_1() -> None:
 #     exact = counts["Medium"]["AdaLN"] / totals["Medium"]
-#     assert abs(share() - exact) < 0.002, "9 chunks where dual, 2 in the last text"
+#     assert abs(share() - exact) < 0.002, "9 chunks where dual, 6 elsewhere"
 
 # %% tags=["active-ipynb", "hide-cell", "solution"]
 # def share() -> float:
-#     dual, plain, last = 9 + 6, 6 + 6, 6 + 2  # AdaLN of patches and of words
-#     rest = 13 * (4 + 4 + 8 + 4 + 8) + 10 * 2 * (4 + 8) + (4 + 8 + 3)
-#     own = 13 * dual + 10 * plain + last
+#     own = 13 * (9 + 6) + 11 * (6 + 6)  # AdaLN of patches and of words
+#     rest = 13 * (4 + 4 + 8 + 4 + 8) + 11 * 2 * (4 + 8)
 #     return own / (own + rest)
 #
 # exercise_5_1()
@@ -1001,8 +1000,8 @@ class MMDiT(nn.Module):
 # exercise_5_3()
 
 # %% [markdown]
-# **5.4 Explore.** Ask the shipped model for 96 × 48 pixels with `height=` and `width=`.
-# The table has room for them, but training never saw these places. What does it paint?
+# **5.4 Explore.** Ask the shipped model for pictures of `height=96` and `width=48`. The
+# table has room for them, but training never saw these places. What does it paint?
 #
 # <details><summary>Answer</summary>
 #

@@ -366,8 +366,8 @@ def logit_normal_density(sigma: Tensor, mean: float = 0.0, std: float = 1.0) -> 
 # Near 0 it is the noise that is unknown: so little of it is left in $x$ that it cannot
 # be told from texture, and an answer without it costs its variance, 1. The logit-normal
 # density deliberately does not follow the loss: an error in the velocity moves
-# $\hat x_0$ by $\sigma$ times as much, so that noise so faint is cheap to be wrong
-# about. But it is not the last word. What decides the garment of our scenes lies above
+# $\hat x_0$ by $\sigma$ times as much, so that errors at faint noise are cheap. But
+# this density is not the last word. What decides the garment of our scenes lies above
 # 0.7, where this density has one sample in five. The last runs of the shipped model
 # therefore moved it towards noise, by the shift of the next section ([how the shipped
 # model was made](../book/training_log.md)).
@@ -406,10 +406,10 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
 # All three are divided by $1 - \sigma$, to full contrast. The first had the noise level
 # of the second, and is as clear as the third, whose odds are a quarter. From 256² to
 # 1024² this rule would ask for $s = 4$. Esser et al. showed people pictures: all shifts
-# above 1.5 were liked better than none, with little between them, so that SD3 is
-# trained and drawn at 1024² with $s = 3$ (section 5.3.2). The tiny model, at 64², is
-# drawn with $s = 1$, no shift at all. (Its last training runs did shift their levels,
-# by 3: what to train on and what to visit are two choices.)
+# above 1.5 were liked better than none, with little between them, so that SD3 trains
+# and draws at 1024² with $s = 3$ (section 5.3.2). The tiny model, at 64², draws with
+# $s = 1$, no shift at all. (Its last training runs did shift their levels, by 3: what
+# to train on and what to visit are two choices.)
 #
 # ## Which noise levels to visit
 #
@@ -767,7 +767,7 @@ def guide(v_neg: Tensor, v_pos: Tensor, scale: float) -> Tensor:
 # $\hat x_0$, the place that the velocity points back to, is a picture from the first
 # step: blurred, its contrast exaggerated by guidance. Then it sharpens. (The first two
 # rows show three directions of a latent's sixteen channels as red, green and blue. The
-# $\sigma$ above is the level that a step leaves; $x$ is the state that it arrives at.)
+# $\sigma$ above is the level before a step; $x$ is the state after it.)
 #
 # ## Predict, then break it
 #
@@ -880,7 +880,7 @@ def guide(v_neg: Tensor, v_pos: Tensor, scale: float) -> Tensor:
 # def exercise_6_2() -> None:
 #     grow, one = lambda x, sigma: sigma * x, torch.ones(1).double()
 #     levels = [torch.linspace(1, 0, n + 1).double() for n in (20, 40)]
-#     coarse, fine = (midpoint(grow, one, s) - torch.exp(-one / 2) for s in levels)
+#     coarse, fine = (midpoint(grow, 1 * one, s) - torch.exp(-one / 2) for s in levels)
 #     assert midpoint(grow, one, levels[0][::20]) == 0.75, "not one step by midpoint"
 #     assert coarse.abs() < 0.01, "it does not arrive at e^(−1/2)"
 #     assert 3.5 < coarse / fine < 4.5, "half the step should leave a quarter"

@@ -526,7 +526,7 @@ class Pipeline:
 #   256 for SD3.5, and the padding is read like words. Another length gives a slightly
 #   different picture; to repeat a picture, repeat the length.
 # - *A solver's callback does the rest.* `output.Watch` moves the progress bar, calls
-#   your own callback, and keeps the latents where that ends the drawing early. The
+#   your own callback, and keeps the latents if yours ends the drawing early. The
 #   decorator `output.described` writes the settings into each picture's `info`.
 #
 # ### Loading
@@ -688,14 +688,14 @@ def load(
 # %% [markdown]
 # With one step all three draw the same picture, because a step to $\sigma = 0$ is
 # Euler's in each of them; and it is the average of what the prompt allows, exaggerated
-# by guidance, as chapter 6 predicted. Two steps stop at 1, 0.001 and 0. Euler and DPM++
-# 2M then draw almost what one step draws. Heun takes the mean with a velocity asked for
-# at 0.001, of a blurred picture such as training never showed at this level. There the
-# true velocity divides by a thousandth (chapter 6), and the picture is spoilt. With
-# four steps DPM++ 2M can go astray: its last step but one falls from a third to a
-# thousandth, so that $h$ is eight times the one before, and the line through two
-# estimates is drawn much too far. Heun asks twice per step: compare it with its
-# neighbours at equal work, not at equal steps.
+# by guidance, as chapter 6 predicted. Two steps visit 1, 0.001 and 0. Euler and DPM++
+# 2M then draw almost what one step draws. Heun averages in the velocity at 0.001 of a
+# picture more blurred than training ever showed at this level. There the true velocity
+# divides by a thousandth (chapter 6), and the picture is spoilt. With four steps DPM++
+# 2M can go astray: its last step but one falls from a third to a thousandth, so that
+# $h$ is eight times the one before, and the line through two estimates is drawn much
+# too far. Heun asks twice per step: compare it with its neighbours at equal work, not
+# at equal steps.
 #
 # ## Predict, then break it
 #
@@ -710,9 +710,9 @@ def load(
 # viz.show_images(changed, [f"{a}, {b}" for a, b in pairs], columns=5, low=0)
 
 # %% [markdown]
-# The noise fixes what the prompt leaves open. That is why one draws a prompt with
-# several seeds, and why a small change of words with the same seed is a small change
-# of the picture.
+# Another tint leaves nearly all else as it was. Another ground or garment also changes
+# the outline and the size, hardly the place. The noise fixes what the prompt leaves
+# open. That is why one draws a prompt with several seeds.
 #
 # **Two.** Take T5 away: its rows of the context become zeros, as in SD3.5 when T5 is
 # left out to save memory. What suffers first, the colour, the garment, or the order of
@@ -727,10 +727,10 @@ def load(
 # viz.show_images(pair, ["with T5"] * 4 + ["without"] * 4, columns=4, low=0)
 
 # %% [markdown]
-# Compare the rows, seed by seed. Where they differ T5 has been read; where they do not,
-# CLIP alone has told the model enough. Captions as simple as ours ask little of T5, and
-# a short training learns to lean on CLIP. (In training each encoder was left out now
-# and then, so zeros are no surprise to it.) Esser et al. 2024 report that the large
+# Compare the rows, seed by seed: all three stay, and only details differ. CLIP alone
+# has told the model enough. Captions as simple as ours ask little of T5, and a short
+# training learns to lean on CLIP. (In training each encoder was left out now and then,
+# so zeros do not surprise the transformer.) Esser et al. 2024 report that the large
 # model, too, does without T5 on simple prompts; what suffers there without T5 is
 # written text and long, detailed prompts.
 #
@@ -768,9 +768,9 @@ def load(
 #         f"{passes * flops:.0f} TFLOP in all its steps")
 
 # %% [markdown]
-# Turbo has Large's weights in number and size, and needs a fourteenth of its work: a
-# seventh of the steps, and no second pass for guidance. (Encoders and decoder add about
-# 15 TFLOP to a picture: see [Numbers worth knowing](../book/numbers.ipynb).)
+# Turbo has Large's architecture, and needs a fourteenth of its work: a seventh of the
+# steps, and no second pass for guidance. (Encoders and decoder add about 15 TFLOP to a
+# picture: see [Numbers worth knowing](../book/numbers.ipynb).)
 #
 # Now with weights, where there is a CUDA device and the licence has been accepted (the
 # set-up page says how). Elsewhere the cell says so in one line.
@@ -901,10 +901,10 @@ def load(
 
 # %% [markdown]
 # **8.2 Code.** *Image to image*: take the latent of a picture, mix it with the
-# journey's `noise` as on chapter 6's path, and solve only the rest of the way. Of the
-# schedule's 28 steps leave out the first `int(28 - 28 * strength)`, as diffusers
-# counts, and mix up to the level where the others begin. `velocity` is the guided
-# velocity, `sigmas` the whole schedule.
+# journey's `noise` as on chapter 6's path, and solve only the rest of the way, with
+# `euler`. Of the schedule's 28 steps leave out the first `int(28 - 28 * strength)`, as
+# diffusers counts, and mix up to the level where the others begin. `velocity` is the
+# guided velocity, `sigmas` the whole schedule.
 
 # %% tags=["active-ipynb", "exercise"]
 # def repaint(velocity: Velocity, x0: Tensor, sigmas: Tensor, strength: float):

@@ -101,8 +101,8 @@ from torch import Tensor, nn
 #
 # All three encoders are stacks of the same two steps: *attention*, in which tokens read
 # one another, and an *MLP*, which works on every token alone. An MLP (multi-layer
-# perceptron) is two linear maps with a nonlinear function, a *bend*, between. For
-# attention each token makes three vectors of width $d$: a query $q_i$ (what am I
+# perceptron) is two linear maps with a nonlinear function, the *activation*, between.
+# For attention each token makes three vectors of width $d$: a query $q_i$ (what am I
 # looking for), a key $k_j$ (what do I offer) and a value $v_j$ (what do I pass on).
 # Token $i$ receives a weighted mean of all values:
 #
@@ -255,12 +255,12 @@ class CLIPAttention(nn.Module):
 # print("matrices = class:", torch.allclose(by_hand, layer(x), atol=1e-6))
 
 # %% [markdown]
-# The MLP widens each state fourfold, bends it and narrows it again. The bend, or
-# *activation function*, of CLIP-G is $\mathrm{GELU}(x) = x\,\Phi(x)$, where $\Phi$ is
-# the distribution function of the standard normal distribution. OpenAI trained CLIP-L
-# with a cheaper curve, $x \cdot \mathrm{sigmoid}(1.702\,x)$. The two differ by up to
-# 0.02; a trained network adds up thousands of such differences, so weights must be used
-# with the activation that they were trained with. T5 takes a third form,
+# The MLP widens each state fourfold, activates it and narrows it again. The activation
+# of CLIP-G is $\mathrm{GELU}(x) = x\,\Phi(x)$, where $\Phi$ is the distribution
+# function of the standard normal distribution. OpenAI trained CLIP-L with a cheaper
+# curve, $x \cdot \mathrm{sigmoid}(1.702\,x)$. The two differ by up to 0.02; a trained
+# network adds up thousands of such differences, so weights must be used with the
+# activation that they were trained with. T5 takes a third form,
 # $\tfrac12 x\,(1 + \tanh(\sqrt{2/\pi}\,(x + 0.044715\,x^3)))$, much closer to GELU.
 
 
@@ -668,9 +668,10 @@ class T5Attention(nn.Module):
 # %% [markdown]
 # ### A gate in the MLP
 #
-# CLIP's MLP bends $x W_1$. T5 v1.1 computes two products and lets one open or close the
-# other: $(\mathrm{GELU}(x W_0) \odot x W_1)\, W_2$, with the tanh form of GELU and, as
-# everywhere in T5, no additive biases. ($W_0$, $W_1$, $W_2$ are `wi_0`, `wi_1`, `wo`.)
+# CLIP's MLP activates $x W_1$. T5 v1.1 computes two products and lets one open or close
+# the other: $(\mathrm{GELU}(x W_0) \odot x W_1)\, W_2$, with the tanh form of GELU and,
+# as everywhere in T5, no additive biases. ($W_0$, $W_1$, $W_2$ are `wi_0`, `wi_1`,
+# `wo`.)
 
 
 # %%
@@ -760,8 +761,8 @@ class T5Encoder(nn.Module):
 # %% [markdown]
 # Every head has a profile of its own, with peaks at some distances and valleys at
 # others, behind the query as well as ahead of it. A head with a peak at −2 reads what
-# stands two places back. From a distance of eight on, neighbouring columns are equal,
-# since several offsets share a row of the table.
+# stands two places back. From a distance of eight on, columns are equal in groups,
+# since several offsets share a row.
 
 # %% [markdown]
 # ## One context for the transformer
@@ -948,8 +949,8 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 # exercise_2_2()
 
 # %% [markdown]
-# **2.3 Code.** From a table of relative positions (32, H) make the one with which T5
-# reads a text backwards as the old one reads it forwards. Beware of distance zero.
+# **2.3 Code.** Rearrange a table of relative positions (32, H) so that T5, given the
+# ids in reverse, returns the old states in reverse. Beware of distance zero.
 
 # %% tags=["active-ipynb", "exercise"]
 # def mirrored(table: Tensor) -> Tensor:
@@ -975,10 +976,10 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 
 # %% [markdown]
 # **2.4 Explore.** In `CLIPTextEncoder.forward` return `states[-1]` instead of
-# `states[-2]` and run the cells from there: how does the picture of the context change?
-# Then leave `is_causal=True` out of `CLIPAttention`: which captions does CLIP still
-# tell apart? Last, put a word between two others in a caption and see which of its
-# states change, in CLIP and in T5.
+# `states[-2]` and run the cells from there (parity and the journey's check must fail):
+# how does the picture of the context change? Undo it, and leave `is_causal=True` out of
+# `CLIPAttention`: which captions does CLIP still tell apart? Last, put a word between
+# two others in a caption and see which of its states change, in CLIP and in T5.
 
 # %% [markdown]
 # ## Summary

@@ -109,11 +109,12 @@ CHARACTER_TO_BYTE = {char: bytes([byte]) for byte, char in BYTE_TO_CHARACTER.ite
 # %% [markdown]
 # ## Words
 #
-# Before it looks for parts, CLIP tidies the text (accents composed, white space made
-# single spaces, capitals made small) and cuts it into words: runs of letters, single
-# digits, runs of other signs, and English endings such as `'s`. No piece reaches across
-# such a cut. Spaces are then dropped; so that "red" at a word's end differs from "red"
-# within "redder", the last character of each word carries the mark `</w>`.
+# Before it looks for parts, CLIP tidies the text (accents composed, white space
+# collapsed to single spaces, letters lower-cased) and cuts it into words: runs of
+# letters, single digits, runs of other signs, and English endings such as `'s`. No
+# piece reaches across such a cut. Spaces are then dropped; so that "red" at a word's
+# end differs from "red" within "redder", the last character of each word carries the
+# mark `</w>`.
 
 # %%
 END_OF_WORD = "</w>"
@@ -324,8 +325,8 @@ def merge(symbols: Sequence[str], ranks: dict[Pair, int]) -> list[str]:
 #
 # ## Special tokens, length and padding
 #
-# Some ids stand for no text at all: the beginning and end of a prompt, and padding. If
-# their *text* occurs in a prompt, say `<|endoftext|>`, it becomes their id: they are
+# *Special tokens* stand for no text: the beginning and end of a prompt, and padding. If
+# one is spelled out in a prompt, say `<|endoftext|>`, it becomes its id: they are
 # looked up in the raw text, before anything else (or in the tidied text, if they are
 # marked `normalized`). What both tokenizers share is gathered here: find the special
 # tokens, encode what lies between, frame it with the beginning and the end, cut it, pad
@@ -600,8 +601,8 @@ def best_path(text: str, trie: dict, unknown: float = -math.inf) -> list[str]:
 
 # %% [markdown]
 # The numbers at the arcs are log-probabilities; the coloured path has the largest sum:
-# "and" wins over "a" with "nd" and over "an" with "d". In this it differs from BPE: the
-# whole word is weighed at once, and no early decision can spoil a later one.
+# "and" wins over "a" with "nd" and over "an" with "d". Unlike BPE, Unigram weighs the
+# whole word at once, and no early decision can spoil a later one.
 #
 # ## Learning pieces
 #
@@ -655,9 +656,9 @@ def maximize(counts: Counter[str], alphabet: str) -> dict[str, float]:
 # %% [markdown]
 # The vocabulary itself is found by pruning. All parts of words that occur at least
 # twice are candidates, up to 16 letters long. After two rounds of EM the quarter that
-# would be missed least is dropped. The loss of a piece is the number of its uses, times
-# how much more its best replacement by other pieces costs. Then EM again, and pruning
-# again, down to the size that was asked for. Single letters always stay.
+# would be missed least is dropped. A piece's worth is the number of its uses, times the
+# score lost to its best replacement by other pieces. Then EM again, and pruning again,
+# down to the size that was asked for. Single letters always stay.
 
 
 # %%
@@ -871,8 +872,8 @@ class T5Tokenizer(Tokenizer):
 #
 # Here the reference is transformers. It loads the same three folders and must give the
 # same ids and the same decoded text, on captions and on noise from Unicode's first
-# three planes. On the published vocabularies the tests of this repository ask the same
-# of 20,000 strings, and of each quirk alone that its absence is noticed.
+# three planes. On the published vocabularies the tests of this repository check this
+# for 20,000 strings, and that the absence of any one quirk is noticed.
 
 # %% tags=["active-ipynb"]
 # import random
@@ -928,7 +929,8 @@ class T5Tokenizer(Tokenizer):
 # %% [markdown]
 # **1.2 Code.** Count the paths through the lattice of a word without listing them.
 # `arcs(word, start, trie, -99.0)` gives (end, score) for the arcs that leave a place,
-# with -99 for a letter that is no piece; Viterbi's recursion is a good pattern.
+# with -99 for a letter that is no piece; Viterbi's recursion is a good pattern. (The
+# check ends with 220 letters: whoever walks each path waits for ever.)
 
 # %% tags=["active-ipynb", "exercise"]
 # def count_paths(word: str) -> int:
@@ -940,7 +942,7 @@ class T5Tokenizer(Tokenizer):
 #     for word in ("▁a", "▁dress", "▁reddish", "▁background"):
 #         found, expected = count_paths(word), len(all_paths(word))
 #         assert found == expected, f"{word} has {expected} paths, you count {found}"
-#     assert count_paths("▁background" * 20) > 10**17, "long words overwhelm it"
+#     assert count_paths("▁background" * 20) > 10**17, "too few in a long word"
 
 # %% tags=["active-ipynb", "solution", "hide-cell"]
 # def count_paths(word: str) -> int:
@@ -974,7 +976,8 @@ class T5Tokenizer(Tokenizer):
 #     word, scores = trap()
 #     ours, best = (f(word, build_trie(scores)) for f in (greedy, best_path))
 #     assert "".join(ours) == word, f"{ours} is not {word}"
-#     assert sum(map(scores.get, ours)) < sum(map(scores.get, best)), "not worse"
+#     sums = [sum(scores.get(p, -99.0) for p in pieces) for pieces in (ours, best)]
+#     assert sums[0] < sums[1], "not worse"
 
 # %% tags=["active-ipynb", "solution", "hide-cell"]
 # def greedy(word: str, trie: dict) -> list[str]:

@@ -223,9 +223,10 @@ def group_norm(config: VAEConfig, channels: int) -> nn.GroupNorm:
 # %% [markdown]
 # ### The residual block
 #
-# Normalise, bend, convolve; twice; and add the result to what came in. The bend is
-# $\mathrm{SiLU}(x) = x \cdot \mathrm{sigmoid}(x)$. Where the number of channels
-# changes, a 1 × 1 convolution brings the input to the new width before the sum.
+# Normalise, activate, convolve; twice; and add the result to what came in. The
+# activation is $\mathrm{SiLU}(x) = x \cdot \mathrm{sigmoid}(x)$. Where the number of
+# channels changes, a 1 × 1 convolution brings the input to the new width before the
+# sum.
 
 
 # %%
@@ -306,7 +307,7 @@ def pixels_to_tokens(x: Tensor) -> Tensor:
 # A convolution with stride 2 halves the sides. It needs one more row and column than
 # the picture has, and here lies a quirk: the zeros are added on the right and below
 # only, not all around. With a border all around, every window would lie one pixel
-# further up and to the left. The weights were trained with this one, so it stays.
+# further up and to the left. The weights were trained with this padding, so it stays.
 #
 # On the way back every pixel is repeated twice along each side, and a convolution
 # smooths the steps.
@@ -435,7 +436,7 @@ class Decoder(nn.Module):
 
 
 # %% [markdown]
-# Between the two stand the distribution and the whole:
+# Between the two stands the distribution; then the whole:
 
 
 # %%
@@ -606,9 +607,9 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 # %% [markdown]
 # One channel carries most: without it the dress fades. Some cost a few decibels each;
-# the others can be missed with hardly a trace: they carry little, or only what others
-# carry too. Is that one the channel for red? One picture does not show it: try another
-# scene before you name a channel. Nothing in the loss asks for such meanings.
+# the others can be removed with hardly a trace: they carry little, or only what others
+# carry too. Is the strongest the channel for red? One picture does not show it: try
+# another scene before you name a channel. Nothing in the loss asks for such meanings.
 
 # %% [markdown]
 # ## Reconstruction against compression
@@ -811,9 +812,9 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # print(tuple(latent.shape), "compression", 3 * 768 * 1344 / latent.numel())
 
 # %% [markdown]
-# **3.2 Code.** Write `divergence`, the second term of the loss: from means and
-# log-variances (B, C, h, w) the divergence from a standard normal, summed over each
-# picture's latent, (B,). Run the check after each attempt.
+# **3.2 Code.** Write `divergence`, the second term of the loss without $\beta$: from
+# means and log-variances (B, C, h, w) the divergence from a standard normal, summed
+# over each picture's latent, (B,). Run the check after each attempt.
 
 # %% tags=["active-ipynb", "exercise"]
 # def divergence(posterior: Posterior) -> Tensor:
@@ -829,7 +830,8 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 #     expected = kl_divergence(ours, Normal(0.0, 1.0)).sum((1, 2, 3))
 #     found = divergence(some)
 #     assert found.shape == expected.shape, f"one per picture, not {found.shape}"
-#     assert torch.allclose(found, expected, rtol=1e-3), "another value is expected"
+#     same = torch.allclose(found.float(), expected, rtol=1e-3)
+#     assert same, "another value is expected"
 
 # %% tags=["active-ipynb", "solution", "hide-cell"]
 # def divergence(posterior: Posterior) -> Tensor:

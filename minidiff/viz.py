@@ -58,6 +58,7 @@ __all__ = [
 ]
 
 WIDTH = 7.2  # inches: the text column of the book
+DASHES, HATCHES = ("-", "--", "-.", ":"), ("", "///", "...", "xxx")  # beside colours
 Points = Mapping[str, Tensor]
 
 
@@ -71,7 +72,9 @@ def _drawn(draw: Callable[..., "Figure"]) -> Callable[..., "Figure"]:
         from minidiff.support.figure import STYLE
 
         with matplotlib.rc_context(STYLE):
-            return draw(*args, **kwargs)
+            figure = draw(*args, **kwargs)
+        figure.kind = draw.__name__.removeprefix("show_").replace("_", " ")
+        return figure
 
     return drawn
 
@@ -153,7 +156,7 @@ def show_latents(latents: Tensor) -> "Figure":
     limit = np.abs(values).max()
     for c, (ax, channel) in enumerate(zip(axes.flat, values, strict=False)):
         shown = ax.imshow(channel, "RdBu_r", vmin=-limit, vmax=limit)
-        ax.set_title(str(c), fontsize=7, pad=2)
+        ax.set_title(str(c), fontsize=8, pad=2)
     figure.colorbar(shown, ax=axes.ravel().tolist(), shrink=0.8, aspect=30)
     return figure
 
@@ -282,7 +285,7 @@ def _place(
     placed, x = [], 0.0
     for piece, note in zip(row, notes, strict=True):
         piece = _visible(piece)
-        size = max(len(piece), len(note) * 0.8) + 1.4
+        size = max(len(piece), len(note)) + 1.4
         if x and x + size > width:
             x, line = 0.0, line + 1
         placed.append((x + size / 2, line, piece, note))
@@ -301,7 +304,7 @@ def _draw_chips(ax: "Axes", label: str, margin: int, placed: list[Any]) -> None:
         box = {"boxstyle": "round,pad=0.25", "fc": color + "20", "ec": color, "lw": 0.8}
         place = {"ha": "center", **font}
         ax.text(margin + x, y, piece, fontsize=8, bbox=box, **place)
-        ax.text(margin + x, y + 0.45, note, fontsize=6.5, **place)
+        ax.text(margin + x, y + 0.45, note, fontsize=8, **place)
 
 
 def show_tokens(tokenizer: Any, text: str | Sequence[str]) -> "Figure":
@@ -350,10 +353,10 @@ def show_lattice(
 def _arc(ax: "Axes", start: int, end: int, label: str, chosen: bool) -> None:
     x = np.linspace(0, np.pi, 30)
     width = end - start
-    color = _colors(2)[1] if chosen else "#777b8399"
+    color = _colors(2)[1] if chosen else "#777b83"
     path = start + width * (1 - np.cos(x)) / 2, (width - 0.35) * np.sin(x)
     ax.plot(*path, color=color, lw=2.4 if chosen else 1, zorder=3 if chosen else 2)
-    style = {"fontsize": 7, "ha": "center", "color": color if chosen else None}
+    style = {"fontsize": 8, "ha": "center", "weight": "bold" if chosen else None}
     ax.text(start + width / 2, width - 0.25, label, **style)
 
 
@@ -372,11 +375,11 @@ def show_curves(
     """Lines by name: each a sequence of y, or a pair (x, y)."""
     figure, axes = _axes(1, 1, (5.4, 3.0), grid=True)
     ax = axes[0, 0]
-    for color, (name, curve) in zip(_colors(len(curves)), curves.items(), strict=True):
-        x, y = curve if isinstance(curve, tuple) else (range(len(curve)), curve)
-        ax.plot(
-            _numpy(x), _numpy(y), "o-" if markers else "-", c=color, label=name, ms=4
-        )
+    for i, (color, name) in enumerate(zip(_colors(len(curves)), curves, strict=True)):
+        x, y = curves[name] if isinstance(curves[name], tuple) else (None, curves[name])
+        x = range(len(y)) if x is None else x
+        style = {"ls": DASHES[i % 4], "marker": "o" if markers else None, "ms": 4}
+        ax.plot(_numpy(x), _numpy(y), c=color, label=name, **style)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.set(xscale="log" if logx else "linear", yscale="log" if logy else "linear")
     for axis, log in ((ax.xaxis, logx), (ax.yaxis, logy)):
@@ -422,7 +425,8 @@ def show_heatmap(
 
 def _write(ax: "Axes", values: np.ndarray, shown: Any, digits: int) -> None:
     for (row, column), value in np.ndenumerate(values):
-        light = np.dot(shown.cmap(shown.norm(value))[:3], (0.3, 0.59, 0.11)) > 0.5
+        color = np.array(shown.cmap(shown.norm(value))[:3])
+        light = color**2.2 @ (0.2126, 0.7152, 0.0722) > 0.18  # relative luminance
         style = {"ha": "center", "va": "center", "color": "k" if light else "w"}
         ax.text(column, row, f"{value:.{digits}f}", fontsize=7, **style)
 
@@ -443,9 +447,8 @@ def show_bars(
         x = np.arange(len(nested)) + (
             0 if stacked else (i - (len(parts) - 1) / 2) * width
         )
-        ax.bar(
-            x, heights, width * 0.95, base if stacked else 0, color=color, label=part
-        )
+        style = {"color": color, "label": part, "hatch": HATCHES[i % 4], "ec": "w"}
+        ax.bar(x, heights, width * 0.95, base if stacked else 0, lw=0, **style)
         base += heights
     room = max(6, 72 // len(nested))  # letters below a bar
     ax.set_xticks(range(len(nested)), [_wrapped(name, room) for name in nested])
@@ -487,16 +490,12 @@ def show_points(
     figure, axes = _axes(1, len(panels), (side * len(panels), side + 0.3), grid=True)
     for ax, (title, sets) in zip(axes.flat, panels.items(), strict=True):
         for color, (name, xy) in zip(_colors(len(sets)), sets.items(), strict=True):
-            ax.scatter(
-                *_numpy(xy).T, s=7, c=color, label=name, alpha=0.7, lw=0, zorder=3
-            )
+            ax.scatter(*_numpy(xy).T, s=7, c=color, label=name, lw=0, zorder=3)
         ax.set(title=title, aspect="equal", xlim=limits, ylim=limits)
         if any(sets):
             ax.legend(loc="upper left", markerscale=2)
     if paths is not None:
-        axes[0, 0].plot(
-            *_numpy(paths).transpose(2, 0, 1), c="#777b83", lw=0.7, alpha=0.6
-        )
+        axes[0, 0].plot(*_numpy(paths).transpose(2, 0, 1), c="#777b83", lw=0.5)
     return figure
 
 
@@ -708,10 +707,11 @@ def show_vectors(
     ax, points = axes[0, 0], points or {}
     colors = _colors(len(points) + len(vectors))
     for color, (name, xy) in zip(colors, points.items(), strict=False):
-        ax.scatter(*_numpy(xy).T, s=7, c=color, lw=0, alpha=0.6, label=name)
+        ax.scatter(*_numpy(xy).T, s=7, c=color, lw=0, label=name)
     style = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.007}
     for color, (name, v) in zip(colors[len(points) :], vectors.items(), strict=True):
         ax.quiver(*_numpy(origin), *_numpy(v), color=color, label=name, **style)
+        ax.annotate(name, _numpy(origin + v), (3, 3), textcoords="offset points")
     ends = np.stack([_numpy(origin)] + [_numpy(origin + v) for v in vectors.values()])
     ends = np.concatenate([ends, *(_numpy(xy) for xy in points.values())])
     low, high = ends.min(0) - 0.2, ends.max(0) + 0.2

@@ -1,5 +1,6 @@
 """The built book: no warning (the fixture), and every link and figure resolves."""
 
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -53,6 +54,17 @@ def test_nothing_is_fetched_from_elsewhere(book: Path) -> None:
             parts = urlsplit(source)
             near = not parts.netloc and parts.scheme in ("", "data")
             assert near, f"{path.name}: {source}"
+
+
+def test_figures_and_folds_have_names(book: Path) -> None:
+    figures = []
+    for path in sorted((book / "notebooks").glob("*.html")):
+        text = path.read_text(encoding="utf-8")
+        assert "<summary>" in text and "Toggle hidden content" not in text, path.name
+        figures += re.findall(r'<img[^>]*alt="([^"]*)"[^>]*_images', text)
+        figures += re.findall(r'<img[^>]*_images[^>]*alt="([^"]*)"', text)
+    assert len(figures) > 60
+    assert [alt for alt in figures if not alt.startswith("Figure (")] == []
 
 
 def test_classes_link_to_their_source(book: Path) -> None:

@@ -88,6 +88,14 @@ def test_figure_is_drawn_on_a_transparent_ground(name: str) -> None:
     assert "matplotlib.pyplot" not in sys.modules
 
 
+def test_a_figure_says_what_is_written_in_it() -> None:
+    figure = viz.show_curves({"fast": [2, 1], "slow": [2, 2]}, "step", "loss")
+    assert repr(figure) == "Figure (curves): loss, step, fast, slow"
+    figure = viz.show_images(torch.zeros(2, 3, 4, 4), ["a red dress", "a bag"])
+    assert repr(figure) == "Figure (images): a red dress, a bag"
+    assert len(repr(viz.show_images(torch.zeros(40, 3, 4, 4), ["word"] * 20))) < 401
+
+
 def test_settings_of_matplotlib_are_left_alone() -> None:
     import matplotlib
 

@@ -28,6 +28,7 @@
         { type: "range", min: 0, max: names.length - 1, step: 1, value: state[name] });
       input.setAttribute("aria-label", name);
       const output = make("output", controls);
+      output.setAttribute("aria-live", "off");  // the slider says it
       input.oninput = () => { state[name] = Number(input.value); draw(); };
       return () => {
         output.textContent = names[state[name]];
@@ -43,7 +44,8 @@
     const buttons = data.words.map((word, i) => {
       const button = make("button", words, { type: "button", textContent: word });
       const choose = () => { state.word = i; state.patch = null; draw(); };
-      button.onclick = button.onfocus = button.onpointerenter = choose;
+      button.onclick = button.onpointerenter = choose;
+      button.onfocus = () => { if (state.patch === null) choose(); };
       return button;
     });
 
@@ -77,7 +79,7 @@
       const most = Math.max(...reads.subarray(at, at + count), 1);
       buttons.forEach((button, i) => {
         const share = reads[at + i] / most;
-        button.style.background = `rgba(224, 118, 43, ${(0.85 * share).toFixed(3)})`;
+        button.style.background = `rgba(224, 118, 43, ${(0.5 * share).toFixed(3)})`;
         button.dataset.share = share.toFixed(3);
         button.setAttribute("aria-pressed", "false");
       });
@@ -88,7 +90,7 @@
     const draw = () => {
       showBlock(); showStep();
       const base = state.block * data.steps.length + state.step;
-      const place = `block ${data.blocks[state.block]}, step ${data.steps[state.step]}`;
+      const place = `${data.blocks[state.block]}, ${data.steps[state.step]}`;
       const loaded = sprite.complete && sprite.naturalWidth;
       if (loaded) picture();
       if (state.patch === null) {

@@ -14,6 +14,7 @@
       { type: "range", min: 0, max: last, step: 1, value: last });
     slider.setAttribute("aria-label", "denoising step");
     const output = make("output", controls);
+    output.setAttribute("aria-live", "off");  // the slider says it
     const panels = make("div", box, { className: "minidiff-panels" });
 
     const views = data.rows.map((row) => {

@@ -22,7 +22,7 @@ def check(test: Callable[[], None]) -> Callable[[], None]:
         except NotImplementedError:
             print(f"{title}: not yet (the stub is still empty)")
         except Exception as error:
-            print(f"{title}: not yet ({error or type(error).__name__})")
+            print(f"{title}: not yet ({str(error) or type(error).__name__})")
         else:
             print(f"{title}: passed")
 

@@ -1,11 +1,15 @@
 """A matplotlib figure that draws itself in a notebook, without pyplot's state."""
 
 import io
+import textwrap
+from collections.abc import Iterator
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 DPI = 120
-INK = "#777b83"  # contrast above 4 on white and on the dark theme's ground alike
+INK = "#777b83"  # contrast above 4 on white and on the dark ground: no grey has 4.5
 PALETTE = ["#3f88c5", "#e0762b", "#2f9e6e", "#d6495f", "#9267d0", "#b08a1e", "#1d98a7"]
 
 STYLE = {
@@ -36,8 +40,29 @@ STYLE = {
 class BookFigure(Figure):
     """A figure on a transparent ground, shown by a notebook as a PNG picture."""
 
+    kind = "figure"
+
+    def __repr__(self) -> str:
+        """What is written in it: the book gives it to those who cannot see it."""
+        texts = [t for legend in self.legends for t in legend.get_texts()]
+        texts += [t for ax in self.axes for t in _texts(ax)]
+        found = dict.fromkeys(t.get_text() for t in texts if t.get_text())
+        words = " ".join(", ".join(found).split())
+        return textwrap.shorten(f"Figure ({self.kind}): {words}", 400)
+
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
         options = {"bbox_inches": "tight", "pad_inches": 0.05}
         self.savefig(buffer, dpi=DPI, metadata={"Software": None}, **options)
         return buffer.getvalue()
+
+
+def _texts(ax: Axes) -> Iterator[Text]:
+    """The title, the labels, the words at the axes, in the legend and inside."""
+    yield from (ax.title, ax.yaxis.label, ax.xaxis.label)
+    for label in (*ax.get_yticklabels(), *ax.get_xticklabels()):
+        if label.get_text()[:1].isalpha():
+            yield label
+    if legend := ax.get_legend():
+        yield from legend.get_texts()
+    yield from ax.texts

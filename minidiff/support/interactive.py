@@ -94,6 +94,8 @@ class Interactive:
     def save(self, path: str | Path) -> None:
         """Write the figure as a page of its own."""
         head = '<!doctype html><html lang="en"><meta charset="utf-8">'
+        head += '<meta name="viewport" content="width=device-width">'
+        head += f"<title>{html.escape(self.label)}</title>"
         Path(path).write_text(f"{head}{self._repr_html_()}</html>\n", encoding="utf-8")
 
 
@@ -174,8 +176,8 @@ def attention_explorer(
     data = {
         "label": "Attention between words and patches",
         "words": list(words),
-        "blocks": list(blocks or map(str, range(shape[0]))),
-        "steps": list(steps or map(str, range(shape[1]))),
+        "blocks": list(blocks or (f"block {i}" for i in range(shape[0]))),
+        "steps": list(steps or (f"step {i}" for i in range(shape[1]))),
         "grid": shape[3:],
         "size": pictures.shape[1:3],
         "pictures": len(pictures),
