@@ -12,8 +12,9 @@ the stages "step" and "decode" against diffusers in float32, of all others again
 stage's first result. Every result is one JSON line, written as it comes; a stage that
 fails is reported and the next one runs. Run again with the same output, it goes on
 where it ran out of its ``--budget`` of seconds: with the stages that are not done, and
-in "t5", "picture" and "whole" with the calls that are not. ``--models`` leaves out the
-stages of other models. It needs diffusers, and minidiff installed or in PYTHONPATH.
+in "t5", "picture" and "whole" with the calls that are not; stages that an earlier run
+began come last. ``--models`` leaves out the stages of other models. It needs diffusers,
+and minidiff installed or in PYTHONPATH.
 """
 
 import argparse
@@ -52,7 +53,7 @@ from minidiff.extras.fast import (
     pixel_attention,
 )
 from minidiff.extras.kernels import quantize, quantize_rows
-from minidiff.extras.loading import blueprint
+from minidiff.extras.loading import TOKENIZERS, blueprint, read_tokenizers
 from minidiff.extras.memory import Plan, place, to_float8
 from minidiff.flow_matching import Scheduler
 from minidiff.sampling import Pipeline, load
@@ -69,7 +70,7 @@ from minidiff.support.checkpoints import (
 )
 from minidiff.support.trainer import read_log
 from minidiff.text_encoders import T5Config, T5Encoder
-from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
+from minidiff.tokenizer import Tokenizer
 from minidiff.vae import VAE
 
 MODELS = {"medium": MMDiTConfig.sd35_medium(), "large": MMDiTConfig.sd35_large()}
@@ -127,15 +128,16 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def time(self, call: Callable[..., Any], *inputs: Any) -> float:
-        """Median milliseconds of ``call(*inputs)``, after a warm-up of two."""
-        for _ in range(2):
+    def time(self, call: Callable[..., Any], *inputs: Any, warm_up: int = 2) -> float:
+        """Median milliseconds of ``call(*inputs)``, after ``warm_up`` calls."""
+        for _ in range(warm_up):
             call(*inputs)
         self.synchronize()
         times = []
         for _ in range(self.repetitions):
             if self.device.type == "cuda":
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda._sleep(1_000_000)  # the host launches the call meanwhile
                 start.record()
                 call(*inputs)
                 end.record()
@@ -155,6 +157,11 @@ class Bench:
         taken = 1000 * (time.perf_counter() - begin)
         self.synchronize()
         return taken
+
+
+def told(problem: Exception) -> str:
+    """The beginning of what is wrong."""
+    return f"{type(problem).__name__}: {problem}"[:300]
 
 
 def error(a: Tensor, b: Tensor) -> float:
@@ -231,9 +238,13 @@ def profile(bench: Bench, what: str, call: Callable[[], Any]) -> None:
         return
     call()
     activity = torch.profiler.ProfilerActivity.CUDA
-    with torch.profiler.profile(activities=[activity]) as result:
-        call()
-        torch.cuda.synchronize()
+    try:
+        with torch.profiler.profile(activities=[activity]) as result:
+            call()
+            torch.cuda.synchronize()
+    except RuntimeError as problem:  # the figures that follow need no profile
+        bench.emit(stage="profile", what=what, failed=told(problem))
+        return
     rows = sorted(result.key_averages(), key=lambda r: -r.self_device_time_total)
     kernels = [
         [r.key[:90], r.count, round(r.self_device_time_total / 1000, 3)]
@@ -253,6 +264,7 @@ def card(bench: Bench, models: list[str]) -> None:
         record["card"] = torch.cuda.get_device_name()
         record["cudnn"] = torch.backends.cudnn.version()
         record["memory_gib"] = torch.cuda.get_device_properties(0).total_memory / 2**30
+        record["fp8_products"] = bench.float8
     side = 256 if bench.tiny else 8192
     a, b = random(bench, side, side), random(bench, side, side)
     ms = bench.time(lambda: a @ b)
@@ -340,9 +352,7 @@ def attention(bench: Bench, models: list[str]) -> None:
                         ms = bench.time(F.scaled_dot_product_attention, *qkv)
                         out = F.scaled_dot_product_attention(*qkv)
                 except RuntimeError as problem:
-                    bench.emit(
-                        stage="attention", layout=layout, error=str(problem)[:99]
-                    )
+                    bench.emit(stage="attention", layout=layout, failed=told(problem))
                     continue
                 bench.emit(
                     stage="attention", model=name, layout=layout, backend=backend,
@@ -381,6 +391,9 @@ def step(bench: Bench, name: str) -> None:
 
     baseline: dict[str, float] = {}
 
+    def ratio(ms: float, rung: str) -> float | None:
+        return round(ms / baseline[rung], 4) if rung in baseline else None
+
     def run(rung: str, call: Callable[[], Tensor], note: str = "") -> None:
         if bench.left() < 10:
             bench.emit(stage="step", model=name, rung=rung, skipped="out of time")
@@ -394,14 +407,14 @@ def step(bench: Bench, name: str) -> None:
             baseline.setdefault(rung, ms)
             bench.emit(
                 stage="step", model=name, rung=rung, ms=round(ms, 3),
-                to_eager=round(ms / baseline.get("diffusers", ms), 4),
-                to_compiled=round(ms / baseline.get("diffusers compiled", ms), 4),
+                to_eager=ratio(ms, "diffusers"),
+                to_compiled=ratio(ms, "diffusers compiled"),
                 host_ms=round(bench.host_ms(call), 2), first_s=round(first, 2),
                 error=None if reference is None else error(call(), reference),
                 note=note,
             )  # fmt: skip
-        except Exception:
-            bench.emit(stage="step", model=name, rung=rung, failed=True)
+        except Exception as problem:
+            bench.emit(stage="step", model=name, rung=rung, failed=told(problem))
             traceback.print_exc()
 
     with torch.inference_mode(False), torch.no_grad():
@@ -427,15 +440,12 @@ def step(bench: Bench, name: str) -> None:
             with attention_backend("cudnn"):
                 run("plain compiled, cudnn", lambda: ours(*given, modulations=ahead))
             run("fast, again", lambda: fast(*given, modulations=ahead))
-            other = (latents[..., :-2], None, context[:, :-2], None)
-            begin = time.perf_counter()
-            with attention_backend("cudnn"):
-                ours(*other, modulations=ahead)
-            bench.synchronize()
-            bench.emit(
-                stage="step", model=name, rung="plain compiled, another size",
-                first_s=time.perf_counter() - begin,
-            )  # fmt: skip
+            reference, other = None, (latents[..., :-2], None, context[:, :-2], None)
+            with attention_backend("cudnn"):  # first_s: a new size compiles nothing
+                run(
+                    "plain compiled, another size",
+                    lambda: ours(*other, modulations=ahead),
+                )
         elif bench.compile:
             bench.skipped = True
         for block in ours.joint_blocks:
@@ -480,12 +490,20 @@ def decode(bench: Bench, models: list[str]) -> None:
         base: list[float] = []
 
         def run(rung: str, call: Callable[[], Tensor]) -> None:
+            try:
+                measured(rung, call)
+            except Exception as problem:
+                bench.emit(stage="decode", rung=rung, failed=told(problem))
+                traceback.print_exc()
+
+        def measured(rung: str, call: Callable[[], Tensor]) -> None:
             begin = time.perf_counter()
             call()
             bench.synchronize()
             first = time.perf_counter() - begin
             ms = bench.time(call)
-            base.append(ms)
+            if rung == "diffusers":
+                base.append(ms)
             peak = None
             if bench.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
@@ -494,7 +512,8 @@ def decode(bench: Bench, models: list[str]) -> None:
                 peak = round((torch.cuda.max_memory_allocated() - before) / 2**30, 3)
             bench.emit(
                 stage="decode", rung=rung, ms=round(ms, 3),
-                to_eager=round(ms / base[0], 4), first_s=round(first, 2),
+                to_eager=round(ms / base[0], 4) if base else None,
+                first_s=round(first, 2),
                 host_ms=round(bench.host_ms(call), 2), peak_gib=peak,
                 error=None if reference is None else error(call(), reference),
             )  # fmt: skip
@@ -536,7 +555,8 @@ def convolutions(bench: Bench, models: list[str]) -> None:
         torch.backends.cudnn.benchmark = False
     tokens, width = (bench.latent**2, 32 if bench.tiny else 512)
     q, k, v = random(bench, 3, 1, tokens, width)
-    whole = bench.time(lambda: F.scaled_dot_product_attention(q, k, v))
+    one_head = [x[:, None] for x in (q, k, v)]  # the fused forms want four axes
+    whole = bench.time(F.scaled_dot_product_attention, *one_head)
 
     def chunks() -> Tensor:
         return torch.cat([pixel_attention(p, k, v) for p in q.split(2048, 1)], 1)
@@ -689,6 +709,8 @@ def memory(bench: Bench, name: str) -> None:
             first_s=round(seconds[0], 3), error=error(out, plain),
         )  # fmt: skip
         del pipe, model
+    if not bench.skipped:
+        shutil.rmtree(folder)
 
 
 PROMPT = "a red dress on a blue background"
@@ -701,6 +723,13 @@ OURS = {
 }
 
 
+def longer(tokenizer: Tokenizer, length: int) -> Tokenizer:
+    """The same tokenizer for prompts of up to ``length`` tokens."""
+    tokenizer.settings = tokenizer.settings._replace(model_max_length=length)
+    tokenizer.model_max_length = length
+    return tokenizer
+
+
 def write_pipeline(bench: Bench, name: str) -> Path:
     """A whole pipeline of random weights in the hub's layout: its folder.
 
@@ -710,13 +739,10 @@ def write_pipeline(bench: Bench, name: str) -> Path:
     if (folder / "model_index.json").is_file():
         return folder
     begin = time.perf_counter()
-    lengths = {} if bench.tiny else {"model_max_length": 77}
-    clips = [
-        CLIPTokenizer.from_pretrained(TINY / n, **lengths)
-        for n in ("tokenizer", "tokenizer_2")
-    ]
-    lengths = {} if bench.tiny else {"model_max_length": 512}
-    tokenizers = [*clips, T5Tokenizer.from_pretrained(TINY / "tokenizer_3", **lengths)]
+    tokenizers = read_tokenizers(TINY, TOKENIZERS)
+    if not bench.tiny:
+        lengths = 77, 77, 512
+        tokenizers = [longer(t, n) for t, n in zip(tokenizers, lengths, strict=True)]
     parts = blueprints(bench)
     with torch.device("meta"):
         parts["transformer"] = MMDiT(model_config(bench, name))
@@ -741,7 +767,7 @@ def measure(
     bench.synchronize()
     found = {"first_s": round(time.perf_counter() - begin, 3)}
     repeated = replace(bench, repetitions=min(3, bench.repetitions))
-    found["seconds"] = round(repeated.time(call) / 1000, 5)
+    found["seconds"] = round(repeated.time(call, warm_up=0) / 1000, 5)
     if bench.device.type == "cuda":
         found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
     return found, out
@@ -772,7 +798,12 @@ class Compare:
         if self.bench.left() < need:
             self.bench.emit(**self.record, what=what, skipped="out of time")
             return
-        found, out = measure(self.bench, call)
+        try:
+            found, out = measure(self.bench, call)
+        except Exception as problem:
+            self.bench.emit(**self.record, what=what, failed=told(problem))
+            traceback.print_exc()
+            return
         self.first = out if self.first is None else self.first
         self.seconds[what] = now = found["seconds"]
         ratios = {
@@ -807,7 +838,11 @@ def t5(bench: Bench, models: list[str]) -> None:
 
 
 def picture(bench: Bench, name: str) -> None:
-    """From the prompt to pixels, everything included."""
+    """From the prompt to pixels, everything included.
+
+    diffusers keeps the latents in bfloat16 between steps, we in float32: the difference
+    is no error. Only "step" compiles from nothing: here the compiler's cache may help.
+    """
     folder = write_pipeline(bench, name)
     free()
     config = model_config(bench, name)
@@ -832,15 +867,18 @@ def picture(bench: Bench, name: str) -> None:
         theirs.transformer.compile()
         theirs.vae.to(memory_format=torch.channels_last)
         theirs.vae.decoder.compile()
-        compare(COMPILED, lambda p=theirs: p(**call).images, need=150)
+        need = 10 if bench.tiny else 250 if name == "large" else 150
+        compare(COMPILED, lambda p=theirs: p(**call).images, need)
     del theirs
     for what, settings in OURS.items():
         free()
         wanted = bench.compile or "compile" not in settings
-        if wanted and what not in compare.known:
+        if wanted and what not in compare.known and bench.left() < 60:
+            bench.emit(stage="picture", model=name, what=what, skipped="out of time")
+        elif wanted and what not in compare.known:
             pipe = load(folder, bench.device, bench.dtype, **settings)
             pipe.progress = False
-            compare(what, lambda p=pipe: p(**call), need=60)
+            compare(what, lambda p=pipe: p(**call))
             del pipe
     if not bench.skipped:
         shutil.rmtree(folder)
@@ -890,12 +928,17 @@ STAGES = {
     "whole-large": lambda bench, models: whole(bench, "large"),
     "convolutions": convolutions,
 }
-NEEDS = {  # seconds, for those that write or read many gigabytes before they measure
+NEEDS = {  # seconds, for those that compile, or first write or read many gigabytes
+    "step-medium": 180,
+    "step-large": 200,
+    "decode": 150,
+    "whole-medium": 150,
+    "whole-large": 250,
     "load-large": 120,
     "memory-large": 150,
     "t5": 120,
-    "picture-medium": 150,
-    "picture-large": 300,
+    "picture-medium": 200,
+    "picture-large": 400,
 }
 
 
@@ -905,9 +948,11 @@ def chosen(stages: list[str], models: list[str]) -> list[str]:
     return [stage for stage in stages if not stage.endswith(others)]
 
 
-def finished(output: Path) -> set[str]:
-    """The stages that an earlier run has done."""
-    return {record["stage"] for record in read_log(output) if record.get("done")}
+def waiting(output: Path, stages: list[str]) -> list[str]:
+    """Those of ``stages`` that no earlier run has done; what one began comes last."""
+    log = read_log(output)
+    done, begun = ({r["stage"] for r in log if r.get(k)} for k in ("done", "begun"))
+    return sorted((s for s in stages if s not in done), key=lambda s: s in begun)
 
 
 def main() -> None:
@@ -933,21 +978,22 @@ def main() -> None:
         options.folder,
         not options.no_compile,
     )
-    before = finished(options.output)
-    for name in chosen(options.stages, options.models):
-        if name in before:
-            continue
+    torch._dynamo.config.recompile_limit = 64  # for both, as ``compile_blocks`` does
+    for rest in bench.folder.rglob(".*.part"):  # of a write that was killed
+        rest.unlink()
+    for name in waiting(options.output, chosen(options.stages, options.models)):
         if bench.left() < (5 if bench.tiny else NEEDS.get(name, 5)):
             bench.emit(stage=name, skipped="out of time")
             continue
         begin, bench.skipped, failed = time.monotonic(), False, False
+        bench.emit(stage=name, begun=True)
         try:
             STAGES[name](bench, options.models)
+            free()
         except Exception as problem:
             traceback.print_exc()
-            failed = f"{type(problem).__name__}: {problem}"[:300]
+            failed = told(problem)
             bench.emit(stage=name, failed=failed)
-        free()
         seconds = round(time.monotonic() - begin, 1)
         bench.emit(stage=name, done=not (failed or bench.skipped), seconds=seconds)
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -25,7 +26,9 @@ from minidiff.attention import record_attention
 from minidiff.dit import MMDiT
 from minidiff.extras import fast, kernels, memory
 from minidiff.extras.fast import FastDecoder, FastMMDiT, attention_backend
+from minidiff.extras.loading import TOKENIZERS, read_tokenizers
 from minidiff.extras.memory import to_float8
+from minidiff.support.checkpoints import TINY
 from minidiff.support.trainer import read_log
 from minidiff.vae import VAE, VAEConfig
 
@@ -406,6 +409,20 @@ def test_the_gpu_benchmark_leaves_out_other_models():
     found = gpu.chosen(["card", "step-medium", "step-large"], ["large"])
     assert found == ["card", "step-large"]
     assert gpu.chosen(list(gpu.STAGES), list(gpu.MODELS)) == list(gpu.STAGES)
+
+
+def test_the_gpu_benchmark_goes_on_with_what_it_has_not_begun(tmp_path):
+    log = tmp_path / "results.jsonl"
+    records = {"stage": "card", "done": True}, {"stage": "t5", "begun": True}
+    log.write_text("".join(f"{json.dumps(r)}\n" for r in records))
+    assert gpu.waiting(log, ["card", "t5", "decode"]) == ["decode", "t5"]
+
+
+def test_the_gpu_benchmark_lets_tokenizers_read_more(tmp_path):
+    for tokenizer in read_tokenizers(TINY, TOKENIZERS):
+        gpu.longer(tokenizer, 77).save_pretrained(tmp_path)
+        again = type(tokenizer).from_pretrained(tmp_path)
+        assert again(["a"]).shape == tokenizer(["a"]).shape == (1, 77)
 
 
 def test_the_gpu_benchmark_runs_and_goes_on(tmp_path):
