@@ -12,9 +12,9 @@ the stages "step" and "decode" against diffusers in float32, of all others again
 stage's first result. Every result is one JSON line, written as it comes; a stage that
 fails is reported and the next one runs. Run again with the same output, it goes on
 where it ran out of its ``--budget`` of seconds: with the stages that are not done, and
-in "t5", "picture" and "whole" with the calls that are not; stages that an earlier run
-began come last. ``--models`` leaves out the stages of other models. It needs diffusers,
-and minidiff installed or in PYTHONPATH.
+in "t5", "picture" and "whole" with the calls that are not (a call that failed is not
+repeated); stages that an earlier run began come last. ``--models`` leaves out the
+stages of other models. It needs diffusers, and minidiff installed or in PYTHONPATH.
 """
 
 import argparse
@@ -137,7 +137,9 @@ class Bench:
         for _ in range(self.repetitions):
             if self.device.type == "cuda":
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                torch.cuda._sleep(1_000_000)  # the host launches the call meanwhile
+                torch.cuda._sleep(
+                    1_000_000
+                )  # half a millisecond, to launch a kernel in
                 start.record()
                 call(*inputs)
                 end.record()
@@ -236,9 +238,9 @@ def profile(bench: Bench, what: str, call: Callable[[], Any]) -> None:
     """The kernels that take most of one call."""
     if bench.device.type != "cuda":
         return
-    call()
     activity = torch.profiler.ProfilerActivity.CUDA
     try:
+        call()
         with torch.profiler.profile(activities=[activity]) as result:
             call()
             torch.cuda.synchronize()
@@ -352,7 +354,8 @@ def attention(bench: Bench, models: list[str]) -> None:
                         ms = bench.time(F.scaled_dot_product_attention, *qkv)
                         out = F.scaled_dot_product_attention(*qkv)
                 except RuntimeError as problem:
-                    bench.emit(stage="attention", layout=layout, failed=told(problem))
+                    which = {"model": name, "layout": layout, "backend": backend}
+                    bench.emit(stage="attention", **which, failed=told(problem))
                     continue
                 bench.emit(
                     stage="attention", model=name, layout=layout, backend=backend,
@@ -440,12 +443,15 @@ def step(bench: Bench, name: str) -> None:
             with attention_backend("cudnn"):
                 run("plain compiled, cudnn", lambda: ours(*given, modulations=ahead))
             run("fast, again", lambda: fast(*given, modulations=ahead))
-            reference, other = None, (latents[..., :-2], None, context[:, :-2], None)
-            with attention_backend("cudnn"):  # first_s: a new size compiles nothing
-                run(
-                    "plain compiled, another size",
-                    lambda: ours(*other, modulations=ahead),
-                )
+            other = (latents[..., :-2], None, context[:, :-2], None)
+            begin = time.perf_counter()
+            with attention_backend("cudnn"):
+                ours(*other, modulations=ahead)
+            bench.synchronize()
+            bench.emit(
+                stage="step", model=name, rung="plain compiled, another size",
+                first_s=time.perf_counter() - begin,
+            )  # fmt: skip
         elif bench.compile:
             bench.skipped = True
         for block in ours.joint_blocks:
@@ -872,14 +878,15 @@ def picture(bench: Bench, name: str) -> None:
     del theirs
     for what, settings in OURS.items():
         free()
-        wanted = bench.compile or "compile" not in settings
-        if wanted and what not in compare.known and bench.left() < 60:
+        if what in compare.known or ("compile" in settings and not bench.compile):
+            continue
+        if bench.left() < (5 if bench.tiny else 60):
             bench.emit(stage="picture", model=name, what=what, skipped="out of time")
-        elif wanted and what not in compare.known:
-            pipe = load(folder, bench.device, bench.dtype, **settings)
-            pipe.progress = False
-            compare(what, lambda p=pipe: p(**call))
-            del pipe
+            continue
+        pipe = load(folder, bench.device, bench.dtype, **settings)
+        pipe.progress = False
+        compare(what, lambda p=pipe: p(**call))
+        del pipe
     if not bench.skipped:
         shutil.rmtree(folder)
 
@@ -931,9 +938,9 @@ STAGES = {
 NEEDS = {  # seconds, for those that compile, or first write or read many gigabytes
     "step-medium": 180,
     "step-large": 200,
-    "decode": 150,
-    "whole-medium": 150,
-    "whole-large": 250,
+    "decode": 200,
+    "whole-medium": 200,
+    "whole-large": 300,
     "load-large": 120,
     "memory-large": 150,
     "t5": 120,
@@ -988,14 +995,18 @@ def main() -> None:
         begin, bench.skipped, failed = time.monotonic(), False, False
         bench.emit(stage=name, begun=True)
         try:
-            STAGES[name](bench, options.models)
             free()
+            STAGES[name](bench, options.models)
         except Exception as problem:
             traceback.print_exc()
             failed = told(problem)
             bench.emit(stage=name, failed=failed)
         seconds = round(time.monotonic() - begin, 1)
         bench.emit(stage=name, done=not (failed or bench.skipped), seconds=seconds)
+    if not waiting(options.output, list(STAGES)):
+        for name in MODELS:
+            shutil.rmtree(bench.folder / name, ignore_errors=True)
+            shutil.rmtree(bench.folder / f"{name}-pipeline", ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -992,7 +992,7 @@ def load(
 # %% tags=["active-ipynb"]
 # print(journey.check("latents", called))
 # print(journey.check("picture", final))
-# pipe(PROMPT, seed=SEED)[0].resize((256, 256))
+# viz.show_images(pipe(PROMPT, seed=SEED), [PROMPT])
 
 # %% [markdown]
 # ## Further reading

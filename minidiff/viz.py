@@ -376,8 +376,8 @@ def show_curves(
     figure, axes = _axes(1, 1, (5.4, 3.0), grid=True)
     ax = axes[0, 0]
     for i, (color, name) in enumerate(zip(_colors(len(curves)), curves, strict=True)):
-        x, y = curves[name] if isinstance(curves[name], tuple) else (None, curves[name])
-        x = range(len(y)) if x is None else x
+        curve = curves[name]
+        x, y = curve if isinstance(curve, tuple) else (range(len(curve)), curve)
         style = {"ls": DASHES[i % 4], "marker": "o" if markers else None, "ms": 4}
         ax.plot(_numpy(x), _numpy(y), c=color, label=name, **style)
     ax.set(xlabel=xlabel, ylabel=ylabel)

@@ -107,5 +107,10 @@ def check_patch(figure: Any, canvas: Any, words: Any, data: dict[str, Any]) -> N
         share = reads[0, 0, row, column] / max(reads[0, 0, row, column].max(), 1)
         found = [float(w.get_attribute("data-share")) for w in words.all()]
         assert np.allclose(found, share, atol=1e-3)
+    words.nth(0).focus()  # the patch stays chosen, for the sliders behind the words
+    assert words.nth(0).get_attribute("aria-pressed") == "false"
+    words.nth(0).press("Enter")
+    assert words.nth(0).get_attribute("aria-pressed") == "true"
+    canvas.click(position=place)
     canvas.press("Escape")
     assert words.nth(0).get_attribute("aria-pressed") == "true"

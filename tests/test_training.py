@@ -470,6 +470,13 @@ def test_no_latents_to_hold(tmp_path: Path, change: dict) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_latents_are_kept_or_held(go_on: Callable[..., Path], tmp_path: Path) -> None:
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"hold_latents": 0.1}))
+    with pytest.raises(ValueError, match="has keep_latents and hold_latents; expected"):
+        go_on("vae", tmp_path / "out")
+
+
 def test_recomputed_blocks_of_the_transformer(
     go_on: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

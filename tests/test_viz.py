@@ -93,6 +93,10 @@ def test_a_figure_says_what_is_written_in_it() -> None:
     assert repr(figure) == "Figure (curves): loss, step, fast, slow"
     figure = viz.show_images(torch.zeros(2, 3, 4, 4), ["a red dress", "a bag"])
     assert repr(figure) == "Figure (images): a red dress, a bag"
+    figure = viz.show_pieces([["dre", "s", "s"]], ["word"], [["1", "2", "2"]])
+    assert repr(figure) == "Figure (pieces): word, dre, s, s"
+    figure = viz.show_heatmap(torch.eye(2), ["0 a dress", "1 a bag"], digits=1)
+    assert repr(figure) == "Figure (heatmap): 0 a dress, 1 a bag"
     assert len(repr(viz.show_images(torch.zeros(40, 3, 4, 4), ["word"] * 20))) < 401
 
 

@@ -38,8 +38,9 @@
     const showBlock = slider("block", data.blocks);
     const showStep = slider("step", data.steps);
     make("div", right, { className: "minidiff-note",
-      textContent: "Hover, tap or focus a word; click a patch, or move over the picture "
-        + "with the arrow keys, for the words it reads (Esc: back to the word)." });
+      textContent: "Hover, tap or focus a word (Enter, while a patch is chosen); click a "
+        + "patch, or move over the picture with the arrow keys, for the words it reads "
+        + "(Esc: back to the word)." });
 
     const buttons = data.words.map((word, i) => {
       const button = make("button", words, { type: "button", textContent: word });

@@ -110,9 +110,7 @@ class Recipe:
     two_garments: float = 0.65  # of T5's and the transformer's scenes: they are harder
     uniform_levels: bool = False  # noise levels uniform, not logit-normal
     keep_latents: bool = False  # of the autoencoder only the decoder learns
-    hold_latents: float = (
-        0.0  # the encoder learns too, this strongly held: ``held_loss``
-    )
+    hold_latents: float = 0.0  # how strongly, where both learn: see ``held_loss``
     shift: float = 1.0  # moves noise levels towards 1
     scenes: str = "composed"  # or "plain" (garments as they are), or a folder
 
@@ -242,8 +240,8 @@ RECIPES["muon"] = replace(
         RECIPES["further"].transformer, steps=9_000, learning_rate=1.5e-3, muon=True
     ),
 )
-# What finished the autoencoder, by Muon's steps too: its latents hardly move, so that
-# the transformer need not learn again.
+# What finished the autoencoder (``--stage vae``), by Muon's steps too: its latents
+# hardly move, so that the transformer need not learn again.
 RECIPES["details"] = replace(
     RECIPES["muon"],
     vae=replace(RECIPES["longer"].vae, steps=10_000, learning_rate=2e-3, muon=True),
@@ -982,6 +980,16 @@ def limited(recipe: Recipe, seed: int, crop: bool) -> Recipe:
     return replace(recipe, held=min(recipe.held, held), **sizes)
 
 
+def check_latents(recipe: Recipe, none: bool) -> None:
+    """Raise ValueError for latents that are to be kept or held where there are none."""
+    if recipe.keep_latents and recipe.hold_latents:
+        raise ValueError("the recipe has keep_latents and hold_latents; expected one")
+    if none and (recipe.keep_latents or recipe.hold_latents):
+        raise ValueError(
+            "the recipe keeps or holds a model's latents; expected --start"
+        )
+
+
 def train(
     stage: str,
     output: Path,
@@ -1029,10 +1037,7 @@ def train(
     compiled = {} if compile is None else {"compile": compile}
     changes = {name: compiled | (size if name == stage else {}) for name in STAGES[1:]}
     chosen = changed(chosen, changes, "the command line")
-    if "vae" in stages and not start and (chosen.keep_latents or chosen.hold_latents):
-        raise ValueError(
-            "the recipe keeps or holds a model's latents; expected --start"
-        )
+    check_latents(chosen, "vae" in stages and start is None)
     start = start and open_start(start)
     check_needs(stage, start or output / "model")
     device = parallel.start(device)

@@ -45,9 +45,10 @@ class BookFigure(Figure):
     def __repr__(self) -> str:
         """What is written in it: the book gives it to those who cannot see it."""
         texts = [t for legend in self.legends for t in legend.get_texts()]
-        texts += [t for ax in self.axes for t in _texts(ax)]
-        found = dict.fromkeys(t.get_text() for t in texts if t.get_text())
-        words = " ".join(", ".join(found).split())
+        texts += [t for ax in self.axes for t in _names(ax)]
+        names = dict.fromkeys(t.get_text() for t in texts if t.get_text())
+        inside = [t.get_text() for ax in self.axes for t in ax.texts]
+        words = ", ".join([*names, *filter(_is_word, inside)])
         return textwrap.shorten(f"Figure ({self.kind}): {words}", 400)
 
     def _repr_png_(self) -> bytes:
@@ -57,12 +58,16 @@ class BookFigure(Figure):
         return buffer.getvalue()
 
 
-def _texts(ax: Axes) -> Iterator[Text]:
-    """The title, the labels, the words at the axes, in the legend and inside."""
+def _names(ax: Axes) -> Iterator[Text]:
+    """The title, the labels, the words at the axes and in the legend."""
     yield from (ax.title, ax.yaxis.label, ax.xaxis.label)
     for label in (*ax.get_yticklabels(), *ax.get_xticklabels()):
-        if label.get_text()[:1].isalpha():
+        if _is_word(label.get_text()):
             yield label
     if legend := ax.get_legend():
         yield from legend.get_texts()
-    yield from ax.texts
+
+
+def _is_word(text: str) -> bool:
+    """Whether a text has letters, and is no formatted power of ten."""
+    return any(map(str.isalpha, text)) and "mathdefault" not in text

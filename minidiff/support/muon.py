@@ -50,13 +50,14 @@ def pieces(x: Tensor) -> tuple[Tensor, ...]:
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for the matrices of a transformer's layers, AdamW for all else.
+    """Muon for the matrices and convolutions of layers, AdamW for all else.
 
     Args:
         named_parameters: of an MMDiT or a VAE. Muon takes those with two or four axes
-            whose name holds a digit: all matrices and convolutions but the layers at
-            entrances and exits. (In other models that may be tables, which it is not
-            for.) Of sharded ones each process holds all updates while it makes a step.
+            whose name holds a digit: all but the first layer of the text and of the
+            picture and the last one, or ``conv_in`` and ``conv_out``. (In other models
+            that may be tables, which it is not for.) Of sharded ones each process holds
+            all updates while it makes a step.
         settings: of AdamW. The rate and the weight decay are Muon's too.
     """
 
