@@ -393,9 +393,9 @@ def transformer_loss(model: MMDiT, batch: Batch) -> Tensor:
 
 # %% [markdown]
 # Levels are drawn so that their logit is normal: the middle more often than the ends.
-# (The shipped model's last runs moved them towards noise, by chapter 6's shift of 3,
-# because garments are decided there.) Here too each sample's level is a function of its
-# number: its logit is a second normal number.
+# (The shipped transformer's last runs moved them towards noise, by chapter 6's shift of
+# 3, because garments are decided there.) Here too each sample's level is a function of
+# its number: its logit is a second normal number.
 
 
 # %%

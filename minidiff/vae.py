@@ -563,8 +563,8 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # viz.show_images(torch.cat([images[:6], restored[:6]]), columns=6)
 
 # %% [markdown]
-# Compare what is large, shape and colour, with what is fine: prints, seams, edges. The
-# fine detail is lost first. This autoencoder is small and learned on a CPU
+# Hardly a difference is seen. Look for it in what is fine, prints, seams, edges: fine
+# detail is lost first. This autoencoder is small and learned on a CPU
 # ([how](../book/training_log.md)).
 #
 # How wide are the distributions? Compare the noise $s$ with the spread of the means,
@@ -606,10 +606,11 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # viz.show_images(views, losses, columns=8)
 
 # %% [markdown]
-# One channel carries most: without it the dress fades. Some cost a few decibels each;
-# the others can be removed with hardly a trace: they carry little, or only what others
-# carry too. Is the strongest the channel for red? One picture does not show it: try
-# another scene before you name a channel. Nothing in the loss asks for such meanings.
+# One channel carries most: without it the dress fades. Some cost about ten decibels
+# each; the others can be removed with hardly a trace: they carry little, or only what
+# others carry too. Is the strongest the channel for red? One picture does not show it:
+# try another scene before you name a channel. Nothing in the loss asks for such
+# meanings.
 
 # %% [markdown]
 # ## Reconstruction against compression
@@ -647,10 +648,9 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # From a few components on the latent lies above the small picture: for the same number
 # of numbers it gives the better one. With fewer, plain shrinking wins; but this decoder
 # never learned to do with so few, and an autoencoder trained with $k$ channels should
-# beat ours cut to $k$ components. At the right the curve is nearly flat: what limits
-# the picture there is not the room in the latent but the network and its training. (The
-# bump at 3,072 numbers is a side of 32, exactly half of 64.) Measure your own
-# autoencoder against plain shrinking before you trust it.
+# beat ours cut to $k$ components. Ours rises to the end: the autoencoder makes use of
+# all its room. (The bump at 3,072 numbers is a side of 32, exactly half of 64.) Measure
+# your own autoencoder against plain shrinking before you trust it.
 
 # %% [markdown]
 # ## A walk between two latents
