@@ -137,9 +137,8 @@ class Bench:
         for _ in range(self.repetitions):
             if self.device.type == "cuda":
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                torch.cuda._sleep(
-                    1_000_000
-                )  # half a millisecond, to launch a kernel in
+                # Half a millisecond, in which the host launches a short kernel
+                torch.cuda._sleep(1_000_000)
                 start.record()
                 call(*inputs)
                 end.record()

@@ -375,11 +375,11 @@ def show_curves(
     """Lines by name: each a sequence of y, or a pair (x, y)."""
     figure, axes = _axes(1, 1, (5.4, 3.0), grid=True)
     ax = axes[0, 0]
-    for i, (color, name) in enumerate(zip(_colors(len(curves)), curves, strict=True)):
-        curve = curves[name]
+    colors = _colors(len(curves))
+    for i, (name, curve) in enumerate(curves.items()):
         x, y = curve if isinstance(curve, tuple) else (range(len(curve)), curve)
         style = {"ls": DASHES[i % 4], "marker": "o" if markers else None, "ms": 4}
-        ax.plot(_numpy(x), _numpy(y), c=color, label=name, **style)
+        ax.plot(_numpy(x), _numpy(y), c=colors[i], label=name, **style)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.set(xscale="log" if logx else "linear", yscale="log" if logy else "linear")
     for axis, log in ((ax.xaxis, logx), (ax.yaxis, logy)):

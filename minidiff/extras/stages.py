@@ -532,7 +532,7 @@ def held_loss(vae: VAE, batch: Batch, weight: float) -> Tensor:
 
     A transformer that has learned on these then fits what ``vae`` becomes.
     """
-    posterior = vae.encode(batch["images"])
+    posterior = vae.encode(batch["images"])  # once, for both terms
     encoded = SimpleNamespace(encode=lambda _: posterior, decode=vae.decode)
     distance = precise(posterior.mean) - batch["known"]
     return vae_loss(encoded, batch) + weight * distance.square().mean()
