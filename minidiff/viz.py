@@ -711,10 +711,12 @@ def show_vectors(
     style = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.007}
     for color, (name, v) in zip(colors[len(points) :], vectors.items(), strict=True):
         ax.quiver(*_numpy(origin), *_numpy(v), color=color, label=name, **style)
-        ax.annotate(name, _numpy(origin + v), (3, 3), textcoords="offset points")
+        up = 1 if v[1] > 0 else -1  # beyond the tip, where no arrow goes
+        place = {"xytext": (0, 9 * up), "textcoords": "offset points"}
+        ax.annotate(name, _numpy(origin + v), ha="center", va="center", **place)
     ends = np.stack([_numpy(origin)] + [_numpy(origin + v) for v in vectors.values()])
     ends = np.concatenate([ends, *(_numpy(xy) for xy in points.values())])
-    low, high = ends.min(0) - 0.2, ends.max(0) + 0.2
+    low, high = ends.min(0) - 0.4, ends.max(0) + 0.4
     ax.set(aspect="equal", xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

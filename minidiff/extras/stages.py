@@ -520,10 +520,15 @@ def train_vae(job: Job) -> None:
     export(job, vae, "vae")
 
 
+def chunk_size(device: torch.device) -> int:
+    """How many pictures are encoded at once: what the caches of ``device`` hold."""
+    return 64 if device.type == "cpu" else 2048
+
+
 @torch.no_grad()
 def latent_means(vae: VAE, images: Tensor) -> Tensor:
     """float16 latents (n, C, h, w), not scaled, of ``images`` in bytes."""
-    parts = images.split(64 if images.device.type == "cpu" else 2048)
+    parts = images.split(chunk_size(images.device))
     return torch.cat([vae.encode(from_bytes(x)).mean.half() for x in parts])
 
 
@@ -623,7 +628,7 @@ class Features:
 def encode_scenes(vae: VAE, scenes: Scenes | Pictures, n: int) -> tuple[Tensor, Tensor]:
     """float16 latents (n, C, h, w), scaled, and caption numbers (n,) of n scenes."""
     device, latents, captions = scenes.device, [], []
-    chunk = 64 if device.type == "cpu" else 2048  # what its caches hold
+    chunk = chunk_size(device)
     for start in range(0, n, chunk):
         batch = scenes.batch(torch.arange(start, min(n, start + chunk), device=device))
         with torch.autocast(device.type, torch.bfloat16):
