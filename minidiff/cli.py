@@ -175,7 +175,7 @@ def sample(
         bool | None, typer.Option(help="Store the blocks' matrices in 8 bits.")
     ] = None,
     vae_tile: Annotated[
-        int | None, typer.Option(help="Decode in tiles of so many latent pixels.")
+        int | None, typer.Option(help="Work in tiles of so many latent pixels.")
     ] = None,
     vae_slicing: Annotated[
         bool | None, typer.Option(help="Decode one picture at a time.")

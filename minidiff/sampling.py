@@ -11,7 +11,7 @@ After it you will be able to
 - **batch** and **precompute** what the naive loop does again and again;
 - **watch** a picture appear, step by step;
 - **compare** guidance scales, step counts and solvers;
-- **run** the same lines on Stable Diffusion 3.5 Medium, Large and Large Turbo.
+- **set up** Stable Diffusion 3.5 Medium, Large and Large Turbo with the same lines.
 """
 
 # %% [markdown]
@@ -271,7 +271,8 @@ class Pipeline:
 
     ``tokenizers`` and ``text_encoders``: CLIP-L, CLIP-G and T5 (None where the model
     goes without T5). ``name`` chooses the defaults where the configuration does not
-    tell (Large and Large Turbo).
+    tell (Large and Large Turbo). It makes one call at a time: threads that share a
+    pipeline need a lock.
     """
 
     def __init__(
@@ -483,6 +484,8 @@ class Pipeline:
         Raises ValueError for a size that the model cannot make, or that a card has no
         room for where ``levels`` (steps + 1, twice with guidance) have modulations.
         """
+        from minidiff.extras.memory import check_room
+
         config, factor = self.transformer.config, self.vae.config.factor
         if latents is not None and latents.ndim != 4:
             found = tuple(latents.shape)
@@ -494,14 +497,13 @@ class Pipeline:
         for name, size in zip(("height", "width"), sizes, strict=True):
             checks.check_size(name, size, grid, config.pos_embed_max_size * grid)
         shape = (config.in_channels, *(size // factor for size in sizes))
-        checks.check_room(self, (count, *shape), levels=levels)
+        check_room(self, (count, *shape), levels=levels)
         if latents is None:
             first = secrets.randbelow(2**32) if seed is None else seed
             return starting_noise(range(first, first + count), shape)
-        if latents.shape != (count, *shape):
-            raise ValueError(
-                f"latents have shape {tuple(latents.shape)}; expected {(count, *shape)}"
-            )
+        found, expected = tuple(latents.shape), (count, *shape)
+        if found != expected:
+            raise ValueError(f"latents have shape {found}; expected {expected}")
         return latents
 
     def save_pretrained(
@@ -555,9 +557,10 @@ def load(
     ``text_encoders`` is the folder with the encoders and the tokenizers. ``device``
     None is the CPU; ``dtype`` None is float32 on a CPU and bfloat16 elsewhere.
 
-    ``memory``: "8GB", "12GB", … picks a plan that fits, says so, and holds to it;
-    ``knobs`` are the settings of ``minidiff.extras.memory.Plan``. ``fast`` runs
-    ``minidiff.extras.fast`` for the blocks, ``compile`` compiles each kind of block.
+    ``memory``: "8GB", "12GB", … picks a plan by which a picture of 1024² fits, says so,
+    and refuses a call that needs more; ``knobs`` are the settings of
+    ``minidiff.extras.memory.Plan``. ``fast`` runs ``minidiff.extras.fast`` for the
+    blocks, ``compile`` compiles each kind of block.
     Every file is checked before the first weight is read: ValueError and
     FileNotFoundError name what does not fit.
     """

@@ -118,6 +118,7 @@ def jupyterlab(
             port = probe.getsockname()[1]
         command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
         command += [f"--port={port}", "--IdentityProvider.token=t", "--ip=127.0.0.1"]
+        command += ["--ServerApp.port_retries=0"]  # not beside what waits for it
         with (home / "log").open("w") as log:
             process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
         try:

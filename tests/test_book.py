@@ -6,6 +6,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 LOCAL = ("", "file")
+FETCHED = ("stylesheet", "preload", "modulepreload", "icon")
 
 
 class Page(HTMLParser):
@@ -25,6 +26,8 @@ class Page(HTMLParser):
             self.links.append(values["href"])
         if tag in ("img", "script", "source", "iframe") and values.get("src"):
             self.sources.append(values["src"])
+        if tag == "link" and values.get("rel") in FETCHED and values.get("href"):
+            self.sources.append(values["href"])
 
 
 def html(book: Path) -> list[Path]:

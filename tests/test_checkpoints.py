@@ -159,6 +159,15 @@ def test_saving_over_the_mapped_file_keeps_the_model(tmp_path):
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
+def test_two_threads_write_one_file_in_turn(tmp_path):
+    file = tmp_path / "latest"
+    with cp.replacing(file) as first, cp.replacing(file) as second:
+        assert first != second
+        first.write_text("first")
+        second.write_text("second")
+    assert file.read_text() == "first" and list(tmp_path.iterdir()) == [file]
+
+
 def test_a_full_disk_keeps_what_was_there(tmp_path):
     resource = pytest.importorskip("resource", reason="needs limits of POSIX")
     saved(tmp_path, "T5EncoderModel")
@@ -258,7 +267,7 @@ def test_read_config(tmp_path):
 
 
 BAD = {
-    "layer": ("SD3Transformer2DModel", {"qk_norm": "layer"}),
+    "qk_norm 'layer'": ("SD3Transformer2DModel", {"qk_norm": "layer"}),
     "num_attention_heads is 0; expected": (
         "SD3Transformer2DModel",
         {"num_attention_heads": 0},

@@ -12,6 +12,7 @@ from dataclasses import fields
 from inspect import signature
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import randomize
 from PIL import Image
@@ -32,7 +33,6 @@ from minidiff.training import TrainingConfig
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A small model's folder, as diffusers saves it."""
-    pytest.importorskip("diffusers")
     path = tmp_path_factory.mktemp("model")
     save_tokenizers(path / "parts")
     reference_pipeline(load_tokenizers(path / "parts")).save_pretrained(path / "saved")
@@ -49,8 +49,9 @@ def test_sample_takes_free_names(run, folder, tmp_path):
         Image.open(tmp_path / f"picture{n}.png") for n in ("", "-1", "-2", "-3")
     ]
     assert all(p.size == (32, 32) for p in pictures)
-    same = [p.tobytes() == pictures[0].tobytes() for p in pictures]
-    assert same == [True, True, True, False]
+    first, *others = (np.asarray(p).astype(int) for p in pictures)
+    far = [abs(other - first).max() for other in others]
+    assert max(far[:2]) <= 1 < far[2]  # the third has another batch: it may round
 
 
 def test_output_is_kept_unless_told(run, folder, tmp_path):
@@ -161,6 +162,8 @@ def test_settings_of_load(run, folder, tmp_path, name):
     assert (code, out) == (0, "a.png\n")  # the plan is told on stderr
     planned = bool(wanted.keys() - {"dtype", "fast"})
     assert err.count("memory plan: ") == err.count("\n") == planned
+    if name == "knobs":
+        assert "clip streamed, modulation streamed, vae_slicing True" in err
     assert wanted.items() <= read_settings("a.png").items()
     run(*call[: -len(options)], "--output", "plain.png")
     plain, drawn = Image.open("plain.png").tobytes(), Image.open("a.png").tobytes()
@@ -305,7 +308,8 @@ def test_tokenizers_of_another_shape_are_one_line(run, tmp_path, change):
     copy = shutil.copytree(TINY, tmp_path / "copy")
     change(copy)
     code, out, err = run("sample", "a bag", "--model", copy, "--steps", 1)
-    assert (code, out) == (2, "") and err.count("\n") == 1 and "tokenizer" in err
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "tokenizer" in err.replace(str(copy), "")
 
 
 def test_a_length_may_be_written_with_a_point(run, tmp_path):
@@ -424,6 +428,7 @@ def test_info(run, folder):
 @pytest.mark.parametrize("command", [["download"], ["sample", "a bag", "--model"]])
 def test_no_network(tmp_path, command):
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_secret"}
+    env["HF_HUB_CACHE"] = str(tmp_path / "hub")
     run = subprocess.run(
         [sys.executable, "-m", "minidiff", *command, "sd3.5-large"],
         env=os.environ | env,

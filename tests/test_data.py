@@ -257,10 +257,15 @@ def test_plain_garments(fashion):
     assert {"a dress", "a photo of an ankle boot"} <= {*data.garment_captions()}
 
 
-def test_sample_scenes_need_no_data_set(fashion):
+def test_sample_scenes_need_no_data_set(downloads):
+    downloads(OSError("no data set here"))
     images, texts = data.sample_scenes()
     assert images.shape == (16, 3, 64, 64) and len(texts) == 16
     assert texts[0] == "a red dress on a blue background"
+
+
+def test_sample_scenes_are_scenes_of_the_data_set(fashion):
+    images, texts = data.sample_scenes()
     again = Scenes("test", fashion, two_garments=1).batch(torch.arange(8, 16))
     assert again.captions == texts[8:]
     assert (again.images - images[8:]).abs().max() < 0.005

@@ -31,7 +31,6 @@ BOUND = 1e-5
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    pytest.importorskip("diffusers")
     folder = tmp_path_factory.mktemp("model")
     return *pair(folder), folder / "saved"
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 import minidiff
 from minidiff import cli
-from minidiff.extras import finetune
+from minidiff.extras import finetune, memory
 from minidiff.extras.finetune import LoraConfig
 from minidiff.extras.lora import ATTENTION, load_lora
 from minidiff.extras.memory import weigh
-from minidiff.support import checks, trainer
+from minidiff.support import trainer
 from minidiff.support.captioned import captions_of, read_folder
 from minidiff.support.data import CLASSES, Scenes, from_bytes
 from minidiff.support.trainer import read_log
@@ -207,6 +207,9 @@ def test_what_cannot_be_fine_tuned(
     call |= {"device": "cpu", **BAD[message]}
     with pytest.raises(ValueError, match=message):
         cli.train(tmp_path / call.pop("output"), **call)
+
+
+def test_settings_that_need_another_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--lora is True, which needs --from"):
         cli.train(tmp_path / "out", lora=True, device="cpu")
     with pytest.raises(ValueError, match="--rank is 4, which needs --lora"):
@@ -404,7 +407,7 @@ def test_a_grid_that_does_not_fit_is_told_and_the_run_goes_on(
     def full(*_: object, **__: object) -> None:
         raise error("no room: can't allocate memory")
 
-    monkeypatch.setattr(checks, "check_room", full)
+    monkeypatch.setattr(memory, "check_room", full)
     config = replace(CONFIG, steps=4, validate_every=2)
     file = finetune.finetune(model, pictures, tmp_path / "out", config, LoraConfig(2))
     assert file.exists() and not (tmp_path / "out" / "grids").exists()

@@ -128,7 +128,8 @@ def test_schedule_parity_catches_a_single_shift():
 
 @pytest.mark.parametrize("steps, shift", [(0, 3.0), (-1, 3.0), (4, 0.0), (4, -1.0)])
 def test_schedule_refuses(steps, shift):
-    with pytest.raises(ValueError, match="expected"):
+    wrong = f"steps is {steps}" if steps < 1 else f"shift is {shift}"
+    with pytest.raises(ValueError, match=f"{wrong}; expected"):
         fm.sigma_schedule(steps, shift)
 
 

@@ -1,6 +1,7 @@
 """Skip Layer Guidance: diffusers' latents, and what it refuses or warns of."""
 
 import inspect
+import warnings
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ BOUND = 1e-5
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    pytest.importorskip("diffusers")
     pipe, reference = pair(tmp_path_factory.mktemp("model"))
     pipe.name = "sd3.5-medium"
     return pipe, reference
@@ -96,11 +96,23 @@ def test_the_pipeline_comes_back_as_it_was(both):
     assert torch.equal(pipe(**CALL, latents=noise), before)
 
 
+def test_it_is_on_once_at_a_time(both):
+    pipe, _ = both
+    noise = pipe.prepare_latents(1)
+    expected = ours(pipe, noise, [1])
+    with skip_layer_guidance(pipe, [1]):
+        with pytest.raises(ValueError, match="on already"):
+            ours(pipe, noise, [2])
+        assert torch.equal(pipe(**CALL, latents=noise), expected)
+
+
 def test_it_warns_where_it_is_not_meant(both, monkeypatch):
     pipe, _ = both
     noise = pipe.prepare_latents(1)
-    with pytest.warns(UserWarning, match="does nothing without guidance"):
-        ours(pipe, noise, [1], guidance_scale=1.0, num_inference_steps=2)
+    for _ in range(2):  # each time, not once a process
+        with warnings.catch_warnings(record=True, action="default") as told:
+            ours(pipe, noise, [1], guidance_scale=1.0, num_inference_steps=2)
+        assert "does nothing without guidance" in str(told[0].message)
     with pytest.warns(UserWarning, match="does nothing in so few steps"):
         ours(pipe, noise, [1], num_inference_steps=4)
     monkeypatch.setattr(pipe, "name", "sd3.5-large")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save
 
 from minidiff.support import hub
@@ -111,6 +112,7 @@ def download(server, tmp_path):
         env = {
             "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
             "HF_HOME": str(tmp_path / "cache"),
+            "HF_HUB_CACHE": str(tmp_path / "cache" / "hub"),
             "HF_TOKEN": "hf_secret",
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -147,6 +149,23 @@ def test_only_what_is_needed_at_the_pinned_revision(server, download):
     assert not fetched
 
 
+def test_the_full_name_stands_for_the_same_revision(server, download):
+    code, folder, _ = download(words=("download", REPOSITORY))
+    assert code == 0 and folder.endswith(f"snapshots/{COMMIT}")
+    assert all("main" not in path for _, path, _ in server.requests)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [(REPOSITORY, "height is 1000; expected"), ("some/one", "is a None; expected a")],
+)
+def test_a_call_is_checked_before_weights_come(server, download, model, message):
+    words = "sample", "a bag", "--model", model, "--height", "1000"
+    code, _, told = download(words=words)
+    assert code == 2 and message in told
+    assert not gets(server, "safetensors")
+
+
 def test_t5_can_be_left_out(server, download):
     code, folder, _ = download("--without-t5")
     assert code == 0 and not gets(server, "text_encoder_3/model.safetensors")
@@ -163,7 +182,8 @@ def test_a_broken_connection_is_taken_up_where_it_broke(server, download):
     name = "transformer/diffusion_pytorch_model.safetensors"
     server.cut[name] = 1
     code, folder, _ = download()
-    assert code == 0 and gets(server, name) == [None, f"bytes={10 * 2**20}-"]
+    again = f"bytes={constants.DOWNLOAD_CHUNK_SIZE}-"
+    assert code == 0 and gets(server, name) == [None, again]
     assert (Path(folder) / name).read_bytes() == WEIGHTS
 
 
@@ -238,7 +258,7 @@ def test_a_refusal_says_what_to_do(server, download, status, reason):
 
 def test_a_cache_that_cannot_be_written_is_named(download, tmp_path):
     (tmp_path / "file").write_text("no folder")
-    code, out, message = download(HF_HOME=str(tmp_path / "file"))
+    code, out, message = download(HF_HUB_CACHE=str(tmp_path / "file"))
     assert code == 2 and not out and message.count("\n") == 0
     assert f"{REPOSITORY} cannot be kept: " in message
     assert str(tmp_path / "file") in message

@@ -13,8 +13,8 @@ from pipelines import pair
 
 import minidiff
 from minidiff.extras import image_to_image as module
+from minidiff.extras import memory
 from minidiff.extras.image_to_image import first_step, image_to_image, open_file
-from minidiff.support import checks
 
 BOUND = 1e-5
 CALL = {"num_inference_steps": 10, "guidance_scale": 4.0, "negative_prompt": "a bag"}
@@ -23,7 +23,6 @@ CALL |= {"prompt": ["a red dress", "a coat"], "max_sequence_length": 20}
 
 @pytest.fixture(scope="module")
 def pipes(tmp_path_factory):
-    pytest.importorskip("diffusers")
     from diffusers import (
         StableDiffusion3Img2ImgPipeline,
         StableDiffusion3InpaintPipeline,
@@ -228,17 +227,16 @@ def test_slices_are_encoded_as_the_whole(pipes, tmp_path):
     assert relative_error(ours(sliced, picture(), 0.6), expected) <= BOUND
 
 
-def test_what_is_encoded_is_weighed(pipes, monkeypatch):
-    """So are the levels: seven, twice with guidance."""
+def test_what_is_drawn_is_weighed(pipes, monkeypatch):
+    """By the levels that are left: seven, twice with guidance."""
     seen = []
 
-    def weigh(_, size, encoded=0, levels=None):
-        seen.append((tuple(size), encoded, levels))
+    def weigh(_, size, levels=None):
+        seen.append((tuple(size), levels))
 
-    monkeypatch.setattr(checks, "check_room", weigh)
+    monkeypatch.setattr(memory, "check_room", weigh)
     ours(pipes[0], picture(), 0.6)
-    size = (2, 16, 8, 8)
-    assert seen == [(size, 0, 14), (size, 2, 14), (size, 0, 14)]
+    assert seen == [((2, 16, 8, 8), 14)] * 2
 
 
 BAD = [

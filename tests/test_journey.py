@@ -1,10 +1,10 @@
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+import minidiff
+from benchmarks import record_journey
 from minidiff.support import journey
 
 
@@ -41,11 +41,6 @@ def test_another_tensor_does_not(record, change):
 
 def test_the_shipped_model_makes_the_journey_on_record():
     """All of it, so that the chapters' own checks can only fail by their own fault."""
-    import minidiff
-
-    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-    import record_journey
-
     found = record_journey.journey(minidiff.load("tiny"))
     known = json.loads(journey.RECORD.read_text())["tensors"]
     assert found.keys() == known.keys()

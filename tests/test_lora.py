@@ -20,7 +20,7 @@ from minidiff.dit import MMDiT
 from minidiff.extras import lora, memory
 from minidiff.extras.fast import FastMMDiT
 from minidiff.extras.kernels import quantize
-from minidiff.extras.loading import check_whole
+from minidiff.extras.loading import blueprint, check_whole
 from minidiff.extras.memory import StreamedLinear
 from minidiff.extras.precision import Float8Linear
 from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder
@@ -198,7 +198,7 @@ def test_a_wrong_scale_is_noticed(case: SimpleNamespace) -> None:
 
 
 @torch.no_grad()
-def test_scale_is_linear_and_zero_is_none(case: SimpleNamespace) -> None:
+def test_a_scale_of_zero_is_none(case: SimpleNamespace) -> None:
     lora.load_lora(case.pipe, case.file, scale=0.0)
     assert relative_error(case.pipe.transformer(*case.inputs), case.bare) <= BOUND
 
@@ -214,6 +214,40 @@ def test_half_a_scale_is_half_an_update(case: SimpleNamespace) -> None:
         loaded.remove()
     for half in found[1:]:
         assert relative_error(half, found[0] / 2) < 1e-5
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@torch.no_grad()
+def test_a_failure_half_way_leaves_no_layer_changed(case, monkeypatch, fused) -> None:
+    """Or says that there are some: weights have no way back."""
+    before, moved, move = case.pipe.transformer(*case.inputs), [], torch.nn.Module.to
+
+    def full(module: torch.nn.Module, *where: object) -> torch.nn.Module:
+        moved.append(module)
+        if len(moved) == 9:
+            raise torch.OutOfMemoryError
+        return move(module, *where)
+
+    monkeypatch.setattr(lora.LowRank, "to", full)
+    with pytest.raises(torch.OutOfMemoryError) as failed:
+        lora.load_lora(case.pipe, case.file, fused=fused)
+    notes = getattr(failed.value, "__notes__", [])
+    assert any("load the model anew" in note for note in notes) == fused
+    changed = relative_error(case.pipe.transformer(*case.inputs), before)
+    assert (changed > 1e-3) == fused and not case.pipe.settings
+
+
+def test_reading_a_file_draws_no_random_numbers(case: SimpleNamespace) -> None:
+    state = torch.get_rng_state()
+    lora.load_lora(case.pipe, case.file)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_8_bits_come_before_the_lora(case: SimpleNamespace) -> None:
+    lora.load_lora(case.pipe, case.file)
+    with pytest.raises(ValueError, match="has a LoRA beside it; expected it after"):
+        memory.to_float8(case.pipe.transformer)
+    assert not any(isinstance(m, Float8Linear) for m in case.pipe.transformer.modules())
 
 
 def test_one_file_twice_is_told(case: SimpleNamespace) -> None:
@@ -379,8 +413,16 @@ def test_updates_in_half_precision_are_added_too(tmp_path: Path) -> None:
     file, before = tmp_path / "half.safetensors", ours(*x)
     a, b = (torch.randn(shape).half() for shape in GOOD)
     save_file({f"{LAYER}.lora_A.weight": a, f"{LAYER}.lora_B.weight": b}, file)
+    lora.load_lora(pipe, file).remove()
+    assert torch.equal(ours(*x), before)
     lora.load_lora(pipe, file)
-    assert relative_error(ours(*x), before) > 1e-3
+    found = ours(*x)
+    assert relative_error(found, before) > 1e-3
+    pipe.loras[0].remove()
+    wide = {f"{LAYER}.lora_A.weight": a.float(), f"{LAYER}.lora_B.weight": b.float()}
+    save_file(wide, tmp_path / "wide.safetensors")
+    lora.load_lora(pipe, tmp_path / "wide.safetensors")
+    assert relative_error(ours(*x), found) < 1e-6
 
 
 def test_a_model_without_the_usual_layers_is_told() -> None:
@@ -434,15 +476,20 @@ def test_other_kinds_of_update_are_refused(case, tmp_path, changed, message) -> 
         lora.load_lora(case.pipe, tmp_path / "other.safetensors")
 
 
-def test_official_names_are_those_of_the_manifest(shared: Path) -> None:
-    lines = (shared / "sd35/manifests/lora/sd3.5-medium.rank4.tsv").read_text()
-    names = {line.split("\t")[0] for line in lines.splitlines() if line[0] != "#"}
-    with torch.device("meta"):
-        model = MMDiT(SMALL.__class__.sd35_medium())
-    ends = tuple(f".{n}" for n in lora.ATTENTION)
-    chosen = [n for n in lora.targets(model) if n.endswith(ends) and ".attn." in n]
-    made = {f"transformer.{n}.lora_{k}.weight" for n in chosen for k in "AB"}
-    assert made == names
+@pytest.mark.parametrize(
+    ("file", "ends"),
+    [
+        ("sd3.5-medium.rank4", [f".attn.{name}" for name in lora.ATTENTION]),
+        ("text_encoder.rank4", [f".{x}_proj" for x in ("q", "k", "v", "out")]),
+    ],
+)
+def test_official_names_are_those_of_the_manifest(shared: Path, file, ends) -> None:
+    lines = (shared / f"sd35/manifests/lora/{file}.tsv").read_text().splitlines()
+    names = {line.split("\t")[0] for line in lines if line[0] != "#"}
+    part = file.partition(".")[0] if file.startswith("text") else "transformer"
+    model = blueprint("sd3.5-medium")[part]
+    chosen = [name for name in lora.targets(model) if name.endswith(tuple(ends))]
+    assert {f"{part}.{n}.lora_{k}.weight" for n in chosen for k in "AB"} == names
 
 
 def test_a_scale_that_is_no_number_is_refused(case: SimpleNamespace) -> None:

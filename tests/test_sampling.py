@@ -41,7 +41,6 @@ CALL = {"num_inference_steps": 8, "guidance_scale": 4.0}
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A folder saved by diffusers for each case, and the pipeline that saved it."""
-    pytest.importorskip("diffusers")
     made = {}
 
     def make(dual=(), t5=True, shift=3.0):
@@ -135,7 +134,6 @@ def test_diffusers_draws_the_same_from_what_we_save(folders, tmp_path, model, dt
 @pytest.mark.parametrize("resaved", [False, True])
 def test_the_real_tokenizers_as_published_and_as_saved_again(shared, tmp_path, resaved):
     """The hub's files are of 2024; transformers writes others today."""
-    pytest.importorskip("diffusers")
     published = shared / "sd35" / "tokenizers"
     tokenizers = load_tokenizers(published)
     reference = reference_pipeline(tokenizers)

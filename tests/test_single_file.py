@@ -157,6 +157,22 @@ def test_both_layouts_give_the_same_tensors(layouts):
     assert torch.equal(hub(**call), single(**call))
 
 
+def test_a_projection_in_clip_l_is_not_sd3s(layouts, tmp_path):
+    """Files of others have OpenAI's: neither it nor the exact GELU is used."""
+    given = layouts / "encoders" / "clip_l.safetensors"
+    tensors = load_file(given)
+    width = len(tensors["text_model.final_layer_norm.weight"])
+    save_file(tensors | {"text_projection.weight": torch.ones(width, width)},
+              tmp_path / given.name)  # fmt: skip
+    part = PARTS["text_encoder"][1:]
+    plain, other = (
+        single_file.prepare_part("text_encoder", *part, file)("cpu", torch.float32)
+        for file in (given, tmp_path / given.name)
+    )
+    assert other.config == plain.config and other.config.hidden_act == "quick_gelu"
+    assert torch.equal(other.text_projection.weight, torch.eye(width))
+
+
 def test_the_encoders_may_be_a_hub_folder(layouts):
     file = layouts / "sd3.5_small.safetensors"
     pipe = minidiff.load(file, text_encoders=layouts / "hub")

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import patch_functions, randomize, relative_error
 from torch import Tensor, nn
+from transformers.models.t5 import modeling_t5
 
 from minidiff import text_encoders
 from minidiff.text_encoders import (
@@ -246,10 +247,10 @@ def test_t5_at_other_lengths(length):
 
 @pytest.mark.parametrize("buckets, distance", [(32, 128), (16, 40), (8, 20), (64, 999)])
 def test_buckets_are_transformers(buckets, distance):
-    t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
     position = torch.arange(600)
     offset = position[None] - position[:, None]
-    expected = t5.T5Attention._relative_position_bucket(offset, True, buckets, distance)
+    theirs = modeling_t5.T5Attention._relative_position_bucket
+    expected = theirs(offset, True, buckets, distance)
     assert torch.equal(relative_buckets(600, buckets, distance), expected)
 
 

@@ -775,7 +775,8 @@ def test_few_held_out_scenes_make_a_small_grid(fashion: Path, tmp_path: Path) ->
     file, output = tmp_path / "recipe.json", tmp_path / "model"
     recipe = {"transformer": quick, "pictures": 16, "latents": 16, "held": 3}
     file.write_text(json.dumps(recipe))
-    stages.train("transformer", output, fashion, recipe=str(file), start=Path("tiny"))
+    how = {"recipe": str(file), "start": Path("tiny"), "scenes": "plain"}
+    stages.train("transformer", output, fashion, **how)
     assert Image.open(output / "grid.png").size == (192, 64)
 
 
@@ -866,10 +867,11 @@ def test_a_file_with_impossible_numbers(tmp_path: Path, change, message) -> None
 
 
 def test_bad_settings_are_refused(tmp_path: Path) -> None:
-    cases = {"paint": {}, "vae": {"steps": 0}, "all": {"steps": 5}}
-    for stage, settings in cases.items():
-        with pytest.raises(ValueError, match="expected|need"):
-            stages.train(stage, tmp_path / "out", **settings)
+    cases = {("paint", None): "--stage is 'paint'", ("vae", 0): "steps is 0"}
+    cases[("all", 5)] = "need a --stage"
+    for (stage, steps), message in cases.items():
+        with pytest.raises(ValueError, match=message):
+            stages.train(stage, tmp_path / "out", steps=steps)
     with pytest.raises(ValueError, match="cannot be cut into 3 equal parts"):
         trained(accumulation=3)
     assert not (tmp_path / "out").exists()
@@ -928,6 +930,7 @@ def trained(folder: Path | None = None, **changes) -> dict[str, torch.Tensor]:
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
 

@@ -12,8 +12,9 @@ the convolution behind it.
 import ctypes
 import platform
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -134,17 +135,6 @@ class FastMMDiT:
         self.model, self.heads = model, model.config.num_attention_heads
         weight = model.x_embedder.proj.weight
         self.fp8, self.attention = fp8, attention or preferred_attention(weight)
-        self.collect()
-        model.register_load_state_dict_post_hook(self.collect)
-
-    @torch.no_grad()
-    def collect(self, *_: object) -> None:
-        """Copy the weights of the norms, which one pass reads together."""
-        self.norms = []
-        for block in self.model.joint_blocks:
-            text, image = block.context_block, block.x_block
-            dual = head_norms(image.attn2, image.attn2) if image.chunks == 9 else None
-            self.norms.append((head_norms(text.attn, image.attn), dual))
 
     def __call__(self, *given: Any, **options: Any) -> Tensor:
         """As ``MMDiT.forward``: velocity (B, C, h, w)."""
@@ -232,7 +222,7 @@ class FastMMDiT:
 
         In the last block, where the text is dropped, only the image reads.
         """
-        block, (norms, norms2) = self.model.joint_blocks[index], self.norms[index]
+        block = self.model.joint_blocks[index]
         text, image = block.context_block, block.x_block
         pairs = [(xm[i], xm[i + 1]) for i in range(0, len(xm), 6)]  # chunks 0, 1; 6, 7
         hx = residual_norm(x, to_x, pairs, self.fp8)
@@ -240,13 +230,13 @@ class FastMMDiT:
         qkv = x.new_empty(len(c) + len(x), 3 * x.shape[1])
         linear(hc[0], text.attn.qkv, out=qkv[: len(c)])
         linear(hx[0], image.attn.qkv, out=qkv[len(c) :])
-        norm_heads(qkv, norms, self.heads, len(c))
+        norm_heads(qkv, head_norms(text.attn, image.attn), self.heads, len(c))
         first = len(c) // batch if block.pre_only else 0
         read = self_attention(qkv, batch, self.heads, first)
-        if norms2 is None:
+        if image.chunks == 6:
             return read, None
         qkv = linear(hx[1], image.attn2.qkv)
-        norm_heads(qkv, norms2, self.heads)
+        norm_heads(qkv, head_norms(image.attn2, image.attn2), self.heads)
         return read, self_attention(qkv, batch, self.heads)
 
     def product(self, read: Tensor, layer: nn.Module) -> Tensor:
@@ -317,9 +307,16 @@ def compile_blocks(transformer: MMDiT) -> None:
         block.compile(dynamic=True)
     # Else the first block, whose text is a view, would be a kind of its own
     transformer.context_embedder.register_forward_hook(lambda *given: given[2].clone())
-    # Else a length that happens to equal the width would be compiled as a constant
-    apart = torch.fx.experimental._config.patch(use_duck_shape=False)
-    transformer.forward = apart(transformer.forward)
+    transformer.forward = partial(told_apart, transformer.forward)
+
+
+def told_apart(forward: Callable[..., Tensor], *given: Any, **options: Any) -> Tensor:
+    """``forward``; a length that happens to equal the width is compiled as no constant.
+
+    A function of the module, for a copy of the model to call its own ``forward``.
+    """
+    with torch.fx.experimental._config.patch(use_duck_shape=False):
+        return forward(*given, **options)
 
 
 def keep_freed_memory() -> None:
@@ -393,21 +390,13 @@ class Pending(NamedTuple):
 class FastDecoder:
     """A ``Decoder``'s forward pass in channels-last memory with fused norms.
 
-    Moves the decoder's weights to channels-last memory, in place, and holds the
-    folded kernels of its doublings beside them: latents (B, C, h, w) → images.
+    Moves the decoder's weights to channels-last memory, in place; with ``fold`` each
+    doubling is part of the convolution behind it: latents (B, C, h, w) → images.
     """
 
     def __init__(self, decoder: Decoder, fold: bool = True) -> None:
         self.decoder = decoder.to(memory_format=LAST)
         self.groups, self.fold = decoder.norm_out.num_groups, fold
-        self.collect()
-        decoder.register_load_state_dict_post_hook(self.collect)
-
-    @torch.no_grad()
-    def collect(self, *_: object) -> None:
-        """Fold the kernels of the doublings."""
-        levels = [u["upsample"] for u in self.decoder.up if "upsample" in u]
-        self.folded = {u: folded_kernel(u) for u in levels} if self.fold else {}
 
     def __call__(self, latents: Tensor) -> Tensor:
         if torch.is_grad_enabled():
@@ -461,10 +450,10 @@ class FastDecoder:
 
     def upsample(self, x: Tensor, layer: Upsample) -> Pending:
         """(B, C, H, W) → (B, C, 2H, 2W), the bias still to be added."""
-        if layer not in self.folded:
+        if not self.fold:
             x = F.interpolate(x, scale_factor=2.0)
             return Pending(F.conv2d(x, layer.conv.weight, padding=1), layer.conv.bias)
-        y = F.conv2d(x, self.folded[layer], padding=1)  # → (B, 4·C, H+1, W+1)
+        y = F.conv2d(x, folded_kernel(layer), padding=1)  # → (B, 4·C, H+1, W+1)
         batch, channels, height, width = x.shape
         shape = batch, channels, 2 * height, 2 * width
         out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAST)

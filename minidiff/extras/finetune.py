@@ -56,15 +56,16 @@ def encode(pipe: Pipeline, images: Tensor, captions: list[str]) -> Batch:
     """Latents (N, C, h, w), float32, and what the encoders make of the captions.
 
     ``images`` are uint8 (N, 3, H, W). ``context`` and ``pooled`` have one more row, the
-    last: the empty prompt's.
+    last: the empty prompt's. All is in main memory: megabytes for each picture.
     """
     latents, contexts, texts = [], [], [*captions, ""]
     for image in images.split(1):
         image = from_bytes(image).to(pipe.device, pipe.dtype)
         mode = pipe.vae.encode(image).mode()
-        latents.append(pipe.vae.scale(mode.float()))
+        latents.append(pipe.vae.scale(mode.float()).cpu())
     for start in range(0, len(texts), 32):  # a streamed T5 comes once for each
-        contexts.append(pipe.encode_prompt(texts[start : start + 32]))
+        pair = pipe.encode_prompt(texts[start : start + 32])
+        contexts.append([part.cpu() for part in pair])
     context, pooled = (torch.cat(part) for part in zip(*contexts, strict=True))
     return {"x0": torch.cat(latents), "context": context, "pooled": pooled}
 
@@ -109,11 +110,13 @@ def finetuning_task(
     def batch(indices: Tensor) -> Batch:
         place = indices % n
         dropped = rng.uniform(seed + 1, indices, 1)[:, 0] < drop
-        row = torch.where(dropped, n, place)  # the last row is the empty prompt
+        row = torch.where(dropped, n, place).cpu()  # the last is the empty prompt
+        known = {"x0": encoded["x0"][place.cpu()]}
+        known |= {k: encoded[k][row] for k in ("context", "pooled")}
+        known = {k: x.to(indices.device) for k, x in known.items()}
         noise, sigma = noise_and_levels(indices, shape, seed)
-        known = {"x0": encoded["x0"][place], "noise": noise.to(encoded["x0"])}
-        known["sigma"] = shift_sigma(sigma, shift)
-        return known | {k: encoded[k][row] for k in ("context", "pooled")}
+        sigma = shift_sigma(sigma, shift)
+        return known | {"noise": noise.to(known["x0"]), "sigma": sigma}
 
     def loss(_: nn.Module, batch: Batch) -> Tensor:
         return transformer_loss(pipe.transformer, batch)
@@ -168,7 +171,7 @@ def finetune(
         began = fingerprint(*all_weights(pipe.transformer), pipe.scheduler.shift)
         run.add(encodings=name, began=began)
         path = output / "cache" / f"{name}.safetensors"
-        encoded = cached(path, lambda: encode(pipe, images, captions), pipe.device)
+        encoded = cached(path, lambda: encode(pipe, images, captions), "cpu")
         grids = output / "grids"
 
         def draw() -> None:
@@ -265,7 +268,8 @@ def level_losses(
     fixed["noise"] = noise.to(fixed["x0"])
     losses = torch.zeros(8)
     for part in torch.arange(n).split(at_once):
-        found = loss_by_level(pipe.transformer, {k: x[part] for k, x in fixed.items()})
+        batch = {k: x[part].to(pipe.device) for k, x in fixed.items()}
+        found = loss_by_level(pipe.transformer, batch)
         losses += torch.tensor(found) * len(part) / n
     return losses.tolist()
 
@@ -283,7 +287,8 @@ def save_samples(pipe: Pipeline, encoded: Batch, seed: int, file: Path) -> None:
     pictures = []
     try:
         for i in range(min(4, len(encoded["x0"]))):
-            text = (encoded[k][[*guided, i]] for k in ("context", "pooled"))
+            rows = (encoded[k][[*guided, i]] for k in ("context", "pooled"))
+            text = (x.to(pipe.device) for x in rows)
             noise = pipe.prepare_latents(1, height, width, seed + i)
             pictures.append(pipe.decode(pipe.denoise(noise, *text)))
         save_sheet(torch.cat(pictures), len(pictures), file)

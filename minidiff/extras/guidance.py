@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minidiff.flow_matching import Velocity, guide
 from minidiff.sampling import Pipeline
+from minidiff.support.checks import warn
 
 
 @contextmanager
@@ -44,7 +45,7 @@ def skip_layer_guidance(
         inside = window(sigmas, start, stop)
         if guidance_scale <= 1 or not len(inside):
             why = "without guidance" if guidance_scale <= 1 else "in so few steps"
-            warnings.warn(f"Skip Layer Guidance does nothing {why}", stacklevel=4)
+            warn(f"Skip Layer Guidance does nothing {why}")
             return plain(context, pooled, sigmas, guidance_scale)
         both = plain(context, pooled, sigmas, 1.0)
         positive = context.chunk(2)[1], pooled.chunk(2)[1]
@@ -81,6 +82,8 @@ def check(
     pipe: Pipeline, layers: Sequence[int], scale: float, start: float, stop: float
 ) -> None:
     """Raise ValueError for what the model cannot skip; warn where it should not."""
+    if "velocity" in vars(pipe):
+        raise ValueError("Skip Layer Guidance is on already; expected one at a time")
     blocks = pipe.transformer.config.num_layers
     if not layers or not all(0 <= layer < blocks for layer in layers):
         raise ValueError(

@@ -64,7 +64,6 @@ def image_to_image(
     levels = checks.count_levels(scale, steps, sigmas)
     shape = latent_shape(pipe, count, height, width, levels)
     pictures = as_tensor("image", image, "RGB", height, width, count) * 2 - 1
-    checks.check_room(pipe, shape, len(pictures), levels)
     if mask is not None:
         mask = as_tensor("mask_image", mask, "L", height, width, count)
 

@@ -200,7 +200,12 @@ PUBLISHED = {
 
 def is_published(model: Path | str) -> bool:
     """Whether ``model`` is a published model's name, and no folder of that name."""
-    return str(model) in PUBLISHED and not Path(model).is_dir()
+    return short_name(model) in PUBLISHED and not Path(model).is_dir()
+
+
+def short_name(model: Path | str) -> str:
+    """The alias of a published model's repository; any other name as it is."""
+    return hub.ALIASES.get(str(model), str(model))
 
 
 def blueprint(model: Path | str = "tiny") -> dict[str, nn.Module]:
@@ -214,7 +219,7 @@ def blueprint(model: Path | str = "tiny") -> dict[str, nn.Module]:
                 "text_encoder": CLIPTextEncoder(CLIPTextConfig.clip_l()),
                 "text_encoder_2": CLIPTextEncoder(CLIPTextConfig.clip_g()),
                 "text_encoder_3": T5Encoder(T5Config.t5_xxl()),
-                "transformer": MMDiT(PUBLISHED[str(model)]()),
+                "transformer": MMDiT(PUBLISHED[short_name(model)]()),
                 "vae": VAE(VAEConfig.sd35()),
             }
     folder = find_model(model, weights=False)

@@ -91,13 +91,19 @@ def targets(model: nn.Module) -> dict[str, Target]:
 # Attaching
 
 
+def bring(updates: Mapping[str, LowRank], model: nn.Module) -> None:
+    """Move ``updates`` to the device and dtype in which ``model`` computes."""
+    first = next(model.parameters())  # a layer's own may be in 8 bits, or away
+    for update in updates.values():
+        update.to(first)
+
+
 def attach(updates: Mapping[str, LowRank], model: nn.Module) -> list:
     """Let each layer named in ``updates`` add its own; returns the hooks' handles."""
     layers, handles = targets(model), []
-    first = next(model.parameters())  # a layer's own may be in 8 bits, or away
     for name, update in updates.items():
-        target, rows = layers[name], layers[name].rows.to(first.device)
-        update.to(first)
+        target = layers[name]
+        rows = target.rows.to(update.up.weight.device)
 
         def hook(_, args, out, rows=rows, update=update) -> Tensor:
             return out.index_add(-1, rows, update(args[0]))
@@ -155,6 +161,7 @@ def add_lora(
     updates = {
         name: LowRank(t.shape[1], t.shape[0], rank, alpha) for name, t in chosen.items()
     }
+    bring(updates, model)
     attach(updates, model)
     return updates
 
@@ -196,9 +203,11 @@ def read_lora(
             check(file, name, layers.get(part, {}).get(layer), shapes, a, b)
             (rank, inputs), outputs = shapes[a], shapes[b][0]
             alpha = alpha_of(file, notes, part, layer)
-            update = LowRank(inputs, outputs, rank, alpha)
-            update.down.weight.data = stream.get_tensor(a).clone()  # not mapped: the
-            update.up.weight.data = stream.get_tensor(b).clone()  # file may be replaced
+            with torch.device("meta"):  # no random numbers are drawn for what is read
+                update = LowRank(inputs, outputs, rank, alpha)
+            pair = {"down.weight": a, "up.weight": b}  # copies: a file may be replaced
+            pair = {key: stream.get_tensor(kept).clone() for key, kept in pair.items()}
+            update.load_state_dict(pair, assign=True)
             found.setdefault(part, {})[layer] = update.requires_grad_(False)
     return found
 
@@ -282,7 +291,7 @@ class LoRA:
             handle.remove()
         if self.handles:
             record(self.pipe, [other for other in self.pipe.loras if other is not self])
-        self.handles = []
+            self.handles, self.pipe = [], None  # it keeps no pipeline alive
 
 
 def record(pipe, loras: list[LoRA]) -> None:
@@ -324,10 +333,17 @@ def load_lora(pipe, file: Path | str, scale: float = 1.0, fused: bool = False) -
     for part, updates in found.items():
         for update in updates.values():
             update.scale *= scale
-        if fused:
-            fuse(updates, models[part])
-        else:
+        if not fused:  # all of them before the first layer changes: memory may not do
+            bring(updates, models[part])
+    for part, updates in found.items():
+        if not fused:
             handles += attach(updates, models[part])
+            continue
+        try:
+            fuse(updates, models[part])
+        except BaseException as error:
+            error.add_note(f"some weights have {file} in them: load the model anew")
+            raise
     return LoRA(pipe, handles, file, scale)
 
 

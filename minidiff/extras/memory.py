@@ -22,7 +22,12 @@ from torch.nn import functional as F
 from minidiff.dit import MMDiT
 from minidiff.extras.kernels import Rows, quantize
 from minidiff.extras.precision import Float8Linear, has_fp8
-from minidiff.extras.tiling import sliced_decode, sliced_encode, tiled_decode
+from minidiff.extras.tiling import (
+    sliced_decode,
+    sliced_encode,
+    tiled_decode,
+    tiled_encode,
+)
 from minidiff.support.checkpoints import Prepared, Read
 from minidiff.support.checks import check_choice, count_levels
 from minidiff.text_encoders import T5Encoder
@@ -43,8 +48,7 @@ class Plan:
     the file at each prompt) or, for T5, "none" (left out). ``modulation`` is "resident"
     or "streamed": AdaLN's weights, read from the file once for each picture. ``fp8``
     stores the blocks' matrices in 8 bits. ``vae_tile`` is the side of a tile in latent
-    pixels, None the whole picture; ``vae_slicing`` encodes and decodes one picture at a
-    time.
+    pixels, None the whole picture; ``vae_slicing`` works on one picture at a time.
     """
 
     t5: str = "resident"
@@ -106,7 +110,6 @@ class Call:
         models: the parts, by the hub's names (on the meta device will do).
         width: bytes of a working value.
         size: of the latents, (B, C, h, w).
-        encoded: how many pictures become latents first.
         levels: noise levels times rows (two with guidance) for which each picture has
             its modulations; all are computed ahead.
     """
@@ -114,7 +117,6 @@ class Call:
     models: Mapping[str, nn.Module]
     width: int = 2
     size: tuple[int, ...] = PICTURE
-    encoded: int = 0
     levels: int = 2 * 29
 
 
@@ -154,14 +156,13 @@ def working(plan: Plan, call: Call) -> float:
     tile = min(area, plan.vae_tile**2) if plan.vae_tile else area
     slices = 1 if plan.vae_slicing else math.inf
     unit = GIB / 128**2 / 2  # a latent pixel's share of 1 GiB at 1024², in 16 bits
-    encoding = 1.1 * unit * area * min(call.encoded, slices)
-    decoding = 2.5 * unit * tile * min(batch, slices)
+    decoding = 2.5 * unit * tile * min(batch, slices)  # encoding takes less
     config = call.models["transformer"].config
     tokens = area // config.patch_size**2 + 333
     modulations = 12 * config.num_layers + 3 * len(config.dual_attention_layers)
     numbers = 22 * 2 * tokens + modulations * call.levels  # of each channel
     denoising = batch * config.width * numbers
-    return max(encoding, denoising, decoding) * call.width
+    return max(denoising, decoding) * call.width
 
 
 def requested(memory: str | Plan | None, **knobs: Any) -> Plan:
@@ -235,7 +236,6 @@ def check_device(plan: Plan, call: Call, device: Any, **knobs: Any) -> None:
         raise ValueError(f"{found}; expected fp8=False, or more memory")
     if device.type != "cuda":
         return
-    gc.collect()  # of a pipeline that is no longer used, cycles may be left
     free, need = free_memory(device), estimate(plan, call)
     if need <= free:
         return
@@ -244,8 +244,9 @@ def check_device(plan: Plan, call: Call, device: Any, **knobs: Any) -> None:
     smaller = roomiest(budget * 1e9, call, **knobs)  # rounded down, to fit the card
     if not smaller:
         raise ValueError(f"{card}; {shortage(budget * 1e9, call, **knobs)}")
-    usual = (call.size, call.encoded) == (PICTURE, 0)
-    name = f"memory='{budget:g}GB' fits" if usual else "this would fit"
+    name = "this would fit"
+    if call.size == PICTURE:
+        name = f"memory='{budget:g}GB' fits"
     found = f"{card} and this needs about {need / 1e9:.1f}GB"
     raise ValueError(f"{found}; {name}: {smaller}")
 
@@ -256,29 +257,28 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
-def check_room(
-    pipe: Any,
-    size: tuple[int, ...],
-    free: float,
-    encoded: int = 0,
-    levels: int | None = None,
-) -> None:
-    """Raise ValueError where latents of ``size`` need more than ``free`` bytes.
+def check_room(pipe: Any, size: tuple[int, ...], levels: int | None = None) -> None:
+    """Raise ValueError where latents of ``size`` need more memory than is left.
 
-    ``pipe`` is loaded: the memory that its weights take is not free. ``encoded`` and
-    ``levels`` are those of ``Call``; None is ``usual_levels``.
+    ``pipe`` is loaded: what its weights take is gone from its budget, if it has one,
+    and from the card, if it is on one. ``levels`` are those of ``Call``; None is
+    ``usual_levels``.
     """
     models = {"transformer": pipe.transformer}
     levels = levels or usual_levels(pipe)
-    call = Call(models, pipe.dtype.itemsize, size, encoded, levels)
+    call = Call(models, pipe.dtype.itemsize, size, levels)
     need = working(getattr(pipe.vae, "plan", Plan()), call)
-    if need <= free:
-        return
-    raise ValueError(
-        f"{pixels(size, pipe.vae)} at once take about {need / 1e9:.1f}GB beside the "
-        f"weights; the card has {free / 1e9:.1f}GB left: expected fewer or smaller "
-        "ones, or a tighter plan"
-    )
+    left, whose = getattr(pipe.vae, "room", math.inf), "memory"
+    if pipe.device.type == "cuda":
+        if need > free_memory(pipe.device):
+            gc.collect()  # cycles of a pipeline that is no longer used
+        left, whose = min((left, whose), (free_memory(pipe.device), "the card"))
+    if need > left:
+        raise ValueError(
+            f"{pixels(size, pipe.vae)} at once take about {need / 1e9:.1f}GB beside "
+            f"the weights; {whose} has {left / 1e9:.1f}GB left: expected fewer or "
+            "smaller ones, or a tighter plan"
+        )
 
 
 def pixels(size: tuple[int, ...], vae: VAE) -> str:
@@ -335,13 +335,14 @@ class CroppedTable:
 
     def __init__(self, model: MMDiT, device: Any, dtype: torch.dtype) -> None:
         self.model, self.to = model, {"device": device, "dtype": dtype}
-        self.size, self.crop = None, None
+        self.last: tuple[tuple[int, int], Tensor] | None = None
 
     def __call__(self, height: int, width: int) -> Tensor:
-        if self.size != (height, width):
-            self.size = height, width
-            self.crop = MMDiT.positions(self.model, height, width).to(**self.to)
-        return self.crop
+        last = self.last  # read and set in one go: an interruption leaves a whole pair
+        if last is None or last[0] != (height, width):
+            crop = MMDiT.positions(self.model, height, width).to(**self.to)
+            self.last = last = (height, width), crop
+        return last[1]
 
 
 # Placing
@@ -409,10 +410,20 @@ def stand_in(model: nn.Module, plan: Plan) -> None:
 
 @torch.no_grad()
 def to_float8(model: MMDiT) -> MMDiT:
-    """Store a model's blocks in 8 bits, in place, as ``place`` does while it reads."""
-    for name, layer in list(model.named_modules()):
-        if is_float8(Plan(fp8=True), model, name):
-            swap(model, name, Float8Linear(quantize(layer.weight), layer.bias))
+    """Store a model's blocks in 8 bits, in place, as ``place`` does while it reads.
+
+    Raises ValueError for a layer with a LoRA beside it, which would be lost.
+    """
+    chosen = [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if is_float8(Plan(fp8=True), model, name)
+    ]
+    for name, layer in chosen:
+        if layer._forward_hooks:
+            raise ValueError(f"{name} has a LoRA beside it; expected it after 8 bits")
+    for name, layer in chosen:
+        swap(model, name, Float8Linear(quantize(layer.weight), layer.bias))
     return model
 
 
@@ -426,10 +437,9 @@ def tile(vae: VAE, plan: Plan) -> VAE:
     """Let ``vae`` work in tiles and slices as the plan says."""
     vae.plan = plan  # ``check_room`` asks for it
     if plan.vae_tile:
-        factor = vae.config.factor
-        vae.decode = partial(
-            tiled_decode, vae.decode, tile=plan.vae_tile, factor=factor
-        )
+        how = {"tile": plan.vae_tile, "factor": vae.config.factor}
+        vae.decode = partial(tiled_decode, vae.decode, **how)
+        vae.encode = partial(tiled_encode, vae.encode, **how)
     if plan.vae_slicing:
         vae.decode = partial(sliced_decode, vae.decode)
         vae.encode = partial(sliced_encode, vae.encode)
@@ -451,6 +461,7 @@ def load_parts(
     where it is too small for the weights; and with ``compile`` for weights in fp8 on a
     GPU for which Triton has no such numbers.
     """
+    gc.collect()  # of a pipeline that is no longer used, cycles may be left
     models = {name: part.model for name, part in prepared.items()}
     picture = Call(models, dtype.itemsize)
     plan = choose(memory, picture, **knobs)
@@ -465,4 +476,8 @@ def load_parts(
     check_device(plan, asked, device, **knobs)
     if isinstance(memory, str) or knobs:
         announce(plan, picture)
-    return {name: place(prepared[name], plan, device, dtype) for name in models}
+    parts = {name: place(prepared[name], plan, device, dtype) for name in models}
+    if isinstance(memory, str):  # for what is beside the weights: see ``check_room``
+        held = estimate(plan, picture) - working(plan, picture)
+        parts["vae"].room = parse_budget(memory) - RESERVE - held
+    return parts

@@ -30,7 +30,6 @@ from minidiff.extras.memory import (
 from minidiff.flow_matching import Scheduler
 from minidiff.sampling import Pipeline
 from minidiff.support.checks import check_target
-from minidiff.vae import VAE, Posterior
 
 
 class Began(Exception):
@@ -40,22 +39,17 @@ class Began(Exception):
 class Rehearsal(Pipeline):
     """A pipeline on the meta device that ends at its first work.
 
-    It keeps what memory depends on: the latents' size, how many pictures are encoded
-    first, and how many levels have modulations.
+    It keeps what memory depends on: the latents' size, and how many levels have
+    modulations.
     """
 
-    size, encoded, levels = PICTURE, 0, None
+    size, levels = PICTURE, None
 
     def prepare_latents(self, *args: Any, levels: int | None = None) -> Tensor:
         """The latents; their shape and the levels are kept."""
         latents = super().prepare_latents(*args, levels=levels)
         self.size, self.levels = tuple(latents.shape), levels
         return latents
-
-    def encode(self, images: Tensor) -> Posterior:
-        """The autoencoder's, in shape; their number is kept."""
-        self.encoded = len(images)
-        return VAE.encode(self.vae, images)
 
     def encode_prompt(self, *_: object) -> NoReturn:
         """Prompts are encoded once all checks have passed."""
@@ -81,8 +75,8 @@ def rehearse(
     opened = outline(model, text_encoders, memory, knobs)
     asked = requested(memory, **knobs)
     pipe = attempt(perform, opened, asked)
-    known = pipe.size, pipe.encoded, pipe.levels or usual_levels(pipe)
-    call = Call(opened.parts, dtype.itemsize, *known)
+    levels = pipe.levels or usual_levels(pipe)
+    call = Call(opened.parts, dtype.itemsize, pipe.size, levels)
     plan = choose(memory, call, **knobs)
     check_device(plan, call, device, **knobs)
     if plan != asked:  # it may keep weights away that a LoRA would be added to
@@ -105,7 +99,7 @@ def attempt(
     *encoders, transformer, vae = (parts.get(name) for name in loading.PARTS)
     given = transformer, vae, opened.scheduler, opened.known_as
     pipe = Rehearsal(opened.tokenizers, encoders, *given)
-    pipe.progress, vae.encode = False, pipe.encode
+    pipe.progress = False
     with warnings.catch_warnings(action="ignore"), suppress(Began):
         perform(pipe)
     return pipe
@@ -116,15 +110,15 @@ def outline(
 ) -> loading.Opened:
     """A pipeline's files, opened, their models on the meta device.
 
-    Of a published model they need not be here yet: what is wrong with a call is told
-    before the download.
+    Of a model on the hub its weights need not be here yet: what is wrong with a call is
+    told before the download.
     """
-    if not loading.is_published(model) or text_encoders is not None:
+    if model == "tiny" or Path(model).exists() or text_encoders is not None:
         with warnings.catch_warnings(action="ignore"):
             opened = loading.open_model(model, text_encoders, memory, knobs)
         return opened._replace(parts={n: p.model for n, p in opened.parts.items()})
     models = loading.blueprint(model)
     if requested(memory, **knobs).t5 == "none":
         del models["text_encoder_3"]
-    names = str(model), str(model)
+    names = str(model), loading.known_as(model)
     return loading.Opened(*names, models, [None] * 3, Scheduler(3.0))

@@ -241,11 +241,14 @@ RECIPES["muon"] = replace(
     ),
 )
 # What finished the autoencoder (``--stage vae``), by Muon's steps too: its latents
-# hardly move, so that the transformer need not learn again.
+# hardly move, so that the transformer need not learn again. Then ``--stage
+# transformer``: what is new in them is fine detail, which lies at low levels.
 RECIPES["details"] = replace(
     RECIPES["muon"],
     vae=replace(RECIPES["longer"].vae, steps=10_000, learning_rate=2e-3, muon=True),
+    transformer=replace(RECIPES["muon"].transformer, steps=10_000),
     hold_latents=0.05,
+    shift=2.0,
 )
 
 

@@ -1,9 +1,9 @@
-"""Decoding a large picture in overlapping tiles; a batch one picture at a time.
+"""A large picture in overlapping tiles; a batch one picture at a time.
 
-Tiles are cut, decoded and blended as diffusers' AutoencoderKL does it: neighbours
-overlap by a quarter (or the next whole latent pixel), and over the overlap one fades
-linearly into the next. Group norms then see one tile at a time, so the result differs
-slightly from the whole.
+Tiles are cut and blended as diffusers' AutoencoderKL does it: neighbours overlap by a
+quarter (or the next whole latent pixel), and over the overlap one fades linearly into
+the next. Group norms then see one tile at a time, so the result differs slightly from
+the whole.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from torch import Tensor
 from minidiff.vae import Posterior
 
 Decode = Callable[[Tensor], Tensor]
+Encode = Callable[[Tensor], Posterior]
 
 
 def tiled_decode(decode: Decode, latents: Tensor, tile: int, factor: int) -> Tensor:
@@ -21,26 +22,44 @@ def tiled_decode(decode: Decode, latents: Tensor, tile: int, factor: int) -> Ten
 
     ``factor`` is the number of image pixels along a side of a latent pixel.
     """
-    if max(latents.shape[2:]) <= tile:
-        return decode(latents)
     step = tile * 3 // 4
-    kept = step * factor
-    fade = tile * factor - kept
-    rows: list[list[Tensor]] = []
-    for i in range(0, latents.shape[2], step):
-        columns = range(0, latents.shape[3], step)
-        rows.append(
-            [decode(latents[:, :, i : i + tile, j : j + tile]) for j in columns]
-        )
+    return tiled(decode, latents, tile, step, tile * factor, step * factor)
+
+
+def tiled_encode(encode: Encode, images: Tensor, tile: int, factor: int) -> Posterior:
+    """Images (B, 3, H, W) → a Posterior (B, C, h, w), in the same tiles."""
+
+    def moments(x: Tensor) -> Tensor:
+        found = encode(x)
+        return torch.cat([found.mean, found.logvar], dim=1)  # → (B, 2·C, h, w)
+
+    step = tile * 3 // 4
+    blended = tiled(moments, images, tile * factor, step * factor, tile, step)
+    return Posterior(*blended.chunk(2, dim=1))
+
+
+def tiled(run: Decode, x: Tensor, tile: int, step: int, size: int, kept: int) -> Tensor:
+    """``run`` on a tile at each ``step`` of x (B, C, H, W), the results put together.
+
+    A result has ``size`` rows and columns where a tile has ``tile``; the first ``kept``
+    stay, and what comes behind them fades into the next.
+    """
+    if max(x.shape[2:]) <= tile:
+        return run(x)
+    columns = range(0, x.shape[3], step)
+    rows = [
+        [run(x[:, :, i : i + tile, j : j + tile]) for j in columns]
+        for i in range(0, x.shape[2], step)
+    ]
     bands = []
     for i, row in enumerate(rows):
         for j, piece in enumerate(row):
             if i > 0:
-                blend(rows[i - 1][j], piece, fade, dim=2)
+                blend(rows[i - 1][j], piece, size - kept, dim=2)
             if j > 0:
-                blend(row[j - 1], piece, fade, dim=3)
+                blend(row[j - 1], piece, size - kept, dim=3)
         bands.append(torch.cat([piece[..., :kept, :kept] for piece in row], dim=3))
-    return torch.cat(bands, dim=2)  # bands (B, 3, kept, W) → (B, 3, H, W)
+    return torch.cat(bands, dim=2)  # bands (B, C', kept, W') → (B, C', H', W')
 
 
 def blend(before: Tensor, after: Tensor, extent: int, dim: int) -> None:
@@ -59,7 +78,7 @@ def sliced_decode(decode: Decode, latents: Tensor) -> Tensor:
     return torch.cat([decode(z) for z in latents.split(1)])
 
 
-def sliced_encode(encode: Callable[[Tensor], Posterior], images: Tensor) -> Posterior:
+def sliced_encode(encode: Encode, images: Tensor) -> Posterior:
     """Images (B, 3, H, W) → a Posterior (B, C, h, w), one picture at a time."""
     parts = [encode(x) for x in images.split(1)]
     mean, logvar = ([getattr(p, name) for p in parts] for name in ("mean", "logvar"))

@@ -10,6 +10,7 @@ import json
 import operator
 import os
 import re
+import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,8 +29,13 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 CONFIGS = ("config.json", "scheduler_config.json")
 LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
-# Written by some versions, read by none: a copy of the table, the numbers 0, 1, 2, …
-UNUSED = {"encoder.embed_tokens.weight", "text_model.embeddings.position_ids"}
+# Written by some, read by none: a copy of the table, the numbers 0, 1, 2, …, and (where
+# it is no parameter) OpenAI's projection of CLIP-L, which SD3 does not have
+UNUSED = {
+    "encoder.embed_tokens.weight",
+    "text_model.embeddings.position_ids",
+    "text_projection.weight",
+}
 
 Config = TypeVar("Config")
 Model = TypeVar("Model", bound=nn.Module)
@@ -534,7 +540,7 @@ def replacing(file: Path | str) -> Iterator[Path]:
     that is still mapped) leaves the old: OSError.
     """
     file = Path(file)
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    part = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
     try:
         yield part
         with part.open("rb+") as written:

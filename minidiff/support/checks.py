@@ -52,7 +52,7 @@ def to_encode(
         return negatives + prompts
     if any(map(any, negatives)):
         what = "negative_prompt does nothing without guidance"
-        warnings.warn(f"{what}: guidance_scale is {scale:g}", stacklevel=4)
+        warn(f"{what}: guidance_scale is {scale:g}")
     return prompts
 
 
@@ -189,21 +189,6 @@ def count_levels(scale: float, steps: int, sigmas: Tensor | None = None) -> int:
     return (1 + (scale > 1)) * (steps + 1 if sigmas is None else len(sigmas))
 
 
-def check_room(
-    pipe: Any, size: tuple[int, ...], encoded: int = 0, levels: int | None = None
-) -> None:
-    """Raise ValueError where the card has no room for latents of ``size``.
-
-    ``encoded`` is the number of pictures of that size that are encoded before,
-    ``levels`` that of ``memory.Call``.
-    """
-    if pipe.device.type == "cuda":
-        from minidiff.extras import memory
-
-        free = memory.free_memory(pipe.device)
-        memory.check_room(pipe, size, free, encoded, levels)
-
-
 def check_parts(text_encoders: Sequence[Any], transformer: Any, vae: Any) -> None:
     """Raise ValueError where the parts of a pipeline do not fit each other."""
     clip_l, clip_g, t5 = (encoder and encoder.config for encoder in text_encoders)
@@ -257,6 +242,11 @@ def check_dtypes(transformer: nn.Module, vae: nn.Module) -> None:
         raise ValueError(f"dtypes are mixed: {parts}; expected one for all weights")
 
 
+def warn(text: str) -> None:
+    """Warn of a call, each time: Python keeps no record of what was told before."""
+    warnings.warn_explicit(text, UserWarning, "minidiff", 1)
+
+
 def warn_of_cuts(
     pipe: Any, texts: Sequence[Sequence[str]], lengths: Sequence[int]
 ) -> None:
@@ -275,16 +265,15 @@ def warn_of_cuts(
                 lost.setdefault((length, cut), []).append(name)
     for (length, cut), readers in lost.items():
         who = " and ".join(readers) + (" reads" if len(readers) == 1 else " read")
-        warnings.warn(f"{who} {length} tokens; not seen: {cut!r}", stacklevel=4)
+        warn(f"{who} {length} tokens; not seen: {cut!r}")
 
 
 def warn_of_overflow(name: str, values: Tensor) -> None:
     """Warn where ``values`` are not all finite numbers: the picture would be black."""
     if not values.isfinite().all():
-        warnings.warn(
+        warn(
             f"{name} holds infinite values or NaN, so the picture will be black; "
-            "where float16 overflows, load with dtype=torch.bfloat16",
-            stacklevel=3,
+            "where float16 overflows, load with dtype=torch.bfloat16"
         )
 
 

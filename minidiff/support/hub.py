@@ -18,6 +18,7 @@ REVISIONS = {
     "sd3.5-large": "ceddf0a7fdf2064ea28e2213e3b84e4afa170a0f",
     "sd3.5-large-turbo": "ec07796fc06b096cc56de9762974a28f4c632eda",
 }
+ALIASES = {repository: name for name, repository in REPOSITORIES.items()}
 COMPONENTS = ("scheduler", "text_encoder*", "tokenizer*", "transformer", "vae")
 KINDS = ("*.json", "*.txt", "*.model", "*.safetensors")
 # fp16 copies of the text encoders, and the single files' folder of them
@@ -29,16 +30,17 @@ def download(
 ) -> Path:
     """The local folder of a hub repository or alias, downloaded where it is not yet.
 
-    Only the files of the diffusers layout are fetched, of an alias at its pinned
-    revision; T5's weights only if ``t5``, and none without ``weights``. A broken
-    connection is taken up again where it broke; after an interruption only the files
-    that are missing are fetched. What was fetched is verified, with ``check_all`` what
-    was here before too. Raises OSError saying what is needed where the hub cannot be
-    reached or refuses.
+    Only the files of the diffusers layout are fetched, those of a published model at
+    its pinned revision; T5's weights only if ``t5``, and none without ``weights``. A
+    broken connection is taken up again where it broke; after an interruption only the
+    files that are missing are fetched. What was fetched is verified, with ``check_all``
+    what was here before too. Raises OSError saying what is needed where the hub cannot
+    be reached or refuses.
     """
     began = time.time()
     from huggingface_hub import errors, snapshot_download
 
+    name = ALIASES.get(name, name)
     repository = REPOSITORIES.get(name, name)
     kinds = KINDS if weights else ["*.json"]
     wanted = [f"{part}/{kind}" for part in COMPONENTS for kind in kinds]

@@ -22,6 +22,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 TRANSFORMER, VAE = "model.diffusion_model.", "first_stage_model."
 # Other programs put copies of the text encoders in the file; ours are read from theirs.
 IGNORED = ("text_encoders.", "cond_stage_model.", "conditioner.")
+PROJECTION, IDENTITY = "text_projection.weight", Source((), "identity")
 TEXT_ENCODERS = {
     "text_encoder": ("clip_l.safetensors",),
     "text_encoder_2": ("clip_g.safetensors",),
@@ -84,13 +85,18 @@ def vae_sizes(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def clip_sizes(shapes: Shapes) -> dict[str, Any]:
-    """A CLIP text encoder's sizes: heads of 64 channels.
+def clip_l_sizes(shapes: Shapes) -> dict[str, Any]:
+    """CLIP-L's sizes: its activation is the approximate GELU.
 
-    CLIP-L's file has no projection, and its activation is the approximate GELU.
+    The official file has no projection; where another has one, it is not SD3's.
     """
+    square = shapes["text_model.final_layer_norm.weight"] * 2
+    return clip_sizes({**shapes, PROJECTION: square}) | {"hidden_act": "quick_gelu"}
+
+
+def clip_sizes(shapes: Shapes) -> dict[str, Any]:
+    """A CLIP text encoder's sizes: heads of 64 channels."""
     vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
-    projection = shapes.get("text_projection.weight")
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
@@ -100,8 +106,8 @@ def clip_sizes(shapes: Shapes) -> dict[str, Any]:
         "max_position_embeddings": shapes[
             "text_model.embeddings.position_embedding.weight"
         ][0],
-        "hidden_act": "gelu" if projection else "quick_gelu",
-        "projection_dim": projection[0] if projection else width,
+        "hidden_act": "gelu",
+        "projection_dim": shapes[PROJECTION][0],
         "eos_token_id": 2,
     }
 
@@ -123,7 +129,7 @@ def t5_sizes(shapes: Shapes) -> dict[str, Any]:
 
 
 PARTS: dict[str, tuple[str, Callable[[Shapes], dict[str, Any]]]] = {
-    "text_encoder": ("", clip_sizes),
+    "text_encoder": ("", clip_l_sizes),
     "text_encoder_2": ("", clip_sizes),
     "text_encoder_3": ("", t5_sizes),
     "transformer": (TRANSFORMER, transformer_sizes),
@@ -156,16 +162,10 @@ def prepare_part(
         raise ValueError(f"{file} is no {part}: {error}") from None
 
     def rename(names: Iterable[str]) -> dict[str, Source]:
-        return {name: source(name, prefix, shapes) for name in names}
+        own = {name: Source((prefix + name,)) for name in names}
+        return own | ({PROJECTION: IDENTITY} if part == "text_encoder" else {})
 
     return cp.prepare_weights(model, [file], rename, prefix)
-
-
-def source(name: str, prefix: str, shapes: Shapes) -> Source:
-    """Where a file keeps a tensor: CLIP-L's projection, left out, is the identity."""
-    if name == "text_projection.weight" and name not in shapes:
-        return Source((), "identity")
-    return Source((prefix + name,))
 
 
 def check_known(file: Path, shapes: Shapes, prefix: str) -> None:
