@@ -28,6 +28,7 @@ from minidiff.support.interactive import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
 __all__ = [
     "Interactive",
@@ -598,7 +599,9 @@ def _fields(ax: "Axes", text: float) -> None:
     ax.set(xlim=(0, 1), ylim=(1, 0), aspect="equal", xticks=[], yticks=[])
 
 
-def _rectangle(corner: tuple[float, float], width: float, height: float, style: Any):
+def _rectangle(
+    corner: tuple[float, float], width: float, height: float, style: Any
+) -> "Patch":
     from matplotlib.patches import Rectangle
 
     return Rectangle(corner, width, height, **style)

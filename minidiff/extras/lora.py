@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import regex
 import torch
@@ -27,6 +27,9 @@ from minidiff.support.checkpoints import (
     transformer_sources,
     write_tensors,
 )
+
+if TYPE_CHECKING:
+    from minidiff.sampling import Pipeline
 
 FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
@@ -105,7 +108,13 @@ def attach(updates: Mapping[str, LowRank], model: nn.Module) -> list:
         target = layers[name]
         rows = target.rows.to(update.up.weight.device)
 
-        def hook(_, args, out, rows=rows, update=update) -> Tensor:
+        def hook(
+            _: Any,
+            args: tuple,
+            out: Tensor,
+            rows: Tensor = rows,
+            update: LowRank = update,
+        ) -> Tensor:
             return out.index_add(-1, rows, update(args[0]))
 
         handles.append(target.layer.register_forward_hook(hook))
@@ -169,7 +178,7 @@ def add_lora(
 # Files
 
 
-def components(pipe) -> dict[str, nn.Module]:
+def components(pipe: "Pipeline") -> dict[str, nn.Module]:
     """What a file can adapt, under the names that it uses."""
     names = ("text_encoder", "text_encoder_2")
     encoders = zip(names, pipe.text_encoders, strict=False)
@@ -281,7 +290,9 @@ def check_kind(file: Path | str, names: Sequence[str]) -> None:
 class LoRA:
     """The updates of one file on a pipeline; ``remove`` takes them off again."""
 
-    def __init__(self, pipe, handles: list, file: Path | str, scale: float) -> None:
+    def __init__(
+        self, pipe: "Pipeline", handles: list, file: Path | str, scale: float
+    ) -> None:
         self.pipe, self.handles, self.file, self.scale = pipe, handles, file, scale
         record(pipe, [*getattr(pipe, "loras", ()), self])
 
@@ -294,7 +305,7 @@ class LoRA:
             self.handles, self.pipe = [], None  # it keeps no pipeline alive
 
 
-def record(pipe, loras: list[LoRA]) -> None:
+def record(pipe: "Pipeline", loras: list[LoRA]) -> None:
     """Let pictures say which ``loras`` act on the pipeline that draws them."""
     pipe.loras = loras
     ours = ("lora", "lora_scale")
@@ -306,7 +317,9 @@ def record(pipe, loras: list[LoRA]) -> None:
         pipe.settings["lora_scale"] = several if len(scales) > 1 else scales[0]
 
 
-def load_lora(pipe, file: Path | str, scale: float = 1.0, fused: bool = False) -> LoRA:
+def load_lora(
+    pipe: "Pipeline", file: Path | str, scale: float = 1.0, fused: bool = False
+) -> LoRA:
     """Apply a LoRA file, or a folder with one, to a pipeline, times ``scale``.
 
     ``fused`` adds the updates to the weights: as fast as without, but not removable,

@@ -6,7 +6,7 @@ on any pictures.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,7 +60,9 @@ def show_previews(
     ``show`` may raise StopIteration to end the drawing there.
     """
 
-    def callback(pipe, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> None:
+    def callback(
+        pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]
+    ) -> None:
         show(step, output.to_pil(preview(tensors["denoised"])))
 
     return callback

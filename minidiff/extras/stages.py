@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -86,6 +87,7 @@ from minidiff.training import (
 )
 from minidiff.vae import VAE, Upsample
 
+Settings = TypeVar("Settings")
 STAGES = ("tokenizers", "clip", "t5", "vae", "judge", "transformer")
 CLIP_VOCABULARY = 704  # rows of the table: 512 bytes, then merges and two markers
 LENGTH = 32  # tokens of a prompt, for each encoder
@@ -283,7 +285,7 @@ def for_gpu(recipe: Recipe) -> Recipe:
     return replace(recipe, **stages)
 
 
-def changed(settings, changes: dict, where: str):
+def changed(settings: Settings, changes: dict, where: str) -> Settings:
     """A dataclass with ``changes``, in those of its fields that are dataclasses too."""
     values = {}
     for name, value in changes.items():
@@ -383,7 +385,7 @@ def token_tables(job: Job) -> list[Tensor]:
     return tables
 
 
-def encode_all(tokenizer, texts: list[str]) -> Tensor:
+def encode_all(tokenizer: CLIPTokenizer | T5Tokenizer, texts: list[str]) -> Tensor:
     """Token ids of any ``texts`` (N, L); how many had to be cut is told."""
     if cut := sum(len(tokenizer.encode(text)) > LENGTH for text in texts):
         log(f"{cut} of {len(texts)} captions are cut: they have over {LENGTH} tokens")
@@ -594,14 +596,16 @@ def train_judge(job: Job) -> None:
 class Features:
     """What the frozen models make of scenes: latents, and each caption's encodings.
 
-    Scene i has the row ``place[i]`` of ``context`` and ``pooled``; row 0 is the empty
-    prompt's. With ``job.cache`` all is kept there, under a name made of what made it.
+    ``tables`` are the captions' ids (``token_tables``). Scene i has the row
+    ``place[i]`` of ``context`` and ``pooled``; row 0 is the empty prompt's. With
+    ``job.cache`` all is kept there, under a name made of what made it.
     """
 
-    def __init__(self, job: Job, scenes: Scenes | Pictures, n: int) -> None:
+    def __init__(
+        self, job: Job, scenes: Scenes | Pictures, n: int, tables: list[Tensor]
+    ) -> None:
         parts = ("vae", *ENCODERS)
         self.vae, *self.encoders = (load_part(job, name) for name in parts)
-        tables = token_tables(job)
         path = job.cache and job.cache / self.name(scenes.content, tables, n)
         kept = cached(path, lambda: self.encode(scenes, tables, n), job.device)
         self.latents, self.place = kept["latents"], kept["place"]
@@ -660,9 +664,10 @@ def encode_captions(
 
 def train_transformer(job: Job) -> None:
     """The MMDiT, by rectified flow on latents and captions that are encoded once."""
-    features = Features(job, job.scenes(job.recipe.two_garments), job.recipe.latents)
+    tables, scenes = token_tables(job), job.scenes(job.recipe.two_garments)
+    features = Features(job, scenes, job.recipe.latents, tables)
     tests = job.scenes(split="test")
-    held = Features(replace(job, cache=None), tests, job.recipe.held)
+    held = Features(replace(job, cache=None), tests, job.recipe.held, tables)
     widths = tuple(e.config.hidden_size for e in features.encoders[:2])
     shape, seed = tuple(features.latents.shape[1:]), key(job, "noise")
     drops = key(job, "dropout")

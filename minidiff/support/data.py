@@ -9,9 +9,10 @@ import functools
 import io
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -87,11 +88,11 @@ class Attributes(NamedTuple):
     colors: Tensor  # (B, 2): numbers in COLORS
     background: Tensor  # (B,): number in BACKGROUNDS
 
-    def to(self, device) -> "Attributes":
+    def to(self, device: torch.device | str) -> "Attributes":
         """The same on another device."""
         return Attributes(*(x.to(device) for x in self))
 
-    def select(self, rows) -> "Attributes":
+    def select(self, rows: Tensor | slice) -> "Attributes":
         """The scenes that ``rows`` (a mask, a slice or indices) chooses."""
         return Attributes(*(x[rows] for x in self))
 
@@ -142,7 +143,13 @@ def captions(attributes: Attributes, templates: Tensor) -> list[str]:
     return [_words(*row) for row in rows]
 
 
-def _words(layout: int, garments, colors, background: int, template: int) -> str:
+def _words(
+    layout: int,
+    garments: Sequence[int],
+    colors: Sequence[int],
+    background: int,
+    template: int,
+) -> str:
     a, b = (
         NOUNS[color][number] for color, number in zip(colors, garments, strict=True)
     )
@@ -156,7 +163,7 @@ def all_captions() -> list[str]:
     return captions(*caption_attributes(torch.arange(NUM_CAPTIONS)))
 
 
-def token_table(tokenizer, texts: list[str]) -> Tensor:
+def token_table(tokenizer: Any, texts: list[str]) -> Tensor:
     """Token ids of the captions ``texts``, int32 (N, tokenizer.model_max_length).
 
     Both kinds of tokenizer split at spaces first, so each word is encoded once;
@@ -193,7 +200,7 @@ def _choose(u: Tensor, n: Tensor | int) -> Tensor:
     return (u * n).long()
 
 
-def held_out_colors(device=None) -> Tensor:
+def held_out_colors(device: torch.device | str | None = None) -> Tensor:
     """The colour that is never trained of each class (10,); len(COLORS) if none."""
     names = {garment: list(COLORS).index(color) for color, garment in HELD_OUT}
     return torch.tensor([names.get(c, len(COLORS)) for c in CLASSES], device=device)

@@ -186,7 +186,7 @@ def measure(judge: Judge, folder: str | Path | None, n: int = 10_000) -> dict:
     }
 
 
-def save_judge(judge: Judge, output: Path, **facts) -> None:
+def save_judge(judge: Judge, output: Path, **facts: object) -> None:
     """Write model.safetensors (fp16) and config.json, with ``facts`` about it."""
     output.mkdir(parents=True, exist_ok=True)
     save_weights(judge, output / "model.safetensors", dtype=torch.float16)

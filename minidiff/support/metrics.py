@@ -7,6 +7,7 @@ and what it gets wrong on real pictures is the ceiling for generated ones.
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from minidiff.support.inception import InceptionV3
 from minidiff.support.judge import EVALUATION_SEED, Judge, load_judge, score
 from minidiff.support.rng import fold_in, normal
 
+Folder = str | Path | None  # of the data set: see ``minidiff.support.data``
 Extract = Callable[[Tensor], Tensor]  # pictures (B, 3, 64, 64) → features (B, D)
 FEATURES = "the judge's last hidden layer", "Inception-v3's last pool (FID)"
 ROWS = {
@@ -85,7 +87,14 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
 # Real scenes and generated ones
 
 
-def _scenes(kind: str, held_out: bool, split: str, folder, device, seed: int) -> Scenes:
+def _scenes(
+    kind: str,
+    held_out: bool,
+    split: str,
+    folder: Folder,
+    device: torch.device,
+    seed: int,
+) -> Scenes:
     return Scenes(split, folder, device, seed, float(kind == "two"), held_out)
 
 
@@ -97,7 +106,9 @@ def _average(scores: list[dict[str, Tensor]]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def generate(pipe, texts: list[str], indices: Tensor, seed: int, **options) -> Tensor:
+def generate(
+    pipe: Any, texts: list[str], indices: Tensor, seed: int, **options: Any
+) -> Tensor:
     """Pictures (B, 3, H, W) in [−1, 1], the noise of each a function of its index."""
     config, weight = pipe.transformer.config, next(pipe.transformer.parameters())
     shape = (config.in_channels, config.sample_size, config.sample_size)
@@ -109,15 +120,15 @@ def generate(pipe, texts: list[str], indices: Tensor, seed: int, **options) -> T
 
 @torch.no_grad()
 def evaluate_row(
-    pipe,
+    pipe: Any,
     judge: Judge,
     extract: Extract,
     row: str,
     n: int,
     seed: int,
-    folder,
+    folder: Folder,
     batch: int,
-    **options,
+    **options: Any,
 ) -> tuple[dict, dict[str, Tensor]]:
     """One row of the table, and the features (n, D) that its pictures gave.
 
@@ -142,7 +153,7 @@ def evaluate_row(
 
 @torch.no_grad()
 def reconstructions(
-    pipe, extract: Extract, n: int, seed: int, folder, batch: int
+    pipe: Any, extract: Extract, n: int, seed: int, folder: Folder, batch: int
 ) -> tuple[float, Tensor]:
     """Mean PSNR of the VAE on n test scenes, half with one garment, and features."""
     weight = next(pipe.vae.parameters())
@@ -160,7 +171,12 @@ def reconstructions(
 
 @torch.no_grad()
 def training_features(
-    extract: Extract, n: int, seed: int, folder, batch: int, device: torch.device
+    extract: Extract,
+    n: int,
+    seed: int,
+    folder: Folder,
+    batch: int,
+    device: torch.device,
 ) -> Tensor:
     """Features of 2·n real training scenes, n with one garment: the reference."""
     parts = []
@@ -179,12 +195,12 @@ def check_side(transformer: nn.Module, vae: nn.Module) -> None:
 
 
 def evaluate(
-    pipe,
+    pipe: Any,
     judge: Judge | None = None,
     n: int = 500,
     guidance_scale: float | None = None,
     num_inference_steps: int = 28,
-    folder: str | Path | None = None,
+    folder: Folder = None,
     seed: int = EVALUATION_SEED,
     batch: int = 500,
     rows: tuple[str, ...] = tuple(ROWS),
@@ -235,14 +251,14 @@ def evaluate(
 
 
 def _distances(
-    pipe,
+    pipe: Any,
     extract: Extract,
     name: str,
     features: list[dict[str, Tensor]],
     reference: Tensor,
     n: int,
     seed: int,
-    folder,
+    folder: Folder,
     batch: int,
 ) -> dict:
     """Fréchet distances to training scenes: of pictures, test scenes, the VAE's."""
@@ -297,7 +313,7 @@ def _best_block(word: str, found: dict[str, list[float]]) -> str:
 # Attention
 
 
-def word_positions(tokenizer, text: str, start: int) -> list[list[int]]:
+def word_positions(tokenizer: Any, text: str, start: int) -> list[list[int]]:
     """The positions of each word's tokens in ``tokenizer``'s ids of ``text``."""
     positions = []
     for word in text.split():
@@ -309,11 +325,11 @@ def word_positions(tokenizer, text: str, start: int) -> list[list[int]]:
 
 @torch.no_grad()
 def attention_correlation(
-    pipe,
+    pipe: Any,
     record_attention: Callable,
     n: int = 64,
     sigma: float = 0.6,
-    folder: str | Path | None = None,
+    folder: Folder = None,
     seed: int = EVALUATION_SEED,
 ) -> dict[str, dict[str, list[float]]]:
     """Does a word look where its garment is? Mean correlation in every block.
@@ -350,7 +366,7 @@ def attention_correlation(
     }
 
 
-def _word_rows(pipe, text: str) -> dict[str, list[int]]:
+def _word_rows(pipe: Any, text: str) -> dict[str, list[int]]:
     """Rows of the context that belong to the colour, the garment, the background."""
     clip, _, t5 = pipe.tokenizers
     rows = {"CLIP": word_positions(clip, text, 1)}

@@ -37,7 +37,9 @@ def fold_in(seed: int, number: int) -> int:
     return int(_mix(_mix(state) ^ number % 2**62))
 
 
-def bits(seed: int, indices: Tensor, n: int, device=None) -> Tensor:
+def bits(
+    seed: int, indices: Tensor, n: int, device: torch.device | str | None = None
+) -> Tensor:
     """Random 64-bit integers (B, n), row b a function of ``seed`` and ``indices[b]``.
 
     Args:
@@ -53,12 +55,19 @@ def bits(seed: int, indices: Tensor, n: int, device=None) -> Tensor:
     return _mix(key[:, None] + counter)  # (B, 1) + (n) → (B, n)
 
 
-def uniform(seed: int, indices: Tensor, n: int, device=None) -> Tensor:
+def uniform(
+    seed: int, indices: Tensor, n: int, device: torch.device | str | None = None
+) -> Tensor:
     """Uniform float32 numbers (B, n) in [0, 1), the same on every device."""
     return _shift(bits(seed, indices, n, device), 40) * 2.0**-24
 
 
-def normal(seed: int, indices: Tensor, shape: tuple[int, ...], device=None) -> Tensor:
+def normal(
+    seed: int,
+    indices: Tensor,
+    shape: tuple[int, ...],
+    device: torch.device | str | None = None,
+) -> Tensor:
     """Standard normal float32 numbers ``(B, *shape)``; Box and Muller (1958).
 
     One 64-bit hash gives a radius, a direction, and so two normal numbers. Devices

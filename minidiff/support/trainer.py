@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -546,7 +546,7 @@ class Monitor:
 
 
 @functools.cache
-def tensorboard(folder: Path):
+def tensorboard(folder: Path) -> Any:
     """A writer of TensorBoard's files in ``folder``; None where it is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
         return None
