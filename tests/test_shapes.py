@@ -7,15 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import randomize
+from PIL import Image
 from pipelines import save_tokenizers
 from shapes import Claim, Tracer, unify
 
 from minidiff import attention, dit, sampling, text_encoders, tokenizer, training, vae
 from minidiff import flow_matching as fm
+from minidiff.extras import fast, memory, previews
+from minidiff.extras.image_to_image import image_to_image
+from minidiff.support import output
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = ("tokenizer", "text_encoders", "vae", "attention", "dit", "flow_matching")
 CHAPTERS += ("training", "sampling")
+EXTRAS = ("fast", "tiling", "previews", "image_to_image")
 
 
 def test_letters_are_solved_for() -> None:
@@ -113,11 +118,23 @@ def compare(pipe: sampling.Pipeline) -> None:
     fm.euler_loops(exact, torch.randn(3, 2), torch.tensor([1.0, 0.5]))
 
 
+def go_beyond(pipe: sampling.Pipeline) -> None:
+    """What the extras make of a pipeline that also draws in tiles."""
+    previews.fit_preview(pipe.vae)(torch.randn(2, 16, 4, 6))
+    picture, mask = torch.rand(3, 32, 48), Image.new("L", (48, 32))
+    memory.tile(pipe.vae, memory.Plan(vae_tile=8))
+    fast.accelerate(pipe.transformer, pipe.vae)
+    prompts = ["a red dress", "a bag"]
+    for image in (picture, output.to_pil(picture[None])[0]):
+        image_to_image(pipe, prompts, image, mask_image=mask, num_inference_steps=2)
+
+
 @pytest.fixture(scope="module")
 def claims(tmp_path_factory: pytest.TempPathFactory) -> list[Claim]:
     pipe = pipeline(tmp_path_factory.mktemp("tokenizers"))
-    tracer = Tracer([ROOT / "minidiff" / f"{name}.py" for name in CHAPTERS])
-    for work in (draw, train, compare):
+    files = [*CHAPTERS, *(f"extras/{name}" for name in EXTRAS)]
+    tracer = Tracer([ROOT / "minidiff" / f"{name}.py" for name in files])
+    for work in (draw, train, compare, go_beyond):
         tracer.run(lambda work=work: work(pipe))
     return tracer.claims
 

@@ -473,7 +473,7 @@ def folded_kernel(layer: Upsample) -> Tensor:
     even, odd = [[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]
     taps = torch.tensor([even, odd], dtype=torch.float32, device=weight.device)
     folded = torch.einsum("atk,bul,oikl->aboitu", taps, taps, weight.float())
-    folded = folded.flatten(0, 2).to(weight.dtype)  # (2, 2, C, C, 2, 2) → (4·C, C, …)
+    folded = folded.flatten(0, 2).to(weight.dtype)  # → (4·C, C, 2, 2)
     return folded.contiguous(memory_format=LAST)
 
 

@@ -71,7 +71,7 @@ def image_to_image(
     callback = callback_on_step_end
     if mask is not None:
         mask = (mask >= 0.5).float()
-        small = F.interpolate(mask, shape[2:])  # (·, 1, H, W) → (·, 1, h, w)
+        small = F.interpolate(mask, shape[2:])  # (M, 1, H, W) → (M, 1, h, w)
         callback = Keep(data, noise, small.to(data), sigmas, callback_on_step_end)
     return pipe(
         prompt,
