@@ -861,7 +861,8 @@ def load(
 # *Inpainting* paints only where a mask is white. A *LoRA* is a file of small
 # corrections to the weights, learned from a folder of captioned pictures. *Previews*
 # show a thumbnail after each step, without the decoder. A *memory plan* says what stays
-# on the card, and in how many bits.
+# on the card, and in how many bits. [A page of its own](../book/extras.ipynb) draws with
+# each of them.
 #
 # Exercise 8.2 lets you write the second line, image to image, yourself. This is how it
 # is called:

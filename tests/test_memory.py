@@ -4,6 +4,7 @@ import copy
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -30,6 +31,8 @@ from minidiff.sampling import DEFAULTS, Pipeline
 from minidiff.support import checkpoints as cp
 from minidiff.vae import VAE, Posterior, VAEConfig
 
+PAGE = Path(__file__).parents[1] / "book" / "performance.md"
+PAGE = PAGE.read_text(encoding="utf-8")
 CALL = {
     "prompt": ["a red dress", "a green bag"],
     "num_inference_steps": 3,
@@ -479,7 +482,7 @@ def test_wider_numbers_take_more_memory(calls, folder, monkeypatch):
 )
 def test_counted_peak_of_a_denoising_call(calls, config, plan, most):
     peak = denoising_peak(config, plan)
-    assert peak < most
+    assert peak < most and f"| {peak:.2f} |" in PAGE
     call = calls["medium" if config.dual_attention_layers else "large"]
     assert peak < estimate(plan, call) / GIB
 
@@ -493,11 +496,14 @@ def test_counted_peak_of_the_autoencoder(calls, work, side):
     room = memory.working(Plan(), call) / GIB
     weights = memory.weigh(call.models["vae"]) * 2 / GIB
     least = room / 2 if work == "decode" else room / 4
-    assert least < vae_peak(work, side) - weights < room
+    peak = vae_peak(work, side)
+    assert least < peak - weights < room and f"{peak:.2f} GiB" in PAGE
 
 
 def test_counted_peak_of_streamed_t5():
-    assert t5_peak("streamed") < 2 < t5_peak("resident")
+    streamed, resident = map(t5_peak, ("streamed", "resident"))
+    assert streamed < 2 < resident
+    assert f"{resident:.2f} GiB\nresident and {streamed:.2f} GiB streamed" in PAGE
 
 
 def test_the_work_of_denoising_is_counted_with_guidance(calls):

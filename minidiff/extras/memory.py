@@ -120,6 +120,12 @@ class Call:
     levels: int = 2 * 29
 
 
+def usual_size(models: Mapping[str, nn.Module]) -> tuple[int, ...]:
+    """The latents (B, C, h, w) of one picture of the size that a model is meant for."""
+    config = models["transformer"].config
+    return 1, config.in_channels, config.sample_size, config.sample_size
+
+
 def usual_levels(pipe: Any) -> int:
     """``Call.levels`` with the steps and the guidance that a model is meant for."""
     return count_levels(pipe.defaults.guidance_scale, pipe.defaults.num_inference_steps)
@@ -204,7 +210,7 @@ def roomiest(budget: float, call: Call, **knobs: Any) -> Plan | None:
 def shortage(budget: float, call: Call, **knobs: Any) -> str:
     """What is needed where no plan fits; the one that would without ``knobs``."""
     least = estimate(replace(LADDER[-1], **knobs), call) + RESERVE
-    large = math.prod(call.size) > math.prod(PICTURE)
+    large = math.prod(call.size) > math.prod(usual_size(call.models))
     what = "so many pixels at once" if large else "this model"
     line = f"{what} needs about {least / 1e9:.1f}GB"
     if not (other := roomiest(budget, call)):
@@ -227,8 +233,8 @@ def check_device(plan: Plan, call: Call, device: Any, **knobs: Any) -> None:
     """Raise ValueError where the device cannot follow the plan.
 
     That is a card that is too small (a plan that fits is named), and MPS for fp8. What
-    ``load`` chooses for ``memory`` fits one picture of 1024², so that for another size
-    the settings are named one by one.
+    ``load`` chooses for ``memory`` fits one picture of the usual size, so that for
+    another the settings are named one by one.
     """
     device = torch.device(device)
     if plan.fp8 and device.type == "mps":
@@ -245,7 +251,7 @@ def check_device(plan: Plan, call: Call, device: Any, **knobs: Any) -> None:
     if not smaller:
         raise ValueError(f"{card}; {shortage(budget * 1e9, call, **knobs)}")
     name = "this would fit"
-    if call.size == PICTURE:
+    if call.size == usual_size(call.models):
         name = f"memory='{budget:g}GB' fits"
     found = f"{card} and this needs about {need / 1e9:.1f}GB"
     raise ValueError(f"{found}; {name}: {smaller}")
@@ -457,13 +463,13 @@ def load_parts(
     """Read the parts of a pipeline, by the hub's names, as a plan says (``choose``).
 
     What was chosen for ``memory`` is printed in one line. Raises ValueError where the
-    card is too small for a picture of 1024², naming a plan that fits; with a Plan,
-    where it is too small for the weights; and with ``compile`` for weights in fp8 on a
-    GPU for which Triton has no such numbers.
+    card is too small for a picture of the usual size, naming a plan that fits; with a
+    Plan, where it is too small for the weights; and with ``compile`` for weights in fp8
+    on a GPU for which Triton has no such numbers.
     """
     gc.collect()  # of a pipeline that is no longer used, cycles may be left
     models = {name: part.model for name, part in prepared.items()}
-    picture = Call(models, dtype.itemsize)
+    picture = Call(models, dtype.itemsize, usual_size(models))
     plan = choose(memory, picture, **knobs)
     device = torch.device(device)
     if compile and plan.fp8 and device.type == "cuda" and not has_fp8(device):

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from minidiff.extras import loading
 from minidiff.extras.memory import (
-    PICTURE,
     Call,
     Plan,
     announce,
@@ -26,6 +25,7 @@ from minidiff.extras.memory import (
     requested,
     stand_in,
     usual_levels,
+    usual_size,
 )
 from minidiff.flow_matching import Scheduler
 from minidiff.sampling import Pipeline
@@ -43,7 +43,7 @@ class Rehearsal(Pipeline):
     modulations.
     """
 
-    size, levels = PICTURE, None
+    size, levels = None, None
 
     def prepare_latents(self, *args: Any, levels: int | None = None) -> Tensor:
         """The latents; their shape and the levels are kept."""
@@ -75,8 +75,8 @@ def rehearse(
     opened = outline(model, text_encoders, memory, knobs)
     asked = requested(memory, **knobs)
     pipe = attempt(perform, opened, asked)
-    levels = pipe.levels or usual_levels(pipe)
-    call = Call(opened.parts, dtype.itemsize, pipe.size, levels)
+    size, levels = pipe.size or usual_size(opened.parts), pipe.levels
+    call = Call(opened.parts, dtype.itemsize, size, levels or usual_levels(pipe))
     plan = choose(memory, call, **knobs)
     check_device(plan, call, device, **knobs)
     if plan != asked:  # it may keep weights away that a LoRA would be added to
