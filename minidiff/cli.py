@@ -178,7 +178,7 @@ def sample(
         int | None, typer.Option(help="Work in tiles of so many latent pixels.")
     ] = None,
     vae_slicing: Annotated[
-        bool | None, typer.Option(help="Decode one picture at a time.")
+        bool | None, typer.Option(help="The autoencoder, one picture at a time.")
     ] = None,
     fast: Annotated[
         bool, typer.Option("--fast", help="The blocks in fused passes.")

@@ -481,8 +481,8 @@ class Pipeline:
     ) -> Tensor:
         """The noise to start from, (count, C, h, w), for a picture of height × width.
 
-        Raises ValueError for a size that the model cannot make, or that a card has no
-        room for where ``levels`` (steps + 1, twice with guidance) have modulations.
+        Raises ValueError for a size that the model cannot make, or that memory is too
+        small for where ``levels`` (steps + 1, twice with guidance) have modulations.
         """
         from minidiff.extras.memory import check_room
 
@@ -557,8 +557,8 @@ def load(
     ``text_encoders`` is the folder with the encoders and the tokenizers. ``device``
     None is the CPU; ``dtype`` None is float32 on a CPU and bfloat16 elsewhere.
 
-    ``memory``: "8GB", "12GB", … picks a plan by which a picture of 1024² fits, says so,
-    and refuses a call that needs more; ``knobs`` are the settings of
+    ``memory``: "8GB", "12GB", … picks a plan by which one picture of the model's usual
+    size fits, says so, and refuses a call that needs more; ``knobs`` are settings of
     ``minidiff.extras.memory.Plan``. ``fast`` runs ``minidiff.extras.fast`` for the
     blocks, ``compile`` compiles each kind of block.
     Every file is checked before the first weight is read: ValueError and
@@ -861,8 +861,8 @@ def load(
 # *Inpainting* paints only where a mask is white. A *LoRA* is a file of small
 # corrections to the weights, learned from a folder of captioned pictures. *Previews*
 # show a thumbnail after each step, without the decoder. A *memory plan* says what stays
-# on the card, and in how many bits. [A page of its own](../book/extras.ipynb) draws with
-# each of them.
+# on the card, and in how many bits. [A page of its own](../book/extras.ipynb) draws
+# with each of them.
 #
 # Exercise 8.2 lets you write the second line, image to image, yourself. This is how it
 # is called:

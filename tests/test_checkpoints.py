@@ -159,7 +159,7 @@ def test_saving_over_the_mapped_file_keeps_the_model(tmp_path):
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
-def test_two_threads_write_one_file_in_turn(tmp_path):
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
     file = tmp_path / "latest"
     with cp.replacing(file) as first, cp.replacing(file) as second:
         assert first != second

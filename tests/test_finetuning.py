@@ -242,7 +242,7 @@ def test_a_card_too_small_to_learn_on_is_told(
     """Before the folder belongs to the run; by LoRA a fifth of the weights is kept."""
     n = weigh(minidiff.load(model).transformer)
     for free, lora in ((20 * n - 1, None), (2 * n - 1, LoraConfig(2))):
-        monkeypatch.setattr(finetune, "free_memory", lambda _, free=free: free)
+        monkeypatch.setattr(finetune, "free_memory", lambda *_, free=free: free)
         with pytest.raises(
             ValueError, match="weights and optimiser take .*; expected "
         ):

@@ -104,6 +104,8 @@ def imported(path: Path) -> set[str]:
     aside = {id(node) for part in typing for node in ast.walk(part)}
     found: set[str] = set()
     for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {n.name for n in node.names}
         if isinstance(node, ast.ImportFrom) and id(node) not in aside:
             found |= {node.module, *(f"{node.module}.{n.name}" for n in node.names)}
     return found

@@ -469,12 +469,16 @@ def folded_kernel(layer: Upsample) -> Tensor:
     Output row 2i reads the rows i−1, i, i of the small picture: two taps, the second
     the sum of two of the three weights; row 2i+1 reads i, i, i+1. Columns likewise.
     """
-    weight = layer.conv.weight
-    even, odd = [[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]
-    taps = torch.tensor([even, odd], dtype=torch.float32, device=weight.device)
-    folded = torch.einsum("atk,bul,oikl->aboitu", taps, taps, weight.float())
-    folded = folded.flatten(0, 2).to(weight.dtype)  # → (4·C, C, 2, 2)
+    weight = layer.conv.weight.float()  # of which some are summed
+    kernels = [k for rows in two_taps(weight, 2) for k in two_taps(rows, 3)]
+    folded = torch.cat(kernels).to(layer.conv.weight.dtype)  # → (4·C, C, 2, 2)
     return folded.contiguous(memory_format=LAST)
+
+
+def two_taps(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Three weights along ``dim`` as two, for the even and for the odd outputs."""
+    a, b, c = weight.unbind(dim)
+    return torch.stack([a, b + c], dim), torch.stack([a + b, c], dim)
 
 
 def pixels(x: Tensor) -> Tensor:

@@ -208,8 +208,8 @@ def check_card(
     if not device.startswith("cuda"):
         return
     kept = weigh(parts["transformer"]) * (1 if lora else 5) + weigh(parts["vae"])
-    need, free = kept * dtype.itemsize, free_memory(torch.device(device))
-    if need > free:
+    need = kept * dtype.itemsize
+    if need > (free := free_memory(torch.device(device), need)):
         less = "a smaller model" if lora else "--lora, or a smaller model"
         raise ValueError(
             f"weights and optimiser take {need / 1e9:.1f}GB, the card has "
@@ -287,8 +287,7 @@ def save_samples(pipe: Pipeline, encoded: Batch, seed: int, file: Path) -> None:
     pictures = []
     try:
         for i in range(min(4, len(encoded["x0"]))):
-            rows = (encoded[k][[*guided, i]] for k in ("context", "pooled"))
-            text = (x.to(pipe.device) for x in rows)
+            text = (encoded[k][[*guided, i]] for k in ("context", "pooled"))
             noise = pipe.prepare_latents(1, height, width, seed + i)
             pictures.append(pipe.decode(pipe.denoise(noise, *text)))
         save_sheet(torch.cat(pictures), len(pictures), file)

@@ -259,7 +259,7 @@ def find_model(model: Path | str, t5: bool = True, weights: bool = True) -> Path
     hub_id = name and "/" not in name and not Path(owner).is_dir()
     if Path(model).suffix == ".safetensors" and not Path(model).exists():
         raise FileNotFoundError(f"{model} is missing")
-    if str(model) in hub.REPOSITORIES or hub_id:
+    if short_name(model) in hub.REPOSITORIES or hub_id:
         return hub.download(str(model), t5, weights=weights)
     known = ", ".join(["tiny", *hub.REPOSITORIES])
     raise ValueError(f"model is {str(model)!r}; expected {known} or a folder")

@@ -355,7 +355,7 @@ def load_lora(
         try:
             fuse(updates, models[part])
         except BaseException as error:
-            error.add_note(f"some weights have {file} in them: load the model anew")
+            error.add_note(f"some weights may have {file} in them: load the model anew")
             raise
     return LoRA(pipe, handles, file, scale)
 

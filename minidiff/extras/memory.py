@@ -36,7 +36,6 @@ from minidiff.vae import VAE
 GIB = 2**30
 RESERVE = 0.6 * GIB  # what CUDA itself and the allocator's gaps take
 BUDGETS = ("8GB", "12GB", "16GB", "24GB")
-PICTURE = (1, 16, 128, 128)  # the latents (B, C, h, w) of one picture of 1024²
 NOTHING = (0, 16, 0, 0)  # no latents: the weights alone
 
 
@@ -108,16 +107,16 @@ class Call:
 
     Args:
         models: the parts, by the hub's names (on the meta device will do).
-        width: bytes of a working value.
         size: of the latents, (B, C, h, w).
+        width: bytes of a working value.
         levels: noise levels times rows (two with guidance) for which each picture has
             its modulations; all are computed ahead.
     """
 
     models: Mapping[str, nn.Module]
+    size: tuple[int, ...]
     width: int = 2
-    size: tuple[int, ...] = PICTURE
-    levels: int = 2 * 29
+    levels: int = 2 * 41  # Medium's 40 steps, the most that is usual
 
 
 def usual_size(models: Mapping[str, nn.Module]) -> tuple[int, ...]:
@@ -242,8 +241,8 @@ def check_device(plan: Plan, call: Call, device: Any, **knobs: Any) -> None:
         raise ValueError(f"{found}; expected fp8=False, or more memory")
     if device.type != "cuda":
         return
-    free, need = free_memory(device), estimate(plan, call)
-    if need <= free:
+    need = estimate(plan, call)
+    if need <= (free := free_memory(device, need)):
         return
     card = f"the card has {free / 1e9:.1f}GB free"
     budget = int((free + RESERVE) / 1e8) / 10  # CUDA has taken its part of it
@@ -257,8 +256,19 @@ def check_device(plan: Plan, call: Call, device: Any, **knobs: Any) -> None:
     raise ValueError(f"{found}; {name}: {smaller}")
 
 
-def free_memory(device: torch.device) -> int:
-    """The bytes of a card that PyTorch can still give to tensors."""
+def free_memory(device: torch.device, need: float) -> int:
+    """The bytes of a card that PyTorch can still give to tensors.
+
+    Where they are fewer than ``need``, what dropped pipelines hold in cycles is freed.
+    """
+    if (free := free_now(device)) < need:
+        gc.collect()
+        free = free_now(device)
+    return free
+
+
+def free_now(device: torch.device) -> int:
+    """What is free and what PyTorch holds unused, in bytes."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
 
@@ -272,13 +282,12 @@ def check_room(pipe: Any, size: tuple[int, ...], levels: int | None = None) -> N
     """
     models = {"transformer": pipe.transformer}
     levels = levels or usual_levels(pipe)
-    call = Call(models, pipe.dtype.itemsize, size, levels)
+    call = Call(models, size, pipe.dtype.itemsize, levels)
     need = working(getattr(pipe.vae, "plan", Plan()), call)
     left, whose = getattr(pipe.vae, "room", math.inf), "memory"
     if pipe.device.type == "cuda":
-        if need > free_memory(pipe.device):
-            gc.collect()  # cycles of a pipeline that is no longer used
-        left, whose = min((left, whose), (free_memory(pipe.device), "the card"))
+        free = free_memory(pipe.device, need)
+        left, whose = min((left, whose), (free, "the card"))
     if need > left:
         raise ValueError(
             f"{pixels(size, pipe.vae)} at once take about {need / 1e9:.1f}GB beside "
@@ -418,7 +427,7 @@ def stand_in(model: nn.Module, plan: Plan) -> None:
 def to_float8(model: MMDiT) -> MMDiT:
     """Store a model's blocks in 8 bits, in place, as ``place`` does while it reads.
 
-    Raises ValueError for a layer with a LoRA beside it, which would be lost.
+    Raises ValueError for a layer with a hook, such as a LoRA's: it would be lost.
     """
     chosen = [
         (name, layer)
@@ -427,7 +436,8 @@ def to_float8(model: MMDiT) -> MMDiT:
     ]
     for name, layer in chosen:
         if layer._forward_hooks:
-            raise ValueError(f"{name} has a LoRA beside it; expected it after 8 bits")
+            found = f"{name} has a hook, perhaps a LoRA, that 8 bits would lose"
+            raise ValueError(f"{found}; expected 8 bits first")
     for name, layer in chosen:
         swap(model, name, Float8Linear(quantize(layer.weight), layer.bias))
     return model
@@ -467,9 +477,8 @@ def load_parts(
     Plan, where it is too small for the weights; and with ``compile`` for weights in fp8
     on a GPU for which Triton has no such numbers.
     """
-    gc.collect()  # of a pipeline that is no longer used, cycles may be left
     models = {name: part.model for name, part in prepared.items()}
-    picture = Call(models, dtype.itemsize, usual_size(models))
+    picture = Call(models, usual_size(models), dtype.itemsize)
     plan = choose(memory, picture, **knobs)
     device = torch.device(device)
     if compile and plan.fp8 and device.type == "cuda" and not has_fp8(device):
@@ -480,10 +489,11 @@ def load_parts(
     weights = replace(picture, size=NOTHING)
     asked = weights if isinstance(memory, Plan) else picture
     check_device(plan, asked, device, **knobs)
-    if isinstance(memory, str) or knobs:
+    budgeted = not (memory is None or isinstance(memory, Plan))
+    if budgeted or knobs:
         announce(plan, picture)
+    held = estimate(plan, weights)
     parts = {name: place(prepared[name], plan, device, dtype) for name in models}
-    if isinstance(memory, str):  # for what is beside the weights: see ``check_room``
-        held = estimate(plan, picture) - working(plan, picture)
+    if budgeted:  # what is left beside the weights: see ``check_room``
         parts["vae"].room = parse_budget(memory) - RESERVE - held
     return parts

@@ -76,7 +76,7 @@ def rehearse(
     asked = requested(memory, **knobs)
     pipe = attempt(perform, opened, asked)
     size, levels = pipe.size or usual_size(opened.parts), pipe.levels
-    call = Call(opened.parts, dtype.itemsize, size, levels or usual_levels(pipe))
+    call = Call(opened.parts, size, dtype.itemsize, levels or usual_levels(pipe))
     plan = choose(memory, call, **knobs)
     check_device(plan, call, device, **knobs)
     if plan != asked:  # it may keep weights away that a LoRA would be added to
@@ -113,12 +113,14 @@ def outline(
     Of a model on the hub its weights need not be here yet: what is wrong with a call is
     told before the download.
     """
-    if model == "tiny" or Path(model).exists() or text_encoders is not None:
+    if str(model) == "tiny" or Path(model).exists() or text_encoders is not None:
         with warnings.catch_warnings(action="ignore"):
             opened = loading.open_model(model, text_encoders, memory, knobs)
         return opened._replace(parts={n: p.model for n, p in opened.parts.items()})
-    models = loading.blueprint(model)
+    known = loading.is_published(model)
+    source = model if known else loading.find_model(model, weights=False)
+    models = loading.blueprint(source)
     if requested(memory, **knobs).t5 == "none":
-        del models["text_encoder_3"]
-    names = str(model), loading.known_as(model)
+        models.pop("text_encoder_3", None)
+    names = str(model), loading.known_as(source)
     return loading.Opened(*names, models, [None] * 3, Scheduler(3.0))
