@@ -502,12 +502,11 @@ def record_attention(
 
 # %% [markdown]
 # Read the table by columns, a block at a time. In block 0 *red* is near +1 and *blue*
-# near −1: the dress reads its own colour, the ground its own. In block 2 both are
-# negative: there the ground reads both colours more than the dress does. And a word
-# need not be read where the thing that it names will be: the dress reads *background*
-# in block 0 and again in the last two, and reads *dress* in block 0 alone. T5 has let
-# each token read the whole caption, so that its vector may stand for more than its own
-# word.
+# near −1: the dress reads its own colour, the ground its own. In block 2 *red* is near
+# 0: dress and ground read it alike. And a word need not be read where the thing that it
+# names will be: the dress reads *background* in block 0 and again in the last two, and
+# reads *dress* above all in block 0. T5 has let each token read the whole caption, so
+# that its vector may stand for more than its own word.
 #
 # Now one block over the steps, block 2: first noise, at the end a picture. From which
 # step on does a map keep the outline of the finished garment?
