@@ -122,7 +122,13 @@ RECIPES = {
         clip=TrainingConfig(2500, 1024, 1e-3, warmup_steps=200, save_every=500),
         t5=TrainingConfig(2500, 1024, 1e-3, warmup_steps=200, save_every=500),
         vae=TrainingConfig(
-            3200, 256, 1e-3, warmup_steps=100, save_every=500, validate_every=500
+            3200,
+            256,
+            2e-3,
+            warmup_steps=100,
+            muon=True,
+            save_every=500,
+            validate_every=500,
         ),
         judge=TrainingConfig(4000, 512, 2e-3, 200, weight_decay=0.05, save_every=500),
         transformer=TrainingConfig(
@@ -138,7 +144,8 @@ RECIPES = {
         latents=2**20,
         shift=2.0,  # between what texture and what garments need: see "further"
     ),
-    "shipped": Recipe(  # what began minidiff/pretrained/tiny, on two CPU cores
+    # What began minidiff/pretrained/tiny, on two CPU cores; its autoencoder had AdamW
+    "shipped": Recipe(
         clip=TrainingConfig(
             350, 128, 1.5e-3, 20, ema_decay=0.99, save_every=100, bfloat16=True
         ),
@@ -148,9 +155,10 @@ RECIPES = {
         vae=TrainingConfig(
             1600,
             12,
-            1.5e-3,
+            2e-3,
             40,
             ema_decay=0.995,
+            muon=True,
             save_every=100,
             validate_every=400,
             bfloat16=True,
