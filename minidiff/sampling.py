@@ -673,9 +673,9 @@ def load(
 # print("sixteen pictures differ less with g = 8:", spread[1] < spread[0])
 
 # %% [markdown]
-# Guidance makes the prompt's garment plainer, and pictures of one prompt more alike:
-# too little to see in four of them, not in sixteen. Does too much of it harm them?
-# Compare the last row with the one above it.
+# Guidance makes the prompt's garment plainer, and pictures of one prompt more alike.
+# (Four are too few to tell, so the comparison is of sixteen.) Does too much of it harm
+# them? Compare the last row with the one above it.
 #
 # ### Steps
 #

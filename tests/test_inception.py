@@ -43,6 +43,22 @@ def test_features_that_pytorch_fid_gave(tmp_path):
 
 
 @torch.no_grad()
+def test_features_equal_pytorch_fid(tmp_path, monkeypatch):
+    """With its own patched blocks and our random weights, read from a file."""
+    theirs = pytest.importorskip("pytorch_fid.inception")
+    ours = filled(InceptionV3())
+    state = ours.state_dict() | {"fc.weight": torch.zeros(1008, 2048)}
+    save_file(state, tmp_path / "weights.safetensors")
+    state |= {"fc.bias": torch.zeros(1008)}
+    monkeypatch.setattr(theirs, "load_state_dict_from_url", lambda *_, **__: state)
+    images = pictures()
+    expected = theirs.InceptionV3().eval()(images)[0].flatten(1)
+    found = load_inception(tmp_path / "weights.safetensors")(images * 2 - 1)
+    assert found.shape == (2, 2048) and expected.std() > 0.01
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_the_last_pool_takes_maxima():
     """Where the block before, and torchvision's own, take means."""
     block, x = filled(InceptionV3()).Mixed_7c, torch.randn(1, 2048, 8, 8)

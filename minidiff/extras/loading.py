@@ -200,12 +200,7 @@ PUBLISHED = {
 
 def is_published(model: Path | str) -> bool:
     """Whether ``model`` is a published model's name, and no folder of that name."""
-    return short_name(model) in PUBLISHED and not Path(model).is_dir()
-
-
-def short_name(model: Path | str) -> str:
-    """The alias of a published model's repository; any other name as it is."""
-    return hub.ALIASES.get(str(model), str(model))
+    return hub.short_name(model) in PUBLISHED and not Path(model).is_dir()
 
 
 def blueprint(model: Path | str = "tiny") -> dict[str, nn.Module]:
@@ -219,7 +214,7 @@ def blueprint(model: Path | str = "tiny") -> dict[str, nn.Module]:
                 "text_encoder": CLIPTextEncoder(CLIPTextConfig.clip_l()),
                 "text_encoder_2": CLIPTextEncoder(CLIPTextConfig.clip_g()),
                 "text_encoder_3": T5Encoder(T5Config.t5_xxl()),
-                "transformer": MMDiT(PUBLISHED[short_name(model)]()),
+                "transformer": MMDiT(PUBLISHED[hub.short_name(model)]()),
                 "vae": VAE(VAEConfig.sd35()),
             }
     folder = find_model(model, weights=False)
@@ -259,7 +254,7 @@ def find_model(model: Path | str, t5: bool = True, weights: bool = True) -> Path
     hub_id = name and "/" not in name and not Path(owner).is_dir()
     if Path(model).suffix == ".safetensors" and not Path(model).exists():
         raise FileNotFoundError(f"{model} is missing")
-    if short_name(model) in hub.REPOSITORIES or hub_id:
+    if hub.short_name(model) in hub.REPOSITORIES or hub_id:
         return hub.download(str(model), t5, weights=weights)
     known = ", ".join(["tiny", *hub.REPOSITORIES])
     raise ValueError(f"model is {str(model)!r}; expected {known} or a folder")

@@ -333,7 +333,7 @@ def load_lora(
     if path.resolve() in others:
         known = f"{file} is on this pipeline already and is added once more"
         warnings.warn(f"{known}; remove() takes a LoRA off", stacklevel=2)
-    models, handles = components(pipe), []
+    models = components(pipe)
     found = read_lora(path, models)
     for part, updates in found.items():
         if fused:
@@ -343,21 +343,20 @@ def load_lora(
                 f"the {part} is compiled and would not see {file}; "
                 "expected a fused LoRA or no compilation"
             )
-    for part, updates in found.items():
-        for update in updates.values():
-            update.scale *= scale
-        if not fused:  # all of them before the first layer changes: memory may not do
-            bring(updates, models[part])
-    for part, updates in found.items():
-        if not fused:
-            handles += attach(updates, models[part])
-            continue
-        try:
-            fuse(updates, models[part])
-        except BaseException as error:
-            error.add_note(f"some weights may have {file} in them: load the model anew")
-            raise
-    return LoRA(pipe, handles, file, scale)
+    pairs = [(updates, models[part]) for part, updates in found.items()]
+    for update in (u for updates, _ in pairs for u in updates.values()):
+        update.scale *= scale
+    if not fused:
+        for pair in pairs:  # all, before the first layer changes: memory may not do
+            bring(*pair)
+        return LoRA(pipe, [h for pair in pairs for h in attach(*pair)], file, scale)
+    try:
+        for pair in pairs:
+            fuse(*pair)
+    except BaseException as error:
+        error.add_note(f"some weights may have {file} in them: load the model anew")
+        raise
+    return LoRA(pipe, [], file, scale)
 
 
 def save_lora(updates: Mapping[str, Mapping[str, LowRank]], file: Path | str) -> None:

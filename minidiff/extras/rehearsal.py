@@ -43,7 +43,7 @@ class Rehearsal(Pipeline):
     modulations.
     """
 
-    size, levels = None, None
+    size = levels = None
 
     def prepare_latents(self, *args: Any, levels: int | None = None) -> Tensor:
         """The latents; their shape and the levels are kept."""
@@ -75,8 +75,9 @@ def rehearse(
     opened = outline(model, text_encoders, memory, knobs)
     asked = requested(memory, **knobs)
     pipe = attempt(perform, opened, asked)
-    size, levels = pipe.size or usual_size(opened.parts), pipe.levels
-    call = Call(opened.parts, size, dtype.itemsize, levels or usual_levels(pipe))
+    size = pipe.size or usual_size(opened.parts)
+    levels = pipe.levels or usual_levels(pipe)
+    call = Call(opened.parts, size, dtype.itemsize, levels)
     plan = choose(memory, call, **knobs)
     check_device(plan, call, device, **knobs)
     if plan != asked:  # it may keep weights away that a LoRA would be added to

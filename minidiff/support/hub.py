@@ -18,11 +18,16 @@ REVISIONS = {
     "sd3.5-large": "ceddf0a7fdf2064ea28e2213e3b84e4afa170a0f",
     "sd3.5-large-turbo": "ec07796fc06b096cc56de9762974a28f4c632eda",
 }
-ALIASES = {repository: name for name, repository in REPOSITORIES.items()}
 COMPONENTS = ("scheduler", "text_encoder*", "tokenizer*", "transformer", "vae")
 KINDS = ("*.json", "*.txt", "*.model", "*.safetensors")
 # fp16 copies of the text encoders, and the single files' folder of them
 LEFT_OUT = ["*.fp16*", "text_encoders/*"]
+
+
+def short_name(model: Path | str) -> str:
+    """The alias of a published model's repository; any other name as it is."""
+    aliases = {repository: alias for alias, repository in REPOSITORIES.items()}
+    return aliases.get(str(model), str(model))
 
 
 def download(
@@ -40,7 +45,7 @@ def download(
     began = time.time()
     from huggingface_hub import errors, snapshot_download
 
-    name = ALIASES.get(name, name)
+    name = short_name(name)
     repository = REPOSITORIES.get(name, name)
     kinds = KINDS if weights else ["*.json"]
     wanted = [f"{part}/{kind}" for part in COMPONENTS for kind in kinds]
