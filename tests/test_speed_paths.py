@@ -102,6 +102,15 @@ def test_fast_in_bfloat16_is_as_exact_as_the_chapters():
 
 
 @torch.no_grad()
+def test_the_fast_decoder_in_bfloat16_is_as_exact_as_the_chapters():
+    vae, latents = randomize(VAE(AUTOENCODER)), torch.randn(2, 16, 12, 12)
+    exact, low = vae.decoder(latents), latents.bfloat16()
+    vae.bfloat16()
+    plain = relative_error(vae.decoder(low), exact)
+    assert relative_error(FastDecoder(vae.decoder)(low), exact) < 1.03 * plain
+
+
+@torch.no_grad()
 def test_faint_tokens_are_normed_as_others():
     """Below 1e-3 the ε of a norm counts: 1e-6, not PyTorch's 1e-5."""
     model, (x, sigma, context, pooled) = transformer(), inputs(TRANSFORMER)
@@ -387,7 +396,7 @@ def test_a_copy_of_a_compiled_model_has_weights_of_its_own(compiles):
     assert torch.equal(model(*given), before)
 
 
-# The Triton kernels, interpreted
+# The Triton kernels, interpreted and as machine code
 
 INTERPRETED = """
 import torch
@@ -398,6 +407,7 @@ from minidiff.extras import kernels
 from minidiff.extras.fast import FastDecoder, FastMMDiT
 from minidiff.vae import VAE
 assert kernels.INTERPRET
+torch.manual_seed(0)
 torch.set_grad_enabled(False)
 model, given = transformer(), inputs(TRANSFORMER)
 assert relative_error(FastMMDiT(model)(*given), model(*given)) < 1e-5
@@ -406,16 +416,38 @@ for size in ((2, 3), (36, 36)):  # one chunk of a group norm's pixels, and sever
     latents = torch.randn(2, 16, *size)
     expected = vae.decode(latents)
     assert relative_error(FastDecoder(vae.decoder)(latents), expected) < 1e-5
+exact = vae.decoder(latents)
+vae, latents = vae.half(), latents.half()
+low = relative_error(FastDecoder(vae.decoder)(latents), exact)
+assert low < 1.1 * relative_error(vae.decoder(latents), exact)
+x = torch.randn(5, 96)
+for gelu, wanted in (False, x), (True, torch.nn.functional.gelu(x, approximate="tanh")):
+    found, plain = kernels.quantize_rows(x, gelu), kernels.quantize(wanted)
+    assert torch.allclose(found.scale, plain.scale)
+    same = found.values.float() == plain.values.float()
+    assert same.float().mean() > 0.9  # the interpreter rounds some numbers wrongly
 """
+needs_triton = pytest.mark.skipif(
+    not importlib.util.find_spec("triton"), reason="no Triton here"
+)
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no Triton here")
-def test_triton_kernels_compute_the_plain_forms():
+def run_with_triton(command, **environment):
     paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    env = {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
-    subprocess.run(
-        [sys.executable, "-c", INTERPRETED], env=os.environ | env, check=True
-    )
+    environment = os.environ | {"PYTHONPATH": paths} | environment
+    subprocess.run([sys.executable, *command], env=environment, check=True)
+
+
+@needs_triton
+def test_triton_kernels_compute_the_plain_forms():
+    run_with_triton(["-c", INTERPRETED], TRITON_INTERPRET="1")
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", ["80", "89", "90"], ids=["A100", "L4", "H100"])
+def test_triton_kernels_become_machine_code_without_spills(tmp_path, capability):
+    script = os.path.join(os.path.dirname(__file__), "machine_code.py")
+    run_with_triton([script, capability], TRITON_CACHE_DIR=str(tmp_path))
 
 
 # The benchmark for a GPU, rehearsed at tiny size

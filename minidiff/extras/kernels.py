@@ -78,10 +78,19 @@ def plain_norm_heads(qkv: Tensor, weight: Tensor, heads: int, boundary: int) -> 
 
 
 def plain_group_norm_silu(
-    x: Tensor, sums: Tensor, groups: int, weight: Tensor, bias: Tensor
-) -> Tensor:
-    normed = F.group_norm(sums.float(), groups, weight.float(), bias.float(), eps=1e-6)
-    return F.silu(normed).to(x.dtype)
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    add: Tensor | None,
+    residual: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    sums = x.float()
+    sums = sums if residual is None else sums + residual
+    sums = sums if add is None else sums + add.view(-1, 1, 1)
+    normed = F.group_norm(sums, groups, weight.float(), bias.float(), eps=1e-6)
+    return sums.to(x.dtype), (F.silu(normed) if silu else normed).to(x.dtype)
 
 
 # The same in Triton
@@ -304,11 +313,7 @@ def group_norm_silu(
     bias that has not been added yet. The sum is written over ``x``.
     """
     if not has_kernels(x):
-        sums = x if residual is None else x + residual
-        sums = sums if add is None else sums + add.view(1, -1, 1, 1)
-        if silu:
-            return sums, plain_group_norm_silu(x, sums, groups, weight, bias)
-        return sums, F.group_norm(sums, groups, weight, bias, 1e-6)
+        return plain_group_norm_silu(x, groups, weight, bias, add, residual, silu)
     last = torch.channels_last  # nothing is copied where it is so already
     x = x.contiguous(memory_format=last)
     residual = residual if residual is None else residual.contiguous(memory_format=last)
