@@ -243,7 +243,7 @@ def profile(bench: Bench, what: str, call: Callable[[], Any]) -> None:
         with torch.profiler.profile(activities=[activity]) as result:
             call()
             torch.cuda.synchronize()
-    except RuntimeError as problem:  # the figures that follow need no profile
+    except Exception as problem:  # the figures that follow need no profile
         bench.emit(stage="profile", what=what, failed=told(problem))
         return
     rows = sorted(result.key_averages(), key=lambda r: -r.self_device_time_total)

@@ -93,7 +93,7 @@ def clip() -> Task:
 def t5() -> Task:
     def batch(i: Tensor) -> Batch:
         ids = words(i, 6)
-        short = (i % 2 == 0)[:, None] & (torch.arange(6) > 3)
+        short = (i % 2 == 0)[:, None] & (torch.arange(6, device=i.device) > 3)
         return {"source": ids, "target": ids.masked_fill(short, 0)}
 
     return Task(T5Training(T5Encoder(T5Config(20, 8, 4, 16, 2, 2)), 6), t5_loss, batch)
