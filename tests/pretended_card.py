@@ -143,7 +143,6 @@ class PretendedCard(TorchFunctionMode):
         self.waits.clear()
         facts = {
             "device_count": 1,
-            "is_available": True,
             "get_device_capability": (9, 0),
             "mem_get_info": (80 * 10**9, 80 * 10**9),
             "memory_reserved": 0,
