@@ -2,10 +2,11 @@
 
     python tests/machine_code.py 90    # its compute capability
 
-Nothing runs. What is checked is the machine code: no register is spilled to memory, and
-the tensors are read 16 bytes at a time.
+Nothing runs. What is checked is the machine code: a thread spills at most 8 bytes of
+its registers to memory, and the tensors are read 16 bytes at a time.
 """
 
+import re
 import subprocess
 import sys
 from functools import partial
@@ -19,7 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from minidiff.extras import kernels
 
-BATCH, ROWS, HEAD = 2, 8, 64
+ROWS, HEAD = 8, 64
 
 
 class Card:
@@ -35,9 +36,9 @@ class Card:
         return 0
 
 
-def call_kernels(width, fp8, dtype=torch.bfloat16):
+def call_kernels(width, fp8, batch, dtype=torch.bfloat16):
     """Each kernel of a transformer of that width, in each of its forms."""
-    table = torch.zeros(BATCH, 9 * width, dtype=dtype).split(width, dim=1)
+    table = torch.zeros(batch, 9 * width, dtype=dtype).split(width, dim=1)
     x = torch.zeros(ROWS, width, dtype=dtype)
     for outputs in (table[:2],), (table[:2], table[6:8]):
         for updates in [], [(x, table[2])], [(x, table[2]), (x, table[8])]:
@@ -60,19 +61,22 @@ def call_group_norm(channels, dtype=torch.bfloat16):
 
 
 def check(kernel):
-    """No spills, and wide loads."""
+    """Hardly a spill; wide loads, of one number none but a convolution's bias."""
     tool = triton.knobs.nvidia.cuobjdump.path
     with NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         command = [tool, "--dump-resource-usage", file.name]
         usage = subprocess.check_output(command, text=True)
-    assert "LOCAL:0 " in usage, (kernel.name, usage)
-    assert "ld.global.v4.b32" in kernel.asm["ptx"], kernel.name
+    spilled = sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage)))
+    assert spilled <= 8, (kernel.name, usage)
+    code = kernel.asm["ptx"]
+    narrow = "ld.global.b16" in code and kernel.name != "_group_sums"
+    assert "ld.global.v4.b32" in code and not narrow, kernel.name
 
 
 def main(capability):
-    compiled, run = {}, JITFunction.run
+    compiled, run, has_fp8 = {}, JITFunction.run, capability >= 89
 
     def compile_only(self, *given, **options):
         kernel = run(self, *given, **(options | {"warmup": True}))
@@ -81,12 +85,15 @@ def main(capability):
     triton.runtime.driver.set_active(Card(capability))
     JITFunction.run, kernels.has_kernels = compile_only, lambda x: True
     for width in (1536, 2432):  # Medium, Large
-        for fp8 in (False, True)[: 1 + (capability >= 89)]:
-            call_kernels(width, fp8)
+        for fp8, batch in product((False, True)[: 1 + has_fp8], (1, 2)):
+            call_kernels(width, fp8, batch)
     for channels in (128, 256, 512):
         call_group_norm(channels)
     for kernel in compiled.values():
         check(kernel)
+    known = {name for name, f in vars(kernels).items() if isinstance(f, JITFunction)}
+    found = {kernel.name for kernel in compiled.values()}
+    assert known - found == ({"_store_row"} if has_fp8 else {"_store_row", "_quantize"})
     print(len(compiled), "kernels")
 
 

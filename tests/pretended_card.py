@@ -1,14 +1,16 @@
 """A card that is not there: tensors that say "cuda" and compute on the CPU.
 
-Within ``PretendedCard()`` what is moved to "cuda", or made there, is an ``OnCard``. It
-takes each path that a tensor on a GPU takes, and as on a GPU an operation between it
-and a tensor elsewhere is an error (but for a number, or an index). Kernels, streams and
-compilation are not pretended. ``waits`` counts where the host would wait for the card.
+Within ``PretendedCard()`` what is moved to "cuda", or made there, is an ``OnCard``.
+Python takes each path that a tensor on a GPU takes, and as on a GPU an operation with a
+tensor elsewhere is an error (but for a number, or an index). To PyTorch's own C++ it is
+on the CPU: kernels, streams, compilation and fused optimisers are not pretended.
+``waits`` counts where the host would wait for the card.
 """
 
 import traceback
 from collections import Counter
 from contextlib import ExitStack, nullcontext
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -17,9 +19,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+import minidiff
+
+PACKAGE = Path(minidiff.__file__).parent
 aten = torch.ops.aten
 INDEXING = aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_
-WAITING = aten._local_scalar_dense, aten.equal, aten.nonzero
+NUMBER_TOO = *INDEXING, aten.masked_fill, aten.masked_fill_, aten.fill_, aten.copy_
+WAITING = aten._local_scalar_dense, aten.equal, aten.nonzero, aten.masked_select
 
 
 class OnCard(Tensor):
@@ -50,8 +56,10 @@ class OnCard(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         name, given = func.overloadpacket, (args, kwargs or {})
         tensors = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
-        check_places(name, tensors)
-        if name in WAITING:
+        check_places(func, tensors)
+        moves = name is aten.copy_ and len({type(x) is cls for x in tensors}) > 1
+        masked = name in INDEXING and any(x.dtype == torch.bool for x in tensors[1:])
+        if name in WAITING or moves or masked:
             note(name.__name__)
         inner_args, inner_kwargs = tree_map(bare, given)
         out = func(*inner_args, **inner_kwargs)
@@ -67,20 +75,24 @@ def wrap(x):
     return OnCard(x) if isinstance(x, Tensor) and not isinstance(x, OnCard) else x
 
 
-def check_places(name, tensors):
+def check_places(func, tensors):
     """Raise RuntimeError where an operation takes tensors of two devices."""
-    elsewhere = [x for x in tensors if not isinstance(x, OnCard) and x.ndim]
+    name, elsewhere = func.overloadpacket, [x for x in tensors if bare(x) is x]
     if not elsewhere or name is aten.copy_ or PretendedCard.backward:
         return
-    if name not in INDEXING or not isinstance(tensors[0], OnCard):
+    numbers = name in NUMBER_TOO or torch.Tag.pointwise in func.tags
+    fits = name in INDEXING or (numbers and not any(x.ndim for x in elsewhere))
+    fixed = name in INDEXING or func._schema.is_mutable  # the first gives the place
+    if not fits or (fixed and bare(tensors[0]) is tensors[0]):
         shapes = [(type(x).__name__, tuple(x.shape)) for x in tensors]
         raise RuntimeError(f"{name} takes tensors of two devices: {shapes}")
 
 
 def note(what):
     """Count a wait under the line of the package that asks for it."""
-    lines = [f for f in traceback.extract_stack() if "/minidiff/" in f.filename]
-    where = lines[-1].filename.split("/minidiff/")[-1] if lines else "a test"
+    frames = traceback.extract_stack()
+    lines = [f for f in frames if Path(f.filename).is_relative_to(PACKAGE)]
+    where = f"{Path(lines[-1].filename).name}:{lines[-1].lineno}" if lines else "a test"
     PretendedCard.waits[where, what] += 1
 
 
@@ -90,7 +102,8 @@ class Move(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cuda):
         ctx.cuda = cuda
-        return OnCard(x.detach()) if cuda else bare(x).detach()
+        copied = bare(x).detach().clone()
+        return OnCard(copied) if cuda else copied
 
     @staticmethod
     def backward(ctx, gradient):
@@ -102,8 +115,7 @@ def move(x, device):
     device = device and torch.device(device).type
     if device not in ("cuda", "cpu") or (device == "cuda") == isinstance(x, OnCard):
         return x
-    if device == "cpu":
-        note("to the CPU")
+    note(f"to {device}")
     return Move.apply(x, device == "cuda")
 
 
@@ -123,14 +135,21 @@ def to(x, *args, dtype=None, device=None, memory_format=None, **_):
 
 
 def module_to(module, *args, _to=nn.Module.to, **kwargs):
-    """``nn.Module.to``, by new parameters that take the place of the old."""
+    """``nn.Module.to``, where C++ would ask a tensor for its device."""
     if args and isinstance(args[0], Tensor):
         args = args[0].device, args[0].dtype
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    try:
-        return _to(module, *args, **kwargs)
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(False)
+    return _to(module, *args, **kwargs)
+
+
+def scaled_mm(a, b, scale_a, scale_b, **options):
+    """``torch._scaled_mm`` with a scale for each row, as strict as a GPU's."""
+    (rows, inner), outputs = a.shape, b.shape[1]
+    assert inner % 16 == outputs % 16 == 0 and a.stride(1) == b.stride(0) == 1
+    assert (scale_a.shape, scale_b.shape) == ((rows, 1), (1, outputs))
+    for scale in (scale_a, scale_b):
+        assert scale.dtype == torch.float32 and scale.is_contiguous()
+    assert options["out_dtype"] == options["bias"].dtype == torch.bfloat16
+    return torch._scaled_mm(a, b, scale_a, scale_b, **options)
 
 
 class PretendedCard(TorchFunctionMode):
@@ -138,24 +157,32 @@ class PretendedCard(TorchFunctionMode):
 
     waits = Counter()
     backward = False  # zeros that autograd makes are the CPU's
+    facts = {
+        "device_count": 1,
+        "get_device_capability": (9, 0),
+        "mem_get_info": (80 * 10**9, 80 * 10**9),
+        "memory_reserved": 0,
+        "memory_allocated": 0,
+        "synchronize": None,
+        "device_of": nullcontext(),
+    }
 
     def __enter__(self):
         self.waits.clear()
-        facts = {
-            "device_count": 1,
-            "get_device_capability": (9, 0),
-            "mem_get_info": (80 * 10**9, 80 * 10**9),
-            "memory_reserved": 0,
-            "memory_allocated": 0,
-            "synchronize": None,
-            "device_of": nullcontext(),
-        }
-        self.patches = ExitStack()
-        for name, fact in facts.items():
-            self.patches.enter_context(
-                mock.patch.object(torch.cuda, name, lambda *_, fact=fact: fact)
+        with ExitStack() as stack:
+            for name, fact in self.facts.items():
+                known = mock.Mock(return_value=fact)
+                stack.enter_context(mock.patch.object(torch.cuda, name, known))
+            stack.enter_context(mock.patch.object(nn.Module, "to", module_to))
+            version = mock.Mock(return_value=91900)
+            stack.enter_context(
+                mock.patch.object(torch.backends.cudnn, "version", version)
             )
-        self.patches.enter_context(mock.patch.object(nn.Module, "to", module_to))
+            flags = torch.__future__
+            before = flags.get_swap_module_params_on_conversion()
+            stack.callback(flags.set_swap_module_params_on_conversion, before)
+            flags.set_swap_module_params_on_conversion(True)
+            self.patches = stack.pop_all()
         return super().__enter__()
 
     def __exit__(self, *problem):
@@ -172,10 +199,16 @@ class PretendedCard(TorchFunctionMode):
             with mock.patch.object(PretendedCard, "backward", True):
                 return func(*args, **kwargs)
         if func is torch._addmm_activation:  # with another GELU on a CPU
+            assert kwargs == {"use_gelu": True}
             return F.gelu(torch.addmm(*args), approximate="tanh")
         if func is torch.bmm and (wide := kwargs.pop("out_dtype", None)):
+            assert wide in (args[0].dtype, torch.float32)
             return torch.bmm(*(x.to(wide) for x in args))  # not on a CPU
+        if func is torch._scaled_mm:
+            return scaled_mm(*args, **kwargs)
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
-            return move(func(*args, **kwargs | {"device": "cpu"}), "cuda")
+            assert kwargs.get("generator") is None, "a generator of the CPU"
+            made = func(*args, **kwargs | {"device": "cpu"})
+            return move(made, "cuda") if func is torch.tensor else wrap(made)
         return func(*args, **kwargs)

@@ -21,7 +21,9 @@ SETTINGS = {
     "fast": {"fast": True},
     "streamed": {"fast": True, "vae_slicing": True, **STREAMED},
 }
+STEPPING = ("prompts", "DPM++ 2M", "Heun", "inpainting", "skipped layer")
 PROMPT = "a red dress on a blue background"
+pytestmark = pytest.mark.filterwarnings("ignore:Skip Layer Guidance was published for")
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +31,8 @@ def without_kernels(monkeypatch):
     monkeypatch.setattr("minidiff.extras.kernels.triton", None)
 
 
-def load(device, **settings):
-    pipe = minidiff.load("tiny", device, torch.float32, **settings)
+def load(device, dtype=torch.float32, **settings):
+    pipe = minidiff.load("tiny", device, dtype, **settings)
     pipe.progress = False
     return pipe
 
@@ -42,7 +44,7 @@ def on_card(draw, **settings):
         PretendedCard.waits.clear()
         out = draw(pipe)
     assert isinstance(out, OnCard)
-    return bare(out)
+    return bare(out).float()
 
 
 def picture():
@@ -81,7 +83,6 @@ DRAWINGS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Skip Layer Guidance was published for")
 @pytest.mark.parametrize("draw", DRAWINGS.values(), ids=DRAWINGS)
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_draws_what_a_cpu_draws(settings, draw):
@@ -89,20 +90,44 @@ def test_draws_what_a_cpu_draws(settings, draw):
     assert relative_error(on_card(draw, **settings), expected) < 1e-5
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_no_step_waits_for_the_card(settings):
-    def count(steps):
-        call = CALL | {"num_inference_steps": steps}
-        on_card(lambda pipe: pipe(PROMPT, **call), **settings)
-        return PretendedCard.waits.copy()
+@pytest.mark.parametrize("draw", DRAWINGS.values(), ids=DRAWINGS)
+def test_draws_nearly_the_same_in_bfloat16(draw):
+    expected = draw(load("cpu", torch.bfloat16)).float()
+    found = on_card(draw, dtype=torch.bfloat16, fast=True)
+    assert relative_error(found, expected) < 0.1
 
-    assert count(2) == count(6)
+
+def waits(draw, steps, monkeypatch, **settings):
+    monkeypatch.setitem(CALL, "num_inference_steps", steps)
+    on_card(draw, **settings)
+    return PretendedCard.waits.copy()
+
+
+@pytest.mark.parametrize("name", STEPPING)
+@pytest.mark.parametrize("how", ["as in the chapters", "streamed"])
+def test_no_step_waits_for_the_card(how, name, monkeypatch):
+    few, many = (waits(DRAWINGS[name], n, monkeypatch, **SETTINGS[how]) for n in (5, 9))
+    assert few == many
+
+
+def test_a_step_that_waits_would_show(monkeypatch):
+    def look(pipe, step, timestep, tensors):
+        tensors["latents"].sum().item()
+
+    def draw(pipe):
+        return pipe(PROMPT, callback_on_step_end=look, **CALL)
+
+    few, many = (waits(draw, n, monkeypatch) for n in (5, 9))
+    assert (many - few).total() == 4
 
 
 def test_draws_with_products_in_8_bits():
-    draw = DRAWINGS["prompts"]
-    found = on_card(draw, fast=True, fp8=True)
-    assert 1e-3 < relative_error(found, draw(load("cpu"))) < 0.1
+    def draw(pipe):
+        assert pipe.transformer.forward.fp8
+        return pipe(PROMPT, **CALL)
+
+    how = {"dtype": torch.bfloat16, "fast": True, "fp8": True}
+    assert relative_error(on_card(draw, **how), draw(load("cpu", **how)).float()) < 0.02
 
 
 @pytest.mark.parametrize("stage", ["clip", "t5", "vae", "judge", "muon"])
@@ -123,5 +148,6 @@ def test_two_devices_are_an_error():
     with PretendedCard():
         x = torch.ones(2, device="cuda")
         assert (x + 1).is_cuda and x.cpu().tolist() == [1, 1]
-        with pytest.raises(RuntimeError, match="two devices"):
-            x + torch.ones(2)
+        for elsewhere in (lambda: x + torch.ones(2), lambda: torch.stack([x, x.cpu()])):
+            with pytest.raises(RuntimeError, match="two devices"):
+                elsewhere()

@@ -335,13 +335,15 @@ def keep_freed_memory() -> None:
 def multiplies_in_fp8(model: MMDiT) -> bool:
     """Whether the blocks are in fp8, on a device with fp8 products for their dtype.
 
-    On a GPU torch._scaled_mm takes a scale for each row where it writes bfloat16.
+    On a GPU torch._scaled_mm takes a scale for each row where it writes bfloat16, and
+    widths that 16 divides.
     """
     layer = model.joint_blocks[0].x_block.mlp.fc1
     weight = layer.weight
     if weight.dtype != FLOAT8 or not weight.is_cuda:
         return weight.dtype == FLOAT8
-    return layer.bias.dtype == torch.bfloat16 and has_fp8_products(weight.device)
+    fits = layer.bias.dtype == torch.bfloat16 and layer.in_features % 16 == 0
+    return fits and has_fp8_products(weight.device)
 
 
 def has_fp8_products(device: torch.device) -> bool:
@@ -355,7 +357,7 @@ def has_fp8_products(device: torch.device) -> bool:
         torch.cuda.synchronize(device)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         return False
     return True
 

@@ -108,10 +108,11 @@ def finetuning_task(
     shift = pipe.scheduler.shift
 
     def batch(indices: Tensor) -> Batch:
-        place = indices % n
-        dropped = rng.uniform(seed + 1, indices, 1)[:, 0] < drop
-        row = torch.where(dropped, n, place).cpu()  # the last is the empty prompt
-        known = {"x0": encoded["x0"][place.cpu()]}
+        numbers = indices.cpu()  # as the encodings are in main memory
+        place = numbers % n
+        dropped = rng.uniform(seed + 1, numbers, 1)[:, 0] < drop
+        row = torch.where(dropped, n, place)  # the last is the empty prompt
+        known = {"x0": encoded["x0"][place]}
         known |= {k: encoded[k][row] for k in ("context", "pooled")}
         known = {k: x.to(indices.device) for k, x in known.items()}
         noise, sigma = noise_and_levels(indices, shape, seed)

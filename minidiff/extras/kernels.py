@@ -90,7 +90,9 @@ def plain_group_norm_silu(
     sums = sums if residual is None else sums + residual
     sums = sums if add is None else sums + add.view(-1, 1, 1)
     normed = F.group_norm(sums, groups, weight.float(), bias.float(), eps=1e-6)
-    return sums.to(x.dtype), (F.silu(normed) if silu else normed).to(x.dtype)
+    sums = sums.to(x.dtype)
+    normed = F.silu(normed, inplace=True) if silu else normed
+    return sums, normed.to(x.dtype)
 
 
 # The same in Triton
@@ -145,19 +147,20 @@ if triton is not None:
     @triton.jit
     def _norm_heads(
         qkv, weight, boundary, row_stride, heads, eps,
-        WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+        WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         head = tl.arange(0, BLOCK)[:, None]  # queries' heads, then keys'
-        channel = tl.arange(0, WIDTH)[None, :]
-        mask = head < 2 * heads
+        channel = tl.arange(0, COLUMNS)[None, :]
+        inside = channel < WIDTH
+        mask = (head < 2 * heads) & inside
         at = qkv + row * row_stride + head * WIDTH + channel
         v = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         power = tl.sum(v * v, 1)[:, None] / WIDTH
         stream = (row >= boundary).to(tl.int32)
         kind = (head >= heads).to(tl.int32)
-        w = tl.load(weight + (2 * stream + kind) * WIDTH + channel).to(tl.float32)
-        v = v * tl.rsqrt(power + eps) * w
+        w = tl.load(weight + (2 * stream + kind) * WIDTH + channel, mask=inside)
+        v = v * tl.rsqrt(power + eps) * w.to(tl.float32)
         tl.store(at, v.to(qkv.dtype.element_ty), mask=mask)
 
     @triton.jit
@@ -275,9 +278,11 @@ def norm_heads(qkv: Tensor, weight: Tensor, heads: int, boundary: int = 0) -> No
     """
     if not has_kernels(qkv):
         return plain_norm_heads(qkv, weight, heads, boundary)
+    width = weight.shape[-1]
     _norm_heads[(len(qkv),)](
         qkv, weight, boundary, qkv.stride(0), heads, 1e-6,
-        WIDTH=weight.shape[-1], BLOCK=triton.next_power_of_2(2 * heads), num_warps=4,
+        WIDTH=width, COLUMNS=triton.next_power_of_2(width),
+        BLOCK=triton.next_power_of_2(2 * heads), num_warps=4,
     )  # fmt: skip
 
 

@@ -134,9 +134,10 @@ RECIPES = {
         transformer=TrainingConfig(
             24_000,
             512,
-            1e-3,
+            5e-3,
             warmup_steps=500,
             ema_decay=0.9995,
+            muon=True,
             save_every=1500,
             validate_every=2000,
         ),
@@ -144,7 +145,7 @@ RECIPES = {
         latents=2**20,
         shift=2.0,  # between what texture and what garments need: see "further"
     ),
-    # What began minidiff/pretrained/tiny, on two CPU cores; its autoencoder had AdamW
+    # What began minidiff/pretrained/tiny, on two CPU cores; all of that had AdamW
     "shipped": Recipe(
         clip=TrainingConfig(
             350, 128, 1.5e-3, 20, ema_decay=0.99, save_every=100, bfloat16=True
@@ -176,9 +177,10 @@ RECIPES = {
         transformer=TrainingConfig(
             2800,
             32,
-            1.5e-3,
+            8e-3,
             150,
             ema_decay=0.998,
+            muon=True,
             save_every=200,
             validate_every=500,
             bfloat16=True,

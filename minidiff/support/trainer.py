@@ -321,10 +321,10 @@ def lasting(config: object) -> dict:
 
 def is_late(deadline: float | None, device: torch.device) -> bool:
     """Whether it is past ``deadline`` for any process, so that all stop at one step."""
-    if deadline is None:
-        return False
-    late = torch.tensor(float(time.time() > deadline), device=device)
-    return parallel.average(late).item() > 0
+    late = deadline is not None and time.time() > deadline
+    if deadline is None or not parallel.active():
+        return late
+    return parallel.average(torch.tensor(float(late), device=device)).item() > 0
 
 
 def due(config: object, done: int, late: bool) -> tuple[bool, ...]:

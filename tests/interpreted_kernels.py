@@ -1,0 +1,64 @@
+"""The Triton kernels beside their plain forms, in Triton's interpreter, on a CPU.
+
+TRITON_INTERPRET=1 python tests/interpreted_kernels.py
+"""
+
+from dataclasses import replace
+
+import torch
+from helpers import randomize, relative_error
+from small import AUTOENCODER, TRANSFORMER
+from test_speed_paths import inputs, transformer
+from torch.nn import functional as F
+
+from minidiff.extras import kernels
+from minidiff.extras.fast import FastDecoder, FastMMDiT
+from minidiff.vae import VAE
+
+
+def check_transformer():
+    for width in (TRANSFORMER.attention_head_dim, 12):  # no power of two
+        model = transformer(replace(TRANSFORMER, attention_head_dim=width))
+        given = inputs(TRANSFORMER)
+        assert relative_error(FastMMDiT(model)(*given), model(*given)) < 1e-5
+
+
+def check_decoder():
+    vae = randomize(VAE(AUTOENCODER))
+    for size in ((2, 3), (36, 36)):  # one chunk of a group norm's pixels, and several
+        latents = torch.randn(2, 16, *size)
+        exact = vae.decoder(latents)
+        assert relative_error(FastDecoder(vae.decoder)(latents), exact) < 1e-5
+    vae, latents = vae.half(), latents.half()
+    plain = relative_error(vae.decoder(latents), exact)
+    assert relative_error(FastDecoder(vae.decoder)(latents), exact) < 1.1 * plain
+
+
+def check_float8():
+    """With values that are scaled, not rounded: the interpreter rounds some wrongly."""
+    kernels.FLOAT8 = torch.float32
+    x, y, table = torch.randn(6, 96), torch.randn(6, 96), torch.randn(2, 6, 96)
+    given = [(y, table[:, 0])], [(table[:, i], table[:, i + 1]) for i in (1, 3)], True
+    pairs = [
+        (kernels.quantize_rows(x), kernels.quantize(x)),
+        (
+            kernels.quantize_rows(x, gelu=True),
+            kernels.quantize(F.gelu(x, approximate="tanh")),
+        ),
+        *zip(
+            kernels.residual_norm(x.clone(), *given),
+            kernels.plain_residual_norm(x.clone(), *given),
+            strict=True,
+        ),
+    ]
+    for found, plain in pairs:
+        torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-3)
+
+
+if __name__ == "__main__":
+    assert kernels.INTERPRET
+    torch.manual_seed(0)
+    with torch.no_grad():
+        check_transformer()
+        check_decoder()
+        check_float8()
