@@ -659,9 +659,12 @@ def test_processes_begin_at_one_step(
 
 
 def test_a_deadline_is_one_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert trainer.is_late(0.0, cpu) and not trainer.is_late(math.inf, cpu)
+    monkeypatch.setattr(trainer.parallel, "active", lambda: True)
     monkeypatch.setattr(trainer.parallel, "average", lambda x: (x + 1) / 2)
-    assert trainer.is_late(math.inf, torch.device("cpu"))  # another process is late
-    assert not trainer.is_late(None, torch.device("cpu"))
+    assert trainer.is_late(math.inf, cpu)  # another process is late
+    assert not trainer.is_late(None, cpu)
 
 
 def test_plain_fashion_mnist_trains_every_stage(fashion: Path, tmp_path: Path) -> None:
