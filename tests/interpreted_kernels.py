@@ -1,6 +1,8 @@
 """The Triton kernels beside their plain forms, in Triton's interpreter, on a CPU.
 
-TRITON_INTERPRET=1 python tests/interpreted_kernels.py
+    TRITON_INTERPRET=1 python tests/interpreted_kernels.py
+
+The paths of Python must hold the repository and this folder.
 """
 
 from dataclasses import replace

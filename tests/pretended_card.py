@@ -24,7 +24,7 @@ import minidiff
 PACKAGE = Path(minidiff.__file__).parent
 aten = torch.ops.aten
 INDEXING = aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_
-NUMBER_TOO = *INDEXING, aten.masked_fill, aten.masked_fill_, aten.fill_, aten.copy_
+NUMBER_TOO = aten.masked_fill, aten.masked_fill_, aten.fill_
 WAITING = aten._local_scalar_dense, aten.equal, aten.nonzero, aten.masked_select
 
 

@@ -94,7 +94,7 @@ def test_draws_what_a_cpu_draws(settings, draw):
 def test_draws_nearly_the_same_in_bfloat16(draw):
     expected = draw(load("cpu", torch.bfloat16)).float()
     found = on_card(draw, dtype=torch.bfloat16, fast=True)
-    assert relative_error(found, expected) < 0.1
+    assert relative_error(found, expected) < 0.02
 
 
 def waits(draw, steps, monkeypatch, **settings):
