@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 import minidiff
+from minidiff.data import rng
+from minidiff.data.fashion_mnist import CLASSES
+from minidiff.data.garments import Scenes, captions
 from minidiff.flow_matching import interpolate, velocity_target
-from minidiff.support import rng
-from minidiff.support.data import CLASSES, Scenes, captions
-from minidiff.support.judge import EVALUATION_SEED
+from minidiff.judging.judge import EVALUATION_SEED
 
 LEVELS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 BATCH = 32

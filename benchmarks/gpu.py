@@ -44,7 +44,7 @@ from torch.nn import functional as F
 from transformers import T5EncoderModel
 
 from minidiff.dit import MMDiT, MMDiTConfig
-from minidiff.extras.fast import (
+from minidiff.engine.fast import (
     FastDecoder,
     FastMMDiT,
     attention_backend,
@@ -52,23 +52,21 @@ from minidiff.extras.fast import (
     has_fp8_products,
     pixel_attention,
 )
-from minidiff.extras.kernels import quantize, quantize_rows
-from minidiff.extras.loading import TOKENIZERS, blueprint, read_tokenizers
-from minidiff.extras.memory import Plan, place, to_float8
-from minidiff.flow_matching import Scheduler
-from minidiff.sampling import Pipeline, load
-from minidiff.support.checkpoints import (
+from minidiff.engine.kernels import quantize, quantize_rows
+from minidiff.engine.loading import TOKENIZERS, blueprint, read_tokenizers
+from minidiff.engine.memory import Plan, place, to_float8
+from minidiff.files.configurations import hub_config
+from minidiff.files.names import Rename, transformer_sources, vae_sources
+from minidiff.files.weights import (
     TINY,
-    Rename,
     assemble,
-    hub_config,
     load_component,
     prepare_component,
     save_component,
-    transformer_sources,
-    vae_sources,
 )
-from minidiff.support.trainer import read_log
+from minidiff.flow_matching import Scheduler
+from minidiff.learning.trainer import read_log
+from minidiff.sampling import Pipeline, load
 from minidiff.text_encoders import T5Config, T5Encoder
 from minidiff.tokenizer import Tokenizer
 from minidiff.vae import VAE

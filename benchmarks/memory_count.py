@@ -21,11 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minidiff.dit import MMDiT, MMDiTConfig
-from minidiff.extras.loading import blueprint
-from minidiff.extras.memory import GIB, Plan, place
+from minidiff.engine.loading import blueprint
+from minidiff.engine.memory import GIB, Plan, place
+from minidiff.files.weights import Prepared
 from minidiff.flow_matching import Scheduler
 from minidiff.sampling import Pipeline
-from minidiff.support.checkpoints import Prepared
 from minidiff.text_encoders import T5Config, T5Encoder
 from minidiff.vae import VAE, VAEConfig
 

@@ -141,7 +141,7 @@ def pipeline_rows() -> Iterator[Row]:
     from helpers import relative_error
 
     import minidiff
-    from minidiff.support.checkpoints import TINY
+    from minidiff.files.weights import TINY
 
     found: dict[str, list[float]] = {"latent": [], "pt": []}
     for case in t.CASES.values():
@@ -172,7 +172,7 @@ def shipped_error() -> float:
     from helpers import relative_error
 
     import minidiff
-    from minidiff.support.checkpoints import TINY
+    from minidiff.files.weights import TINY
 
     theirs = StableDiffusion3Pipeline.from_pretrained(TINY, dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)

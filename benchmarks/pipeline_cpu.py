@@ -21,8 +21,8 @@ import diffusers
 import numpy as np
 import torch
 
+from minidiff.files.weights import TINY
 from minidiff.sampling import load
-from minidiff.support.checkpoints import TINY
 
 NAMES = ("diffusers", "minidiff", "minidiff, fast")
 PROMPT = "a red dress on a blue background"

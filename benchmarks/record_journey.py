@@ -17,8 +17,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import minidiff  # noqa: E402
+from minidiff.classroom.journey import (  # noqa: E402
+    PROMPT,
+    RECORD,
+    SEED,
+    describe,
+)
 from minidiff.sampling import Pipeline  # noqa: E402
-from minidiff.support.journey import PROMPT, RECORD, SEED, describe  # noqa: E402
 
 
 @torch.no_grad()

@@ -27,13 +27,11 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from minidiff.dit import MMDiT, MMDiTConfig
-from minidiff.extras.stages import attention_to_train, plain_attention
-from minidiff.support.checkpoints import (
-    hub_config,
-    stored_tensors,
-    transformer_sources,
-)
-from minidiff.support.trainer import INDUCTOR
+from minidiff.files.configurations import hub_config
+from minidiff.files.names import transformer_sources
+from minidiff.files.weights import stored_tensors
+from minidiff.learning.trainer import INDUCTOR
+from minidiff.recipes.stages import attention_to_train, plain_attention
 from minidiff.training import Batch, transformer_loss
 
 AIM = 1.5

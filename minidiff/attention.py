@@ -41,9 +41,9 @@ from minidiff.text_encoders import RMSNorm
 # %% tags=["active-ipynb"]
 # import minidiff
 # from minidiff import viz
-# from minidiff.support import journey
-# from minidiff.support.exercises import check
-# from minidiff.support.journey import PROMPT, SEED
+# from minidiff.classroom import journey
+# from minidiff.classroom.exercises import check
+# from minidiff.classroom.journey import PROMPT, SEED
 #
 # _ = torch.set_grad_enabled(False)
 # viz.show_pipeline("attention")
@@ -609,7 +609,7 @@ def record_attention(
 # - **It chooses the kernel.** `scaled_dot_product_attention` picks one of several
 #   implementations: FlashAttention, cuDNN's, a memory-efficient one, or the plain
 #   formula. Which is fastest depends on card, dtype and head size. Ours leaves the
-#   choice to PyTorch; `minidiff.extras.fast` makes it itself.
+#   choice to PyTorch; `minidiff.engine.fast` makes it itself.
 # - **It avoids the copies.** Joining the streams copies q, k and v once. Writing both
 #   streams' projections straight into one buffer saves that, at the price of code that
 #   no longer reads like the equations.

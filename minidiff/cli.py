@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minidiff.support.terminal import is_refused_memory, printable, tell
+from minidiff.interface.terminal import is_refused_memory, printable, tell
 
 if TYPE_CHECKING:
     import torch
@@ -188,9 +188,9 @@ def sample(
     ] = False,
 ) -> None:
     """Draw pictures of a prompt, or of each prompt in a file."""
-    from minidiff.extras import files
-    from minidiff.extras.rehearsal import rehearse
-    from minidiff.support.checks import check_range
+    from minidiff.engine.rehearsal import rehearse
+    from minidiff.files import pictures_settings as files
+    from minidiff.interface.checks import check_range
 
     if (prompt is None) == (prompts is None):
         raise ValueError("expected a prompt, or --prompts with a file, and not both")
@@ -234,7 +234,7 @@ def sample(
 
     def perform(pipe: "Pipeline") -> None:
         if lora:
-            from minidiff.extras.lora import load_lora
+            from minidiff.lora import load_lora
 
             scale = 1.0 if lora_scale is None else lora_scale
             load_lora(pipe, lora[0], scale, fused=compile)  # else exact: no rounding
@@ -276,7 +276,7 @@ def draw(pipe: "Pipeline", prompts: list[str], **call: Any) -> list:
     """Pictures of the prompts, begun from a picture where ``call`` has an image."""
     if "image" not in call:
         return pipe(prompts, **call)
-    from minidiff.extras.image_to_image import image_to_image
+    from minidiff.drawing.image_to_image import image_to_image
 
     return image_to_image(pipe, prompts, **call)
 
@@ -286,7 +286,7 @@ def open_start(image: Path | None, mask: Path | None, strength: float | None) ->
     if not image:
         refuse("--image, the picture to begin from", mask=mask, strength=strength)
         return {}
-    from minidiff.extras.image_to_image import open_file
+    from minidiff.drawing.image_to_image import open_file
 
     opened = {"image": open_file(image), "mask_image": open_file(mask)}
     return opened | ({} if strength is None else {"strength": strength})
@@ -294,8 +294,8 @@ def open_start(image: Path | None, mask: Path | None, strength: float | None) ->
 
 def check_lora(files: list[Path]) -> None:
     """Raise ValueError or OSError, before a model is read, for what cannot be used."""
-    from minidiff.extras.lora import lora_file
-    from minidiff.support.checkpoints import read_header
+    from minidiff.files.weights import read_header
+    from minidiff.lora import lora_file
 
     file, *others = files
     if others:
@@ -316,7 +316,7 @@ def skipping(pipe: "Pipeline", blocks: list[int], scale: float | None) -> Any:
     """The context in which ``pipe`` draws: Skip Layer Guidance where there are any."""
     if not blocks:
         return nullcontext()
-    from minidiff.extras.guidance import skip_layer_guidance
+    from minidiff.drawing.guidance import skip_layer_guidance
 
     strength = () if scale is None else (scale,)
     return skip_layer_guidance(pipe, blocks, *strength)
@@ -324,9 +324,9 @@ def skipping(pipe: "Pipeline", blocks: list[int], scale: float | None) -> Any:
 
 def preview_into(file: Path) -> Any:
     """A callback that writes each step's first estimate, enlarged, into ``file``."""
-    from minidiff.extras.previews import fit_preview
-    from minidiff.support.checkpoints import replacing
-    from minidiff.support.output import to_pil
+    from minidiff.drawing.previews import fit_preview
+    from minidiff.files.pictures import to_pil
+    from minidiff.files.writing import replacing
 
     fit = functools.cache(fit_preview)
 
@@ -418,7 +418,7 @@ def download(
     ] = False,
 ) -> None:
     """Fetch a model's files from the hub, check them and print their folder."""
-    from minidiff.support import hub
+    from minidiff.files import hub
 
     if model not in hub.REPOSITORIES and model.count("/") != 1:
         known = ", ".join(hub.REPOSITORIES)
@@ -439,14 +439,14 @@ def info(
     name = model.lower()
     is_file = Path(model).is_file() and not name.endswith(".safetensors")
     if is_file or name.endswith(".png"):
-        from minidiff.extras.files import read_settings
+        from minidiff.files.pictures import read_settings
 
         for name, value in read_settings(model).items():
             print(f"{printable(name)}: {printable(value)}")
         return
-    from minidiff.extras.loading import blueprint, known_as
+    from minidiff.engine.loading import blueprint, known_as
+    from minidiff.files.weights import count_parameters
     from minidiff.sampling import DEFAULTS, recognize
-    from minidiff.support.checkpoints import count_parameters
 
     parts = blueprint(model)
     print(f"{'part':<16}{'parameters':>16}{'MB':>10}")
@@ -545,7 +545,7 @@ def train(
         refuse("--lora", rank=rank, alpha=alpha, targets=targets)
     if from_model is None:
         refuse("--from", lora=lora or None, learning_rate=learning_rate)
-        from minidiff.extras import stages
+        from minidiff.recipes import stages
 
         size = (steps, batch_size)
         how = (compile, start, scenes, recompute, seed or 0, crop)
@@ -554,8 +554,8 @@ def train(
     if recipe or start or scenes or stage != "all" or seed is not None:
         found = "--from has no stages, recipe, start, scenes or seed"
         raise ValueError(f"{found}; its pictures are --data")
-    from minidiff.extras import finetune
-    from minidiff.support import parallel
+    from minidiff.learning import parallel
+    from minidiff.recipes import finetune
 
     size = (steps, batch_size, 1e-4 if learning_rate is None else learning_rate)
     updates = (8 if rank is None else rank, alpha, targets) if lora else None
@@ -605,11 +605,12 @@ def evaluate(
     """Measure how well a model that draws scenes follows its prompts."""
     if output:
         check_writable(output, overwrite)
-    from minidiff.extras.loading import blueprint
-    from minidiff.support import checks, metrics
-    from minidiff.support.checkpoints import write_json
-    from minidiff.support.inception import load_inception
-    from minidiff.support.judge import JUDGE, load_judge
+    from minidiff.engine.loading import blueprint
+    from minidiff.files.writing import write_json
+    from minidiff.interface import checks
+    from minidiff.judging import metrics
+    from minidiff.judging.inception import load_inception
+    from minidiff.judging.judge import JUDGE, load_judge
 
     checks.check_range("--seed", seed, 0)
     checks.check_range("-n", n, 2)

@@ -45,10 +45,10 @@ from minidiff.attention import Attention, Heads, JointAttention
 # %% tags=["active-ipynb"]
 # import minidiff
 # from minidiff import viz
-# from minidiff.support import journey
-# from minidiff.support.checkpoints import TINY, load_component
-# from minidiff.support.exercises import check
-# from minidiff.support.journey import PROMPT, SEED
+# from minidiff.classroom import journey
+# from minidiff.files.weights import TINY, load_component
+# from minidiff.classroom.exercises import check
+# from minidiff.classroom.journey import PROMPT, SEED
 #
 # _ = torch.set_grad_enabled(False)
 # viz.show_pipeline("dit")
@@ -723,7 +723,7 @@ class MMDiT(nn.Module):
 # for $\hat x_0 = x - \sigma v$, with the caption as text.
 
 # %% tags=["active-ipynb"]
-# from minidiff.support.data import sample_scenes
+# from minidiff.data.garments import sample_scenes
 #
 # images, captions = sample_scenes()
 # x0 = pipe.vae.scale(pipe.vae.encode(images[:1]).mode())
@@ -881,7 +881,8 @@ class MMDiT(nn.Module):
 
 # %% tags=["active-ipynb"]
 # from diffusers import SD3Transformer2DModel
-# from minidiff.support.checkpoints import assemble, transformer_sources
+# from minidiff.files.names import transformer_sources
+# from minidiff.files.weights import assemble
 #
 # sizes = MMDiTConfig(16, 2, 16, 16, 3, 16, 4, 48, 24, 12, (0, 1), "rms_norm")
 # theirs = SD3Transformer2DModel(caption_projection_dim=64, **vars(sizes)).eval()

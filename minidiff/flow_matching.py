@@ -36,9 +36,9 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 # %% tags=["active-ipynb"]
 # import minidiff
 # from minidiff import viz
-# from minidiff.support import journey
-# from minidiff.support.exercises import check
-# from minidiff.support.journey import PROMPT, SEED
+# from minidiff.classroom import journey
+# from minidiff.classroom.exercises import check
+# from minidiff.classroom.journey import PROMPT, SEED
 #
 # _ = torch.set_grad_enabled(False)
 # viz.show_pipeline("flow_matching")
@@ -168,7 +168,7 @@ def predicted_noise(x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 # %% tags=["active-ipynb"]
-# from minidiff.support.data import sample_scenes
+# from minidiff.data.garments import sample_scenes
 #
 # images, captions = sample_scenes()
 # levels = torch.tensor([0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0])

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.flow_matching import Scheduler, Velocity, dpmpp_2m, euler, guide, heun
-from minidiff.support import checks, output
+from minidiff.interface import checks, output
 from minidiff.text_encoders import CLIPTextEncoder, T5Encoder, assemble
 from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
 from minidiff.vae import VAE
@@ -49,10 +49,10 @@ SAMPLERS = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
 #
 # import minidiff
 # from minidiff import viz
-# from minidiff.support import journey
-# from minidiff.support.checkpoints import TINY, load_component
-# from minidiff.support.exercises import check
-# from minidiff.support.journey import PROMPT, SEED
+# from minidiff.classroom import journey
+# from minidiff.files.weights import TINY, load_component
+# from minidiff.classroom.exercises import check
+# from minidiff.classroom.journey import PROMPT, SEED
 
 # %% tags=["active-ipynb"]
 # _ = torch.set_grad_enabled(False)
@@ -484,7 +484,7 @@ class Pipeline:
         Raises ValueError for a size that the model cannot make, or that memory is too
         small for where ``levels`` (steps + 1, twice with guidance) have modulations.
         """
-        from minidiff.extras.memory import check_room
+        from minidiff.engine.memory import check_room
 
         config, factor = self.transformer.config, self.vae.config.factor
         if latents is not None and latents.ndim != 4:
@@ -510,7 +510,7 @@ class Pipeline:
         self, folder: Path | str, dtype: torch.dtype | None = None
     ) -> None:
         """Write a folder in the hub's diffusers layout, in ``dtype`` (None: as is)."""
-        from minidiff.extras.loading import save_pipeline
+        from minidiff.engine.loading import save_pipeline
 
         save_pipeline(self, Path(folder), dtype)
 
@@ -535,7 +535,7 @@ class Pipeline:
 #
 # One function for every model of the family, however it is stored. All files are
 # checked before the first weight is read; what the checks are is not a matter of this
-# chapter and stands in `minidiff.extras.loading`.
+# chapter and stands in `minidiff.engine.loading`.
 
 
 # %%
@@ -559,24 +559,24 @@ def load(
 
     ``memory``: "8GB", "12GB", … picks a plan by which one picture of the model's usual
     size fits, says so, and refuses a call that needs more; ``knobs`` are settings of
-    ``minidiff.extras.memory.Plan``. ``fast`` runs ``minidiff.extras.fast`` for the
+    ``minidiff.engine.memory.Plan``. ``fast`` runs ``minidiff.engine.fast`` for the
     blocks, ``compile`` compiles each kind of block.
     Every file is checked before the first weight is read: ValueError and
     FileNotFoundError name what does not fit.
     """
-    from minidiff.extras import loading
+    from minidiff.engine import loading
 
     device, dtype = checks.find_target(device, dtype)
     opened = loading.open_model(model, text_encoders, memory, knobs, fast, compile)
     if memory is None and not knobs and device.type != "cuda":
         parts = {name: read(device, dtype) for name, read in opened.parts.items()}
     else:
-        from minidiff.extras.memory import load_parts
+        from minidiff.engine.memory import load_parts
 
         parts = load_parts(opened.parts, device, dtype, memory, compile, **knobs)
     *encoders, transformer, vae = (parts.get(name) for name in loading.PARTS)
     if fast or compile:
-        from minidiff.extras.fast import accelerate
+        from minidiff.engine.fast import accelerate
 
         accelerate(transformer, vae, fast, compile)
     given = opened.scheduler, opened.known_as
@@ -745,8 +745,8 @@ def load(
 # %% tags=["active-ipynb"]
 # from torch.utils.flop_counter import FlopCounterMode
 #
-# from minidiff.extras.loading import PUBLISHED, blueprint
-# from minidiff.support.checkpoints import count_parameters
+# from minidiff.engine.loading import PUBLISHED, blueprint
+# from minidiff.files.weights import count_parameters
 #
 # for name in PUBLISHED:
 #     counts = {n: count_parameters(m) for n, m in blueprint(name).items()}
@@ -829,7 +829,7 @@ def load(
 #
 # - **Memory.** The encoders run once, then only occupy memory: production code moves
 #   them away, streams T5 layer by layer, or stores weights in 8 bits.
-#   `minidiff.load(..., memory="12GB")` does so; the plans live in `minidiff.extras`.
+#   `minidiff.load(..., memory="12GB")` does so; the plans live in `minidiff.engine`.
 # - **Compilation.** `compile=True` compiles each kind of block once. The first picture
 #   waits for it, the others are faster.
 # - **Large pictures** are decoded in overlapping tiles, because the decoder's last
@@ -842,8 +842,9 @@ def load(
 # ## What else the package does
 #
 # The chapters end here; the package goes on. What people do on top of a pipeline lives
-# in `minidiff.extras`, each a module of its own that calls the pipeline above. Its
-# options in a terminal are those of `minidiff sample` (`--help` lists them all).
+# in rooms of its own: `drawing` (guidance, image to image, previews), `recipes`
+# (training) and `engine` (memory and speed). The options in a terminal are those of
+# `minidiff sample` (`--help` lists them all).
 #
 # | what | in Python | in a terminal |
 # |---|---|---|
@@ -868,7 +869,7 @@ def load(
 # is called:
 #
 # ```python
-# from minidiff.extras.image_to_image import image_to_image
+# from minidiff.drawing.image_to_image import image_to_image
 #
 # dress = pipe("a red dress on a blue background")[0]
 # coat = image_to_image(pipe, "a red coat on a blue background", dress, strength=0.7)[0]

@@ -36,10 +36,10 @@ from torch import Tensor, nn
 
 # %% tags=["active-ipynb"]
 # from minidiff import viz
-# from minidiff.support import journey
-# from minidiff.support.checkpoints import TINY, load_component
-# from minidiff.support.exercises import check
-# from minidiff.support.journey import PROMPT
+# from minidiff.classroom import journey
+# from minidiff.files.weights import TINY, load_component
+# from minidiff.classroom.exercises import check
+# from minidiff.classroom.journey import PROMPT
 # from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
 #
 # viz.show_pipeline("text_encoders")

@@ -29,10 +29,10 @@ import regex
 import torch
 from torch import Tensor
 
-from minidiff.support import tokenizer_files as files
-from minidiff.support.sentencepiece import CharacterMap
-from minidiff.support.tokenizer_files import Settings
-from minidiff.support.unicode import LETTER, NUMBER, lowercase, nfc
+from minidiff.files import tokenizer_files as files
+from minidiff.files.sentencepiece import CharacterMap
+from minidiff.files.tokenizer_files import Settings
+from minidiff.files.unicode import LETTER, NUMBER, lowercase, nfc
 
 # %% [markdown]
 # ## Where we are
@@ -43,11 +43,11 @@ from minidiff.support.unicode import LETTER, NUMBER, lowercase, nfc
 
 # %% tags=["active-ipynb"]
 # from minidiff import viz
-# from minidiff.support import journey
-# from minidiff.support.checkpoints import TINY
-# from minidiff.support.data import prompts
-# from minidiff.support.exercises import check
-# from minidiff.support.journey import PROMPT
+# from minidiff.classroom import journey
+# from minidiff.files.weights import TINY
+# from minidiff.data.garments import prompts
+# from minidiff.classroom.exercises import check
+# from minidiff.classroom.journey import PROMPT
 #
 # viz.show_pipeline("tokenizer")
 
@@ -411,7 +411,7 @@ class Tokenizer:
 #
 # The vocabulary lists the 256 bytes, the 256 bytes at a word's end, one symbol for each
 # merge, then the two markers. Reading and writing the files of a model on the Hugging
-# Face hub (`vocab.json`, `merges.txt`) is left to `minidiff.support`. The heart of the
+# Face hub (`vocab.json`, `merges.txt`) is left to `minidiff.files`. The heart of the
 # class is `_word_ids`: merge, then look up.
 
 
@@ -714,7 +714,7 @@ def learn_pieces(words: dict[str, int], alphabet: str, size: int) -> dict[str, f
 #
 # Around this model T5 puts a *character map*, which replaces signs by simpler ones ("ﬁ"
 # by "fi", full-width letters by plain ones) and comes as a trie packed into an array
-# (`minidiff.support.sentencepiece` reads it); a cut at white space; one id, `<unk>`,
+# (`minidiff.files.sentencepiece` reads it); a cut at white space; one id, `<unk>`,
 # for letters that are no piece, neighbours sharing one; and 100 *sentinels*
 # `<extra_id_0>` …, which stand for hidden spans when T5 is trained (chapter 7). There
 # is no token for the beginning, and capitals are kept. Again `_word_ids` is the heart:
@@ -903,7 +903,7 @@ class T5Tokenizer(Tokenizer):
 #   the text each piece began.
 # - **It carries its own Unicode.** That library composes accents by the tables of
 #   Unicode 9 and knows the letters of version 16; Python 3.11 knows those of 14. For
-#   equal ids on every sign, `minidiff.support.unicode` lists the differences.
+#   equal ids on every sign, `minidiff.files.unicode` lists the differences.
 # - **It has two T5s.** Google's SentencePiece and transformers disagree on rare input.
 #   transformers also cuts at the control sign U+0085, loses an accent on the ligature
 #   "ﬁ", and reads the full-width `＜pad＞` as its own pad token. The pipeline of SD3.5

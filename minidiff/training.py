@@ -34,11 +34,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidiff.data import rng
 from minidiff.dit import MMDiT
 from minidiff.flow_matching import interpolate, velocity_target
-from minidiff.support import parallel, rng, trainer
-from minidiff.support.muon import Muon
-from minidiff.support.towers import AnswerDecoder, ImageTower
+from minidiff.learning import parallel, trainer
+from minidiff.learning.muon import Muon
+from minidiff.learning.towers import AnswerDecoder, ImageTower
 from minidiff.text_encoders import CLIPTextEncoder, T5Encoder
 from minidiff.vae import VAE
 
@@ -55,9 +56,10 @@ Batch = dict[str, Tensor]
 # from minidiff import viz
 # from minidiff.dit import MMDiTConfig
 # from minidiff.flow_matching import euler, guide, sigma_schedule
-# from minidiff.support import data, journey
-# from minidiff.support.exercises import check
-# from minidiff.support.trainer import Run, read_log
+# from minidiff.classroom import journey
+# from minidiff.data import garments as data
+# from minidiff.classroom.exercises import check
+# from minidiff.learning.trainer import Run, read_log
 #
 # torch.set_num_threads(1)  # the quickest for small tensors
 # viz.show_pipeline("training")
@@ -91,7 +93,7 @@ Batch = dict[str, Tensor]
 # depends on the 999 before. Stop it, split it over two devices, change the batch size,
 # and it learns from other data. So nothing here has such a memory. Sample $i$ is a
 # function of the seed and of $i$: its scene, its noise, its level, whether its prompt
-# is dropped. `minidiff.support.rng` hashes $i$ into random bits.
+# is dropped. `minidiff.data.rng` hashes $i$ into random bits.
 
 # %% tags=["active-ipynb"]
 # alone = rng.normal(seed=0, indices=torch.tensor([5]), shape=(3,))
@@ -245,7 +247,7 @@ def contrastive_loss(
 
 # %% [markdown]
 # SD3.5's two CLIPs were trained apart, on other data. Ours share the tower for
-# pictures. It and T5's decoder are ordinary networks: `minidiff.support.towers`.
+# pictures. It and T5's decoder are ordinary networks: `minidiff.learning.towers`.
 
 
 # %%
@@ -535,7 +537,7 @@ class TrainingConfig:
 # directions, the diagonal of $S$ the singular values, a few large, most small. Adam
 # scales each number by itself, and so still follows mostly the large ones. Muon steps
 # along $UV^T$, found by five rounds of matrix products, about equally far in all
-# directions (`minidiff.support.muon`), as in the shipped model's last runs.
+# directions (`minidiff.learning.muon`), as in the shipped model's last runs.
 
 
 # %%
@@ -634,7 +636,7 @@ class Learner:
 # the weights, their average, what the optimiser remembers of past gradients, and the
 # number of steps. It needs no state of a random generator, because there is none. It is
 # written beside the old one and takes its name when it is complete, so that a run
-# killed while saving still has the one before. (`minidiff.support.trainer` does the
+# killed while saving still has the one before. (`minidiff.learning.trainer` does the
 # files.)
 
 

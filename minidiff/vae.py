@@ -34,11 +34,11 @@ from torch import Tensor, nn
 # %% tags=["active-ipynb"]
 # import minidiff
 # from minidiff import viz
-# from minidiff.support import journey
-# from minidiff.support.checkpoints import TINY, load_component
-# from minidiff.support.data import sample_scenes
-# from minidiff.support.exercises import check
-# from minidiff.support.journey import PROMPT, SEED
+# from minidiff.classroom import journey
+# from minidiff.files.weights import TINY, load_component
+# from minidiff.data.garments import sample_scenes
+# from minidiff.classroom.exercises import check
+# from minidiff.classroom.journey import PROMPT, SEED
 #
 # _ = torch.set_grad_enabled(False)
 # viz.show_pipeline("vae")
@@ -757,7 +757,7 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # warnings.filterwarnings("ignore", "IProgress not found")  # there is no progress here
 # import diffusers
 #
-# from minidiff.support.checkpoints import vae_sources
+# from minidiff.files.names import vae_sources
 #
 # options = {"use_quant_conv": False, "use_post_quant_conv": False}
 # options["down_block_types"] = ["DownEncoderBlock2D"] * 3

@@ -4,7 +4,7 @@ The functions take tensors and return matplotlib figures that a notebook shows. 
 ground is transparent and their ink a middle grey, so that they can be read in light
 and in dark themes. matplotlib is imported when the first figure is drawn, and its
 global state is left alone. The two interactive figures, :func:`denoising_scrubber`
-and :func:`attention_explorer`, are in :mod:`minidiff.support.interactive`.
+and :func:`attention_explorer`, are in :mod:`minidiff.classroom.interactive`.
 """
 
 import functools
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff.support.interactive import (
+from minidiff.classroom.interactive import (
     Interactive,
     attention_explorer,
     denoising_scrubber,
@@ -70,7 +70,7 @@ def _drawn(draw: Callable[..., "Figure"]) -> Callable[..., "Figure"]:
     def drawn(*args: Any, **kwargs: Any) -> "Figure":
         import matplotlib
 
-        from minidiff.support.figure import STYLE
+        from minidiff.classroom.figure import STYLE
 
         with matplotlib.rc_context(STYLE):
             figure = draw(*args, **kwargs)
@@ -84,7 +84,7 @@ def _axes(
     rows: int, columns: int, size: tuple[float, float], grid: bool = False
 ) -> tuple["Figure", "np.ndarray[Any, Any]"]:
     """A figure of ``size`` inches and its (rows, columns) array of axes."""
-    from minidiff.support.figure import BookFigure
+    from minidiff.classroom.figure import BookFigure
 
     figure = BookFigure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -95,7 +95,7 @@ def _axes(
 
 
 def _colors(count: int) -> list[str]:
-    from minidiff.support.figure import PALETTE
+    from minidiff.classroom.figure import PALETTE
 
     return [PALETTE[i % len(PALETTE)] for i in range(count)]
 

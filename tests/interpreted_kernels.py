@@ -13,8 +13,8 @@ from small import AUTOENCODER, TRANSFORMER
 from test_speed_paths import inputs, transformer
 from torch.nn import functional as F
 
-from minidiff.extras import kernels
-from minidiff.extras.fast import FastDecoder, FastMMDiT
+from minidiff.engine import kernels
+from minidiff.engine.fast import FastDecoder, FastMMDiT
 from minidiff.vae import VAE
 
 

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from minidiff.extras import kernels
+from minidiff.engine import kernels
 
 ROWS, HEAD = 8, 64
 

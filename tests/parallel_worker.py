@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from minidiff.data import rng
 from minidiff.dit import MMDiT, MMDiTConfig
-from minidiff.support import parallel, rng
-from minidiff.support.judge import Judge, JudgeConfig, judge_loss
-from minidiff.support.trainer import Run
+from minidiff.judging.judge import Judge, JudgeConfig, judge_loss
+from minidiff.learning import parallel
+from minidiff.learning.trainer import Run
 from minidiff.text_encoders import (
     CLIPTextConfig,
     CLIPTextEncoder,

@@ -3,6 +3,7 @@
 import json
 import pickle
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minidiff.dit import MMDiT, MMDiTConfig
-from minidiff.support import checkpoints as cp
+from minidiff.files import configurations, names, weights, writing
 from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
 from minidiff.vae import VAE, VAEConfig
 
@@ -40,18 +41,18 @@ COMPONENTS = {
 def saved(folder, class_name, dtype=None):
     model_class, config = COMPONENTS[class_name]
     model = randomize(model_class(config))
-    cp.save_component(model, folder, class_name, dtype)
+    weights.save_component(model, folder, class_name, dtype)
     return model
 
 
 def load(folder, class_name, **kwargs):
     model_class, config = COMPONENTS[class_name]
-    return cp.load_component(model_class, type(config), folder, **kwargs)
+    return weights.load_component(model_class, type(config), folder, **kwargs)
 
 
 def their_class(class_name):
     module = pytest.importorskip(
-        "diffusers" if class_name in cp.RENAMES else "transformers"
+        "diffusers" if class_name in names.RENAMES else "transformers"
     )
     return getattr(module, class_name)
 
@@ -87,41 +88,41 @@ def test_shards_are_found_by_their_index(tmp_path):
     model = saved(tmp_path / "ours", "SD3Transformer2DModel")
     theirs = their_class("SD3Transformer2DModel").from_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
-    assert len(cp.weight_files(tmp_path / "shards")) > 2
+    assert len(weights.weight_files(tmp_path / "shards")) > 2
     loaded = load(tmp_path / "shards", "SD3Transformer2DModel").state_dict()
     assert all(torch.equal(loaded[n], t) for n, t in model.state_dict().items())
-    next(iter(cp.weight_files(tmp_path / "shards"))).unlink()
+    next(iter(weights.weight_files(tmp_path / "shards"))).unlink()
     with pytest.raises(FileNotFoundError, match="00001-of"):
         load(tmp_path / "shards", "SD3Transformer2DModel")
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/x.safetensors"])
 def test_shards_lie_beside_their_index(tmp_path, name):
-    index = tmp_path / f"{cp.WEIGHTS[1]}.index.json"
+    index = tmp_path / f"{weights.WEIGHTS[1]}.index.json"
     index.write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(ValueError, match="index.json names .*; expected files beside"):
-        cp.weight_files(tmp_path)
+        weights.weight_files(tmp_path)
 
 
 @pytest.mark.parametrize("listed", ['"T5EncoderModel"', '["T5EncoderModel"]'])
 def test_architectures_of_any_kind_name_the_class(tmp_path, listed):
     (tmp_path / "config.json").write_text(f'{{"architectures": {listed}}}')
-    assert cp.component_class(tmp_path) == "T5EncoderModel"
+    assert configurations.component_class(tmp_path) == "T5EncoderModel"
     (tmp_path / "config.json").write_text('{"architectures": 5}')
-    assert cp.component_class(tmp_path) == "5"  # of no component
+    assert configurations.component_class(tmp_path) == "5"  # of no component
 
 
 def test_a_header_that_would_fill_the_memory_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(cp, "LONGEST_HEADER", 50)
+    monkeypatch.setattr(weights, "LONGEST_HEADER", 50)
     file = tmp_path / "a.safetensors"
     save_file({"a": torch.ones(1)}, file)
     with pytest.raises(ValueError, match="a.safetensors is not a whole safetensors"):
-        cp.read_header(file)
+        weights.read_header(file)
 
 
 def test_dtype_and_device(tmp_path):
     model = saved(tmp_path, "AutoencoderKL", torch.float16)
-    stored = load_file(tmp_path / cp.WEIGHTS[0])
+    stored = load_file(tmp_path / weights.WEIGHTS[0])
     assert {t.dtype for t in stored.values()} == {torch.float16}
     assert {p.dtype for p in load(tmp_path, "AutoencoderKL").parameters()} == {
         torch.float32
@@ -137,7 +138,8 @@ def test_dtype_and_device(tmp_path):
 
 def test_weights_in_their_own_dtype_stay_in_the_map(tmp_path):
     saved(tmp_path, "CLIPTextModelWithProjection")
-    maps = open("/proc/self/maps").read() if cp.Path("/proc/self/maps").exists() else ""
+    maps = Path("/proc/self/maps")
+    maps = maps.read_text() if maps.exists() else ""
     if not maps:
         pytest.skip("needs /proc/self/maps")
     model = load(tmp_path, "CLIPTextModelWithProjection")
@@ -154,14 +156,14 @@ def test_saving_over_the_mapped_file_keeps_the_model(tmp_path):
     saved(tmp_path, "T5EncoderModel")
     model = load(tmp_path, "T5EncoderModel")
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    cp.save_component(model, tmp_path, "T5EncoderModel", torch.float16)
+    weights.save_component(model, tmp_path, "T5EncoderModel", torch.float16)
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path):
     file = tmp_path / "latest"
-    with cp.replacing(file) as first, cp.replacing(file) as second:
+    with writing.replacing(file) as first, writing.replacing(file) as second:
         assert first != second
         first.write_text("first")
         second.write_text("second")
@@ -171,7 +173,7 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
 def test_a_full_disk_keeps_what_was_there(tmp_path):
     resource = pytest.importorskip("resource", reason="needs limits of POSIX")
     saved(tmp_path, "T5EncoderModel")
-    file = tmp_path / cp.WEIGHTS[1]
+    file = tmp_path / weights.WEIGHTS[1]
     before, limits = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
@@ -189,9 +191,9 @@ def test_a_full_disk_keeps_what_was_there(tmp_path):
 @pytest.mark.parametrize(
     "manifest, prefix, sources",
     [
-        ("large.transformer", "model.diffusion_model.", cp.transformer_sources),
-        ("medium.transformer", "model.diffusion_model.", cp.transformer_sources),
-        ("vae", "first_stage_model.", cp.vae_sources),
+        ("large.transformer", "model.diffusion_model.", names.transformer_sources),
+        ("medium.transformer", "model.diffusion_model.", names.transformer_sources),
+        ("vae", "first_stage_model.", names.vae_sources),
     ],
 )
 def test_every_name_of_the_official_files(shared, manifest, prefix, sources):
@@ -212,9 +214,9 @@ def test_half_swap_is_seen(tmp_path, monkeypatch):
     model = saved(tmp_path, "SD3Transformer2DModel")
     straight = lambda names: {  # noqa: E731
         n: replace(s, how="copy" if s.how == "swap" else s.how)
-        for n, s in cp.transformer_sources(names).items()
+        for n, s in names.transformer_sources(names).items()
     }
-    monkeypatch.setitem(cp.RENAMES, "SD3Transformer2DModel", straight)
+    monkeypatch.setitem(names.RENAMES, "SD3Transformer2DModel", straight)
     loaded = load(tmp_path, "SD3Transformer2DModel").state_dict()
     wrong = {n for n, t in model.state_dict().items() if not torch.equal(t, loaded[n])}
     assert wrong == {
@@ -242,8 +244,8 @@ def test_read_config(tmp_path):
 
     file = tmp_path / "config.json"
     file.write_text('{"size": 3, "parts": [1, 2], "other": null}')
-    assert cp.read_config(Small, tmp_path) == Small(3, (1, 2))
-    assert cp.read_config(Small, file) == Small(3, (1, 2))
+    assert configurations.read_config(Small, tmp_path) == Small(3, (1, 2))
+    assert configurations.read_config(Small, file) == Small(3, (1, 2))
     for text, message in (
         *((f'{{"size": {x}}}', "size is .*; expected int") for x in SIZES),
         *((f'{{"size": 1, "scale": {x}}}', "scale is .*; expected fl") for x in SCALES),
@@ -260,10 +262,10 @@ def test_read_config(tmp_path):
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=f"config.json.* {message}"):
-            cp.read_config(Small, tmp_path)
+            configurations.read_config(Small, tmp_path)
     file.unlink()
     with pytest.raises(FileNotFoundError, match="config.json is missing"):
-        cp.read_config(Small, tmp_path)
+        configurations.read_config(Small, tmp_path)
 
 
 BAD = {
@@ -301,20 +303,20 @@ def vae_folder(tmp_path):
 
 
 def edit(folder, change):
-    tensors = load_file(folder / cp.WEIGHTS[0])
+    tensors = load_file(folder / weights.WEIGHTS[0])
     change(tensors)
-    save_file(tensors, folder / cp.WEIGHTS[0], metadata={"format": "pt"})
+    save_file(tensors, folder / weights.WEIGHTS[0], metadata={"format": "pt"})
 
 
 def test_missing_weights(vae_folder):
-    (vae_folder / cp.WEIGHTS[0]).unlink()
+    (vae_folder / weights.WEIGHTS[0]).unlink()
     with pytest.raises(FileNotFoundError, match="no weights in .*expected diffusion"):
         load(vae_folder, "AutoencoderKL")
 
 
 @pytest.mark.parametrize("kept", [0, 5, 100, -1])
 def test_truncated_weights(vae_folder, kept):
-    file = vae_folder / cp.WEIGHTS[0]
+    file = vae_folder / weights.WEIGHTS[0]
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"diffusion_pytorch_model.*bytes"):
         load(vae_folder, "AutoencoderKL")
@@ -334,18 +336,18 @@ def test_truncated_weights(vae_folder, kept):
     ids=lambda header: header[:50].decode(),
 )
 def test_weights_that_are_something_else(vae_folder, header):
-    file = vae_folder / cp.WEIGHTS[0]
+    file = vae_folder / weights.WEIGHTS[0]
     file.write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(ValueError, match=f"{file} is not a safetensors file"):
         load(vae_folder, "AutoencoderKL")
 
 
 def test_no_tensors_at_all(vae_folder):
-    file = vae_folder / cp.WEIGHTS[0]
+    file = vae_folder / weights.WEIGHTS[0]
     file.write_bytes((2).to_bytes(8, "little") + b"{}")
     with pytest.raises(ValueError, match=f"{file} holds no tensors; expected"):
         load(vae_folder, "AutoencoderKL")
-    index = vae_folder / f"{cp.WEIGHTS[0]}.index.json"
+    index = vae_folder / f"{weights.WEIGHTS[0]}.index.json"
     file.unlink()
     for content in ("{}", '{"weight_map": [1]}'):
         index.write_text(content)
@@ -353,15 +355,15 @@ def test_no_tensors_at_all(vae_folder):
             load(vae_folder, "AutoencoderKL")
 
 
-@pytest.mark.parametrize("suffix", cp.PICKLED)
+@pytest.mark.parametrize("suffix", weights.PICKLED)
 def test_pickled_weights_are_refused_unopened(vae_folder, suffix):
-    (vae_folder / cp.WEIGHTS[0]).unlink()
+    (vae_folder / weights.WEIGHTS[0]).unlink()
     file = vae_folder / f"diffusion_pytorch_model{suffix}"
     file.write_bytes(pickle.dumps(print))
     with pytest.raises(ValueError, match="pickled checkpoint.*expected a .safetensors"):
         load(vae_folder, "AutoencoderKL")
     with pytest.raises(ValueError, match="pickled checkpoint"):
-        cp.prepare_weights(nn.Linear(1, 1), [file])
+        weights.prepare_weights(nn.Linear(1, 1), [file])
 
 
 def test_wrong_shape(vae_folder):
@@ -387,8 +389,8 @@ def test_lacking_and_unexpected_names(vae_folder):
 
 def test_known_leftovers_are_ignored(tmp_path):
     model = saved(tmp_path, "T5EncoderModel")
-    tensors = load_file(tmp_path / cp.WEIGHTS[1])
+    tensors = load_file(tmp_path / weights.WEIGHTS[1])
     tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"].clone()
-    save_file(tensors, tmp_path / cp.WEIGHTS[1])
+    save_file(tensors, tmp_path / weights.WEIGHTS[1])
     loaded = load(tmp_path, "T5EncoderModel").state_dict()
     assert all(torch.equal(loaded[n], t) for n, t in model.state_dict().items())

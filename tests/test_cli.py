@@ -21,12 +21,12 @@ from torch import nn
 
 from minidiff import cli
 from minidiff.dit import JointBlock
-from minidiff.extras.files import read_settings
-from minidiff.extras.lora import LowRank, save_lora
-from minidiff.extras.stages import Recipe
+from minidiff.files.pictures import read_settings
+from minidiff.files.weights import TINY, Prepared
+from minidiff.judging import metrics
+from minidiff.lora import LowRank, save_lora
+from minidiff.recipes.stages import Recipe
 from minidiff.sampling import Pipeline
-from minidiff.support import metrics
-from minidiff.support.checkpoints import TINY, Prepared
 from minidiff.training import TrainingConfig
 
 
@@ -371,7 +371,7 @@ def test_an_evaluation_from_the_command_line(run, fashion, tmp_path):
 
 @pytest.mark.parametrize("kind", ["stages", "finetune"])
 def test_options_of_training_arrive(run, folder, tmp_path, monkeypatch, kind):
-    module = importlib.import_module(f"minidiff.extras.{kind}")
+    module = importlib.import_module(f"minidiff.recipes.{kind}")
     names, given = signature(module.train), []
     monkeypatch.setattr(module, "train", lambda *a, **k: given.append((a, k)))
     common = {"steps": 5, "batch_size": 3, "compile": True, "crop": False}

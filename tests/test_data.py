@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from minidiff.support import data
-from minidiff.support.data import CLASSES, COLORS, HELD_OUT, Scenes, prompts
+from minidiff.data import garments as data
+from minidiff.data.fashion_mnist import CLASSES
+from minidiff.data.garments import COLORS, HELD_OUT, Scenes, prompts
 
 
 def pairs(attributes: data.Attributes) -> list[list[tuple[str, str]]]:

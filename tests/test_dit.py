@@ -16,7 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minidiff import dit
 from minidiff.dit import MMDiT, MMDiTConfig, position_table
-from minidiff.support.checkpoints import assemble, read_config, transformer_sources
+from minidiff.files.configurations import read_config
+from minidiff.files.names import transformer_sources
+from minidiff.files.weights import assemble
 
 BOUND = 1e-5
 SMALL = MMDiTConfig(

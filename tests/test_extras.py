@@ -15,13 +15,13 @@ from test_sampling import LONG
 from torch._inductor.exc import InvalidCxxCompiler
 
 from minidiff import cli, sampling
-from minidiff.extras import files
-from minidiff.extras.guidance import skip_layer_guidance
-from minidiff.extras.image_to_image import image_to_image
-from minidiff.extras.lora import LowRank, save_lora
-from minidiff.extras.previews import Preview, fit_preview, show_previews
-from minidiff.support import checks
-from minidiff.support.checkpoints import Prepared
+from minidiff.drawing.guidance import skip_layer_guidance
+from minidiff.drawing.image_to_image import image_to_image
+from minidiff.drawing.previews import Preview, fit_preview, show_previews
+from minidiff.files import pictures_settings as files
+from minidiff.files.weights import Prepared
+from minidiff.interface import checks
+from minidiff.lora import LowRank, save_lora
 from minidiff.vae import VAE, Posterior, VAEConfig
 
 CALL = {"num_inference_steps": 6, "guidance_scale": 4.0, "output_type": "latent"}

@@ -17,14 +17,17 @@ from torch import Tensor, nn
 
 import minidiff
 from minidiff import cli
-from minidiff.extras import finetune, memory
-from minidiff.extras.finetune import LoraConfig
-from minidiff.extras.lora import ATTENTION, load_lora
-from minidiff.extras.memory import weigh
-from minidiff.support import trainer
-from minidiff.support.captioned import captions_of, read_folder
-from minidiff.support.data import CLASSES, Scenes, from_bytes
-from minidiff.support.trainer import read_log
+from minidiff.data.captioned import captions_of, read_folder
+from minidiff.data.fashion_mnist import CLASSES
+from minidiff.data.garments import Scenes
+from minidiff.engine import memory
+from minidiff.engine.memory import weigh
+from minidiff.files.pictures import from_bytes
+from minidiff.learning import trainer
+from minidiff.learning.trainer import read_log
+from minidiff.lora import ATTENTION, load_lora
+from minidiff.recipes import finetune
+from minidiff.recipes.finetune import LoraConfig
 from minidiff.training import Task, TrainingConfig
 
 

@@ -8,8 +8,8 @@ import torch
 from helpers import relative_error
 from pipelines import pair
 
-from minidiff.extras import guidance
-from minidiff.extras.guidance import skip_layer_guidance
+from minidiff.drawing import guidance
+from minidiff.drawing.guidance import skip_layer_guidance
 
 CALL = {"num_inference_steps": 10, "guidance_scale": 4.0, "output_type": "latent"}
 CALL |= {"prompt": "a red dress", "negative_prompt": "a bag", "max_sequence_length": 20}

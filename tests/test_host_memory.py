@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minidiff.dit import MMDiT, MMDiTConfig
-from minidiff.support.checkpoints import save_component
+from minidiff.files.weights import save_component
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="RssAnon is Linux's"
@@ -20,8 +20,8 @@ import json, re, sys, threading, time
 from pathlib import Path
 import torch
 from minidiff.dit import MMDiT, MMDiTConfig
-from minidiff.extras.memory import Plan, place
-from minidiff.support.checkpoints import prepare_component
+from minidiff.engine.memory import Plan, place
+from minidiff.files.weights import prepare_component
 
 def anonymous():
     text = Path("/proc/self/status").read_text()

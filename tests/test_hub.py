@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save
 
-from minidiff.support import hub
+from minidiff.files import hub
 
 REPOSITORY = hub.REPOSITORIES["sd3.5-medium"]
 COMMIT = hub.REVISIONS["sd3.5-medium"]

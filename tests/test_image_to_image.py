@@ -12,9 +12,9 @@ from PIL import Image, ImageOps
 from pipelines import pair
 
 import minidiff
-from minidiff.extras import image_to_image as module
-from minidiff.extras import memory
-from minidiff.extras.image_to_image import first_step, image_to_image, open_file
+from minidiff.drawing import image_to_image as module
+from minidiff.drawing.image_to_image import first_step, image_to_image, open_file
+from minidiff.engine import memory
 
 BOUND = 1e-5
 CALL = {"num_inference_steps": 10, "guidance_scale": 4.0, "negative_prompt": "a bag"}

@@ -2,7 +2,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minidiff.support.inception import InceptionV3, load_inception
+from minidiff.judging.inception import InceptionV3, load_inception
 
 
 def filled(model: torch.nn.Module) -> torch.nn.Module:

@@ -5,7 +5,7 @@ import torch
 
 import minidiff
 from benchmarks import record_journey
-from minidiff.support import journey
+from minidiff.classroom import journey
 
 
 @pytest.fixture

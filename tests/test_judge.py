@@ -5,9 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minidiff.extras.stages import RECIPES, Job, run_stages
-from minidiff.support.data import Scenes
-from minidiff.support.judge import (
+from minidiff.data.garments import Scenes
+from minidiff.judging.judge import (
     JUDGE,
     Judge,
     accuracy,
@@ -17,7 +16,8 @@ from minidiff.support.judge import (
     windows,
     with_silhouette,
 )
-from minidiff.support.trainer import read_log
+from minidiff.learning.trainer import read_log
+from minidiff.recipes.stages import RECIPES, Job, run_stages
 from minidiff.training import TrainingConfig
 
 

@@ -16,13 +16,14 @@ from test_dit import DUAL, SMALL, pair
 from transformers import CLIPTextConfig as TheirConfig
 from transformers import CLIPTextModelWithProjection
 
+from minidiff import lora
 from minidiff.dit import MMDiT
-from minidiff.extras import lora, memory
-from minidiff.extras.fast import FastMMDiT
-from minidiff.extras.kernels import quantize
-from minidiff.extras.loading import blueprint, check_whole
-from minidiff.extras.memory import StreamedLinear
-from minidiff.extras.precision import Float8Linear
+from minidiff.engine import memory
+from minidiff.engine.fast import FastMMDiT
+from minidiff.engine.kernels import quantize
+from minidiff.engine.loading import blueprint, check_whole
+from minidiff.engine.memory import StreamedLinear
+from minidiff.engine.precision import Float8Linear
 from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder
 
 BOUND = 1e-5

@@ -20,15 +20,15 @@ from benchmarks.memory_count import (
     vae_peak,
 )
 from minidiff.dit import MMDiT, MMDiTConfig
-from minidiff.extras import memory, tiling
-from minidiff.extras.image_to_image import image_to_image
-from minidiff.extras.loading import blueprint
-from minidiff.extras.lora import load_lora
-from minidiff.extras.memory import GIB, Call, Plan, choose, estimate
-from minidiff.extras.precision import Float8Linear
-from minidiff.extras.rehearsal import rehearse
+from minidiff.drawing.image_to_image import image_to_image
+from minidiff.engine import memory, tiling
+from minidiff.engine.loading import blueprint
+from minidiff.engine.memory import GIB, Call, Plan, choose, estimate
+from minidiff.engine.precision import Float8Linear
+from minidiff.engine.rehearsal import rehearse
+from minidiff.files import configurations, weights
+from minidiff.lora import load_lora
 from minidiff.sampling import DEFAULTS, Pipeline
-from minidiff.support import checkpoints as cp
 from minidiff.vae import VAE, Posterior, VAEConfig
 
 PAGE = Path(__file__).parents[1] / "book" / "performance.md"
@@ -99,7 +99,7 @@ def test_fp8_weights_halve_bf16_and_stay_close(folder):
     linear = pipe.transformer.joint_blocks[0].x_block.attn.qkv
     assert isinstance(linear, Float8Linear) and linear.weight.element_size() == 1
     assert 1e-4 < relative_error(pictures, expected) < 0.15
-    whole = cp.load_component(
+    whole = weights.load_component(
         type(pipe.transformer), MMDiTConfig, folder / "transformer"
     )
     matrix = whole.joint_blocks[0].x_block.attn.qkv.weight
@@ -122,10 +122,10 @@ def autoencoders():
     diffusers = pytest.importorskip("diffusers")
     config = VAEConfig.tiny()
     ours = randomize(VAE(config))
-    names = cp.hub_config(config, "AutoencoderKL")
+    names = configurations.hub_config(config, "AutoencoderKL")
     names.pop("_class_name")
     theirs = diffusers.AutoencoderKL(**names)
-    theirs.load_state_dict(cp.stored_tensors(ours.state_dict(), cp.vae_sources))
+    theirs.load_state_dict(weights.stored_tensors(ours.state_dict(), names.vae_sources))
     theirs.eval().enable_tiling()
     theirs.tile_latent_min_size, theirs.tile_sample_min_size = 8, 32
     return theirs, ours
@@ -307,7 +307,7 @@ def test_t5_that_is_stored_in_8_bits(folder, tmp_path, knobs):
     """Its values are those of the file, whether it stays or comes layer by layer."""
     stored = shutil.copytree(folder, tmp_path / "stored")
     encoder = minidiff.load(folder).text_encoders[2]
-    cp.save_component(
+    weights.save_component(
         encoder, stored / "text_encoder_3", "T5EncoderModel", torch.float8_e4m3fn
     )
     for weight in encoder.parameters():
@@ -536,7 +536,7 @@ def test_modulations_of_many_small_pictures_are_counted(calls):
 
 
 def test_what_a_plan_leaves_in_the_file_never_meets_the_device(folder):
-    prepared = cp.prepare_component(MMDiT, MMDiTConfig, folder / "transformer")
+    prepared = weights.prepare_component(MMDiT, MMDiTConfig, folder / "transformer")
     plan = Plan(modulation="streamed")
     model = memory.place(prepared, plan, torch.device("meta"), torch.bfloat16)
     block = model.joint_blocks[0].x_block

@@ -8,10 +8,10 @@ from torch import nn
 
 import minidiff
 from minidiff.attention import record_attention
-from minidiff.support import metrics
-from minidiff.support.data import Attributes, Scenes, prompts
-from minidiff.support.judge import Judge, JudgeConfig, load_judge, score
-from minidiff.support.metrics import correlation, frechet_distance, psnr
+from minidiff.data.garments import Attributes, Scenes, prompts
+from minidiff.judging import metrics
+from minidiff.judging.judge import Judge, JudgeConfig, load_judge, score
+from minidiff.judging.metrics import correlation, frechet_distance, psnr
 
 
 def published(a: np.ndarray, b: np.ndarray) -> float:

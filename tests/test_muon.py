@@ -8,8 +8,8 @@ from test_training import assert_same, regression
 from torch import nn
 
 from minidiff.dit import MMDiT, MMDiTConfig
-from minidiff.support.muon import Muon, orthogonal
-from minidiff.support.trainer import Run
+from minidiff.learning.muon import Muon, orthogonal
+from minidiff.learning.trainer import Run
 from minidiff.training import fit
 from minidiff.vae import VAE, VAEConfig
 

@@ -96,38 +96,6 @@ def test_import_prints_draws_and_reads_nothing() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def imported(path: Path) -> set[str]:
-    """The package's modules that one of them imports, but for its types."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    typing = [n for n in ast.walk(tree) if isinstance(n, ast.If)]
-    typing = [n for n in typing if ast.unparse(n.test) == "TYPE_CHECKING"]
-    aside = {id(node) for part in typing for node in ast.walk(part)}
-    found: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {n.name for n in node.names}
-        if isinstance(node, ast.ImportFrom) and id(node) not in aside:
-            found |= {node.module, *(f"{node.module}.{n.name}" for n in node.names)}
-    return found
-
-
-LAST = ("training", "sampling")
-
-
-@pytest.mark.parametrize("folder", ["support", ""])
-def test_what_stands_below_imports_nothing_above(folder: str) -> None:
-    """The support no chapter and no extra; of the chapters the last two the extras."""
-    chapters = list(map(module, NOTEBOOKS))
-    above, files = {"minidiff.extras"}, [c for c in chapters if c.stem not in LAST]
-    if folder:
-        above |= {f"minidiff.{path.stem}" for path in chapters}
-        files = list((ROOT / "minidiff" / folder).glob("*.py"))
-    assert len(files) > 5
-    for path in files:
-        names = {".".join(name.split(".")[:2]) for name in imported(path)}
-        assert not names & above, f"{path.name} imports {names & above}"
-
-
 # Saving in JupyterLab
 
 

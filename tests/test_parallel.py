@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minidiff.extras.lora import FILE
-from minidiff.support.checkpoints import TINY
+from minidiff.files.weights import TINY
+from minidiff.lora import FILE
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 LAUNCH += ["--nproc-per-node", "2", "--local-addr", "127.0.0.1"]

@@ -9,9 +9,9 @@ from helpers import randomize, relative_error
 from pretended_card import OnCard, PretendedCard, bare
 
 import minidiff
-from minidiff.extras import lora
-from minidiff.extras.guidance import skip_layer_guidance
-from minidiff.extras.image_to_image import image_to_image
+from minidiff import lora
+from minidiff.drawing.guidance import skip_layer_guidance
+from minidiff.drawing.image_to_image import image_to_image
 from minidiff.training import TrainingConfig, fit
 
 CALL = {"num_inference_steps": 3, "output_type": "pt"}
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Skip Layer Guidance was publishe
 
 @pytest.fixture(autouse=True)
 def without_kernels(monkeypatch):
-    monkeypatch.setattr("minidiff.extras.kernels.triton", None)
+    monkeypatch.setattr("minidiff.engine.kernels.triton", None)
 
 
 def load(device, dtype=torch.float32, **settings):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from minidiff.support.rng import bits, fold_in, normal, uniform
+from minidiff.data.rng import bits, fold_in, normal, uniform
 
 
 def splitmix64(state: int) -> int:

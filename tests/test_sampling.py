@@ -12,10 +12,10 @@ from pipelines import load_tokenizers, reference_pipeline, save_tokenizers
 import minidiff
 from minidiff import sampling
 from minidiff.dit import MMDiT, MMDiTConfig
+from minidiff.files import weights
 from minidiff.flow_matching import Scheduler
+from minidiff.interface import checks
 from minidiff.sampling import DEFAULTS, recognize, starting_noise
-from minidiff.support import checkpoints as cp
-from minidiff.support import checks
 
 LONG = "a red dress and " * 30
 CASES = {
@@ -518,11 +518,15 @@ def copy(folder, target, **index):
 
 def test_bad_folders(folders, tmp_path, monkeypatch):
     folder = copy(folders()[0], tmp_path / "a")
-    monkeypatch.setattr(cp, "assemble", lambda *_: pytest.fail("a weight was read"))
-    (folder / "vae" / cp.WEIGHTS[0]).rename(tmp_path / "kept")
+    monkeypatch.setattr(
+        weights, "assemble", lambda *_: pytest.fail("a weight was read")
+    )
+    (folder / "vae" / weights.WEIGHTS[0]).rename(tmp_path / "kept")
     with pytest.raises(FileNotFoundError, match="no weights in .*vae"):
         minidiff.load(folder)
-    (folder / "vae" / cp.WEIGHTS[0]).write_bytes((tmp_path / "kept").read_bytes()[:-9])
+    (folder / "vae" / weights.WEIGHTS[0]).write_bytes(
+        (tmp_path / "kept").read_bytes()[:-9]
+    )
     with pytest.raises(ValueError, match="vae.*is damaged: it has"):
         minidiff.load(folder)
     (folder / "model_index.json").unlink()
@@ -568,8 +572,8 @@ def test_what_diffusers_calls_otherwise_is_told(pipe, folders, monkeypatch):
 
 def test_weights_that_are_elsewhere_are_told(folders, tmp_path):
     folder = copy(folders()[0], tmp_path / "e")
-    weights = folder / "vae" / cp.WEIGHTS[0]
-    weights.write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
+    file = folder / "vae" / weights.WEIGHTS[0]
+    file.write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
     with pytest.raises(ValueError, match="is Git LFS's pointer .* run git lfs pull"):
         minidiff.load(folder)
     weights.rename(weights.with_suffix(".fp16.safetensors"))

@@ -13,14 +13,15 @@ from shapes import Claim, Tracer, unify
 
 from minidiff import attention, dit, sampling, text_encoders, tokenizer, training, vae
 from minidiff import flow_matching as fm
-from minidiff.extras import fast, memory, previews
-from minidiff.extras.image_to_image import image_to_image
-from minidiff.support import output
+from minidiff.drawing import previews
+from minidiff.drawing.image_to_image import image_to_image
+from minidiff.engine import fast, memory
+from minidiff.interface import output
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = ("tokenizer", "text_encoders", "vae", "attention", "dit", "flow_matching")
 CHAPTERS += ("training", "sampling")
-EXTRAS = ("fast", "tiling", "previews", "image_to_image")
+ABOVE = ("engine/fast", "engine/tiling", "drawing/previews", "drawing/image_to_image")
 
 
 def test_letters_are_solved_for() -> None:
@@ -119,7 +120,7 @@ def compare(pipe: sampling.Pipeline) -> None:
 
 
 def go_beyond(pipe: sampling.Pipeline) -> None:
-    """What the extras make of a pipeline that also draws in tiles."""
+    """What the rooms above make of a pipeline that also draws in tiles."""
     previews.fit_preview(pipe.vae)(torch.randn(2, 16, 4, 6))
     picture, mask = torch.rand(3, 32, 48), Image.new("L", (48, 32))
     memory.tile(pipe.vae, memory.Plan(vae_tile=8))
@@ -132,8 +133,8 @@ def go_beyond(pipe: sampling.Pipeline) -> None:
 @pytest.fixture(scope="module")
 def claims(tmp_path_factory: pytest.TempPathFactory) -> list[Claim]:
     pipe = pipeline(tmp_path_factory.mktemp("tokenizers"))
-    files = [*CHAPTERS, *(f"extras/{name}" for name in EXTRAS)]
-    tracer = Tracer([ROOT / "minidiff" / f"{name}.py" for name in files])
+    files = [ROOT / "minidiff" / f"{name}.py" for name in (*CHAPTERS, *ABOVE)]
+    tracer = Tracer(files)
     for work in (draw, train, compare, go_beyond):
         tracer.run(lambda work=work: work(pipe))
     return tracer.claims

@@ -12,10 +12,9 @@ from small import AUTOENCODER, TRANSFORMER, small_pipeline
 
 import minidiff
 from minidiff.dit import MMDiTConfig
-from minidiff.extras.loading import PARTS
+from minidiff.engine.loading import PARTS
+from minidiff.files import single_file, weights
 from minidiff.sampling import DEFAULTS
-from minidiff.support import checkpoints as cp
-from minidiff.support import single_file
 from minidiff.text_encoders import CLIPTextConfig, T5Config
 from minidiff.vae import VAEConfig
 
@@ -73,7 +72,7 @@ def test_single_manifests_are_consumed(shared, tmp_path, name, part, config):
     used = {n for source in prepared.sources.values() for n in source.names}
     prefix = single_file.PARTS[part][0]
     stored = {n for n in tensors if n.startswith(prefix)}
-    assert stored - used <= cp.UNUSED
+    assert stored - used <= weights.UNUSED
     absent = [n for n, source in prepared.sources.items() if not source.names]
     assert absent == (["text_projection.weight"] if name == "clip_l" else [])
 
@@ -101,9 +100,9 @@ def test_hub_manifests_are_consumed(shared, tmp_path, name, part, repository):
     (tmp_path / "config.json").write_text(config.read_text())
     kind = "diffusion_pytorch_model" if part in ("transformer", "vae") else "model"
     hollow(tmp_path / f"{kind}.safetensors", tensors)
-    prepared = cp.prepare_component(*PARTS[part][1:], tmp_path)
+    prepared = weights.prepare_component(*PARTS[part][1:], tmp_path)
     used = {n for source in prepared.sources.values() for n in source.names}
-    assert tensors.keys() - used <= cp.UNUSED
+    assert tensors.keys() - used <= weights.UNUSED
 
 
 # Two layouts of the same weights

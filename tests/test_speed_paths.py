@@ -25,12 +25,12 @@ import minidiff
 from benchmarks import gpu
 from minidiff.attention import record_attention
 from minidiff.dit import MMDiT
-from minidiff.extras import fast, kernels, memory
-from minidiff.extras.fast import FastDecoder, FastMMDiT, attention_backend
-from minidiff.extras.loading import TOKENIZERS, read_tokenizers
-from minidiff.extras.memory import to_float8
-from minidiff.support.checkpoints import TINY
-from minidiff.support.trainer import read_log
+from minidiff.engine import fast, kernels, memory
+from minidiff.engine.fast import FastDecoder, FastMMDiT, attention_backend
+from minidiff.engine.loading import TOKENIZERS, read_tokenizers
+from minidiff.engine.memory import to_float8
+from minidiff.files.weights import TINY
+from minidiff.learning.trainer import read_log
 from minidiff.vae import VAE, VAEConfig
 
 CONFIGS = {
@@ -167,7 +167,7 @@ def test_gradients_and_recording_take_the_models_own_way():
 
 @torch.no_grad()
 def test_lora_that_is_not_fused_runs():
-    from minidiff.extras import lora
+    from minidiff import lora
 
     model, given = transformer(), inputs(TRANSFORMER)
     before = FastMMDiT(model)(*given)

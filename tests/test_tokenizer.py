@@ -13,7 +13,7 @@ import torch
 from tokenizer_strings import strings
 
 from minidiff import tokenizer as chapter
-from minidiff.support import sentencepiece, unicode
+from minidiff.files import sentencepiece, unicode
 from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer, Tokenizer, maximize
 
 transformers = pytest.importorskip("transformers")

@@ -25,11 +25,13 @@ from tqdm import tqdm
 
 import minidiff
 from minidiff import training
+from minidiff.data import captioned, rng
+from minidiff.data import garments as data
 from minidiff.dit import MMDiT, MMDiTConfig
-from minidiff.extras import finetune, stages
-from minidiff.support import captioned, data, rng, trainer
-from minidiff.support.checkpoints import TINY, load_component
-from minidiff.support.trainer import Run, TrainingError, check_other, read_log
+from minidiff.files.weights import TINY, load_component
+from minidiff.learning import trainer
+from minidiff.learning.trainer import Run, TrainingError, check_other, read_log
+from minidiff.recipes import finetune, stages
 from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder
 from minidiff.tokenizer import T5Tokenizer
 from minidiff.training import Task, TrainingConfig, drop_encoders, fit

@@ -1,0 +1,1 @@
+"""What chapters share: the journey, exercises, interactive figures, the style."""

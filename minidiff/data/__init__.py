@@ -1,0 +1,1 @@
+"""What is learned from: scenes and captions, own pictures, random numbers by sample."""

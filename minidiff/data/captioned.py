@@ -1,0 +1,220 @@
+"""Any folder of pictures with captions, as training data.
+
+A caption stands beside its picture (``dress.png``, ``dress.txt``), or all of them in
+``metadata.jsonl``: one JSON object a line with ``file_name`` and ``text``, as in the
+hub's image folders.
+"""
+
+import functools
+import glob
+import json
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from minidiff.data.garments import IMAGE_SIZE
+from minidiff.files.pictures import from_bytes, in_rgb, open_picture, to_tensor
+from minidiff.files.reading import read_text
+from minidiff.interface.terminal import tell
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def captions_of(folder: Path) -> dict[str, str]:
+    """Each picture's name and its caption.
+
+    Raises FileNotFoundError for a folder that is not there or holds no caption, and
+    ValueError for a caption without a picture.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder")
+    listed, found = folder / "metadata.jsonl", {}
+    if listed.exists():
+        for number, line in enumerate(read_text(listed).split("\n"), 1):
+            found |= _entry(listed, number, line)
+    pictures = {path.stem: path.name for path in pictures_in(folder)}
+    for path in files_in(folder, (".txt",)):
+        name = pictures.get(path.stem, f"{path.stem}.png")
+        found.setdefault(name, read_text(path).strip())
+    if not found:
+        raise FileNotFoundError(
+            f"no captions in {folder}: expected a .txt beside each picture, or "
+            "metadata.jsonl, which may name those in subfolders"
+        )
+    if missing := [name for name in found if not (folder / name).is_file()]:
+        path = folder / missing[0]
+        near = sorted(p.name for p in path.parent.glob(f"{glob.escape(path.stem)}.*"))
+        near = [name for name in near if not name.lower().endswith(".txt")]
+        kinds = f" (found {', '.join(near)})" if near else ""
+        raise ValueError(f"{folder}: the caption of {missing[0]} has no picture{kinds}")
+    return found
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The files of ``folder`` that are named like pictures, in order."""
+    return files_in(folder, PICTURES)
+
+
+def files_in(folder: Path, ends: tuple[str, ...]) -> list[Path]:
+    """The files with these ends, in order; hidden ones are left out."""
+    named = (path for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted(path for path in named if path.suffix.lower() in ends)
+
+
+def _entry(path: Path, number: int, line: str) -> dict[str, str]:
+    if not line.strip():
+        return {}
+    try:
+        entry = json.loads(line)
+        name, text = entry["file_name"], entry["text"]
+        if not (isinstance(name, str) and isinstance(text, str)):
+            raise TypeError
+        text.encode()  # ValueError for half of a surrogate pair
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path}, line {number}: expected an object with file_name and text "
+            f"({type(error).__name__})"
+        ) from None
+    file = Path(name)
+    if file.anchor or ".." in file.parts:
+        found = f"{path}, line {number}: file_name is {name!r}"
+        raise ValueError(f"{found}; expected a file in this folder or below")
+    return {file.as_posix(): text}
+
+
+def fitted(picture: Image.Image, size: int, crop: bool = True) -> Image.Image:
+    """``picture`` as a square of ``size`` pixels: its middle, or all of it squeezed."""
+    if crop:
+        side = min(picture.size)
+        left, top = ((length - side) // 2 for length in picture.size)
+        picture = picture.crop((left, top, left + side, top + side))
+    return picture.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def tell_of_others(folder: Path, found: Collection[str]) -> None:
+    """Name on stderr what has no caption among ``found``: pictures, and folders."""
+    for path in pictures_in(folder):
+        if path.name not in found:
+            tell(f"{path} is left out: it has no caption")
+    listed = {Path(name).parts[0] for name in found}
+    for path in sorted(folder.iterdir()):
+        other = path.is_dir() and path.name not in listed
+        with suppress(PermissionError):  # some system's own
+            if other and not path.name.startswith(".") and any(pictures_in(path)):
+                tell(f"{path} is left out: no caption names its pictures")
+
+
+def read_folder(
+    folder: Path | str, size: int, crop: bool = True
+) -> tuple[Tensor, list[str]]:
+    """All pictures of ``folder`` as uint8 (N, 3, size, size), and their captions.
+
+    A picture that cannot be read or has no caption is named on stderr and left out;
+    ValueError if none is left.
+    """
+    folder, pictures, captions = Path(folder), [], []
+    found = captions_of(folder)
+    tell_of_others(folder, found)
+    for name, caption in found.items():
+        try:
+            picture = in_rgb(open_picture(folder / name))
+            pictures.append(to_tensor(fitted(picture, size, crop)))
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow has many names for a damaged file
+            known = str(error) if name in str(error) else f"{folder / name}: {error}"
+            tell(f"{known}; it is left out")
+            continue
+        captions.append(caption)
+    if not pictures:
+        raise ValueError(f"{folder}: none of its pictures can be read")
+    return torch.stack(pictures), captions
+
+
+# The trainer's data, in place of ``data.Scenes``
+
+
+_read_once = functools.lru_cache(maxsize=1)(read_folder)
+
+
+@dataclass(frozen=True)
+class PictureBatch:
+    """Pictures (B, 3, 64, 64) in [−1, 1], and the numbers (B,) of their captions."""
+
+    images: Tensor
+    caption_ids: Tensor
+    texts: list[str]
+
+    @property
+    def captions(self) -> list[str]:
+        """The captions as strings."""
+        return [self.texts[i] for i in self.caption_ids.tolist()]
+
+    @property
+    def meanings(self) -> Tensor:
+        """Every caption means something else (B,)."""
+        return self.caption_ids
+
+
+class Pictures:
+    """The pictures of a folder, called like ``data.Scenes``.
+
+    One in ten, but 8 to 512, is kept for the split "test"; which ones, ``seed`` says.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        folder: str,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+        crop: bool = True,
+    ) -> None:
+        images, captions = _read_once(folder, IMAGE_SIZE, crop)
+        if not any(text.strip() for text in captions):
+            raise ValueError(f"{folder}: all captions are empty")
+        held = min(512, max(8, len(images) // 10))
+        if len(images) < 2 * held:
+            raise ValueError(
+                f"{folder} holds {len(images)} pictures with captions, too few to "
+                f"learn from; expected at least {2 * held}"
+            )
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(images), generator=generator)
+        chosen = order[:held] if split == "test" else order[held:]
+        self.texts = list(dict.fromkeys(captions))
+        number = {text: i for i, text in enumerate(self.texts)}
+        numbers = torch.tensor([number[text] for text in captions])
+        self.images = images[chosen].to(device)
+        self.numbers = numbers[chosen].to(device)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pictures are."""
+        return self.images.device
+
+    @property
+    def content(self) -> tuple:
+        """All that decides what ``batch`` returns."""
+        return self.images, self.numbers, *self.texts
+
+    def all_captions(self) -> list[str]:
+        """Every caption of both splits once: entry i is the one with number i."""
+        return self.texts
+
+    def batch(self, indices: Tensor) -> PictureBatch:
+        """The pictures with the numbers ``indices`` (B,), each below the length."""
+        images = from_bytes(self.images[indices])
+        return PictureBatch(images, self.numbers[indices], self.texts)
+
+    def caption_pairs(self, indices: Tensor) -> Tensor:
+        """Each picture's caption twice (B, 2): nobody has said it in other words."""
+        return self.numbers[indices, None].expand(-1, 2)

@@ -1,0 +1,89 @@
+"""Fashion-MNIST's grey pictures of garments, read from the hub's parquet files."""
+
+import functools
+import io
+import os
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+REPOSITORY = "zalando-datasets/fashion_mnist"
+CLASSES = ("t-shirt", "trousers", "pullover", "dress", "coat")
+CLASSES += ("sandal", "shirt", "sneaker", "bag", "ankle boot")
+
+
+def _parquet_file(split: str, folder: str | Path | None) -> Path:
+    """The split's parquet file: from a folder, or from the hub's cache or network."""
+    if split not in ("train", "test"):
+        raise ValueError(f"split is {split!r}, expected 'train' or 'test'")
+    name = f"{split}-00000-of-00001.parquet"
+    folder = folder or os.environ.get("MINIDIFF_DATA")
+    if folder:
+        if found := _below(folder, name):
+            return found
+        own = "your own pictures: train --scenes FOLDER, or --from MODEL --data FOLDER"
+        raise FileNotFoundError(f"no {name} in {folder} or below it ({own})")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = hf_hub_download(REPOSITORY, f"fashion_mnist/{name}", repo_type="dataset")
+    except Exception as error:  # the hub's, or the network's of several kinds
+        if getattr(error, "errno", None):  # of this machine: no room, not permitted, …
+            raise
+        raise FileNotFoundError(
+            f"Fashion-MNIST is not here and could not be downloaded from the hub's "
+            f"data set {REPOSITORY} ({type(error).__name__}): connect to the network, "
+            f"or let MINIDIFF_DATA name a folder that holds {name}"
+        ) from error
+    return Path(path)
+
+
+def _below(folder: str | Path, name: str) -> Path | None:
+    """The first file called ``name`` in ``folder`` or below it, through links too."""
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        if name in files:
+            return Path(place, name)
+        known = os.path.realpath(place)
+        folders[:] = [] if known in seen else sorted(folders)
+        seen.add(known)
+    return None
+
+
+@functools.lru_cache(maxsize=4)
+def _read(path: Path) -> tuple[Tensor, Tensor]:
+    import numpy as np
+    import pyarrow.parquet as parquet
+
+    table = parquet.read_table(path)
+    try:
+        files = table.column("image").combine_chunks().field("bytes").to_pylist()
+        labels = table.column("label").to_numpy()
+        if len(set(np.bincount(labels, minlength=len(CLASSES)).tolist())) > 1:
+            raise ValueError("its classes are not equally many")  # as MNIST's digits
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not of Fashion-MNIST: {error}") from None
+    pictures = np.stack([np.asarray(Image.open(io.BytesIO(f))) for f in files])
+    return torch.from_numpy(pictures), torch.tensor(labels)
+
+
+def fashion_mnist(
+    split: str, folder: str | Path | None = None
+) -> tuple[Tensor, Tensor]:
+    """Fashion-MNIST (Xiao, Rasul and Vollgraf 2017): grey pictures and class numbers.
+
+    Args:
+        split: "train" (60,000) or "test" (10,000).
+        folder: the hub's data set as a folder; else the one that the environment
+            variable MINIDIFF_DATA names; else downloaded once from the hub.
+
+    Returns:
+        uint8 pictures (N, 28, 28) and int64 labels (N,), numbers in CLASSES.
+
+    Raises:
+        FileNotFoundError: the folder lacks the file, or there is no network.
+        ValueError: the file is damaged, or of another data set.
+    """
+    return _read(_parquet_file(split, folder))

@@ -1,0 +1,1 @@
+"""What is drawn besides text to image: image to image, guidance, previews."""

@@ -1,0 +1,499 @@
+"""Fitting a model into a card: what stays on it, in how many bits, and what comes and
+goes.
+
+Three facts carry the plans. Text encoders run once a picture, layer after layer: their
+weights can stay in the file's memory map and visit the card one layer at a time.
+AdaLN's layers, a third of an MMDiT, read only the time and the pooled text: their
+output is computed for all steps at once, and they leave. And a weight in 8 bits takes
+half of its place in bfloat16.
+"""
+
+import gc
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minidiff.dit import MMDiT
+from minidiff.engine.kernels import Rows, quantize
+from minidiff.engine.precision import Float8Linear, has_fp8
+from minidiff.engine.tiling import (
+    sliced_decode,
+    sliced_encode,
+    tiled_decode,
+    tiled_encode,
+)
+from minidiff.files.weights import Prepared, Read
+from minidiff.interface.checks import check_choice, count_levels
+from minidiff.text_encoders import T5Encoder
+from minidiff.vae import VAE
+
+GIB = 2**30
+RESERVE = 0.6 * GIB  # what CUDA itself and the allocator's gaps take
+BUDGETS = ("8GB", "12GB", "16GB", "24GB")
+NOTHING = (0, 16, 0, 0)  # no latents: the weights alone
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the parts of a pipeline live.
+
+    ``t5`` and ``clip`` are "resident" (on the device), "streamed" (layer by layer from
+    the file at each prompt) or, for T5, "none" (left out). ``modulation`` is "resident"
+    or "streamed": AdaLN's weights, read from the file once for each picture. ``fp8``
+    stores the blocks' matrices in 8 bits. ``vae_tile`` is the side of a tile in latent
+    pixels, None the whole picture; ``vae_slicing`` works on one picture at a time.
+    """
+
+    t5: str = "resident"
+    clip: str = "resident"
+    modulation: str = "resident"
+    fp8: bool = False
+    vae_tile: int | None = None
+    vae_slicing: bool = False
+
+    def __post_init__(self) -> None:
+        choices = {
+            "t5": ("resident", "streamed", "none"),
+            "clip": ("resident", "streamed"),
+            "modulation": ("resident", "streamed"),
+        }
+        for name, known in choices.items():
+            check_choice(name, getattr(self, name), known)
+        for name in ("fp8", "vae_slicing"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name} is {value!r}; expected True or False")
+        tile = self.vae_tile
+        if tile is not None and not (isinstance(tile, int) and tile >= 8):
+            raise ValueError(f"vae_tile is {tile!r}; expected 8 latent pixels or more")
+
+    def __str__(self) -> str:
+        changed = [
+            f"{f.name} {getattr(self, f.name)}"
+            for f in fields(self)
+            if getattr(self, f.name) != f.default
+        ]
+        return ", ".join(changed) or "everything resident"
+
+
+# From the roomiest to the tightest: each gives up what costs the least time.
+LADDER = (
+    Plan(),
+    Plan(t5="streamed"),
+    Plan(t5="streamed", clip="streamed", vae_slicing=True),
+    Plan("streamed", "streamed", "streamed", vae_slicing=True),
+    Plan("streamed", "streamed", "streamed", vae_slicing=True, vae_tile=64),
+    Plan("streamed", "streamed", "streamed", True, vae_slicing=True, vae_tile=64),
+)
+
+
+# Choosing
+
+
+def weigh(module: nn.Module, kind: Callable[[str], bool] = lambda name: True) -> int:
+    """How many numbers the parameters and buffers of the chosen names hold."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return sum(t.numel() for name, t in tensors if kind(name))
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a drawing, with guidance, asks of a device.
+
+    Args:
+        models: the parts, by the hub's names (on the meta device will do).
+        size: of the latents, (B, C, h, w).
+        width: bytes of a working value.
+        levels: noise levels times rows (two with guidance) for which each picture has
+            its modulations; all are computed ahead.
+    """
+
+    models: Mapping[str, nn.Module]
+    size: tuple[int, ...]
+    width: int = 2
+    levels: int = 2 * 41  # Medium's 40 steps, the most that is usual
+
+
+def usual_size(models: Mapping[str, nn.Module]) -> tuple[int, ...]:
+    """The latents (B, C, h, w) of one picture of the size that a model is meant for."""
+    config = models["transformer"].config
+    return 1, config.in_channels, config.sample_size, config.sample_size
+
+
+def usual_levels(pipe: Any) -> int:
+    """``Call.levels`` with the steps and the guidance that a model is meant for."""
+    return count_levels(pipe.defaults.guidance_scale, pipe.defaults.num_inference_steps)
+
+
+def estimate(plan: Plan, call: Call) -> float:
+    """About how many bytes of the device a call takes, the weights among them."""
+    models, width = call.models, call.width
+    t = models["transformer"]
+    blocks = weigh(t, lambda n: "joint_blocks" in n and "adaLN" not in n)
+    adaln = weigh(t, lambda n: "adaLN" in n)
+    table = t.pos_embed.numel()
+    total = (weigh(t) - blocks - adaln - table) * width
+    total += blocks * (1 if plan.fp8 else width)
+    total += (adaln + table) * width * (plan.modulation == "resident")
+    total += weigh(models["vae"]) * width
+    for name, where in (
+        ("text_encoder", plan.clip),
+        ("text_encoder_2", plan.clip),
+        ("text_encoder_3", plan.t5),
+    ):
+        if where == "resident" and name in models:
+            total += weigh(models[name]) * width
+    return total + working(plan, call)
+
+
+def working(plan: Plan, call: Call) -> float:
+    """About how many bytes a call takes beside the weights.
+
+    It is what ``benchmarks/memory_count.py`` counts, and some room.
+    """
+    batch, _, *sides = call.size
+    area = math.prod(sides)  # in latent pixels
+    tile = min(area, plan.vae_tile**2) if plan.vae_tile else area
+    slices = 1 if plan.vae_slicing else math.inf
+    unit = GIB / 128**2 / 2  # a latent pixel's share of 1 GiB at 1024², in 16 bits
+    decoding = 2.5 * unit * tile * min(batch, slices)  # encoding takes less
+    config = call.models["transformer"].config
+    tokens = area // config.patch_size**2 + 333
+    modulations = 12 * config.num_layers + 3 * len(config.dual_attention_layers)
+    numbers = 22 * 2 * tokens + modulations * call.levels  # of each channel
+    denoising = batch * config.width * numbers
+    return max(denoising, decoding) * call.width
+
+
+def requested(memory: str | Plan | None, **knobs: Any) -> Plan:
+    """What is asked for whatever the model; ValueError for what is no setting."""
+    if unknown := knobs.keys() - {f.name for f in fields(Plan)}:
+        names = ", ".join(f.name for f in fields(Plan))
+        known = f"expected dtype, memory, fast, compile, or one of {names}"
+        raise ValueError(f"{min(unknown)} is no setting; {known}")
+    if memory is not None and not isinstance(memory, Plan):
+        parse_budget(memory)
+        memory = None
+    return replace(memory or Plan(), **knobs)
+
+
+def choose(memory: str | Plan | None, call: Call, **knobs: Any) -> Plan:
+    """The roomiest plan of the ladder that fits ``memory``, with ``knobs`` set on it.
+
+    ``memory`` is "8GB" or any other number of gigabytes, a Plan, or None (everything
+    resident). Raises ValueError for a text that is not one, or too little memory.
+    """
+    plan = requested(memory, **knobs)
+    if memory is None or isinstance(memory, Plan):
+        return plan
+    budget = parse_budget(memory)
+    if plan := roomiest(budget, call, **knobs):
+        return plan
+    raise ValueError(f"memory is {memory}; {shortage(budget, call, **knobs)}")
+
+
+def roomiest(budget: float, call: Call, **knobs: Any) -> Plan | None:
+    """The first plan of the ladder, with ``knobs``, that fits ``budget`` bytes."""
+    for plan in LADDER:
+        plan = replace(plan, **knobs)
+        if estimate(plan, call) + RESERVE <= budget:
+            return plan
+    return None
+
+
+def shortage(budget: float, call: Call, **knobs: Any) -> str:
+    """What is needed where no plan fits; the one that would without ``knobs``."""
+    least = estimate(replace(LADDER[-1], **knobs), call) + RESERVE
+    large = math.prod(call.size) > math.prod(usual_size(call.models))
+    what = "so many pixels at once" if large else "this model"
+    line = f"{what} needs about {least / 1e9:.1f}GB"
+    if not (other := roomiest(budget, call)):
+        return line
+    fixed = ", ".join(f"{name} {value}" for name, value in knobs.items())
+    return f"with {fixed} {line}; this would fit: {other}"
+
+
+def parse_budget(memory: str) -> float:
+    """ "8GB" → bytes."""
+    number = str(memory).upper().removesuffix("GB").strip()
+    try:
+        return float(number) * 1e9
+    except ValueError:
+        names = ", ".join(BUDGETS)
+        raise ValueError(f"memory is {memory!r}; expected {names} or None") from None
+
+
+def check_device(plan: Plan, call: Call, device: Any, **knobs: Any) -> None:
+    """Raise ValueError where the device cannot follow the plan.
+
+    That is a card that is too small (a plan that fits is named), and MPS for fp8. What
+    ``load`` chooses for ``memory`` fits one picture of the usual size, so that for
+    another the settings are named one by one.
+    """
+    device = torch.device(device)
+    if plan.fp8 and device.type == "mps":
+        found = "the plan holds weights in fp8, which MPS does not have"
+        raise ValueError(f"{found}; expected fp8=False, or more memory")
+    if device.type != "cuda":
+        return
+    need = estimate(plan, call)
+    if need <= (free := free_memory(device, need)):
+        return
+    card = f"the card has {free / 1e9:.1f}GB free"
+    budget = int((free + RESERVE) / 1e8) / 10  # CUDA has taken its part of it
+    smaller = roomiest(budget * 1e9, call, **knobs)  # rounded down, to fit the card
+    if not smaller:
+        raise ValueError(f"{card}; {shortage(budget * 1e9, call, **knobs)}")
+    name = "this would fit"
+    if call.size == usual_size(call.models):
+        name = f"memory='{budget:g}GB' fits"
+    found = f"{card} and this needs about {need / 1e9:.1f}GB"
+    raise ValueError(f"{found}; {name}: {smaller}")
+
+
+def free_memory(device: torch.device, need: float) -> int:
+    """The bytes of a card that PyTorch can still give to tensors.
+
+    Where they are fewer than ``need``, what dropped pipelines hold in cycles is freed.
+    """
+    if (free := free_now(device)) < need:
+        gc.collect()
+        free = free_now(device)
+    return free
+
+
+def free_now(device: torch.device) -> int:
+    """What is free and what PyTorch holds unused, in bytes."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def check_room(pipe: Any, size: tuple[int, ...], levels: int | None = None) -> None:
+    """Raise ValueError where latents of ``size`` need more memory than is left.
+
+    ``pipe`` is loaded: what its weights take is gone from its budget, if it has one,
+    and from the card, if it is on one. ``levels`` are those of ``Call``; None is
+    ``usual_levels``.
+    """
+    models = {"transformer": pipe.transformer}
+    levels = levels or usual_levels(pipe)
+    call = Call(models, size, pipe.dtype.itemsize, levels)
+    need = working(getattr(pipe.vae, "plan", Plan()), call)
+    left, whose = getattr(pipe.vae, "room", math.inf), "memory"
+    if pipe.device.type == "cuda":
+        free = free_memory(pipe.device, need)
+        left, whose = min((left, whose), (free, "the card"))
+    if need > left:
+        raise ValueError(
+            f"{pixels(size, pipe.vae)} at once take about {need / 1e9:.1f}GB beside "
+            f"the weights; {whose} has {left / 1e9:.1f}GB left: expected fewer or "
+            "smaller ones, or a tighter plan"
+        )
+
+
+def pixels(size: tuple[int, ...], vae: VAE) -> str:
+    """The pictures that latents of ``size`` become, in words."""
+    batch, _, height, width = size
+    return f"{batch} × {vae.config.factor * width}×{vae.config.factor * height} pixels"
+
+
+def announce(plan: Plan, call: Call) -> None:
+    """Print a plan and what a call comes to with it."""
+    what = pixels(call.size, call.models["vae"])
+    print(f"memory plan: {plan}; about {estimate(plan, call) / GIB:.1f} GiB for {what}")
+
+
+# Layers whose weights stay in the file
+
+
+class StreamedLinear(nn.Module):
+    """A linear layer whose weights are brought to the input's device at each call.
+
+    They are not parameters: ``.to()`` leaves them where they are, in the memory map.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        bias = None if layer.bias is None else layer.bias.detach()
+        self.stored = layer.weight.detach(), bias
+        self.out_features, self.in_features = layer.weight.shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (
+            None if t is None else t.to(x.device).to(x.dtype) for t in self.stored
+        )
+        return F.linear(x, weight, bias)
+
+
+class StreamedEmbedding(nn.Module):
+    """An embedding whose table stays in the memory map: only rows that are read move.
+
+    Ids (…) → (…, D) on the ids' device, in ``dtype``.
+    """
+
+    def __init__(self, layer: nn.Embedding, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.stored, self.dtype = layer.weight.detach(), dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = self.stored[ids.to(self.stored.device)]  # (…) → (…, D)
+        return rows.to(ids.device).to(self.dtype)
+
+
+class CroppedTable:
+    """``MMDiT.positions`` for a table that stays in the map: the last crop is kept."""
+
+    def __init__(self, model: MMDiT, device: Any, dtype: torch.dtype) -> None:
+        self.model, self.to = model, {"device": device, "dtype": dtype}
+        self.last: tuple[tuple[int, int], Tensor] | None = None
+
+    def __call__(self, height: int, width: int) -> Tensor:
+        last = self.last  # read and set in one go: an interruption leaves a whole pair
+        if last is None or last[0] != (height, width):
+            crop = MMDiT.positions(self.model, height, width).to(**self.to)
+            self.last = last = (height, width), crop
+        return last[1]
+
+
+# Placing
+
+
+def is_streamed(plan: Plan, model: nn.Module, name: str) -> bool:
+    """Whether the layer ``name`` of a model stays in its file."""
+    if isinstance(model, MMDiT):
+        return plan.modulation == "streamed" and "adaLN_modulation" in name
+    where = plan.t5 if isinstance(model, T5Encoder) else plan.clip
+    large = isinstance(model.get_submodule(name), nn.Linear) or name in (
+        "shared",
+        "text_model.embeddings.token_embedding",
+    )
+    return where == "streamed" and large
+
+
+def is_float8(plan: Plan, model: nn.Module, name: str) -> bool:
+    """Whether the layer ``name`` of a model is stored in 8 bits."""
+    blocks = plan.fp8 and isinstance(model, MMDiT) and name.startswith("joint_blocks")
+    linear = blocks and isinstance(model.get_submodule(name), nn.Linear)
+    return linear and "adaLN" not in name
+
+
+def place(prepared: Prepared, plan: Plan, device: Any, dtype: torch.dtype) -> nn.Module:
+    """Read one part of a pipeline as the plan says."""
+    model = prepared.model
+    if isinstance(model, VAE):
+        return tile(prepared(device, dtype), plan)
+    table = isinstance(model, MMDiT) and plan.modulation == "streamed"
+    small: dict[str, Rows] = {}
+
+    def put(name: str, read: Read) -> Tensor | None:
+        layer, _, kind = name.rpartition(".")
+        if is_streamed(plan, model, layer) or (table and name == "pos_embed"):
+            return read("cpu", None)
+        if kind == "weight" and is_float8(plan, model, layer):
+            small[layer] = quantize(read(device, dtype))
+            return None
+        return read(device, dtype)
+
+    prepared(device, dtype, put)
+    for name, layer in list(model.named_modules()):
+        if name in small:
+            swap(model, name, Float8Linear(small[name], layer.bias))
+        elif isinstance(layer, nn.Linear) and is_streamed(plan, model, name):
+            swap(model, name, StreamedLinear(layer))
+        elif isinstance(layer, nn.Embedding) and is_streamed(plan, model, name):
+            swap(model, name, StreamedEmbedding(layer, dtype))
+    if table:
+        model.positions = CroppedTable(model, device, dtype)
+    return model
+
+
+def stand_in(model: nn.Module, plan: Plan) -> None:
+    """Mark the linear layers of a meta model whose weights ``plan`` keeps elsewhere.
+
+    A ``StreamedLinear`` takes their place, for those in 8 bits too.
+    """
+    for name, layer in list(model.named_modules()):
+        away = is_streamed(plan, model, name) or is_float8(plan, model, name)
+        if isinstance(layer, nn.Linear) and away:
+            swap(model, name, StreamedLinear(layer))
+
+
+@torch.no_grad()
+def to_float8(model: MMDiT) -> MMDiT:
+    """Store a model's blocks in 8 bits, in place, as ``place`` does while it reads.
+
+    Raises ValueError for a layer with a hook, such as a LoRA's: it would be lost.
+    """
+    chosen = [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if is_float8(Plan(fp8=True), model, name)
+    ]
+    for name, layer in chosen:
+        if layer._forward_hooks:
+            found = f"{name} has a hook, perhaps a LoRA, that 8 bits would lose"
+            raise ValueError(f"{found}; expected 8 bits first")
+    for name, layer in chosen:
+        swap(model, name, Float8Linear(quantize(layer.weight), layer.bias))
+    return model
+
+
+def swap(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put ``layer`` where ``name`` is in ``model``."""
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, layer)
+
+
+def tile(vae: VAE, plan: Plan) -> VAE:
+    """Let ``vae`` work in tiles and slices as the plan says."""
+    vae.plan = plan  # ``check_room`` asks for it
+    if plan.vae_tile:
+        how = {"tile": plan.vae_tile, "factor": vae.config.factor}
+        vae.decode = partial(tiled_decode, vae.decode, **how)
+        vae.encode = partial(tiled_encode, vae.encode, **how)
+    if plan.vae_slicing:
+        vae.decode = partial(sliced_decode, vae.decode)
+        vae.encode = partial(sliced_encode, vae.encode)
+    return vae
+
+
+def load_parts(
+    prepared: Mapping[str, Prepared],
+    device: Any,
+    dtype: torch.dtype,
+    memory: str | Plan | None = None,
+    compile: bool = False,
+    **knobs: Any,
+) -> dict[str, nn.Module]:
+    """Read the parts of a pipeline, by the hub's names, as a plan says (``choose``).
+
+    What was chosen for ``memory`` is printed in one line. Raises ValueError where the
+    card is too small for a picture of the usual size, naming a plan that fits; with a
+    Plan, where it is too small for the weights; and with ``compile`` for weights in fp8
+    on a GPU for which Triton has no such numbers.
+    """
+    models = {name: part.model for name, part in prepared.items()}
+    picture = Call(models, usual_size(models), dtype.itemsize)
+    plan = choose(memory, picture, **knobs)
+    device = torch.device(device)
+    if compile and plan.fp8 and device.type == "cuda" and not has_fp8(device):
+        found = "compile is True and weights are in fp8, which this GPU does not know"
+        raise ValueError(f"{found}; expected compute capability 8.9, or compile=False")
+    if plan.t5 == "none":
+        models.pop("text_encoder_3", None)
+    weights = replace(picture, size=NOTHING)
+    asked = weights if isinstance(memory, Plan) else picture
+    check_device(plan, asked, device, **knobs)
+    budgeted = not (memory is None or isinstance(memory, Plan))
+    if budgeted or knobs:
+        announce(plan, picture)
+    held = estimate(plan, weights)
+    parts = {name: place(prepared[name], plan, device, dtype) for name in models}
+    if budgeted:  # what is left beside the weights: see ``check_room``
+        parts["vae"].room = parse_budget(memory) - RESERVE - held
+    return parts

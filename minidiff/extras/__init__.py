@@ -1,1 +1,0 @@
-"""What people do on top of the chapters."""

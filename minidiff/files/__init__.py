@@ -1,0 +1,1 @@
+"""What lies on disk: models, configurations, weights, tokenizers, the hub, pictures."""

@@ -1,0 +1,377 @@
+"""The files beside a tokenizer's vocabulary, as the hub lays them out.
+
+``tokenizer_config.json`` names the special tokens and the length; which texts are added
+tokens, and how they are sought, stands there (transformers 4), or in
+``special_tokens_map.json`` (older), or in ``tokenizer.json`` (transformers 5).
+"""
+
+import base64
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from minidiff.files.reading import read_json, read_text
+from minidiff.files.sentencepiece import Piece, read_model
+from minidiff.files.unicode import WHITE_SPACE
+from minidiff.files.writing import write_json
+from minidiff.interface.checks import check_range
+
+
+class AddedToken(NamedTuple):
+    """A token that is found in a text before anything else looks at it.
+
+    ``lstrip``, ``rstrip``: white space on that side belongs to the token.
+    ``normalized``: it is sought in the normalised text, not in the raw one.
+    ``special``: decoding leaves it out.
+    """
+
+    content: str
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = False
+    special: bool = True
+
+
+class Settings(NamedTuple):
+    """What a tokenizer needs beside its vocabulary.
+
+    ``names``: "pad_token" → its text, and so on. ``added``: in order of their ids.
+    ``extra_ids``: how many sentinels T5 appends to the vocabulary of a spiece.model.
+    ``clean_up``: decoding removes the space before a full stop and the like.
+    """
+
+    names: dict[str, str]
+    added: tuple[AddedToken, ...]
+    model_max_length: int
+    extra_ids: int = 0
+    clean_up: bool = False
+
+    def padding_with(self, pad_token: str, vocab: dict[str, int]) -> Self:
+        """Pad with this token of the vocabulary, which becomes a special one."""
+        if pad_token not in vocab:
+            raise ValueError(f"pad_token {pad_token!r} is not in the vocabulary")
+        added = {token.content: token for token in (AddedToken(pad_token), *self.added)}
+        ordered = sorted(added.values(), key=lambda token: vocab[token.content])
+        names = self.names | {"pad_token": pad_token}
+        return self._replace(names=names, added=tuple(ordered))
+
+    def with_sentinels(self, count: int) -> Self:
+        """Add the sentinels ``<extra_id_{count - 1}>`` … ``<extra_id_0>``."""
+        texts = (f"<extra_id_{number}>" for number in reversed(range(count)))
+        sentinels = tuple(AddedToken(text, lstrip=True, rstrip=True) for text in texts)
+        return self._replace(added=self.added + sentinels, extra_ids=count)
+
+
+CLIP_SETTINGS = Settings(
+    {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+    },
+    (AddedToken("<|startoftext|>", normalized=True), AddedToken("<|endoftext|>")),
+    model_max_length=77,
+)
+T5_SETTINGS = Settings(
+    {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"},
+    (AddedToken("<pad>"), AddedToken("</s>"), AddedToken("<unk>")),
+    model_max_length=512,
+    extra_ids=100,
+)
+
+
+def split_added(
+    text: str, added: Sequence[AddedToken], normalize: Callable[[str], str]
+) -> Iterator[str | AddedToken]:
+    """Cut a text at the added tokens in it, and normalise what lies between.
+
+    First those that are sought in the raw text, then, in what is left of it after
+    ``normalize``, those that are marked ``normalized``.
+    """
+    raw = {token.content: token for token in added if not token.normalized}
+    normal = {normalize(token.content): token for token in added if token.normalized}
+    for part in _split(text, raw):
+        if isinstance(part, AddedToken):
+            yield part
+        else:
+            yield from _split(normalize(part), normal)
+
+
+def _split(text: str, tokens: dict[str, AddedToken]) -> list[str | AddedToken]:
+    """Cut at the leftmost token, of several that begin there the longest; go on."""
+    parts, done = [], 0
+    for match in _pattern(tuple(tokens)).finditer(text):
+        token, (start, stop) = tokens[match.group()], match.span()
+        if token.lstrip:
+            start = max(done, len(text[:start].rstrip(WHITE_SPACE)))
+        if token.rstrip:
+            stop = len(text) - len(text[stop:].lstrip(WHITE_SPACE))
+        parts += [text[done:start], token]
+        done = stop
+    return [part for part in (*parts, text[done:]) if part]
+
+
+@lru_cache(maxsize=64)
+def _pattern(texts: tuple[str, ...]) -> re.Pattern[str]:
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def tidy(text: str) -> str:
+    """Take back the space before a full stop and the like, as transformers does where
+    ``clean_up_tokenization_spaces`` is set."""
+    for spaced in " .| ?| !| ,| ' | n't| 'm| 's| 've| 're".split("|"):
+        text = text.replace(spaced, spaced.replace(" ", ""))
+    return text
+
+
+def first_file(folder: str | Path, *names: str) -> Path:
+    """Return the first of these files that the folder holds."""
+    folder = Path(folder)
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"no tokenizer in {folder}: expected {' or '.join(names)}")
+
+
+def read_settings(folder: str | Path, defaults: Settings) -> Settings:
+    """Read the settings of a tokenizer's folder; a missing file leaves the defaults.
+
+    Raises:
+        ValueError: a file is damaged, or asks for what is not supported.
+    """
+    files = ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
+    paths = [Path(folder) / file for file in files]
+    found = [read_json(path) if path.is_file() else {} for path in paths]
+    try:
+        return _settings(*found, defaults)
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}, the tokenizer's settings: {error}") from None
+
+
+def _settings(
+    config: dict[str, Any],
+    special_map: dict[str, Any],
+    whole: dict[str, Any],
+    defaults: Settings,
+) -> Settings:
+    """The settings in tokenizer_config.json, special_tokens_map.json and the whole."""
+    if "added_tokens_decoder" in config:
+        listed = sorted(config["added_tokens_decoder"].items(), key=lambda i: int(i[0]))
+        known, special_map = [_added(entry) for _, entry in listed], {}
+    else:
+        known = [_added(entry) for entry in whole.get("added_tokens", [])]
+    merged = config | special_map
+    named = {
+        name: merged[name] if merged.get(name) else text
+        for name, text in defaults.names.items()
+    }
+    sentinels = config.get("extra_ids", defaults.extra_ids)
+    check_range("extra_ids", sentinels, 0, 10_000)
+    extra = (
+        merged.get("additional_special_tokens")
+        or merged.get("extra_special_tokens")
+        or [f"<extra_id_{number}>" for number in range(sentinels)]
+    )
+    added = {token.content: token for token in known}
+    for entry in (*named.values(), *extra):
+        token = _added(entry)
+        added.setdefault(token.content, token)
+    length = config.get("model_max_length", defaults.model_max_length)
+    if not isinstance(length, int | float):
+        raise ValueError(f"model_max_length is {length!r}; expected a number")
+    return Settings(
+        {name: _added(entry).content for name, entry in named.items()},
+        tuple(added.values()),
+        # Some folders state 1e30 for "not known".
+        int(length) if length < 1_000_000 else defaults.model_max_length,
+        sentinels,
+        config.get("clean_up_tokenization_spaces", defaults.clean_up),
+    )
+
+
+def _added(entry: str | dict[str, Any]) -> AddedToken:
+    if isinstance(entry, str):
+        return AddedToken(entry)
+    if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
+        raise ValueError(f"expected an added token with a content, found {entry!r}")
+    if entry.get("single_word"):
+        raise ValueError(
+            f"added token {entry['content']!r}: single_word is unsupported"
+        )
+    flags = {name: bool(entry.get(name)) for name in AddedToken._fields[1:4]}
+    return AddedToken(entry["content"], **flags, special=entry.get("special", True))
+
+
+def write_settings(
+    folder: str | Path, class_name: str, settings: Settings, vocab: dict[str, int]
+) -> None:
+    """Write tokenizer_config.json and special_tokens_map.json."""
+    entries = {str(vocab[token.content]): entry(token) for token in settings.added}
+    named = set(settings.names.values())
+    extra = [token.content for token in settings.added if token.content not in named]
+    more = {"extra_ids": settings.extra_ids, "additional_special_tokens": extra}
+    config = {
+        "added_tokens_decoder": entries,
+        **settings.names,
+        **(more if class_name.startswith("T5") else {}),
+        "clean_up_tokenization_spaces": settings.clean_up,
+        "model_max_length": settings.model_max_length,
+        "tokenizer_class": class_name,
+    }
+    write_json(Path(folder) / "tokenizer_config.json", config)
+    special = {
+        name: {k: v for k, v in entries[str(vocab[text])].items() if k != "special"}
+        for name, text in settings.names.items()
+    }
+    write_json(Path(folder) / "special_tokens_map.json", special)
+
+
+def entry(token: AddedToken) -> dict[str, Any]:
+    """Return the JSON entry of an added token."""
+    return {**token._asdict(), "single_word": False}
+
+
+def read_bpe(
+    folder: str | Path,
+) -> tuple[dict[str, int], list[tuple[str, str]], Settings]:
+    """Return the vocabulary, the merges and the settings of a BPE tokenizer's folder.
+
+    It holds tokenizer.json, or vocab.json and merges.txt.
+    """
+    path = first_file(folder, "tokenizer.json", "vocab.json")
+    content = read_json(path)
+    if path.name == "tokenizer.json":
+        model = content.get("model")
+        model = model if isinstance(model, dict) else {}
+        vocab, lines = model.get("vocab"), model.get("merges", [])
+    else:
+        text = read_text(first_file(folder, "merges.txt"))
+        vocab, lines = content, text.removesuffix("\n").split("\n")
+        lines = [line for line in lines if not line.startswith("#version")]
+    if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):
+        raise ValueError(f"{path}: expected a BPE vocabulary of pieces and ids")
+    merges = []
+    for number, line in enumerate(lines if isinstance(lines, list) else [lines]):
+        pair = line.split(" ") if isinstance(line, str) else line
+        if not isinstance(pair, list) or [*map(type, pair)] != [str, str]:
+            raise ValueError(
+                f"{folder}: merge {number} is {pair}, expected two symbols"
+            )
+        if not {*pair, "".join(pair)} <= vocab.keys():
+            raise ValueError(
+                f"{folder}: merge {number} {pair} has symbols not in the vocabulary"
+            )
+        merges.append(tuple(pair))
+    return vocab, merges, read_settings(folder, CLIP_SETTINGS)
+
+
+def write_bpe(
+    folder: str | Path,
+    vocab: dict[str, int],
+    merges: list[tuple[str, str]],
+    settings: Settings,
+) -> None:
+    """Write vocab.json, merges.txt and the settings."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "vocab.json", vocab)
+    lines = ["#version: 0.2", *map(" ".join, merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "tokenizer.json").unlink(missing_ok=True)  # another one's would be read
+    write_settings(folder, "CLIPTokenizer", settings, vocab)
+
+
+def read_unigram(folder: str | Path) -> tuple[dict[str, float], bytes, Settings]:
+    """Return the scores in order of id, the character map and the settings of T5's.
+
+    The folder holds tokenizer.json, or spiece.model.
+    """
+    settings = read_settings(folder, T5_SETTINGS)
+    path = first_file(folder, "tokenizer.json", "spiece.model")
+    if path.name == "spiece.model":
+        pieces, charsmap = read_model(path)
+        extra = reversed(range(settings.extra_ids))
+        pieces += [Piece(f"<extra_id_{number}>", 0.0) for number in extra]
+    else:
+        pieces, charsmap = _parse_unigram(path)
+    if len(scores := dict(pieces)) < len(pieces):
+        raise ValueError(f"{path}: the vocabulary lists a piece twice")
+    if not scores:
+        raise ValueError(f"{path}: the vocabulary is empty")
+    return scores, charsmap, settings
+
+
+def _parse_unigram(path: Path) -> tuple[list[Piece], bytes]:
+    content = read_json(path)
+    try:
+        model = content["model"]
+        if model["type"] != "Unigram":
+            raise ValueError(f"model type {model['type']!r}")
+        pieces = [Piece(str(text), float(score)) for text, score in model["vocab"]]
+        steps = content.get("normalizer") or {}
+        maps = [
+            base64.b64decode(step["precompiled_charsmap"])
+            for step in steps.get("normalizers", [steps])
+            if step.get("type") == "Precompiled"
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected a Unigram model, found {error}") from error
+    return pieces, maps[0] if maps else b""
+
+
+def write_unigram(
+    folder: str | Path, scores: dict[str, float], charsmap: bytes, settings: Settings
+) -> None:
+    """Write tokenizer.json, as the ``tokenizers`` library reads it, and settings."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = {piece: number for number, piece in enumerate(scores)}
+    metaspace = {
+        "type": "Metaspace",
+        "replacement": "▁",
+        "prepend_scheme": "always",
+        "split": True,
+    }
+    eos = settings.names["eos_token"]
+    template = [
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": eos, "type_id": 0}},
+    ]
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": numbers[token.content], **entry(token)} for token in settings.added
+        ],
+        "normalizer": {
+            "type": "Precompiled",
+            "precompiled_charsmap": base64.b64encode(charsmap).decode(),
+        }
+        if charsmap
+        else None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [{"type": "WhitespaceSplit"}, metaspace],
+        },
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": template,
+            "pair": [*template, {"Sequence": {"id": "B", "type_id": 0}}, template[1]],
+            "special_tokens": {
+                eos: {"id": eos, "ids": [numbers[eos]], "tokens": [eos]}
+            },
+        },
+        "decoder": metaspace,
+        "model": {
+            "type": "Unigram",
+            "unk_id": numbers[settings.names["unk_token"]],
+            "vocab": [list(item) for item in scores.items()],
+            "byte_fallback": False,
+        },
+    }
+    write_json(folder / "tokenizer.json", content)
+    write_settings(folder, "T5Tokenizer", settings, numbers)

@@ -1,0 +1,353 @@
+"""A component's weights on disk, in the hub's folders: read, checked and written."""
+
+import json
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minidiff.files.configurations import (
+    Config,
+    component_class,
+    config_file,
+    hub_config,
+    read_config,
+)
+from minidiff.files.names import RENAMES, Rename, Source, same_names
+from minidiff.files.reading import read_json
+from minidiff.files.writing import replacing, write_json
+
+TINY = Path(__file__).parents[1] / "pretrained" / "tiny"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
+# Written by some, read by none: a copy of the table, the numbers 0, 1, 2, …, and (where
+# it is no parameter) OpenAI's projection of CLIP-L, which SD3 does not have
+UNUSED = {
+    "encoder.embed_tokens.weight",
+    "text_model.embeddings.position_ids",
+    "text_projection.weight",
+}
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+# Files
+
+
+def weight_files(folder: Path | str) -> list[Path]:
+    """The safetensors files of a component's folder: one, or the shards of its index.
+
+    Raises FileNotFoundError where there is none, ValueError where there are only
+    pickled files: opening those can run any code that their author put in.
+    """
+    folder = Path(folder)
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return [folder / name]
+        if (index := folder / f"{name}.index.json").is_file():
+            return [folder / shard for shard in _shards(index)]
+    pickled = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLED)
+    if pickled:
+        raise _refused(folder / pickled[0])
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    found = f" (found {', '.join(others)})" if others else ""
+    known = " or ".join(WEIGHTS)
+    raise FileNotFoundError(f"no weights in {folder}: expected {known}{found}")
+
+
+def _shards(index: Path) -> list[str]:
+    """The names of the files over which ``index`` spreads the tensors."""
+    files = read_json(index).get("weight_map")
+    if not files or not isinstance(files, dict):
+        raise ValueError(f"{index} names no files; expected them in its weight_map")
+    names = sorted(set(map(str, files.values())))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{index} names {outside[0]!r}; expected files beside it")
+    return names
+
+
+def _refused(file: Path) -> ValueError:
+    return ValueError(
+        f"{file} is a pickled checkpoint, which could run any code when opened; "
+        "expected a .safetensors file"
+    )
+
+
+def read_header(file: Path) -> dict[str, tuple[int, ...]]:
+    """The names and shapes in a safetensors file, which is checked to be whole."""
+    file = Path(file)
+    if file.suffix in PICKLED:
+        raise _refused(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing")
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        if start == b"version ":
+            found = f"{file} is Git LFS's pointer to weights that are not here"
+            raise ValueError(f"{found}; run git lfs pull in its folder")
+        length = int.from_bytes(start, "little")
+        if size < 8 or length > min(size - 8, LONGEST_HEADER):
+            raise ValueError(f"{file} is not a whole safetensors file ({size} bytes)")
+        try:
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            whole = operator.index  # TypeError for what is no whole number
+            shapes = {n: tuple(map(whole, x["shape"])) for n, x in header.items()}
+            ends = [whole(x["data_offsets"][1]) for x in header.values()]
+            data = max(ends, default=0)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise ValueError(f"{file} is not a safetensors file") from None
+    if size != 8 + length + data:
+        raise ValueError(
+            f"{file} is damaged: it has {size} bytes; expected {8 + length + data}"
+        )
+    return shapes
+
+
+# Reading
+
+
+Read = Callable[[torch.device | str, torch.dtype | None], Tensor]
+Place = Callable[[str, Read], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model on the meta device and its files, checked but not yet read.
+
+    Called with a device and a dtype it reads them. ``place(name, read)``, if given,
+    decides for each tensor itself; where it returns None the tensor stays out.
+    """
+
+    model: nn.Module
+    sources: Mapping[str, Source]
+    found: Mapping[str, tuple[Path, tuple[int, ...]]]
+
+    def __call__(
+        self,
+        device: torch.device | str,
+        dtype: torch.dtype | None,
+        place: Place | None = None,
+    ) -> nn.Module:
+        expected = self.model.state_dict()
+        opened = {file: open_tensors(file) for file, _ in self.found.values()}
+
+        def stored(name: str) -> Tensor:
+            return opened[self.found[name][0]].get_tensor(name)
+
+        state = {}
+        for name, source in self.sources.items():
+            read = partial(assemble, stored, source, expected[name].shape)
+            tensor = place(name, read) if place else read(device, dtype)
+            if tensor is not None:
+                state[name] = tensor
+        self.model.load_state_dict(state, assign=True, strict=place is None)
+        return self.model.eval()
+
+
+def prepare_weights(
+    model: nn.Module,
+    files: Iterable[Path],
+    rename: Rename | None = None,
+    prefix: str = "",
+) -> Prepared:
+    """Check safetensors files against ``model``, built on the meta device.
+
+    ``rename`` says where the files keep each tensor; of them only those whose names
+    begin with ``prefix`` count. ValueError names what is missing, unexpected or of the
+    wrong shape. When read, each tensor goes from the memory map straight to its device
+    and dtype; on a CPU, in the dtype stored, it stays in the map.
+    """
+    expected, files = model.state_dict(), list(files)
+    sources = (rename or same_names)(expected)
+    found = {
+        name: (file, shape)
+        for file in files
+        for name, shape in read_header(file).items()
+        if name.startswith(prefix)
+    }
+    if not found:
+        raise ValueError(f"{files[0]} holds no tensors; expected {len(sources)}")
+    check_names(sources, found)
+    check_shapes(sources, found, expected)
+    return Prepared(model, sources, found)
+
+
+def open_tensors(file: Path | str) -> Any:
+    """A safetensors file, open to be read; ValueError for one that is damaged."""
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def check_names(
+    sources: Mapping[str, Source], found: Mapping[str, tuple[Path, tuple[int, ...]]]
+) -> None:
+    """Raise ValueError unless the files hold exactly the tensors that are wanted."""
+    wanted = {name for source in sources.values() for name in source.names}
+    file, *others = {file for file, _ in found.values()}
+    place = file.parent if others else file
+    if missing := wanted - found.keys():
+        raise ValueError(f"{place} lacks {len(missing)} tensors: {_some(missing)}")
+    if extra := found.keys() - wanted - UNUSED:
+        what = f"{len(extra)} unexpected tensors"
+        raise ValueError(f"{place} has {what}: {_some(extra)}")
+
+
+def check_shapes(
+    sources: Mapping[str, Source],
+    found: Mapping[str, tuple[Path, tuple[int, ...]]],
+    expected: Mapping[str, Tensor],
+) -> None:
+    """Raise ValueError at the first stored tensor that has not the shape it needs."""
+    for ours, source in sources.items():
+        rows, *rest = expected[ours].shape
+        parts = max(1, len(source.names))
+        shape = (rows // parts, *(rest[:1] if source.how == "conv" else rest))
+        for name in source.names:
+            file, stored = found[name]
+            if stored != shape:
+                raise ValueError(
+                    f"{file}: {name} has shape {list(stored)}; expected {list(shape)}"
+                )
+
+
+def assemble(
+    read: Callable[[str], Tensor],
+    source: Source,
+    shape: tuple[int, ...],
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """One of our tensors, of ``shape``, from the stored tensors of its ``source``."""
+    if source.how == "identity":
+        return torch.eye(*shape, device=device, dtype=dtype)
+    first = read(source.names[0])
+    if source.how == "stack":
+        whole = torch.empty(shape, device=device, dtype=dtype or first.dtype)
+        for part, name in zip(
+            whole.chunk(len(source.names)), source.names, strict=True
+        ):
+            part.copy_(read(name).to(device))  # as stored; cast where it is going
+        return whole
+    tensor = first.to(device).to(dtype=dtype)
+    if source.how == "swap":
+        return torch.cat(tensor.chunk(2)[::-1])
+    return tensor.reshape(shape)
+
+
+def _build(
+    model_class: type[Model], config_class: type[Config], folder: Path | str
+) -> Model:
+    """The model of a component's folder on the meta device, without weights."""
+    config = read_config(config_class, folder)
+    try:
+        with torch.device("meta"):
+            return model_class(config)
+    except (ValueError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{config_file(folder)}: {error}") from None
+
+
+def prepare_component(
+    model_class: type[Model], config_class: type[Config], folder: Path | str
+) -> Prepared:
+    """The two halves of :func:`load_component`: check now, read when called."""
+    model = _build(model_class, config_class, folder)
+    rename = RENAMES.get(component_class(folder))
+    return prepare_weights(model, weight_files(folder), rename)
+
+
+def load_component(
+    model_class: type[Model],
+    config_class: type[Config],
+    folder: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+) -> Model:
+    """Build ``model_class`` from a component's folder, in eval mode.
+
+    ``folder`` holds config.json and safetensors in the hub's layout. On the meta
+    device nothing is read but the configuration.
+    """
+    if torch.device(device).type == "meta":
+        return _build(model_class, config_class, folder).to(dtype).eval()
+    return prepare_component(model_class, config_class, folder)(device, dtype)
+
+
+# Writing
+
+
+def stored_tensors(
+    state: Mapping[str, Tensor], rename: Rename | None = None
+) -> dict[str, Tensor]:
+    """``state`` under the names and in the form in which the hub's folders keep it."""
+    stored = {}
+    for ours, source in (rename or same_names)(state).items():
+        parts = state[ours].chunk(len(source.names))  # (3·D, D) → 3 × (D, D)
+        if source.how == "swap":
+            parts = [torch.cat(state[ours].chunk(2)[::-1])]
+        elif source.how == "conv":
+            parts = [state[ours].flatten(1)]  # (C, C, 1, 1) → (C, C)
+        stored.update(zip(source.names, parts, strict=True))
+    return stored
+
+
+def save_weights(
+    model: nn.Module,
+    file: Path | str,
+    rename: Rename | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write ``model``'s tensors to one safetensors file, in ``dtype`` (None: as is)."""
+    tensors = {
+        name: t.detach().to("cpu", dtype).contiguous()
+        for name, t in stored_tensors(model.state_dict(), rename).items()
+    }
+    write_tensors(tensors, file)
+
+
+def write_tensors(
+    tensors: dict[str, Tensor], file: Path | str, **metadata: str
+) -> None:
+    """Write one safetensors file; OSError if that fails, and what was there is kept."""
+    with replacing(file) as part:
+        save_file(tensors, part, {"format": "pt", **metadata})
+
+
+def save_component(
+    model: nn.Module,
+    folder: Path | str,
+    class_name: str,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write ``model`` as a component's folder that diffusers or transformers loads.
+
+    ``class_name`` is the hub's: SD3Transformer2DModel, AutoencoderKL,
+    CLIPTextModelWithProjection or T5EncoderModel.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rename = RENAMES.get(class_name)
+    save_weights(model, folder / WEIGHTS[0 if rename else 1], rename, dtype)
+    write_json(folder / "config.json", hub_config(model.config, class_name))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """How many numbers the model learns (its buffers are not among them)."""
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,1 @@
+"""What a caller meets: requests and their refusals, warnings, progress, settings."""

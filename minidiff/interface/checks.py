@@ -1,0 +1,296 @@
+"""What the pipeline refuses before any work: one line that names what was found."""
+
+import math
+import warnings
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Texts = str | Sequence[str]
+Triple = tuple[str, str, str]
+
+
+def as_prompts(
+    pipe: Any,
+    name: str,
+    first: Texts,
+    second: Texts | None = None,
+    third: Texts | None = None,
+    count: int | None = None,
+) -> list[Triple]:
+    """What CLIP-L, CLIP-G and T5 read for each of ``count`` prompts.
+
+    As in diffusers, an encoder without a text of its own reads the first; one string
+    serves for all prompts. ValueError where the counts differ, and for a text of its
+    own for T5 where ``pipe`` has none.
+    """
+    columns = []
+    for suffix, texts in (("", first), ("_2", second or first), ("_3", third or first)):
+        column = as_texts(name + suffix, texts or "" if count else texts)
+        count = count or len(column)
+        if not texts or isinstance(texts, str):
+            column = column * count
+        if len(column) != count:
+            found = f"{name}{suffix} has {len(column)} texts"
+            raise ValueError(f"{found}; expected one string, or {count} texts")
+        columns.append(column)
+    if third and pipe.text_encoders[2] is None:
+        raise ValueError(f"{name}_3 is given; expected a pipeline with T5, its reader")
+    return list(zip(*columns, strict=True))
+
+
+def to_encode(
+    prompts: list[Triple], negatives: list[Triple], scale: float
+) -> list[Triple]:
+    """What the encoders read: with guidance the negative prompts before the others.
+
+    Warns of negative prompts that no guidance leads away from.
+    """
+    if scale > 1:
+        return negatives + prompts
+    if any(map(any, negatives)):
+        what = "negative_prompt does nothing without guidance"
+        warn(f"{what}: guidance_scale is {scale:g}")
+    return prompts
+
+
+def for_encoders(prompt: str | Sequence[str | Triple]) -> list[list[str]]:
+    """Prompts of one text or three → the texts of each encoder."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not prompts:
+        raise ValueError("prompt is an empty list; expected at least one text")
+    triples = [(p,) * 3 if isinstance(p, str) else p for p in prompts]
+    return [list(column) for column in zip(*triples, strict=True)]
+
+
+def as_texts(name: str, value: str | Sequence[str]) -> list[str]:
+    """A list of one or more strings; TypeError or ValueError for what is none."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(
+        isinstance(t, str) for t in texts
+    ):
+        found = type(value).__name__
+        raise TypeError(f"{name} is a {found}; expected a string or a list of strings")
+    if not texts:
+        raise ValueError(f"{name} is an empty list; expected at least one string")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:  # half of a pair, or a byte that the shell passed on
+        raise ValueError(f"{name} is not a text in UTF-8") from None
+    return list(texts)
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+
+
+def check_range(name: str, value: int, low: int, high: int | None = None) -> None:
+    """Raise ValueError unless ``value`` is a whole number from ``low`` to ``high``."""
+    if not isinstance(value, int) or value < low or (high and value > high):
+        limits = f"at least {low}" if high is None else f"{low} to {high}"
+        raise ValueError(f"{name} is {value!r}; expected a whole number, {limits}")
+
+
+def check_target(
+    device: torch.device | str | int | None, dtype: torch.dtype | None
+) -> tuple[torch.device, torch.dtype]:
+    """Where and in what to work: None is the CPU; float32 there, else bfloat16.
+
+    Raises ValueError for a device that torch does not know, and for a dtype that is
+    not floating point.
+    """
+    try:
+        device = torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device is {device!r}; expected cpu, cuda, …") from None
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    known = torch.float32, torch.bfloat16, torch.float16, torch.float64
+    if dtype not in known:
+        names = ", ".join(map(str, known))
+        raise ValueError(f"dtype is {dtype!r}; expected one of {names}")
+    return device, dtype
+
+
+def find_target(
+    device: torch.device | str | int | None, dtype: torch.dtype | None
+) -> tuple[torch.device, torch.dtype]:
+    """As ``check_target``; ValueError too for a GPU that PyTorch does not see."""
+    device, dtype = check_target(device, dtype)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = f"device is {device}, which PyTorch does not see"
+        raise ValueError(f"{found}; expected cpu, or a driver and a PyTorch for it")
+    return device, dtype
+
+
+def check_fast(config: Any) -> None:
+    """Raise ValueError for a transformer that ``minidiff.engine.fast`` cannot run."""
+    if config.qk_norm != "rms_norm":
+        found = f"this transformer has qk_norm {config.qk_norm!r}"
+        raise ValueError(f"{found}; fast expects 'rms_norm'")
+
+
+def check_sigmas(sigmas: Tensor | None) -> None:
+    """Raise ValueError unless levels (S + 1,) fall from at most 1 to at least 0."""
+    if sigmas is None:
+        return
+    if not isinstance(sigmas, Tensor) or sigmas.ndim != 1 or len(sigmas) < 2:
+        raise ValueError("sigmas are no tensor of two or more levels, (S + 1,)")
+    if not (sigmas.diff() < 0).all() or sigmas[0] > 1 or sigmas[-1] < 0:
+        levels = ", ".join(f"{level:.4g}" for level in sigmas.tolist())
+        raise ValueError(f"sigmas are {levels}; expected levels that fall from 1 to 0")
+
+
+def check_solver(
+    sampler: str, samplers: Collection[str], sigmas: Tensor | None
+) -> None:
+    """Raise ValueError for an unknown solver, and for levels it cannot follow."""
+    check_choice("sampler", sampler, samplers)
+    check_sigmas(sigmas)
+
+
+def check_call(
+    pipe: Any,
+    steps: int,
+    num_images_per_prompt: int,
+    samplers: Collection[str],
+    sampler: str,
+    output_type: str,
+    max_sequence_length: int | None,
+    sigmas: Tensor | None = None,
+) -> None:
+    """Raise ValueError for settings of a drawing that ``pipe`` cannot follow."""
+    check_dtypes(pipe.transformer, pipe.vae)
+    check_solver(sampler, samplers, sigmas)
+    check_choice("output_type", output_type, ("pil", "pt", "latent"))
+    check_range("num_inference_steps", steps, 1, 1000)
+    check_range("num_images_per_prompt", num_images_per_prompt, 1)
+    if max_sequence_length is not None:  # None leaves the choice
+        check_range("max_sequence_length", max_sequence_length, 1, 512)
+
+
+def check_size(name: str, size: int, grid: int, largest: int) -> None:
+    """Raise ValueError unless ``size`` pixels are whole patches that fit the table."""
+    if not isinstance(size, int):
+        check_range(name, size, 1)
+    if size % grid or not 0 < size <= largest:
+        nearest = min(max(round(size / grid), 1) * grid, largest)
+        raise ValueError(
+            f"{name} is {size}; expected a multiple of {grid} up to {largest} pixels "
+            f"(the nearest is {nearest})"
+        )
+
+
+def count_levels(scale: float, steps: int, sigmas: Tensor | None = None) -> int:
+    """Noise levels of a call times its rows (two with guidance): ``memory.Call``'s."""
+    return (1 + (scale > 1)) * (steps + 1 if sigmas is None else len(sigmas))
+
+
+def check_parts(text_encoders: Sequence[Any], transformer: Any, vae: Any) -> None:
+    """Raise ValueError where the parts of a pipeline do not fit each other."""
+    clip_l, clip_g, t5 = (encoder and encoder.config for encoder in text_encoders)
+    c = transformer.config
+    pairs = [
+        ("pooled_projection_dim", clip_l.projection_dim + clip_g.projection_dim),
+        ("joint_attention_dim", t5.d_model if t5 else c.joint_attention_dim),
+        ("in_channels", vae.config.latent_channels),
+    ]
+    for name, expected in pairs:
+        if (found := getattr(c, name)) != expected:
+            raise ValueError(
+                f"the transformer's {name} is {found}; the other parts need {expected}"
+            )
+
+
+def check_tokenizers(tokenizers: Sequence[Any], text_encoders: Sequence[Any]) -> None:
+    """Raise ValueError where an encoder cannot read what its tokenizer writes."""
+    names = ("CLIP-L", "CLIP-G", "T5")
+    for name, tokenizer, encoder in zip(names, tokenizers, text_encoders, strict=True):
+        if not (tokenizer and encoder):
+            continue
+        config, ids = encoder.config, tokenizer.vocab.values()
+        if min(ids) < 0 or max(ids) >= config.vocab_size:
+            found = f"{name}'s tokenizer has ids from {min(ids)} to {max(ids)}"
+            known = f"its encoder needs them from 0 to {config.vocab_size - 1}"
+            raise ValueError(f"{found}; {known}")
+        end = getattr(config, "eos_token_id", 2)  # 2 stands for the last id: chapter 2
+        if end not in (2, tokenizer.eos_token_id):
+            found = f"{name} looks for the end token {end}"
+            known = f"its tokenizer ends with {tokenizer.eos_token_id}"
+            raise ValueError(f"{found}; {known}")
+        limit = getattr(config, "max_position_embeddings", math.inf)
+        if tokenizer.model_max_length > limit:
+            found = f"{name}'s tokenizer writes {tokenizer.model_max_length} ids"
+            raise ValueError(f"{found}; its encoder reads at most {limit}")
+
+
+def check_dtypes(transformer: nn.Module, vae: nn.Module) -> None:
+    """Raise ValueError where the weights that draw are not all in one dtype.
+
+    Weights stored in 8 bits do not count: they are read in the dtype of the others.
+    """
+    found: dict[Any, str] = {}
+    for part, model in (("transformer", transformer), ("vae", vae)):
+        for name, weight in model.named_parameters():
+            if weight.is_floating_point() and weight.dtype.itemsize > 1:
+                found.setdefault(weight.dtype, f"{part}.{name}")
+    if len(found) > 1:
+        parts = " and ".join(f"{name} is {dtype}" for dtype, name in found.items())
+        raise ValueError(f"dtypes are mixed: {parts}; expected one for all weights")
+
+
+def warn(text: str) -> None:
+    """Warn of a call, each time: Python keeps no record of what was told before."""
+    warnings.warn_explicit(text, UserWarning, "minidiff", 1)
+
+
+def warn_of_cuts(
+    pipe: Any, texts: Sequence[Sequence[str]], lengths: Sequence[int]
+) -> None:
+    """Warn, naming it, of text that an encoder will not see: its tokens are too many.
+
+    All three kinds of ids end with one special token, which a cut keeps.
+    """
+    lost: dict[tuple[int, str], list[str]] = {}
+    known = zip(("CLIP-L", "CLIP-G", "T5"), pipe.text_encoders, strict=True)
+    for (name, reads), tokenizer, column, length in zip(
+        known, pipe.tokenizers, texts, lengths, strict=True
+    ):
+        for text in dict.fromkeys(column if reads else ()):
+            if len(ids := tokenizer.encode(text)) > length:
+                cut = tokenizer.decode(ids[length - 1 : -1])
+                lost.setdefault((length, cut), []).append(name)
+    for (length, cut), readers in lost.items():
+        who = " and ".join(readers) + (" reads" if len(readers) == 1 else " read")
+        warn(f"{who} {length} tokens; not seen: {cut!r}")
+
+
+def warn_of_overflow(name: str, values: Tensor) -> None:
+    """Warn where ``values`` are not all finite numbers: the picture would be black."""
+    if not values.isfinite().all():
+        warn(
+            f"{name} holds infinite values or NaN, so the picture will be black; "
+            "where float16 overflows, load with dtype=torch.bfloat16"
+        )
+
+
+def chosen(**settings: Any) -> dict[str, Any]:
+    """Those of ``settings`` that say something, for pictures to carry."""
+    said = {name: x for name, x in settings.items() if x not in (None, False)}
+    return {name: x if isinstance(x, int) else str(x) for name, x in said.items()}
+
+
+def given(value: Any, default: Any) -> Any:
+    """``value``, or ``default`` where it is None."""
+    return default if value is None else value
+
+
+def guidance(value: float | None, default: float) -> float:
+    """The guidance scale, or ``default`` for None; ValueError unless it is finite."""
+    scale = given(value, default)
+    if isinstance(scale, str) or not math.isfinite(scale):
+        raise ValueError(f"guidance_scale is {scale!r}; expected a finite number")
+    return scale

@@ -1,0 +1,1 @@
+"""How good a model is: the judge, distances, attention's measures, evaluation."""

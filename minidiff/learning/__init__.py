@@ -1,0 +1,1 @@
+"""How a model learns: the run and its state, steps, processes, Muon."""

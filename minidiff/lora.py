@@ -1,0 +1,370 @@
+"""LoRA: small trained corrections of a model's linear layers, in diffusers' files.
+
+A layer W (out, in) learns W + (α/r)·B·A with A (r, in) and B (out, r); Hu et al. 2021,
+section 4.1. A file names the layers as diffusers does, and keeps α, where it is not r,
+in its header.
+"""
+
+import json
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import regex
+import torch
+from torch import Tensor, nn
+
+from minidiff.dit import MMDiT
+from minidiff.engine.memory import StreamedLinear
+from minidiff.engine.precision import Float8Linear
+from minidiff.files.names import Source, transformer_sources
+from minidiff.files.weights import open_tensors, read_header, write_tensors
+
+if TYPE_CHECKING:
+    from minidiff.sampling import Pipeline
+
+FILE = "pytorch_lora_weights.safetensors"
+METADATA = "lora_adapter_metadata"
+LARGEST = torch.finfo(torch.float32).max
+# What the trainer of diffusers adapts: the projections of both streams' attention.
+ATTENTION = (
+    "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
+)
+
+
+class LowRank(nn.Module):
+    """(α/r)·B·A·x: tokens (…, in) → (…, out). B begins at zero, so nothing changes."""
+
+    def __init__(
+        self, inputs: int, outputs: int, rank: int, alpha: float | None = None
+    ) -> None:
+        super().__init__()
+        self.down = nn.Linear(inputs, rank, bias=False)
+        self.up = nn.Linear(rank, outputs, bias=False)
+        self.alpha = rank if alpha is None else alpha
+        self.scale = self.alpha / rank
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x)) * self.scale
+
+    def matrix(self) -> Tensor:
+        """The update (out, in) itself."""
+        return self.up.weight @ self.down.weight * self.scale
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear layer, or the rows of one of ours that diffusers calls a layer."""
+
+    layer: nn.Linear | Float8Linear | StreamedLinear
+    rows: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of what diffusers calls the layer."""
+        return len(self.rows), self.layer.in_features
+
+
+def targets(model: nn.Module) -> dict[str, Target]:
+    """The linear layers of an MMDiT or a text encoder, under diffusers' names."""
+    kinds = nn.Linear, Float8Linear, StreamedLinear
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
+    sources = {name: Source((name,)) for name in layers}
+    if isinstance(model, MMDiT):
+        sources = transformer_sources(layers)
+    found = {}
+    for ours, source in sources.items():
+        rows = torch.arange(layers[ours].out_features).chunk(len(source.names))
+        if source.how == "swap":
+            rows = [torch.cat(rows[0].chunk(2)[::-1])]
+        for name, part in zip(source.names, rows, strict=True):
+            found[name] = Target(layers[ours], part)
+    return found
+
+
+# Attaching
+
+
+def bring(updates: Mapping[str, LowRank], model: nn.Module) -> None:
+    """Move ``updates`` to the device and dtype in which ``model`` computes."""
+    first = next(model.parameters())  # a layer's own may be in 8 bits, or away
+    for update in updates.values():
+        update.to(first)
+
+
+def attach(updates: Mapping[str, LowRank], model: nn.Module) -> list:
+    """Let each layer named in ``updates`` add its own; returns the hooks' handles."""
+    layers, handles = targets(model), []
+    for name, update in updates.items():
+        target = layers[name]
+        rows = target.rows.to(update.up.weight.device)
+
+        def hook(
+            _: Any,
+            args: tuple,
+            out: Tensor,
+            rows: Tensor = rows,
+            update: LowRank = update,
+        ) -> Tensor:
+            return out.index_add(-1, rows, update(args[0]))
+
+        handles.append(target.layer.register_forward_hook(hook))
+    return handles
+
+
+@torch.no_grad()
+def fuse(updates: Mapping[str, LowRank], model: nn.Module) -> None:
+    """Add the updates to the weights themselves: no further cost, and no way back."""
+    layers = targets(model)
+    for name, update in updates.items():
+        layer, rows = layers[name].layer, layers[name].rows
+        weight = layer.weight.clone()  # the weight may be a read-only memory map
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        change = update.to(weight.device, wide).matrix()
+        weight[rows] = (weight[rows] + change).to(weight)  # summed, then rounded
+        layer.weight = nn.Parameter(weight, layer.weight.requires_grad)
+
+
+def check_fusable(updates: Mapping[str, LowRank], model: nn.Module) -> None:
+    """Raise ValueError where a layer's weights are in 8 bits or stay in their file."""
+    layers = targets(model)
+    for name in updates:
+        if not isinstance(layers[name].layer, nn.Linear):
+            raise ValueError(
+                f"a LoRA cannot be added to the weights of {name}: they are in 8 bits "
+                "or stay in their file; expected an unfused LoRA and no compilation"
+            )
+
+
+def add_lora(
+    model: nn.Module,
+    rank: int,
+    alpha: float | None = None,
+    names: Sequence[str] = ATTENTION,
+) -> dict[str, LowRank]:
+    """New updates for all layers whose name ends in one of ``names``, attached.
+
+    The model's own weights stop learning. Raises ValueError for a name that matches no
+    layer (but for those of ``ATTENTION``), and for a rank that a layer cannot have.
+    """
+    layers, ends = targets(model), tuple(f".{name}" for name in names)
+    chosen = {n: t for n, t in layers.items() if f".{n}".endswith(ends)}
+    own = [name for name in names if name not in ATTENTION]
+    missing = [n for n in own if not any(f".{c}".endswith(f".{n}") for c in chosen)]
+    if missing or not chosen:
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+        wanted = ", ".join(missing or names)
+        raise ValueError(f"no layer is called {wanted}; their names end in {known}")
+    if rank > (largest := min(min(t.shape) for t in chosen.values())):
+        raise ValueError(f"rank is {rank}; expected at most {largest} in these layers")
+    model.requires_grad_(False)
+    updates = {
+        name: LowRank(t.shape[1], t.shape[0], rank, alpha) for name, t in chosen.items()
+    }
+    bring(updates, model)
+    attach(updates, model)
+    return updates
+
+
+# Files
+
+
+def components(pipe: "Pipeline") -> dict[str, nn.Module]:
+    """What a file can adapt, under the names that it uses."""
+    names = ("text_encoder", "text_encoder_2")
+    encoders = zip(names, pipe.text_encoders, strict=False)
+    return {"transformer": pipe.transformer, **dict(encoders)}
+
+
+def lora_file(file: Path | str) -> Path:
+    """``file``, or the one in that folder."""
+    path = Path(file)
+    return path / FILE if path.is_dir() else path
+
+
+def read_lora(
+    file: Path | str, models: Mapping[str, nn.Module]
+) -> dict[str, dict[str, LowRank]]:
+    """The updates in ``file`` for each model, by layer.
+
+    Raises ValueError for a file that is no LoRA, and naming the first layer that
+    ``models`` do not have, or whose shape is another: it belongs to another model.
+    """
+    if not (shapes := read_header(Path(file))):
+        raise ValueError(f"{file} holds no LoRA: it has no tensors")
+    layers = {part: targets(model) for part, model in models.items()}
+    found: dict[str, dict[str, LowRank]] = {}
+    with open_tensors(file) as stream:
+        notes = parse_notes(file, (stream.metadata() or {}).get(METADATA, "{}"))
+        check_kind(file, [*shapes, *(k for k, v in notes.items() if v)])
+        for name in sorted({key.split(".lora_")[0] for key in shapes}):
+            part, _, layer = name.partition(".")
+            a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+            check(file, name, layers.get(part, {}).get(layer), shapes, a, b)
+            (rank, inputs), outputs = shapes[a], shapes[b][0]
+            alpha = alpha_of(file, notes, part, layer)
+            with torch.device("meta"):  # no random numbers are drawn for what is read
+                update = LowRank(inputs, outputs, rank, alpha)
+            pair = {"down.weight": a, "up.weight": b}  # copies: a file may be replaced
+            pair = {key: stream.get_tensor(kept).clone() for key, kept in pair.items()}
+            update.load_state_dict(pair, assign=True)
+            found.setdefault(part, {})[layer] = update.requires_grad_(False)
+    return found
+
+
+def parse_notes(file: Path | str, text: str) -> dict[str, Any]:
+    """A file's metadata; ValueError where it is no object of JSON."""
+    try:
+        notes = json.loads(text)
+    except (ValueError, RecursionError):
+        notes = None
+    if not isinstance(notes, dict):
+        raise ValueError(f"{file}: {METADATA} is {text[:40]!r}; expected a JSON object")
+    return notes
+
+
+def alpha_of(
+    file: Path | str, notes: Mapping[str, Any], part: str, layer: str
+) -> float | None:
+    """α by the first of peft's patterns that ``layer`` ends in, or the part's; or None.
+
+    Raises ValueError for patterns that cannot be read, and for what is no number.
+    """
+    alpha, patterns = notes.get(f"{part}.lora_alpha"), f"{part}.alpha_pattern"
+    try:
+        for key, value in (notes.get(patterns) or {}).items():
+            if regex.match(rf"(.*\.)?({key})$", layer, timeout=1):
+                alpha = value
+                break
+    except (AttributeError, regex.error, OverflowError, RecursionError, TimeoutError):
+        raise ValueError(f"{file}: {patterns} cannot be read as patterns") from None
+    if not (isinstance(alpha, int | float | None) and abs(alpha or 0) < LARGEST):
+        raise ValueError(f"{file}: α of {part}.{layer} is {alpha!r}; expected a number")
+    return alpha
+
+
+def check(
+    file: Path | str, name: str, target: Target | None, shapes: Mapping, a: str, b: str
+) -> None:
+    """Raise ValueError unless ``file`` has both matrices of a layer that exists."""
+    if not name.startswith(("transformer.", "text_encoder.", "text_encoder_2.")):
+        known = "diffusers' keys (transformer.….lora_A.weight), not kohya's"
+        raise ValueError(f"{file} has {name}; expected {known}")
+    if a not in shapes or b not in shapes:
+        raise ValueError(f"{file}: {name} lacks lora_A or lora_B (diffusers' keys)")
+    for key in (a, b):
+        if len(shapes[key]) != 2 or 0 in shapes[key]:
+            found = f"{file}: {key} has shape {list(shapes[key])}"
+            raise ValueError(f"{found}; expected a matrix that is not empty")
+    if target is None:
+        raise ValueError(
+            f"{file} was made for another model: this one has no linear layer {name}"
+        )
+    if shapes[a][0] != shapes[b][1]:
+        found = f"lora_A of rank {shapes[a][0]}, lora_B of rank {shapes[b][1]}"
+        raise ValueError(f"{file}: {name} has {found}; expected one rank")
+    update = shapes[b][0], shapes[a][1]
+    if update != target.shape:
+        raise ValueError(
+            f"{file} was made for another model: it updates {name} of shape "
+            f"{list(update)}; expected {list(target.shape)}"
+        )
+
+
+def check_kind(file: Path | str, names: Sequence[str]) -> None:
+    """Raise ValueError for settings and tensors that another formula is needed for."""
+    ends = ("use_dora", "use_rslora", "lora_magnitude_vector", "lora_B.bias")
+    if found := [name for name in names if name.endswith(ends)]:
+        raise ValueError(f"{file} has {found[0]}; expected plain LoRA: W + (α/r)·B·A")
+
+
+class LoRA:
+    """The updates of one file on a pipeline; ``remove`` takes them off again."""
+
+    def __init__(
+        self, pipe: "Pipeline", handles: list, file: Path | str, scale: float
+    ) -> None:
+        self.pipe, self.handles, self.file, self.scale = pipe, handles, file, scale
+        record(pipe, [*getattr(pipe, "loras", ()), self])
+
+    def remove(self) -> None:
+        """Take the updates off the pipeline; without effect where they are fused."""
+        for handle in self.handles:
+            handle.remove()
+        if self.handles:
+            record(self.pipe, [other for other in self.pipe.loras if other is not self])
+            self.handles, self.pipe = [], None  # it keeps no pipeline alive
+
+
+def record(pipe: "Pipeline", loras: list[LoRA]) -> None:
+    """Let pictures say which ``loras`` act on the pipeline that draws them."""
+    pipe.loras = loras
+    ours = ("lora", "lora_scale")
+    pipe.settings = {k: v for k, v in pipe.settings.items() if k not in ours}
+    if loras:
+        pipe.settings["lora"] = ", ".join(str(one.file) for one in loras)
+        scales = [one.scale for one in loras]
+        several = ", ".join(map(str, scales))
+        pipe.settings["lora_scale"] = several if len(scales) > 1 else scales[0]
+
+
+def load_lora(
+    pipe: "Pipeline", file: Path | str, scale: float = 1.0, fused: bool = False
+) -> LoRA:
+    """Apply a LoRA file, or a folder with one, to a pipeline, times ``scale``.
+
+    ``fused`` adds the updates to the weights: as fast as without, but not removable,
+    and only for weights that are held in full. Otherwise they are computed beside the
+    layers, which may be stored in 8 bits or streamed, but not compiled.
+    """
+    if not math.isfinite(scale):
+        raise ValueError(f"lora_scale is {scale}; expected a finite number")
+    path = lora_file(file)
+    others = [lora_file(one.file).resolve() for one in getattr(pipe, "loras", ())]
+    if path.resolve() in others:
+        known = f"{file} is on this pipeline already and is added once more"
+        warnings.warn(f"{known}; remove() takes a LoRA off", stacklevel=2)
+    models = components(pipe)
+    found = read_lora(path, models)
+    for part, updates in found.items():
+        if fused:
+            check_fusable(updates, models[part])
+        elif any(module._compiled_call_impl for module in models[part].modules()):
+            raise ValueError(
+                f"the {part} is compiled and would not see {file}; "
+                "expected a fused LoRA or no compilation"
+            )
+    pairs = [(updates, models[part]) for part, updates in found.items()]
+    for update in (u for updates, _ in pairs for u in updates.values()):
+        update.scale *= scale
+    if not fused:
+        for pair in pairs:  # all, before the first layer changes: memory may not do
+            bring(*pair)
+        return LoRA(pipe, [h for pair in pairs for h in attach(*pair)], file, scale)
+    try:
+        for pair in pairs:
+            fuse(*pair)
+    except BaseException as error:
+        error.add_note(f"some weights may have {file} in them: load the model anew")
+        raise
+    return LoRA(pipe, [], file, scale)
+
+
+def save_lora(updates: Mapping[str, Mapping[str, LowRank]], file: Path | str) -> None:
+    """Write updates, by component and layer, as a file that diffusers loads."""
+    tensors, metadata = {}, {}
+    for part, layers in updates.items():
+        first = next(iter(layers.values()))
+        metadata[f"{part}.r"] = first.down.out_features
+        metadata[f"{part}.lora_alpha"] = first.alpha
+        metadata[f"{part}.target_modules"] = sorted(layers)
+        for name, update in layers.items():
+            for key, weight in (("A", update.down.weight), ("B", update.up.weight)):
+                tensors[f"{part}.{name}.lora_{key}.weight"] = (
+                    weight.detach().contiguous()
+                )
+    write_tensors(tensors, file, **{METADATA: json.dumps(metadata, sort_keys=True)})

@@ -1,0 +1,1 @@
+"""What is trained: the recipe and its stages, and fine-tuning."""

@@ -1,1 +1,0 @@
-"""What lies beneath the chapters: checkpoints, data, metrics."""

@@ -1,0 +1,77 @@
+"""The house: every room and chapter imports downwards only, types included."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "minidiff"
+# From the ground up; what shares a line may not import each other
+FLOORS = (
+    ("interface",),
+    ("files",),
+    ("data",),
+    ("learning",),
+    ("tokenizer", "flow_matching", "vae"),
+    ("text_encoders",),
+    ("attention",),
+    ("dit",),
+    ("training",),
+    ("sampling",),
+    ("lora",),
+    ("engine",),
+    ("judging",),
+    ("recipes",),
+    ("drawing",),
+    ("classroom",),
+    ("viz",),
+    ("cli",),
+    ("__init__", "__main__"),
+)
+FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
+
+
+def place(path: Path) -> str:
+    """The room or chapter that a file of the package is or lies in."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """The rooms and chapters that a file imports, in functions and for types too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {n.split(".")[1] for n in found if n.startswith("minidiff.")}
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_every_room_has_its_floor() -> None:
+    assert {place(path) for path in FILES} == FLOOR.keys()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_downwards(path: Path) -> None:
+    own = place(path)
+    names = imported(path) & FLOOR.keys()
+    above = {n for n in names if n != own and FLOOR[n] >= FLOOR[own]}
+    assert not above, f"{own} stands below {', '.join(sorted(above))}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_file_says_what_belongs_into_it(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(text))
+    assert path.parent == PACKAGE or len(text.splitlines()) <= 650
+
+
+def test_no_room_is_over_a_fifth_of_the_package() -> None:
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    for room in {place(path) for path in FILES}:
+        own = sum(n for path, n in lines.items() if place(path) == room)
+        assert own <= sum(lines.values()) / 5, room
