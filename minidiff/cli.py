@@ -189,7 +189,8 @@ def sample(
 ) -> None:
     """Draw pictures of a prompt, or of each prompt in a file."""
     from minidiff.engine.rehearsal import rehearse
-    from minidiff.files import pictures_settings as files
+    from minidiff.files.pictures import save_picture
+    from minidiff.files.reading import read_prompts
     from minidiff.interface.checks import check_range
 
     if (prompt is None) == (prompts is None):
@@ -203,7 +204,7 @@ def sample(
     batch_size = 1 if batch_size is None else batch_size
     check_range("--num-images", num_images, 1)
     check_range("--batch-size", batch_size, 1)
-    texts = [prompt] if prompts is None else files.read_prompts(prompts)
+    texts = [prompt] if prompts is None else read_prompts(prompts)
     names = output_files(output, len(texts) * num_images, overwrite)
     if preview:
         check_png("--preview", preview)
@@ -247,7 +248,7 @@ def sample(
                 for name, picture in zip(names[first:], pictures, strict=False):
                     if output is None and name.exists():  # since this run began
                         name = output_files(None, 1, overwrite)[0]
-                    files.save_picture(picture, name, overwrite)
+                    save_picture(picture, name, overwrite)
                     print(name, flush=True)
 
     target = find_device(device), parse_dtype(dtype)

@@ -18,7 +18,8 @@ from minidiff import cli, sampling
 from minidiff.drawing.guidance import skip_layer_guidance
 from minidiff.drawing.image_to_image import image_to_image
 from minidiff.drawing.previews import Preview, fit_preview, show_previews
-from minidiff.files import pictures_settings as files
+from minidiff.files.pictures import read_settings, save_picture
+from minidiff.files.reading import read_prompts
 from minidiff.files.weights import Prepared
 from minidiff.interface import checks
 from minidiff.lora import LowRank, save_lora
@@ -249,15 +250,15 @@ def test_settings_survive_in_the_file(tmp_path):
     settings = {"prompt": "ein rotes Kleid, 東京 🙂\nzwei", "seed": 3, "lora": None}
     picture = Image.new("RGB", (8, 4))
     picture.info |= settings
-    files.save_picture(picture, tmp_path / "a.png")
-    found = files.read_settings(tmp_path / "a.png")
+    save_picture(picture, tmp_path / "a.png")
+    found = read_settings(tmp_path / "a.png")
     assert found["prompt"] == settings["prompt"] and found["seed"] == "3"
     assert found["version"].startswith("minidiff ") and "lora" not in found
     with pytest.raises(FileExistsError):
-        files.save_picture(Image.new("RGB", (8, 4)), tmp_path / "a.png")
+        save_picture(Image.new("RGB", (8, 4)), tmp_path / "a.png")
     Image.new("RGB", (8, 4)).save(tmp_path / "b.png")
     with pytest.raises(ValueError, match=r"b.png carries no settings"):
-        files.read_settings(tmp_path / "b.png")
+        read_settings(tmp_path / "b.png")
 
 
 SHOWN = {"num_inference_steps": 2, "height": 24, "width": 32}
@@ -274,8 +275,8 @@ def test_every_picture_carries_how_it_was_drawn(model, tmp_path):
         assert SHOWN.items() <= picture.info.items()
         assert {name: picture.info.get(name) for name in own} == own
         assert picture.info["guidance_scale"] == pipe.defaults.guidance_scale
-    files.save_picture(pictures[3], tmp_path / "a.png")
-    stored = files.read_settings(tmp_path / "a.png")
+    save_picture(pictures[3], tmp_path / "a.png")
+    stored = read_settings(tmp_path / "a.png")
     version = {"version": stored["version"]}
     assert stored == {k: str(v) for k, v in pictures[3].info.items()} | version
 
@@ -337,13 +338,13 @@ def test_pictures_over_pictures_carry_them_too(both, tmp_path):
 def test_prompts_of_a_file(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffa bag\r\n\n  a 東京 coat \n".encode())
-    assert files.read_prompts(file) == ["a bag", "a 東京 coat"]
+    assert read_prompts(file) == ["a bag", "a 東京 coat"]
     file.write_text("a bag\u2028on blue\x85\n", "utf-8")  # no ends of lines to us
-    assert files.read_prompts(file) == ["a bag\u2028on blue"]
+    assert read_prompts(file) == ["a bag\u2028on blue"]
     for content, message in ((b" \n", "holds no prompt"), (b"\xff\xfe", "UTF-8")):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=message):
-            files.read_prompts(file)
+            read_prompts(file)
 
 
 # The command line
@@ -380,7 +381,7 @@ def test_prompts_from_a_file_carry_their_settings(run, tmp_path):
     assert code == 0 and wanted.items() <= shown.items()
     assert {"model", "guidance_scale", "version"} <= shown.keys()
     run("sample", "a coat", "--seed", 8, "--output", "alone.png")
-    assert files.read_settings("alone.png") == files.read_settings("p-3.png")
+    assert read_settings("alone.png") == read_settings("p-3.png")
 
 
 def test_every_option_changes_the_picture(run, tmp_path, model):
@@ -409,7 +410,7 @@ def test_every_option_changes_the_picture(run, tmp_path, model):
         assert (code, err) == (0, "")
         seen.add(pixels(f"{name}.png"))
     assert len(seen) == 1 + len(options)
-    found = files.read_settings("weak.png")
+    found = read_settings("weak.png")
     assert found["lora_scale"] == "0.5" and found["lora"] == "lora.safetensors"
     skip, seen = ["--skip-layers", "1,2"], set()
     for i, option in enumerate(([], skip, [*skip, "--skip-layer-scale", 1])):
@@ -547,7 +548,7 @@ def test_other_errors_are_not_hidden(run, monkeypatch):
 def test_what_a_terminal_would_obey_is_escaped(run, tmp_path):
     picture = Image.new("RGB", (8, 8))
     picture.info |= {"prompt": "a\x1b[2J\nseed: 5", "lora": "\udce9.safetensors"}
-    files.save_picture(picture, tmp_path / "a.png")
+    save_picture(picture, tmp_path / "a.png")
     lines = run("info", "a.png")[1].splitlines()
     assert lines[:2] == [r"prompt: a\x1b[2J\nseed: 5", "lora: ?.safetensors"]
     code, _, err = run("info", "b\x1b[2J.png")
@@ -581,11 +582,11 @@ def test_info_of_what_is_no_picture(run, tmp_path):
 
 def test_a_picture_is_a_png(tmp_path):
     with pytest.raises(ValueError, match="a.jpg; expected a name that ends in .png"):
-        files.save_picture(Image.new("RGB", (8, 4)), tmp_path / "a.jpg")
+        save_picture(Image.new("RGB", (8, 4)), tmp_path / "a.jpg")
 
 
 def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, "save", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        files.save_picture(Image.new("RGB", (8, 4)), tmp_path / "a.png")
+        save_picture(Image.new("RGB", (8, 4)), tmp_path / "a.png")
     assert not [*tmp_path.iterdir()]
