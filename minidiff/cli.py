@@ -420,9 +420,10 @@ def download(
 ) -> None:
     """Fetch a model's files from the hub, check them and print their folder."""
     from minidiff.files import hub
+    from minidiff.files.published import ON_HUB
 
-    if model not in hub.REPOSITORIES and model.count("/") != 1:
-        known = ", ".join(hub.REPOSITORIES)
+    if model not in ON_HUB and model.count("/") != 1:
+        known = ", ".join(ON_HUB)
         raise ValueError(f"model is {model!r}; expected {known} or a hub id owner/name")
     print(hub.download(model, not without_t5, check_all=True))
 

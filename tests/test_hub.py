@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -14,10 +15,12 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save
 
+from minidiff.dit import MMDiTConfig
 from minidiff.files import hub
+from minidiff.files.published import PUBLISHED, recognize
 
-REPOSITORY = hub.REPOSITORIES["sd3.5-medium"]
-COMMIT = hub.REVISIONS["sd3.5-medium"]
+REPOSITORY = PUBLISHED["sd3.5-medium"].repository
+COMMIT = PUBLISHED["sd3.5-medium"].revision
 WEIGHTS = save({"weight": torch.arange(6_000_000.0)})  # more than one chunk of 10 MB
 FILES = {
     "model_index.json": b"{}",
@@ -263,3 +266,37 @@ def test_a_cache_that_cannot_be_written_is_named(download, tmp_path):
     assert code == 2 and not out and message.count("\n") == 0
     assert f"{REPOSITORY} cannot be kept: " in message
     assert str(tmp_path / "file") in message
+
+
+# The table of published models
+
+
+MEDIUM, LARGE = MMDiTConfig.sd35_medium(), MMDiTConfig.sd35_large()
+TURBO = "stabilityai/stable-diffusion-3.5-large-turbo"
+
+
+@pytest.mark.parametrize(
+    ("config", "origin", "expected"),
+    [
+        (MMDiTConfig.tiny(), "", "tiny"),
+        (MEDIUM, "my-turbo-style", "sd3.5-medium"),
+        (MEDIUM, "a/turbo", "sd3.5-medium"),
+        (LARGE, "", "sd3.5-large"),
+        (LARGE, "/turbo/large", "sd3.5-large"),
+        (LARGE, "sd3.5-large-turbo", "sd3.5-large-turbo"),
+        (LARGE, f"/folder/{TURBO}", "sd3.5-large-turbo"),
+        (
+            LARGE,
+            f"/c/models--{TURBO.replace('/', '--')}/snapshots/1",
+            "sd3.5-large-turbo",
+        ),
+        (LARGE, "sd3.5_large_turbo.safetensors", "sd3.5-large-turbo"),
+        (LARGE, "sd3.5_large_turbo", "sd3.5-large-turbo"),
+        (LARGE, "/sd3.5-large-turbo/mine", "sd3.5-large"),
+        (replace(LARGE, qk_norm=None), "", None),  # like Stable Diffusion 3 Medium
+        (MMDiTConfig(num_layers=2), "a/large-turbo", None),
+    ],
+)
+def test_a_model_is_recognised_by_what_it_is(config, origin, expected):
+    found = recognize(config, origin)
+    assert (found and found.name) == expected

@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 from minidiff.dit import MMDiT, MMDiTConfig
-from minidiff.files import configurations, hub, reading, single_file, weights, writing
+from minidiff.files import (
+    configurations,
+    hub,
+    published,
+    reading,
+    single_file,
+    weights,
+    writing,
+)
 from minidiff.flow_matching import Scheduler
 from minidiff.interface import checks
 from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
@@ -191,16 +199,13 @@ def read_tokenizers(
     ]
 
 
-PUBLISHED = {
-    "sd3.5-medium": MMDiTConfig.sd35_medium,
-    "sd3.5-large": MMDiTConfig.sd35_large,
-    "sd3.5-large-turbo": MMDiTConfig.sd35_large,
-}
+PUBLISHED = published.ON_HUB
 
 
 def is_published(model: Path | str) -> bool:
     """Whether ``model`` is a published model's name, and no folder of that name."""
-    return hub.short_name(model) in PUBLISHED and not Path(model).is_dir()
+    known = published.named(model)
+    return known is not None and bool(known.repository) and not Path(model).is_dir()
 
 
 def blueprint(model: Path | str = "tiny") -> dict[str, nn.Module]:
@@ -208,14 +213,12 @@ def blueprint(model: Path | str = "tiny") -> dict[str, nn.Module]:
 
     The published names need no network; a folder's config.json files are read.
     """
-    if is_published(model):
+    known = published.named(model)
+    if known and is_published(model):
         with torch.device("meta"):
             return {
-                "text_encoder": CLIPTextEncoder(CLIPTextConfig.clip_l()),
-                "text_encoder_2": CLIPTextEncoder(CLIPTextConfig.clip_g()),
-                "text_encoder_3": T5Encoder(T5Config.t5_xxl()),
-                "transformer": MMDiT(PUBLISHED[hub.short_name(model)]()),
-                "vae": VAE(VAEConfig.sd35()),
+                name: model_class(getattr(config_class, known.sizes[name])())
+                for name, (_, model_class, config_class) in PARTS.items()
             }
     folder = find_model(model, weights=False)
     present = read_index(folder)[1]
@@ -254,9 +257,9 @@ def find_model(model: Path | str, t5: bool = True, weights: bool = True) -> Path
     hub_id = name and "/" not in name and not Path(owner).is_dir()
     if Path(model).suffix == ".safetensors" and not Path(model).exists():
         raise FileNotFoundError(f"{model} is missing")
-    if hub.short_name(model) in hub.REPOSITORIES or hub_id:
+    if published.named(model) or hub_id:
         return hub.download(str(model), t5, weights=weights)
-    known = ", ".join(["tiny", *hub.REPOSITORIES])
+    known = ", ".join(published.PUBLISHED)
     raise ValueError(f"model is {str(model)!r}; expected {known} or a folder")
 
 

@@ -5,29 +5,13 @@ import re
 import time
 from pathlib import Path
 
+from minidiff.files.published import named
 from minidiff.files.weights import read_header
 
-REPOSITORIES = {
-    "sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
-    "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
-    "sd3.5-large-turbo": "stabilityai/stable-diffusion-3.5-large-turbo",
-}
-# The commits that this package was written for
-REVISIONS = {
-    "sd3.5-medium": "b940f670f0eda2d07fbb75229e779da1ad11eb80",
-    "sd3.5-large": "ceddf0a7fdf2064ea28e2213e3b84e4afa170a0f",
-    "sd3.5-large-turbo": "ec07796fc06b096cc56de9762974a28f4c632eda",
-}
 COMPONENTS = ("scheduler", "text_encoder*", "tokenizer*", "transformer", "vae")
 KINDS = ("*.json", "*.txt", "*.model", "*.safetensors")
 # fp16 copies of the text encoders, and the single files' folder of them
 LEFT_OUT = ["*.fp16*", "text_encoders/*"]
-
-
-def short_name(model: Path | str) -> str:
-    """The alias of a published model's repository; any other name as it is."""
-    aliases = {repository: alias for alias, repository in REPOSITORIES.items()}
-    return aliases.get(str(model), str(model))
 
 
 def download(
@@ -45,14 +29,15 @@ def download(
     began = time.time()
     from huggingface_hub import errors, snapshot_download
 
-    name = short_name(name)
-    repository = REPOSITORIES.get(name, name)
+    repository, revision = name, None
+    if known := named(name):
+        name, repository, revision = known.name, known.repository, known.revision
     kinds = KINDS if weights else ["*.json"]
     wanted = [f"{part}/{kind}" for part in COMPONENTS for kind in kinds]
     try:
         folder = snapshot_download(
             repository,
-            revision=REVISIONS.get(name),
+            revision=revision,
             allow_patterns=["model_index.json", *wanted],
             ignore_patterns=LEFT_OUT if t5 else [*LEFT_OUT, "text_encoder_3/*"],
         )
