@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from minidiff.dit import MMDiT, MMDiTConfig
+from minidiff.files.pictures import to_pil
 from minidiff.flow_matching import Scheduler, Velocity, dpmpp_2m, euler, guide, heun
 from minidiff.interface import checks, output
 from minidiff.text_encoders import CLIPTextEncoder, T5Encoder, assemble
@@ -468,7 +469,7 @@ class Pipeline:
         if output_type == "latent":
             return latents
         pictures = self.decode(latents)
-        return pictures if output_type == "pt" else output.to_pil(pictures)
+        return pictures if output_type == "pt" else to_pil(pictures)
 
     def prepare_latents(
         self,

@@ -202,19 +202,19 @@ def test_every_name_of_the_official_files(shared, manifest, prefix, sources):
     table = shared / "sd35" / "manifests" / f"keymap.{manifest}.tsv"
     for line in table.read_text().splitlines()[1:]:
         ours, theirs, operation = line.split("\t")
-        names, _ = expected.get(ours.removeprefix(prefix), ((), ""))
+        parts, _ = expected.get(ours.removeprefix(prefix), ((), ""))
         how = operations.get(operation, "stack")
-        expected[ours.removeprefix(prefix)] = ((*names, theirs), how)
+        expected[ours.removeprefix(prefix)] = ((*parts, theirs), how)
     found = {name: (s.names, s.how) for name, s in sources(expected).items()}
-    assert found == {n: (tuple(names), how) for n, (names, how) in expected.items()}
+    assert found == {n: (tuple(parts), how) for n, (parts, how) in expected.items()}
 
 
 def test_half_swap_is_seen(tmp_path, monkeypatch):
     """The mutant that forgets to swap halves gives other numbers."""
     model = saved(tmp_path, "SD3Transformer2DModel")
-    straight = lambda names: {  # noqa: E731
+    straight = lambda stored: {  # noqa: E731
         n: replace(s, how="copy" if s.how == "swap" else s.how)
-        for n, s in names.transformer_sources(names).items()
+        for n, s in names.transformer_sources(stored).items()
     }
     monkeypatch.setitem(names.RENAMES, "SD3Transformer2DModel", straight)
     loaded = load(tmp_path, "SD3Transformer2DModel").state_dict()

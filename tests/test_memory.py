@@ -26,7 +26,7 @@ from minidiff.engine.loading import blueprint
 from minidiff.engine.memory import GIB, Call, Plan, choose, estimate
 from minidiff.engine.precision import Float8Linear
 from minidiff.engine.rehearsal import rehearse
-from minidiff.files import configurations, weights
+from minidiff.files import configurations, names, weights
 from minidiff.lora import load_lora
 from minidiff.sampling import DEFAULTS, Pipeline
 from minidiff.vae import VAE, Posterior, VAEConfig
@@ -122,9 +122,9 @@ def autoencoders():
     diffusers = pytest.importorskip("diffusers")
     config = VAEConfig.tiny()
     ours = randomize(VAE(config))
-    names = configurations.hub_config(config, "AutoencoderKL")
-    names.pop("_class_name")
-    theirs = diffusers.AutoencoderKL(**names)
+    settings = configurations.hub_config(config, "AutoencoderKL")
+    settings.pop("_class_name")
+    theirs = diffusers.AutoencoderKL(**settings)
     theirs.load_state_dict(weights.stored_tensors(ours.state_dict(), names.vae_sources))
     theirs.eval().enable_tiling()
     theirs.tile_latent_min_size, theirs.tile_sample_min_size = 8, 32

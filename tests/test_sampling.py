@@ -576,6 +576,6 @@ def test_weights_that_are_elsewhere_are_told(folders, tmp_path):
     file.write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
     with pytest.raises(ValueError, match="is Git LFS's pointer .* run git lfs pull"):
         minidiff.load(folder)
-    weights.rename(weights.with_suffix(".fp16.safetensors"))
+    file.rename(file.with_suffix(".fp16.safetensors"))
     with pytest.raises(FileNotFoundError, match="found .*fp16.safetensors"):
         minidiff.load(folder)

@@ -16,7 +16,7 @@ from minidiff import flow_matching as fm
 from minidiff.drawing import previews
 from minidiff.drawing.image_to_image import image_to_image
 from minidiff.engine import fast, memory
-from minidiff.interface import output
+from minidiff.files.pictures import to_pil
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = ("tokenizer", "text_encoders", "vae", "attention", "dit", "flow_matching")
@@ -126,7 +126,7 @@ def go_beyond(pipe: sampling.Pipeline) -> None:
     memory.tile(pipe.vae, memory.Plan(vae_tile=8))
     fast.accelerate(pipe.transformer, pipe.vae)
     prompts = ["a red dress", "a bag"]
-    for image in (picture, output.to_pil(picture[None])[0]):
+    for image in (picture, to_pil(picture[None])[0]):
         image_to_image(pipe, prompts, image, mask_image=mask, num_inference_steps=2)
 
 

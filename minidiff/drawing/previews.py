@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from minidiff.files.pictures import to_pil
 from minidiff.interface import output
 from minidiff.vae import VAE
 
@@ -63,6 +64,6 @@ def show_previews(
     def callback(
         pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]
     ) -> None:
-        show(step, output.to_pil(preview(tensors["denoised"])))
+        show(step, to_pil(preview(tensors["denoised"])))
 
     return callback

@@ -15,8 +15,14 @@ from minidiff.files import (
     published,
     reading,
     single_file,
-    weights,
     writing,
+)
+from minidiff.files.weights import (
+    TINY,
+    Prepared,
+    load_component,
+    prepare_component,
+    save_component,
 )
 from minidiff.flow_matching import Scheduler
 from minidiff.interface import checks
@@ -64,7 +70,7 @@ class Opened(NamedTuple):
 
     name: str
     known_as: str
-    parts: dict[str, weights.Prepared]
+    parts: dict[str, Prepared]
     tokenizers: list[CLIPTokenizer | T5Tokenizer | None]
     scheduler: Scheduler
 
@@ -112,7 +118,7 @@ def open_folder(model: Path | str, t5: bool = True) -> Opened:
     index, present = read_index(folder)
     scheduler = read_scheduler(folder / "scheduler")
     parts = {
-        name: weights.prepare_component(*classes, folder / name)
+        name: prepare_component(*classes, folder / name)
         for name, (_, *classes) in PARTS.items()
         if name in present and (t5 or name != "text_encoder_3")
     }
@@ -163,7 +169,7 @@ def open_single_file(
     }
     if (folder / ENCODERS[0]).is_dir():
         parts |= {
-            name: weights.prepare_component(*PARTS[name][1:], folder / name)
+            name: prepare_component(*PARTS[name][1:], folder / name)
             for name in ENCODERS
             if not name.endswith("_3") or (t5 and (folder / name).is_dir())
         }
@@ -223,7 +229,7 @@ def blueprint(model: Path | str = "tiny") -> dict[str, nn.Module]:
     folder = find_model(model, weights=False)
     present = read_index(folder)[1]
     return {
-        name: weights.load_component(*classes, folder / name, device="meta")
+        name: load_component(*classes, folder / name, device="meta")
         for name, (_, *classes) in PARTS.items()
         if name in present
     }
@@ -250,7 +256,7 @@ def with_origin(folder: Path, index: Mapping[str, Any]) -> str:
 def find_model(model: Path | str, t5: bool = True, weights: bool = True) -> Path:
     """The folder that ``model`` names; downloaded if it is on the hub."""
     if str(model) == "tiny":
-        return weights.TINY
+        return TINY
     if str(model) and Path(model).is_dir():
         return Path(model)
     owner, _, name = str(model).partition("/")
@@ -289,7 +295,7 @@ def save_pipeline(pipe: "Pipeline", folder: Path, dtype: torch.dtype | None) -> 
     tokenizers = dict(zip(TOKENIZERS, pipe.tokenizers, strict=True))
     for name, part in parts.items():
         if part:
-            weights.save_component(part, folder / name, PARTS[name][0], dtype)
+            save_component(part, folder / name, PARTS[name][0], dtype)
     for name, tokenizer in tokenizers.items():
         if tokenizer:
             tokenizer.save_pretrained(folder / name)
