@@ -97,12 +97,12 @@ def test_only_pictures_are_opened(
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", None)
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
     (pictures / "red.png").write_bytes(script)
-    Image.new("F", (8, 8)).save(pictures / "green.tif")
+    Image.new("F", (8, 8), 2).save(pictures / "green.tif")
     (pictures / "green.png").unlink()
     assert len(read_folder(pictures, 8)[1]) == 2
     err = capsys.readouterr().err
     assert "red.png is not a picture that can be read: cannot identify" in err
-    assert "green.tif holds fractions; expected 8 or 16 bits a value; it is left" in err
+    assert "green.tif holds values of 32 bits from 2 to 2; expected 8 or 16" in err
 
 
 def test_crop_takes_the_middle_and_resize_all(tmp_path: Path) -> None:

@@ -1007,7 +1007,7 @@ def test_a_run_killed_while_it_saves(
     assert in_child(action) == signal.SIGKILL
     assert list(tmp_path.glob("step-*.safetensors"))
     assert_same(trained(tmp_path), whole)
-    assert not list(tmp_path.glob(".*.part"))
+    assert not list(tmp_path.glob(".minidiff-*"))
 
 
 def test_a_run_killed_while_it_validates_does_so_again(tmp_path: Path) -> None:
@@ -1138,7 +1138,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
 
     assert in_child(action) == 0
     kept = Run(tmp_path, {}).checkpoints()
-    assert kept and not list(tmp_path.glob(".*.part"))
+    assert kept and not list(tmp_path.glob(".minidiff-*"))
     assert_same(trained(tmp_path), whole)
 
 

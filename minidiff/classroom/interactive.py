@@ -18,6 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from minidiff.files.writing import write_text
+
 ASSETS = Path(__file__).parent / "assets"
 LIMIT = 1_000_000  # bytes of HTML
 
@@ -96,7 +98,7 @@ class Interactive:
         head = '<!doctype html><html lang="en"><meta charset="utf-8">'
         head += '<meta name="viewport" content="width=device-width">'
         head += f"<title>{html.escape(self.label)}</title>"
-        Path(path).write_text(f"{head}{self._repr_html_()}</html>\n", encoding="utf-8")
+        write_text(path, f"{head}{self._repr_html_()}</html>\n")
 
 
 def _png(picture: np.ndarray) -> bytes:

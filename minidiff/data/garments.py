@@ -20,6 +20,7 @@ from torch import Tensor
 from minidiff.data.fashion_mnist import CLASSES, fashion_mnist
 from minidiff.data.rng import uniform
 from minidiff.files.pictures import from_bytes, save_sheet, to_tensor
+from minidiff.files.writing import write_text
 
 SAMPLES = Path(__file__).parent.parent / "pretrained" / "scenes"
 IMAGE_SIZE = 64
@@ -478,7 +479,7 @@ def write_samples(folder: str | Path | None, output: Path = SAMPLES) -> None:
     images, texts = torch.cat([one.images, two.images]), one.captions + two.captions
     save_sheet((images + 1) / 2, 8, output / "scenes.png")
     text = json.dumps({"captions": texts}, indent=1)
-    (output / "scenes.json").write_text(text + "\n")
+    write_text(output / "scenes.json", text + "\n")
 
 
 if __name__ == "__main__":

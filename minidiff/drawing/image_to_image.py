@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minidiff.files.pictures import in_rgb, open_picture
+from minidiff.files.pictures import in_gray, in_rgb, is_transparent, open_picture
 from minidiff.flow_matching import interpolate
 from minidiff.interface import checks, output
 from minidiff.sampling import SAMPLERS, Pipeline
@@ -141,8 +141,17 @@ def open_pictures(image: "Picture", mask: "Picture | None") -> tuple[Any, Any]:
 
 
 def open_file(image: "Picture | None") -> Any:
-    """The picture in a file; pictures, tensors and None come back as they are."""
-    return open_picture(image) if isinstance(image, str | Path) else image
+    """The picture in a file; pictures, tensors and None come back as they are.
+
+    Warns of what is transparent: a picture is laid on white, a mask seen without it.
+    """
+    if not isinstance(image, str | Path):
+        return image
+    picture = open_picture(image)
+    if is_transparent(picture):
+        what = "what a picture shows lies on white, of a mask the color counts"
+        checks.warn(f"{image} is transparent in parts: {what}")
+    return picture
 
 
 def check_kind(name: str, value: Any) -> None:
@@ -182,8 +191,7 @@ def as_tensor(
             )
         check_tensor(name, found, height, width, count)
         return found
-    deep = image.mode.startswith("I;16")  # of which ``convert`` cuts off the upper part
-    image = (in_rgb(image) if mode == "RGB" or deep else image).convert(mode)
+    image = in_rgb(image) if mode == "RGB" else in_gray(image)
     if image.size != (width, height):
         image = image.resize((width, height), resample=1)
     values = torch.from_numpy(np.array(image, dtype=np.float32) / 255)

@@ -4,35 +4,51 @@ The settings are text chunks (iTXt) of a PNG file, each under its own name. Noth
 large is imported here.
 """
 
+import math
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image, ImageOps
 
-from minidiff.files.writing import replacing
+from minidiff.files.writing import creating, replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # Not PostScript, for which PIL would start another program on what the file says
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
+MOST_PIXELS = 2**26  # 0.2 GB in RGB, and several times that while it is converted
+LONGEST = 2**22  # bytes of one text; PIL reads 64 MiB of them in all
 
 
 def open_picture(file: Path | str) -> Image.Image:
     """The picture in a file, all of it read, and turned as the camera was held.
 
-    Raises ValueError for what is no picture, or damaged; OSError for what is no file.
+    Raises ValueError for what is no picture, damaged, or too large to be drawn from;
+    OSError for what is no file.
     """
     try:
-        with Image.open(file, formats=FORMATS) as picture:
-            ImageOps.exif_transpose(picture, in_place=True)
+        with warnings.catch_warnings(action="ignore"), open_header(file) as picture:
+            if math.prod(picture.size) <= MOST_PIXELS:
+                ImageOps.exif_transpose(picture, in_place=True)
     except Exception as error:  # of damage PIL tells in a dozen ways
         if isinstance(error, MemoryError) or getattr(error, "errno", None):
             raise
         what = f"{file} is not a picture that can be read: {error}"
         raise ValueError(f"{what}; expected {', '.join(FORMATS)}") from None
+    if math.prod(picture.size) > MOST_PIXELS:  # told before its pixels are read
+        found = "{} has {}×{} pixels".format(file, *picture.size)
+        raise ValueError(f"{found}; expected at most {MOST_PIXELS:,}")
     return picture
+
+
+def open_header(file: Path | str) -> Image.Image:
+    """A picture of which the header is read; ValueError for a pipe or a device."""
+    if Path(file).exists() and not Path(file).is_file():
+        raise ValueError("it is a folder, a pipe or a device")
+    return Image.open(file, formats=FORMATS)
 
 
 def to_pil(pictures: "Tensor") -> list[Image.Image]:
@@ -54,21 +70,54 @@ def save_sheet(pictures: "Tensor", columns: int, file: Path) -> None:
 def in_rgb(picture: Image.Image) -> Image.Image:
     """A picture in RGB; what is transparent lies on white, 16 bits become 8.
 
-    Raises ValueError for a picture of fractions, whose range is not known.
+    Raises ValueError where the range of the values is not known.
     """
-    import numpy as np
-
-    if picture.mode == "F":
-        name = getattr(picture, "filename", "") or "the picture"
-        raise ValueError(f"{name} holds fractions; expected 8 or 16 bits a value")
-    if picture.mode.startswith("I"):
-        values = np.asarray(picture).clip(0, 65535) // 257
-        picture = Image.fromarray(values.astype("uint8"))
+    picture = in_eight_bits(picture)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         ground = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(ground, picture)
     return picture.convert("RGB")
+
+
+def in_gray(picture: Image.Image) -> Image.Image:
+    """A mask in 8 bits; what is transparent counts with the colour that it has.
+
+    Raises ValueError where the range of the values is not known.
+    """
+    picture = in_eight_bits(picture)
+    return (picture.convert("RGB") if picture.mode == "LAB" else picture).convert("L")
+
+
+def in_eight_bits(picture: Image.Image) -> Image.Image:
+    """A picture of 16 bits a value, or of fractions from 0 to 1, in 8; others as is.
+
+    Raises ValueError for other fractions, and for whole numbers of 32 bits that do not
+    need 9 to 16 of them: black and white may be anywhere.
+    """
+    import numpy as np
+
+    if picture.mode[0] not in "IF":
+        return picture
+    values = np.asarray(picture)
+    low, high = values.min(), values.max()
+    if picture.mode == "F" and 0 <= low <= high <= 1:
+        return Image.fromarray((values * 255).round().astype("uint8"))
+    if picture.mode.startswith("I;16") or (low == high == 0) or 255 < high < 2**16:
+        return Image.fromarray((values.clip(0) // 257).astype("uint8"))
+    name = getattr(picture, "filename", "") or "the picture"
+    found = f"{name} holds values of 32 bits from {low:g} to {high:g}"
+    raise ValueError(
+        f"{found}; expected 8 or 16 bits a value, or fractions from 0 to 1"
+    )
+
+
+def is_transparent(picture: Image.Image) -> bool:
+    """Whether any pixel of a picture lets through what lies beneath."""
+    if not picture.has_transparency_data:
+        return False
+    alpha = picture.convert("RGBA").getchannel("A")
+    return alpha.getextrema() != (255, 255)
 
 
 def to_tensor(picture: Image.Image) -> "Tensor":
@@ -105,16 +154,9 @@ def save_picture(picture: Image.Image, file: Path | str, replace: bool = False) 
     for name, value in (picture.info | about).items():
         if isinstance(value, str | int | float):
             text = str(value).encode("utf-8", "replace")  # a path may be no text
-            info.add_itxt(name, text)
-    if not replace:
-        Path(file).open("xb").close()  # the name is ours, or FileExistsError
-    try:
-        with replacing(file) as part:
-            picture.save(part, "PNG", pnginfo=info)
-    except BaseException:
-        if not replace:
-            Path(file).unlink()
-        raise
+            info.add_itxt(name, text[:LONGEST].decode("utf-8", "ignore"))
+    with (replacing if replace else creating)(file) as part:
+        picture.save(part, "PNG", pnginfo=info)
 
 
 def read_settings(file: Path | str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self
 from minidiff.files.reading import read_json, read_text
 from minidiff.files.sentencepiece import Piece, read_model
 from minidiff.files.unicode import WHITE_SPACE
-from minidiff.files.writing import write_json
+from minidiff.files.writing import write_json, write_text
 from minidiff.interface.checks import check_range
 
 
@@ -279,7 +279,7 @@ def write_bpe(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "vocab.json", vocab)
     lines = ["#version: 0.2", *map(" ".join, merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(folder / "merges.txt", "\n".join(lines) + "\n")
     (folder / "tokenizer.json").unlink(missing_ok=True)  # another one's would be read
     write_settings(folder, "CLIPTokenizer", settings, vocab)
 

@@ -1,45 +1,200 @@
-"""Files written whole: a reader sees the old bytes or the new, never a part."""
+"""Files written whole: a reader sees the old bytes or the new, never a part.
+
+A file grows in a hidden folder beside the place that it will take. Its writer holds
+that folder locked: one that nobody holds is what a kill left, and the next writer
+removes it.
+"""
 
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import shutil
+import stat
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import cache
+from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+if sys.platform != "win32":
+    import fcntl
 
-def write_text(path: Path, text: str) -> None:
-    """Write ``path`` so that a reader sees the old text or the new, never a part."""
-    with replacing(path) as part:
-        part.write_text(text)
+HIDDEN = ".minidiff-"
 
 
-@contextmanager
-def replacing(file: Path | str) -> Iterator[Path]:
+# One file
+
+
+def replacing(file: Path | str) -> AbstractContextManager[Path]:
     """Another name to write ``file`` under; at the end it takes its place in one step.
 
     A reader, and a model whose weights are still mapped from the old file, see the old
     bytes or the new, never a part. An error (a full disk, say; on Windows an old file
     that is still mapped) leaves the old: OSError.
     """
-    file = Path(file)
-    part = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
+    return growing(Path(file), os.replace)
+
+
+def creating(file: Path | str) -> AbstractContextManager[Path]:
+    """As ``replacing``, but FileExistsError where there is a ``file`` already."""
+    if os.path.lexists(file):
+        raise taken(file)
+    return growing(Path(file), give_name)
+
+
+def taken(file: Path | str) -> FileExistsError:
+    """The error of a name that is not free."""
+    return FileExistsError(f"{file} exists; expected a free name")
+
+
+@contextmanager
+def growing(file: Path, place: Callable[[Path, Path], None]) -> Iterator[Path]:
+    """Where to write ``file``, until ``place`` puts it there, in the usual mode."""
+    check_kind(file)
     try:
-        yield part
-        with part.open("rb+") as written:
-            os.fsync(written.fileno())
-        os.replace(part, file)
+        with workshop(file.parent, secrets.token_hex(8)) as folder:
+            part = folder / file.name
+            part.touch()
+            mode = (file if file.exists() else part).stat().st_mode
+            yield part
+            part.chmod(stat.S_IMODE(mode))  # safetensors' own is for one user alone
+            with part.open("rb+") as written:
+                os.fsync(written.fileno())
+            place(part, file)
+    except FileExistsError:
+        raise taken(file) from None
     except (SafetensorError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"cannot write {file}: {reason}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def give_name(part: Path, file: Path) -> None:
+    """Call a whole file ``file``; FileExistsError where something has that name."""
+    try:
+        os.link(part, file)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        file.touch(exist_ok=False)
+        os.replace(part, file)
+
+
+def check_kind(file: Path) -> None:
+    """Raise ValueError where something stands at ``file`` that is no file."""
+    if file.exists() and not file.is_file():
+        kind = "folder" if file.is_dir() else "device or pipe"
+        raise ValueError(f"{file} is a {kind}; expected a file name")
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text in UTF-8; ValueError for one that has half of a pair."""
+    try:
+        content = text.encode()
+    except UnicodeEncodeError as error:
+        found = f"the text for {path} has half of a pair at {error.start}"
+        raise ValueError(f"{found}; expected characters of UTF-8") from None
+    with replacing(path) as part:
+        part.write_bytes(content)
+
+
+def write_json(path: Path | str, content: Mapping[str, Any]) -> None:
     """Write a JSON object, indented and in UTF-8."""
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    path.write_text(text + "\n", "utf-8")
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+# Names
+
+
+def numbered(file: Path) -> Iterator[Path]:
+    """picture.png, picture-1.png, picture-2.png, …"""
+    yield file
+    yield from (file.with_stem(f"{file.stem}-{i}") for i in count(1))
+
+
+def check_output(file: Path, overwrite: bool = False) -> None:
+    """Raise ValueError unless ``file`` is a free name, or may be replaced."""
+    check_kind(file)
+    if file.is_symlink() and not file.exists():
+        raise ValueError(f"{file} is a link to what is not there; expected a file name")
+    if file.exists() and not overwrite:
+        raise ValueError(f"{file} exists; expected a free name, or --overwrite")
+    if not file.parent.is_dir():
+        raise ValueError(f"{file} cannot be written: {file.parent} is not a folder")
+
+
+@contextmanager
+def reserved(file: Path, overwrite: bool = False) -> Iterator[None]:
+    """Hold the name ``file``, before the work, against other runs.
+
+    Raises ValueError where it cannot be written, or another run holds it; with
+    ``overwrite`` several may.
+    """
+    check_output(file, overwrite)
+    name = sha256(os.fsencode(file.name)).hexdigest()[:16]
+    with ExitStack() as held:
+        try:
+            unique = secrets.token_hex(8) if overwrite else name
+            held.enter_context(workshop(file.parent, unique))
+        except FileExistsError:
+            found = f"{file} is being written by another run"
+            raise ValueError(f"{found}; expected a free name") from None
+        except OSError as error:
+            reason = error.strerror or error
+            raise ValueError(f"{file} cannot be written: {reason}") from None
+        yield
+
+
+# Hidden folders
+
+
+@contextmanager
+def workshop(parent: Path, name: str) -> Iterator[Path]:
+    """A hidden folder in ``parent``, gone at the end, however that comes.
+
+    Raises FileExistsError where another process holds the folder of that ``name``.
+    """
+    sweep(parent.resolve())
+    folder = parent / f"{HIDDEN}{name}"
+    held = claim(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(held)
+
+
+def claim(folder: Path) -> int:
+    """Make ``folder`` and lock it; the open file that holds the lock."""
+    folder.mkdir(0o700)
+    if sys.platform == "win32":  # where folders cannot be locked, and none is swept
+        return os.open(os.devnull, os.O_RDONLY)
+    with suppress(FileNotFoundError):
+        held = os.open(folder, os.O_RDONLY)
+        with suppress(OSError):  # some file systems have no locks
+            fcntl.flock(held, fcntl.LOCK_EX)
+        if os.path.samestat(os.fstat(held), folder.stat()):
+            return held
+    return claim(folder)  # it was swept before it was locked
+
+
+@cache
+def sweep(parent: Path) -> None:
+    """Remove the hidden folders in ``parent`` that no process holds: a kill left them.
+
+    Once a process is enough.
+    """
+    if sys.platform == "win32":
+        return
+    for left in parent.glob(f"{HIDDEN}*"):
+        with suppress(OSError):
+            held = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left)
+            finally:
+                os.close(held)

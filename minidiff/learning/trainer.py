@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint as again
 from tqdm import tqdm
 
-from minidiff.files.writing import replacing, write_text
+from minidiff.files.writing import replacing, sweep, write_text
 from minidiff.interface.terminal import is_refused_memory, tell
 from minidiff.learning import parallel
 
@@ -74,8 +74,6 @@ def cached(
         made = make()
         if path and parallel.rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            for part in path.parent.glob(".*.part"):  # what a kill left behind
-                part.unlink()
             save_tensors(path, made)
     return {name: x.to(device) for name, x in made.items()}
 
@@ -164,8 +162,7 @@ class Run:
         path = self.folder / "run.json"
         if not path.exists():
             write_text(path, json.dumps(self.settings, indent=1))
-        for part in self.folder.glob(".*.part"):  # what a killed save left behind
-            part.unlink()
+        sweep(self.folder.resolve())
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if parallel.rank() == 0:

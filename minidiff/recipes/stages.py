@@ -33,7 +33,7 @@ from minidiff.engine.loading import ENCODERS, TOKENIZERS
 from minidiff.files.pictures import from_bytes, save_sheet, to_bytes
 from minidiff.files.reading import read_json
 from minidiff.files.weights import TINY, load_component, save_component
-from minidiff.files.writing import write_json
+from minidiff.files.writing import write_json, write_text
 from minidiff.flow_matching import Scheduler, euler, guide, shift_sigma
 from minidiff.interface.checks import check_range
 from minidiff.interface.terminal import printable
@@ -886,7 +886,7 @@ def run_stages(job: Job, stages: tuple[str, ...]) -> None:
                 RUN[stage](replace(job, run=run))
         if parallel.rank() == 0:
             done.parent.mkdir(parents=True, exist_ok=True)
-            done.write_text(json.dumps({"seconds": round(time.time() - start, 1)}))
+            write_text(done, json.dumps({"seconds": round(time.time() - start, 1)}))
         log(f"{stage}: done in {time.time() - start:.0f} s")
         parallel.wait()
 
@@ -981,7 +981,7 @@ def copy_start(job: Job) -> None:
                 "model that it began with"
             )
     for stage in COPIED:
-        (job.output / "runs" / f"{stage}.done").write_text(json.dumps(str(job.start)))
+        write_text(job.output / "runs" / f"{stage}.done", json.dumps(str(job.start)))
 
 
 def limited(recipe: Recipe, seed: int, crop: bool) -> Recipe:
