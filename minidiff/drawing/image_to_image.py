@@ -149,8 +149,8 @@ def open_file(image: "Picture | None") -> Any:
         return image
     picture = open_picture(image)
     if is_transparent(picture):
-        what = "what a picture shows lies on white, of a mask the color counts"
-        checks.warn(f"{image} is transparent in parts: {what}")
+        what = "they lie on white, or in a mask count with their own colour"
+        checks.warn(f"{image} is transparent in parts; {what}")
     return picture
 
 

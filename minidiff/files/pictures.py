@@ -154,7 +154,7 @@ def save_picture(picture: Image.Image, file: Path | str, replace: bool = False) 
     for name, value in (picture.info | about).items():
         if isinstance(value, str | int | float):
             text = str(value).encode("utf-8", "replace")  # a path may be no text
-            info.add_itxt(name, text[:LONGEST].decode("utf-8", "ignore"))
+            info.add_itxt(str(name), text[:LONGEST].decode("utf-8", "ignore"))
     with (replacing if replace else creating)(file) as part:
         picture.save(part, "PNG", pnginfo=info)
 
