@@ -53,7 +53,7 @@ from minidiff.engine.fast import (
     pixel_attention,
 )
 from minidiff.engine.kernels import quantize, quantize_rows
-from minidiff.engine.loading import TOKENIZERS, blueprint, read_tokenizers
+from minidiff.engine.loading import TOKENIZERS, blueprint, load, read_tokenizers
 from minidiff.engine.memory import Plan, place, to_float8
 from minidiff.files.configurations import hub_config
 from minidiff.files.names import Rename, transformer_sources, vae_sources
@@ -66,7 +66,7 @@ from minidiff.files.weights import (
 )
 from minidiff.flow_matching import Scheduler
 from minidiff.learning.trainer import read_log
-from minidiff.sampling import Pipeline, load
+from minidiff.sampling import Pipeline
 from minidiff.text_encoders import T5Config, T5Encoder
 from minidiff.tokenizer import Tokenizer
 from minidiff.vae import VAE

@@ -21,8 +21,8 @@ import diffusers
 import numpy as np
 import torch
 
+from minidiff.engine.loading import load
 from minidiff.files.weights import TINY
-from minidiff.sampling import load
 
 NAMES = ("diffusers", "minidiff", "minidiff, fast")
 PROMPT = "a red dress on a blue background"

@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minidiff.sampling import Pipeline, load
+    from minidiff.engine.loading import load
+    from minidiff.sampling import Pipeline
 
 __all__ = ["Pipeline", "load"]
 
@@ -12,6 +13,6 @@ def __getattr__(name: str) -> Any:
     """Import the pipeline when it is first asked for."""
     if name not in __all__:
         raise AttributeError(f"module 'minidiff' has no attribute {name!r}")
-    from minidiff import sampling
+    from minidiff.engine import loading
 
-    return getattr(sampling, name)
+    return getattr(loading, name)

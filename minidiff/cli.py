@@ -252,7 +252,7 @@ def sample(
                     print(name, flush=True)
 
     target = find_device(device), parse_dtype(dtype)
-    from minidiff.sampling import load
+    from minidiff.engine.loading import load
 
     with redirect_stdout(sys.stderr):  # stdout is for the names
         fits = rehearse(perform, model, *target, text_encoders, **plan)
@@ -629,7 +629,7 @@ def evaluate(
     import torch
 
     from minidiff.attention import record_attention
-    from minidiff.sampling import load
+    from minidiff.engine.loading import load
 
     cpu = device == "cpu"  # its caches hold few pictures at a time
     pipe = load(model, device, torch.float32, fast=cpu)

@@ -289,20 +289,20 @@ class LoRA:
         self, pipe: "Pipeline", handles: list, file: Path | str, scale: float
     ) -> None:
         self.pipe, self.handles, self.file, self.scale = pipe, handles, file, scale
-        record(pipe, [*getattr(pipe, "loras", ()), self])
+        record(pipe, [*pipe.adapters, self])
 
     def remove(self) -> None:
         """Take the updates off the pipeline; without effect where they are fused."""
         for handle in self.handles:
             handle.remove()
         if self.handles:
-            record(self.pipe, [other for other in self.pipe.loras if other is not self])
+            record(self.pipe, [a for a in self.pipe.adapters if a is not self])
             self.handles, self.pipe = [], None  # it keeps no pipeline alive
 
 
 def record(pipe: "Pipeline", loras: list[LoRA]) -> None:
     """Let pictures say which ``loras`` act on the pipeline that draws them."""
-    pipe.loras = loras
+    pipe.adapters = loras
     ours = ("lora", "lora_scale")
     pipe.settings = {k: v for k, v in pipe.settings.items() if k not in ours}
     if loras:
@@ -324,7 +324,7 @@ def load_lora(
     if not math.isfinite(scale):
         raise ValueError(f"lora_scale is {scale}; expected a finite number")
     path = lora_file(file)
-    others = [lora_file(one.file).resolve() for one in getattr(pipe, "loras", ())]
+    others = [lora_file(one.file).resolve() for one in pipe.adapters]
     if path.resolve() in others:
         known = f"{file} is on this pipeline already and is added once more"
         warnings.warn(f"{known}; remove() takes a LoRA off", stacklevel=2)

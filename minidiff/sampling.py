@@ -23,6 +23,7 @@ After it you will be able to
 # the right defaults, and to refuse early what cannot be drawn.
 
 # %%
+import math
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor
 
 from minidiff.dit import MMDiT, MMDiTConfig
+from minidiff.files import layout
 from minidiff.files.pictures import to_pil
 from minidiff.flow_matching import Scheduler, Velocity, dpmpp_2m, euler, guide, heun
 from minidiff.interface import checks, output
@@ -290,6 +292,10 @@ class Pipeline:
         self.name = recognize(name, transformer.config)
         self.defaults = DEFAULTS[self.name]
         self.progress, self.settings = True, {"model": name or self.name}
+        # What the engine may set: how the weights are placed, how many bytes are left
+        # beside them, and the LoRAs that act
+        self.plan: Any = None
+        self.room, self.adapters = math.inf, list[Any]()
         checks.check_parts(self.text_encoders, transformer, vae)
 
     @property
@@ -485,8 +491,6 @@ class Pipeline:
         Raises ValueError for a size that the model cannot make, or that memory is too
         small for where ``levels`` (steps + 1, twice with guidance) have modulations.
         """
-        from minidiff.engine.memory import check_room
-
         config, factor = self.transformer.config, self.vae.config.factor
         if latents is not None and latents.ndim != 4:
             found = tuple(latents.shape)
@@ -498,7 +502,9 @@ class Pipeline:
         for name, size in zip(("height", "width"), sizes, strict=True):
             checks.check_size(name, size, grid, config.pos_embed_max_size * grid)
         shape = (config.in_channels, *(size // factor for size in sizes))
-        check_room(self, (count, *shape), levels=levels)
+        if self.plan:
+            levels = levels or checks.count_levels(*self.defaults[::-1])
+            self.plan.check_room(self, (count, *shape), levels)
         if latents is None:
             first = secrets.randbelow(2**32) if seed is None else seed
             return starting_noise(range(first, first + count), shape)
@@ -511,9 +517,11 @@ class Pipeline:
         self, folder: Path | str, dtype: torch.dtype | None = None
     ) -> None:
         """Write a folder in the hub's diffusers layout, in ``dtype`` (None: as is)."""
-        from minidiff.engine.loading import save_pipeline
-
-        save_pipeline(self, Path(folder), dtype)
+        parts = *self.text_encoders, self.transformer, self.vae
+        models = dict(zip(layout.MODELS, parts, strict=True))
+        tokenizers = dict(zip(layout.TOKENIZERS, self.tokenizers, strict=True))
+        given = self.scheduler, self.name, dtype
+        layout.save_folder(Path(folder), models, tokenizers, *given)
 
 
 # %% [markdown]
@@ -534,58 +542,9 @@ class Pipeline:
 #
 # ### Loading
 #
-# One function for every model of the family, however it is stored. All files are
-# checked before the first weight is read; what the checks are is not a matter of this
-# chapter and stands in `minidiff.engine.loading`.
-
-
-# %%
-def load(
-    model: Path | str = "tiny",
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    *,
-    text_encoders: Path | str | None = None,
-    memory: Any = None,
-    fast: bool = False,
-    compile: bool = False,
-    **knobs: Any,
-) -> Pipeline:
-    """A pipeline, ready to draw.
-
-    ``model``: "tiny", "sd3.5-medium", "sd3.5-large", "sd3.5-large-turbo", a hub id, a
-    folder in the hub's diffusers layout, or an official single file; then
-    ``text_encoders`` is the folder with the encoders and the tokenizers. ``device``
-    None is the CPU; ``dtype`` None is float32 on a CPU and bfloat16 elsewhere.
-
-    ``memory``: "8GB", "12GB", … picks a plan by which one picture of the model's usual
-    size fits, says so, and refuses a call that needs more; ``knobs`` are settings of
-    ``minidiff.engine.memory.Plan``. ``fast`` runs ``minidiff.engine.fast`` for the
-    blocks, ``compile`` compiles each kind of block.
-    Every file is checked before the first weight is read: ValueError and
-    FileNotFoundError name what does not fit.
-    """
-    from minidiff.engine import loading
-
-    device, dtype = checks.find_target(device, dtype)
-    opened = loading.open_model(model, text_encoders, memory, knobs, fast, compile)
-    if memory is None and not knobs and device.type != "cuda":
-        parts = {name: read(device, dtype) for name, read in opened.parts.items()}
-    else:
-        from minidiff.engine.memory import load_parts
-
-        parts = load_parts(opened.parts, device, dtype, memory, compile, **knobs)
-    *encoders, transformer, vae = (parts.get(name) for name in loading.PARTS)
-    if fast or compile:
-        from minidiff.engine.fast import accelerate
-
-        accelerate(transformer, vae, fast, compile)
-    given = opened.scheduler, opened.known_as
-    pipe = Pipeline(opened.tokenizers, encoders, transformer, vae, *given)
-    how = {"memory": memory, "fast": fast, "compile": compile, **knobs}
-    pipe.settings |= checks.chosen(model=opened.name, **how)
-    return pipe
-
+# One function for every model of the family, however it is stored: `minidiff.load`. All
+# files are checked before the first weight is read; what the checks are, and where the
+# weights then go, is not a matter of this chapter and stands in `minidiff.engine`.
 
 # %% [markdown]
 # ## The pipeline equals the loop

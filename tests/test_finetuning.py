@@ -410,7 +410,7 @@ def test_a_grid_that_does_not_fit_is_told_and_the_run_goes_on(
     def full(*_: object, **__: object) -> None:
         raise error("no room: can't allocate memory")
 
-    monkeypatch.setattr(memory, "check_room", full)
+    monkeypatch.setattr(memory.Plan, "check_room", full)
     config = replace(CONFIG, steps=4, validate_every=2)
     file = finetune.finetune(model, pictures, tmp_path / "out", config, LoraConfig(2))
     assert file.exists() and not (tmp_path / "out" / "grids").exists()

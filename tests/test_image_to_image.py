@@ -231,10 +231,10 @@ def test_what_is_drawn_is_weighed(pipes, monkeypatch):
     """By the levels that are left: seven, twice with guidance."""
     seen = []
 
-    def weigh(_, size, levels=None):
+    def weigh(_, pipe, size, levels):
         seen.append((tuple(size), levels))
 
-    monkeypatch.setattr(memory, "check_room", weigh)
+    monkeypatch.setattr(memory.Plan, "check_room", weigh)
     ours(pipes[0], picture(), 0.6)
     assert seen == [((2, 16, 8, 8), 14)] * 2
 

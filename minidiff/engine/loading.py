@@ -1,4 +1,4 @@
-"""Pipelines on disk: hub folders and single files, checked before they are read."""
+"""Loading a pipeline: hub folders and single files, checked before they are read."""
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -9,44 +9,31 @@ import torch
 from torch import nn
 
 from minidiff.dit import MMDiT, MMDiTConfig
-from minidiff.files import (
-    configurations,
-    hub,
-    published,
-    reading,
-    single_file,
-    writing,
-)
-from minidiff.files.weights import (
-    TINY,
-    Prepared,
-    load_component,
-    prepare_component,
-    save_component,
-)
+from minidiff.files import configurations, hub, published, reading, single_file
+from minidiff.files.layout import ENCODERS, SCHEDULER, read_index
+from minidiff.files.weights import TINY, Prepared, load_component, prepare_component
 from minidiff.flow_matching import Scheduler
 from minidiff.interface import checks
+from minidiff.sampling import Pipeline
 from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
 from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
 from minidiff.vae import VAE, VAEConfig
 
 if TYPE_CHECKING:
     from minidiff.engine.memory import Plan
-    from minidiff.sampling import Pipeline
 
-PARTS = {
-    "text_encoder": ("CLIPTextModelWithProjection", CLIPTextEncoder, CLIPTextConfig),
-    "text_encoder_2": ("CLIPTextModelWithProjection", CLIPTextEncoder, CLIPTextConfig),
-    "text_encoder_3": ("T5EncoderModel", T5Encoder, T5Config),
-    "transformer": ("SD3Transformer2DModel", MMDiT, MMDiTConfig),
-    "vae": ("AutoencoderKL", VAE, VAEConfig),
+PARTS: dict[str, tuple[type, type]] = {
+    "text_encoder": (CLIPTextEncoder, CLIPTextConfig),
+    "text_encoder_2": (CLIPTextEncoder, CLIPTextConfig),
+    "text_encoder_3": (T5Encoder, T5Config),
+    "transformer": (MMDiT, MMDiTConfig),
+    "vae": (VAE, VAEConfig),
 }
-TOKENIZERS = {
-    "tokenizer": ("CLIPTokenizer", CLIPTokenizer),
-    "tokenizer_2": ("CLIPTokenizer", CLIPTokenizer),
-    "tokenizer_3": ("T5TokenizerFast", T5Tokenizer),
+TOKENIZERS: dict[str, type[CLIPTokenizer] | type[T5Tokenizer]] = {
+    "tokenizer": CLIPTokenizer,
+    "tokenizer_2": CLIPTokenizer,
+    "tokenizer_3": T5Tokenizer,
 }
-SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 # Settings of diffusers' scheduler that no SD3 model uses, and that we do not honour.
 DYNAMIC = (
     "use_dynamic_shifting",
@@ -59,7 +46,48 @@ DYNAMIC = (
 )
 
 
-ENCODERS = tuple(PARTS)[:3]
+def load(
+    model: Path | str = "tiny",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    text_encoders: Path | str | None = None,
+    memory: "str | Plan | None" = None,
+    fast: bool = False,
+    compile: bool = False,
+    **knobs: Any,
+) -> Pipeline:
+    """A pipeline, ready to draw.
+
+    ``model``: "tiny", "sd3.5-medium", "sd3.5-large", "sd3.5-large-turbo", a hub id, a
+    folder in the hub's diffusers layout, or an official single file; then
+    ``text_encoders`` is the folder with the encoders and the tokenizers. ``device``
+    None is the CPU; ``dtype`` None is float32 on a CPU and bfloat16 elsewhere.
+
+    ``memory``: "8GB", "12GB", … picks a plan by which one picture of the model's usual
+    size fits, says so, and refuses a call that needs more; ``knobs`` are settings of
+    ``minidiff.engine.memory.Plan``. ``fast`` runs ``minidiff.engine.fast`` for the
+    blocks, ``compile`` compiles each kind of block.
+    Every file is checked before the first weight is read: ValueError and
+    FileNotFoundError name what does not fit.
+    """
+    from minidiff.engine.memory import load_parts
+
+    device, dtype = checks.find_target(device, dtype)
+    opened = open_model(model, text_encoders, memory, knobs, fast, compile)
+    prepared = opened.parts
+    parts, plan, room = load_parts(prepared, device, dtype, memory, compile, **knobs)
+    *encoders, transformer, vae = (parts.get(name) for name in PARTS)
+    if fast or compile:
+        from minidiff.engine.fast import accelerate
+
+        accelerate(transformer, vae, fast, compile)
+    given = opened.scheduler, opened.known_as
+    pipe = Pipeline(opened.tokenizers, encoders, transformer, vae, *given)
+    pipe.plan, pipe.room = plan, room
+    how = {"memory": memory, "fast": fast, "compile": compile, **knobs}
+    pipe.settings |= checks.chosen(model=opened.name, **how)
+    return pipe
 
 
 class Opened(NamedTuple):
@@ -119,7 +147,7 @@ def open_folder(model: Path | str, t5: bool = True) -> Opened:
     scheduler = read_scheduler(folder / "scheduler")
     parts = {
         name: prepare_component(*classes, folder / name)
-        for name, (_, *classes) in PARTS.items()
+        for name, classes in PARTS.items()
         if name in present and (t5 or name != "text_encoder_3")
     }
     check_t5(folder, parts, present)
@@ -127,22 +155,6 @@ def open_folder(model: Path | str, t5: bool = True) -> Opened:
     name = f"{model} ({origin})" if origin else str(model)
     tokenizers = read_tokenizers(folder, present)
     return Opened(name, with_origin(folder, index), parts, tokenizers, scheduler)
-
-
-def read_index(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """A folder's model_index.json, and the parts and tokenizers that it names.
-
-    Raises FileNotFoundError without one, ValueError for what is no SD3 pipeline.
-    """
-    index = reading.read_json(folder / "model_index.json")
-    if not str(index.get("_class_name")).startswith("StableDiffusion3"):
-        found = index.get("_class_name")
-        raise ValueError(f"{folder} is a {found}; expected a StableDiffusion3Pipeline")
-    names = (*PARTS, *TOKENIZERS)
-    present = [n for n in names if index.get(n) not in (None, [None, None])]
-    if missing := [n for n in names if n not in present and not n.endswith("_3")]:
-        raise ValueError(f"{folder}/model_index.json names no {', '.join(missing)}")
-    return index, present
 
 
 def open_single_file(
@@ -164,19 +176,19 @@ def open_single_file(
         )
     folder = Path(text_encoders)
     parts = {
-        name: single_file.prepare_part(name, *PARTS[name][1:], file)
+        name: single_file.prepare_part(name, *PARTS[name], file)
         for name in ("transformer", "vae")
     }
-    if (folder / ENCODERS[0]).is_dir():
+    if (folder / "text_encoder").is_dir():
         parts |= {
-            name: prepare_component(*PARTS[name][1:], folder / name)
+            name: prepare_component(*PARTS[name], folder / name)
             for name in ENCODERS
             if not name.endswith("_3") or (t5 and (folder / name).is_dir())
         }
     else:
         files = single_file.find_text_encoders(folder, t5)
         parts |= {
-            name: single_file.prepare_part(name, *PARTS[name][1:], encoder)
+            name: single_file.prepare_part(name, *PARTS[name], encoder)
             for name, encoder in files.items()
         }
     present = [n for n in TOKENIZERS if (folder / n).is_dir() or not n.endswith("_3")]
@@ -201,7 +213,7 @@ def read_tokenizers(
     """The three tokenizers, None for one that is not ``present``."""
     return [
         cls.from_pretrained(folder / name) if name in present else None
-        for name, (_, cls) in TOKENIZERS.items()
+        for name, cls in TOKENIZERS.items()
     ]
 
 
@@ -224,13 +236,13 @@ def blueprint(model: Path | str = "tiny") -> dict[str, nn.Module]:
         with torch.device("meta"):
             return {
                 name: model_class(getattr(config_class, known.sizes[name])())
-                for name, (_, model_class, config_class) in PARTS.items()
+                for name, (model_class, config_class) in PARTS.items()
             }
     folder = find_model(model, weights=False)
     present = read_index(folder)[1]
     return {
         name: load_component(*classes, folder / name, device="meta")
-        for name, (_, *classes) in PARTS.items()
+        for name, classes in PARTS.items()
         if name in present
     }
 
@@ -281,68 +293,3 @@ def read_scheduler(folder: Path) -> Scheduler:
     if scheduler.shift <= 0 or scheduler.num_train_timesteps < 1:
         raise ValueError(f"{folder}: {scheduler}; expected positive numbers")
     return scheduler
-
-
-def save_pipeline(pipe: "Pipeline", folder: Path, dtype: torch.dtype | None) -> None:
-    """Write every part of ``pipe`` and the index that names them.
-
-    Raises ValueError where a part does not hold all its weights in full.
-    """
-    models = (*pipe.text_encoders, pipe.transformer, pipe.vae)
-    parts = dict(zip(PARTS, models, strict=True))
-    for name, part in parts.items():
-        check_whole(name, part)
-    tokenizers = dict(zip(TOKENIZERS, pipe.tokenizers, strict=True))
-    for name, part in parts.items():
-        if part:
-            save_component(part, folder / name, PARTS[name][0], dtype)
-    for name, tokenizer in tokenizers.items():
-        if tokenizer:
-            tokenizer.save_pretrained(folder / name)
-    save_scheduler(pipe.scheduler, folder / "scheduler")
-    present = [name for name, part in (parts | tokenizers).items() if part]
-    index = pipeline_index(present) | {"_name_or_path": pipe.name}
-    writing.write_json(folder / "model_index.json", index)
-
-
-def check_whole(name: str, model: nn.Module | None) -> None:
-    """Raise ValueError for weights in 8 bits, in their file, or beside their layer."""
-    from minidiff.engine.memory import StreamedEmbedding, StreamedLinear
-    from minidiff.engine.precision import Float8Linear
-
-    away = StreamedLinear, StreamedEmbedding, Float8Linear
-    for layer, module in model.named_modules() if model else ():
-        if isinstance(module, away):
-            raise ValueError(
-                f"{name}.{layer} is stored in 8 bits or in its file; expected a "
-                "pipeline loaded without a plan of memory"
-            )
-        if any(
-            hook.__module__ == "minidiff.lora"
-            for hook in module._forward_hooks.values()
-        ):
-            raise ValueError(
-                f"{name}.{layer} has a LoRA beside it; expected one loaded with "
-                "fused=True, or removed"
-            )
-
-
-def pipeline_index(present: Collection[str]) -> dict[str, object]:
-    """The hub's model_index.json of a pipeline that has the parts ``present``."""
-    index: dict[str, object] = {"_class_name": "StableDiffusion3Pipeline"}
-    for name, (hub_class, *_) in (PARTS | TOKENIZERS).items():
-        library = "diffusers" if name in ("transformer", "vae") else "transformers"
-        known = name in present
-        index[name] = [library, hub_class] if known else [None, None]
-    return index | {"scheduler": ["diffusers", SCHEDULER]}
-
-
-def save_scheduler(scheduler: Scheduler, folder: Path) -> None:
-    """Write the hub's scheduler_config.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {
-        "_class_name": SCHEDULER,
-        "shift": scheduler.shift,
-        "num_train_timesteps": scheduler.num_train_timesteps,
-    }
-    writing.write_json(folder / "scheduler_config.json", content)

@@ -12,7 +12,6 @@ import gc
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,12 +21,7 @@ from torch.nn import functional as F
 from minidiff.dit import MMDiT
 from minidiff.engine.kernels import Rows, quantize
 from minidiff.engine.precision import Float8Linear, has_fp8
-from minidiff.engine.tiling import (
-    sliced_decode,
-    sliced_encode,
-    tiled_decode,
-    tiled_encode,
-)
+from minidiff.engine.tiling import Tiled
 from minidiff.files.weights import Prepared, Read
 from minidiff.interface.checks import check_choice, count_levels
 from minidiff.text_encoders import T5Encoder
@@ -79,6 +73,25 @@ class Plan:
             if getattr(self, f.name) != f.default
         ]
         return ", ".join(changed) or "everything resident"
+
+    def check_room(self, pipe: Any, size: tuple[int, ...], levels: int) -> None:
+        """Raise ValueError where latents of ``size`` need more memory than is left.
+
+        ``pipe`` is loaded: what its weights take is gone from ``pipe.room``, and from
+        the card, if it is on one. ``levels`` are those of ``Call``.
+        """
+        models = {"transformer": pipe.transformer}
+        need = working(self, Call(models, size, pipe.dtype.itemsize, levels))
+        left, whose = pipe.room, "memory"
+        if pipe.device.type == "cuda":
+            free = free_memory(pipe.device, need)
+            left, whose = min((left, whose), (free, "the card"))
+        if need > left:
+            raise ValueError(
+                f"{pixels(size, pipe.vae)} at once take about {need / 1e9:.1f}GB "
+                f"beside the weights; {whose} has {left / 1e9:.1f}GB left: expected "
+                "fewer or smaller ones, or a tighter plan"
+            )
 
 
 # From the roomiest to the tightest: each gives up what costs the least time.
@@ -273,29 +286,6 @@ def free_now(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
-def check_room(pipe: Any, size: tuple[int, ...], levels: int | None = None) -> None:
-    """Raise ValueError where latents of ``size`` need more memory than is left.
-
-    ``pipe`` is loaded: what its weights take is gone from its budget, if it has one,
-    and from the card, if it is on one. ``levels`` are those of ``Call``; None is
-    ``usual_levels``.
-    """
-    models = {"transformer": pipe.transformer}
-    levels = levels or usual_levels(pipe)
-    call = Call(models, size, pipe.dtype.itemsize, levels)
-    need = working(getattr(pipe.vae, "plan", Plan()), call)
-    left, whose = getattr(pipe.vae, "room", math.inf), "memory"
-    if pipe.device.type == "cuda":
-        free = free_memory(pipe.device, need)
-        left, whose = min((left, whose), (free, "the card"))
-    if need > left:
-        raise ValueError(
-            f"{pixels(size, pipe.vae)} at once take about {need / 1e9:.1f}GB beside "
-            f"the weights; {whose} has {left / 1e9:.1f}GB left: expected fewer or "
-            "smaller ones, or a tighter plan"
-        )
-
-
 def pixels(size: tuple[int, ...], vae: VAE) -> str:
     """The pictures that latents of ``size`` become, in words."""
     batch, _, height, width = size
@@ -365,6 +355,8 @@ class CroppedTable:
 
 def is_streamed(plan: Plan, model: nn.Module, name: str) -> bool:
     """Whether the layer ``name`` of a model stays in its file."""
+    if isinstance(model, VAE):
+        return False
     if isinstance(model, MMDiT):
         return plan.modulation == "streamed" and "adaLN_modulation" in name
     where = plan.t5 if isinstance(model, T5Encoder) else plan.clip
@@ -385,8 +377,6 @@ def is_float8(plan: Plan, model: nn.Module, name: str) -> bool:
 def place(prepared: Prepared, plan: Plan, device: Any, dtype: torch.dtype) -> nn.Module:
     """Read one part of a pipeline as the plan says."""
     model = prepared.model
-    if isinstance(model, VAE):
-        return tile(prepared(device, dtype), plan)
     table = isinstance(model, MMDiT) and plan.modulation == "streamed"
     small: dict[str, Rows] = {}
 
@@ -450,16 +440,9 @@ def swap(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def tile(vae: VAE, plan: Plan) -> VAE:
-    """Let ``vae`` work in tiles and slices as the plan says."""
-    vae.plan = plan  # ``check_room`` asks for it
-    if plan.vae_tile:
-        how = {"tile": plan.vae_tile, "factor": vae.config.factor}
-        vae.decode = partial(tiled_decode, vae.decode, **how)
-        vae.encode = partial(tiled_encode, vae.encode, **how)
-    if plan.vae_slicing:
-        vae.decode = partial(sliced_decode, vae.decode)
-        vae.encode = partial(sliced_encode, vae.encode)
-    return vae
+    """``vae``, in tiles and slices where the plan says so."""
+    parts = plan.vae_tile or plan.vae_slicing
+    return Tiled(vae, plan.vae_tile, plan.vae_slicing) if parts else vae
 
 
 def load_parts(
@@ -469,13 +452,14 @@ def load_parts(
     memory: str | Plan | None = None,
     compile: bool = False,
     **knobs: Any,
-) -> dict[str, nn.Module]:
+) -> tuple[dict[str, nn.Module], Plan, float]:
     """Read the parts of a pipeline, by the hub's names, as a plan says (``choose``).
 
-    What was chosen for ``memory`` is printed in one line. Raises ValueError where the
-    card is too small for a picture of the usual size, naming a plan that fits; with a
-    Plan, where it is too small for the weights; and with ``compile`` for weights in fp8
-    on a GPU for which Triton has no such numbers.
+    Returns them, the plan, and how many bytes of a budget are left beside them. What
+    was chosen for ``memory`` is printed in one line. Raises ValueError where the card
+    is too small for a picture of the usual size, naming a plan that fits; with a Plan,
+    where it is too small for the weights; and with ``compile`` for weights in fp8 on a
+    GPU for which Triton has no such numbers.
     """
     models = {name: part.model for name, part in prepared.items()}
     picture = Call(models, usual_size(models), dtype.itemsize)
@@ -492,8 +476,8 @@ def load_parts(
     budgeted = not (memory is None or isinstance(memory, Plan))
     if budgeted or knobs:
         announce(plan, picture)
-    held = estimate(plan, weights)
+    room = math.inf
+    if budgeted:
+        room = parse_budget(memory) - RESERVE - estimate(plan, weights)
     parts = {name: place(prepared[name], plan, device, dtype) for name in models}
-    if budgeted:  # what is left beside the weights: see ``check_room``
-        parts["vae"].room = parse_budget(memory) - RESERVE - held
-    return parts
+    return parts | {"vae": tile(parts["vae"], plan)}, plan, room

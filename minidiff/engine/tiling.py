@@ -6,39 +6,68 @@ the next. Group norms then see one tile at a time, so the result differs slightl
 the whole.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from minidiff.vae import Posterior
-
-Decode = Callable[[Tensor], Tensor]
-Encode = Callable[[Tensor], Posterior]
+from minidiff.vae import VAE, Posterior
 
 
-def tiled_decode(decode: Decode, latents: Tensor, tile: int, factor: int) -> Tensor:
-    """Latents (B, C, h, w) → images (B, 3, H, W), ``tile``² latent pixels at a time.
+class Tiled(VAE):
+    """An autoencoder that works on ``tile``² latent pixels at a time (None: on all).
 
-    ``factor`` is the number of image pixels along a side of a latent pixel.
+    With ``slicing`` also on one picture at a time. Its layers are those of ``whole``.
     """
-    step = tile * 3 // 4
-    return tiled(decode, latents, tile, step, tile * factor, step * factor)
+
+    def __init__(
+        self, whole: VAE, tile: int | None = None, slicing: bool = False
+    ) -> None:
+        nn.Module.__init__(self)
+        self.config, self.tile, self.slicing = whole.config, tile, slicing
+        self.encoder, self.decoder = whole.encoder, whole.decoder
+        self.train(whole.training)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) → images (B, 3, H, W), as ``VAE.decode``."""
+        return torch.cat([self._decode(z) for z in self._slices(latents)])
+
+    def encode(self, images: Tensor) -> Posterior:
+        """Images (B, 3, H, W) → a Posterior (B, C, h, w), as ``VAE.encode``."""
+        moments = torch.cat([self._moments(x) for x in self._slices(images)])
+        return Posterior(*moments.chunk(2, dim=1))  # (B, 2·C, h, w) → 2 × (B, C, h, w)
+
+    def _slices(self, x: Tensor) -> Sequence[Tensor]:
+        return x.split(1) if self.slicing else [x]
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        decode, factor = super().decode, self.config.factor
+        if self.tile is None:
+            return decode(latents)
+        tile, step = self.tile, self.tile * 3 // 4
+        return tiled(decode, latents, tile, step, tile * factor, step * factor)
+
+    def _moments(self, images: Tensor) -> Tensor:
+        encode, factor = super().encode, self.config.factor
+
+        def moments(x: Tensor) -> Tensor:
+            found = encode(x)
+            return torch.cat([found.mean, found.logvar], dim=1)  # → (B, 2·C, h, w)
+
+        if self.tile is None:
+            return moments(images)
+        tile, step = self.tile, self.tile * 3 // 4
+        return tiled(moments, images, tile * factor, step * factor, tile, step)
 
 
-def tiled_encode(encode: Encode, images: Tensor, tile: int, factor: int) -> Posterior:
-    """Images (B, 3, H, W) → a Posterior (B, C, h, w), in the same tiles."""
-
-    def moments(x: Tensor) -> Tensor:
-        found = encode(x)
-        return torch.cat([found.mean, found.logvar], dim=1)  # → (B, 2·C, h, w)
-
-    step = tile * 3 // 4
-    blended = tiled(moments, images, tile * factor, step * factor, tile, step)
-    return Posterior(*blended.chunk(2, dim=1))
-
-
-def tiled(run: Decode, x: Tensor, tile: int, step: int, size: int, kept: int) -> Tensor:
+def tiled(
+    run: Callable[[Tensor], Tensor],
+    x: Tensor,
+    tile: int,
+    step: int,
+    size: int,
+    kept: int,
+) -> Tensor:
     """``run`` on a tile at each ``step`` of x (B, C, H, W), the results put together.
 
     A result has ``size`` rows and columns where a tile has ``tile``; the first ``kept``
@@ -71,15 +100,3 @@ def blend(before: Tensor, after: Tensor, extent: int, dim: int) -> None:
     shape[dim] = extent
     weight = torch.arange(extent, device=after.device) / extent  # 0 … 1
     start.copy_(end.lerp(start, weight.to(after.dtype).view(shape)))
-
-
-def sliced_decode(decode: Decode, latents: Tensor) -> Tensor:
-    """Latents (B, C, h, w) → images (B, 3, H, W), one picture at a time."""
-    return torch.cat([decode(z) for z in latents.split(1)])
-
-
-def sliced_encode(encode: Encode, images: Tensor) -> Posterior:
-    """Images (B, 3, H, W) → a Posterior (B, C, h, w), one picture at a time."""
-    parts = [encode(x) for x in images.split(1)]
-    mean, logvar = ([getattr(p, name) for p in parts] for name in ("mean", "logvar"))
-    return Posterior(torch.cat(mean), torch.cat(logvar))

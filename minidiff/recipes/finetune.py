@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from minidiff.data import rng
 from minidiff.data.captioned import captions_of, read_folder
-from minidiff.engine.loading import blueprint
+from minidiff.engine.loading import blueprint, load
 from minidiff.engine.memory import StreamedEmbedding, StreamedLinear, free_memory, weigh
 from minidiff.files.pictures import from_bytes, save_sheet
 from minidiff.flow_matching import shift_sigma
@@ -25,7 +25,7 @@ from minidiff.interface.terminal import tell
 from minidiff.learning import parallel, trainer
 from minidiff.learning.trainer import Run, cached, fingerprint, lasting
 from minidiff.lora import ATTENTION, FILE, LowRank, add_lora, save_lora
-from minidiff.sampling import Pipeline, load
+from minidiff.sampling import Pipeline
 from minidiff.training import (
     Batch,
     Task,

@@ -29,7 +29,8 @@ from minidiff.data.fashion_mnist import fashion_mnist
 from minidiff.data.garments import SCENES, Scenes, token_table
 from minidiff.dit import MMDiT
 from minidiff.engine import loading
-from minidiff.engine.loading import ENCODERS, TOKENIZERS
+from minidiff.files import layout
+from minidiff.files.layout import ENCODERS, TOKENIZERS
 from minidiff.files.pictures import from_bytes, save_sheet, to_bytes
 from minidiff.files.reading import read_json
 from minidiff.files.weights import TINY, load_component, save_component
@@ -736,7 +737,7 @@ def save_grid(model: MMDiT, held: Features, file: Path, scale: float = 4.0) -> N
 
 def begun(job: Job, name: str) -> torch.nn.Module:
     """A part to train: its tiny configuration, or what ``job.start`` has learned."""
-    _, kind, config = loading.PARTS[name]
+    kind, config = loading.PARTS[name]
     if job.start is None:
         return kind(config.tiny())
     model = load_component(kind, config, job.start / name)
@@ -825,7 +826,7 @@ def export(job: Job, model: torch.nn.Module, name: str) -> None:
     """Write one component of the hub's layout in float16."""
     if parallel.rank():
         return
-    save_component(model, job.model / name, loading.PARTS[name][0], torch.float16)
+    save_component(model, job.model / name, layout.MODELS[name], torch.float16)
     if name in ENCODERS:  # the special ids that transformers' configurations state
         tokenizers = loading.read_tokenizers(job.model, TOKENIZERS)
         tokenizer = tokenizers[ENCODERS.index(name)]
@@ -840,14 +841,14 @@ def finish(job: Job) -> None:
     """The two files that make a folder of components a pipeline."""
     if parallel.rank():
         return
-    loading.save_scheduler(Scheduler(shift=1.0), job.model / "scheduler")
-    index = loading.pipeline_index((*loading.PARTS, *TOKENIZERS))
+    layout.save_scheduler(Scheduler(shift=1.0), job.model / "scheduler")
+    index = layout.pipeline_index((*loading.PARTS, *TOKENIZERS))
     write_json(job.model / "model_index.json", index)
 
 
 def load_part(job: Job, name: str) -> torch.nn.Module:
     """The exported component of that name."""
-    _, kind, config = loading.PARTS[name]
+    kind, config = loading.PARTS[name]
     return load_component(kind, config, job.model / name, job.device)
 
 
