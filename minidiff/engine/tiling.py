@@ -35,7 +35,8 @@ class Tiled(VAE):
     def encode(self, images: Tensor) -> Posterior:
         """Images (B, 3, H, W) → a Posterior (B, C, h, w), as ``VAE.encode``."""
         moments = torch.cat([self._moments(x) for x in self._slices(images)])
-        return Posterior(*moments.chunk(2, dim=1))  # (B, 2·C, h, w) → 2 × (B, C, h, w)
+        mean, logvar = moments.chunk(2, dim=1)  # (B, 2·C, h, w) → 2 × (B, C, h, w)
+        return Posterior(mean, logvar)
 
     def _slices(self, x: Tensor) -> Sequence[Tensor]:
         return x.split(1) if self.slicing else [x]
