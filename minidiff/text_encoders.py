@@ -19,7 +19,9 @@ After it you will be able to
 
 # %%
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -270,7 +272,10 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "quick_gelu": quick_gelu,
+    "gelu": F.gelu,
+}
 
 # %% tags=["active-ipynb"]
 # x = torch.linspace(-5, 5, 401)
@@ -363,6 +368,8 @@ class CLIPTextEncoder(nn.Module):
     layer, without the final norm, and the pooled vector (B, projection_dim).
     Raises ValueError where the configuration or the length cannot be honoured.
     """
+
+    text_model: Any  # a ModuleDict: its parts are addressed by their names
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
@@ -692,6 +699,8 @@ class T5MLP(nn.Module):
 class T5Block(nn.Module):
     """Attention, then MLP, each on a normalised ``x`` (B, L, D) and added to it."""
 
+    layer: Any  # two ModuleDicts
+
     def __init__(self, config: T5Config, has_bias: bool) -> None:
         super().__init__()
         norms = [RMSNorm(config.d_model, config.layer_norm_epsilon) for _ in range(2)]
@@ -717,6 +726,8 @@ class T5Encoder(nn.Module):
 
     Raises ValueError where the configuration cannot be honoured.
     """
+
+    encoder: Any  # a ModuleDict, as in CLIPTextEncoder
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()

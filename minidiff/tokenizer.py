@@ -19,7 +19,7 @@ After it you will be able to
 import heapq
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -178,7 +178,7 @@ def count_pairs(words: dict[tuple[str, ...], int]) -> Counter[Pair]:
 def best_pair(counts: Counter[Pair]) -> Pair | None:
     """Return the most frequent pair, of equals the first by name; None if all are 1."""
     best = min(counts, key=lambda pair: (-counts[pair], pair), default=None)
-    return best if counts[best] > 1 else None  # of an empty Counter, counts[None] is 0
+    return best if best and counts[best] > 1 else None
 
 
 def join_pair(symbols: Sequence[str], pair: Pair) -> tuple[str, ...]:
@@ -235,7 +235,8 @@ def learn_merges_naively(words: dict[tuple[str, ...], int], limit: int) -> list[
 def learn_merges(words: dict[tuple[str, ...], int], limit: int) -> list[Pair]:
     """Learn the same merges; each one recounts only the words that hold its pair."""
     spellings, times = list(words), list(words.values())
-    counts, homes, merges = count_pairs(words), defaultdict(set), []
+    counts, homes = count_pairs(words), defaultdict[Pair, set[int]](set)
+    merges: list[Pair] = []
     for index, symbols in enumerate(spellings):
         for pair in pairwise(symbols):
             homes[pair].add(index)
@@ -307,9 +308,9 @@ def merge(symbols: Sequence[str], ranks: dict[Pair, int]) -> list[str]:
         after[place] = after[follower]
         before[after[place]] = place
         for start in before[place], place:
-            rank = ranks.get((symbols[start], symbols[after[start]]))
-            if rank is not None:
-                heapq.heappush(heap, (rank, start))
+            pair = symbols[start], symbols[after[start]]
+            if pair in ranks:
+                heapq.heappush(heap, (ranks[pair], start))
     return [symbol for symbol in symbols if symbol]
 
 
@@ -343,6 +344,10 @@ class Tokenizer:
     Attributes: ``vocab`` (piece → id), ``vocab_size``, ``model_max_length``, and
     ``pad_token_id``, ``eos_token_id``, ``unk_token_id``, ``bos_token_id`` (None in T5).
     """
+
+    normalize: Callable[[str], str]
+    encode_plain: Callable[[str], list[int]]
+    join: Callable[[Sequence[str]], str]
 
     def __init__(self, vocab: dict[str, int], settings: Settings) -> None:
         self.vocab, self.settings = dict(vocab), settings
@@ -401,8 +406,10 @@ class Tokenizer:
         text.encode("utf-8")  # half a surrogate pair raises a ValueError here
         ids: list[int] = []
         for part in files.split_added(text, self.settings.added, self.normalize):
-            plain = isinstance(part, str)
-            ids += self.encode_plain(part) if plain else [self.vocab[part.content]]
+            if isinstance(part, str):
+                ids += self.encode_plain(part)
+            else:
+                ids.append(self.vocab[part.content])
         return ids
 
 
@@ -543,8 +550,9 @@ def arcs(text: str, start: int, trie: dict, unknown: float) -> Iterator[tuple]:
     """
     node, single = trie, False
     for end in range(start, len(text)):
-        if (node := node.get(text[end])) is None:
+        if text[end] not in node:
             break
+        node = node[text[end]]
         if "" in node:
             single = single or end == start
             yield end + 1, node[""]
@@ -627,9 +635,11 @@ def log_add(a: float, b: float) -> float:
     return high if low == -math.inf else high + math.log1p(math.exp(low - high))
 
 
-def expected_counts(words: dict[str, int], scores: dict[str, float]) -> Counter[str]:
+def expected_counts(
+    words: dict[str, int], scores: dict[str, float]
+) -> dict[str, float]:
     """E step: how often each piece is used, over all paths by probability."""
-    trie, counts = build_trie(scores), Counter()
+    trie, counts = build_trie(scores), defaultdict[str, float](float)
     for word, times in words.items():
         places = range(len(word))
         edges = [(i, *arc) for i in places for arc in arcs(word, i, trie, -math.inf)]
@@ -645,7 +655,7 @@ def expected_counts(words: dict[str, int], scores: dict[str, float]) -> Counter[
     return counts
 
 
-def maximize(counts: Counter[str], alphabet: str) -> dict[str, float]:
+def maximize(counts: dict[str, float], alphabet: str) -> dict[str, float]:
     """M step: counts to log-probabilities; what is used less than 0.5 times goes."""
     kept = {p: max(n, 0.5) for p, n in counts.items() if n >= 0.5 or len(p) == 1}
     total = math.log(sum(kept.values()) or 1.0)  # log 1 where nothing repeats
@@ -671,7 +681,7 @@ def prune(
     def loss(piece: str) -> float:
         rest = {p: score for p, score in scores.items() if p in piece and p != piece}
         best = best_path(piece, build_trie(rest))
-        return counts[piece] * (scores[piece] - sum(map(scores.get, best)))
+        return counts[piece] * (scores[piece] - sum(scores[p] for p in best))
 
     letters = [piece for piece in scores if len(piece) == 1]
     longer = sorted((p for p in scores if len(p) > 1), key=lambda p: (-loss(p), p))
@@ -683,12 +693,12 @@ def learn_pieces(words: dict[str, int], alphabet: str, size: int) -> dict[str, f
 
     Letters of ``alphabet`` always stay. Returns log-probabilities, the highest first.
     """
-    seeds: Counter[str] = Counter()
+    seeds = defaultdict[str, float](float)
     for word, times in words.items():
         for start in range(len(word)):
             for end in range(start + 1, min(start + MAX_PIECE, len(word)) + 1):
                 seeds[word[start:end]] += times
-    scores = maximize(Counter({p: n for p, n in seeds.items() if n > 1}), alphabet)
+    scores = maximize({p: n for p, n in seeds.items() if n > 1}, alphabet)
     while True:
         for _ in range(2):
             scores = maximize(expected_counts(words, scores), alphabet)

@@ -18,6 +18,7 @@ After it you will be able to
 
 # %%
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -368,6 +369,8 @@ def middle(config: VAEConfig, channels: int) -> nn.ModuleDict:
 class Encoder(nn.Module):
     """Images (B, 3, H, W) → moments (B, 2·C, h, w): means, then log-variances."""
 
+    down: Any  # a ModuleList of levels, each a ModuleDict
+
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         widths, depth = config.block_out_channels, config.layers_per_block
@@ -376,7 +379,7 @@ class Encoder(nn.Module):
         inputs = widths[0]
         for i, width in enumerate(widths):
             sizes = [inputs] + [width] * depth
-            level = {"block": residual_blocks(config, sizes)}
+            level: dict[str, nn.Module] = {"block": residual_blocks(config, sizes)}
             if i < len(widths) - 1:
                 level["downsample"] = Downsample(width)
             self.down.append(nn.ModuleDict(level))
@@ -407,6 +410,8 @@ def residual_blocks(config: VAEConfig, sizes: list[int]) -> nn.ModuleList:
 class Decoder(nn.Module):
     """Latents (B, C, h, w) → images (B, 3, H, W)."""
 
+    up: Any  # a ModuleList of levels, each a ModuleDict
+
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         widths, depth = config.block_out_channels, config.layers_per_block
@@ -416,7 +421,7 @@ class Decoder(nn.Module):
         for i, width in enumerate(widths):
             inputs = widths[min(i + 1, len(widths) - 1)]
             sizes = [inputs] + [width] * (depth + 1)
-            level = {"block": residual_blocks(config, sizes)}
+            level: dict[str, nn.Module] = {"block": residual_blocks(config, sizes)}
             if i > 0:
                 level["upsample"] = Upsample(width)
             self.up.append(nn.ModuleDict(level))

@@ -27,8 +27,9 @@ from minidiff.classroom.interactive import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
+
+    from minidiff.classroom.figure import BookFigure
 
 __all__ = [
     "Interactive",
@@ -60,14 +61,16 @@ __all__ = [
 
 WIDTH = 7.2  # inches: the text column of the book
 DASHES, HATCHES = ("-", "--", "-.", ":"), ("", "///", "...", "xxx")  # beside colours
+MONOSPACE = "DejaVu Sans Mono"
 Points = Mapping[str, Tensor]
+Style = dict[str, Any]  # of matplotlib
 
 
-def _drawn(draw: Callable[..., "Figure"]) -> Callable[..., "Figure"]:
+def _drawn(draw: Callable[..., "BookFigure"]) -> Callable[..., "BookFigure"]:
     """Give ``draw`` the book's style, and leave matplotlib's own settings alone."""
 
     @functools.wraps(draw)
-    def drawn(*args: Any, **kwargs: Any) -> "Figure":
+    def drawn(*args: Any, **kwargs: Any) -> "BookFigure":
         import matplotlib
 
         from minidiff.classroom.figure import STYLE
@@ -82,7 +85,7 @@ def _drawn(draw: Callable[..., "Figure"]) -> Callable[..., "Figure"]:
 
 def _axes(
     rows: int, columns: int, size: tuple[float, float], grid: bool = False
-) -> tuple["Figure", "np.ndarray[Any, Any]"]:
+) -> tuple["BookFigure", "np.ndarray[Any, Any]"]:
     """A figure of ``size`` inches and its (rows, columns) array of axes."""
     from minidiff.classroom.figure import BookFigure
 
@@ -106,7 +109,7 @@ def _blank(ax: "Axes") -> None:
     ax.spines[:].set_visible(False)
 
 
-def _panels(rows: int, columns: int, aspect: float = 1.0) -> tuple["Figure", Any]:
+def _panels(rows: int, columns: int, aspect: float = 1.0) -> tuple["BookFigure", Any]:
     """Blank axes for a table of pictures ``aspect`` times as high as wide."""
     side = min(1.5, WIDTH / columns)
     figure, axes = _axes(rows, columns, (side * columns, (side * aspect + 0.2) * rows))
@@ -128,7 +131,7 @@ def show_images(
     titles: Sequence[str] | None = None,
     columns: int | None = None,
     low: float = -1.0,
-) -> "Figure":
+) -> "BookFigure":
     """Pictures in a table, at most ``columns`` (by default 8) in a row.
 
     ``images``: (B, 3, H, W) or (3, H, W) with values in [``low``, 1], uint8 of these
@@ -146,7 +149,7 @@ def show_images(
 
 
 @_drawn
-def show_latents(latents: Tensor) -> "Figure":
+def show_latents(latents: Tensor) -> "BookFigure":
     """Every channel of latents (C, h, w) as a map of signed values.
 
     All maps share one scale, symmetric about zero: blue is below it and red above.
@@ -169,7 +172,7 @@ def show_attention(
     image: Any = None,
     rows: Sequence[str] | None = None,
     low: float = -1.0,
-) -> "Figure":
+) -> "BookFigure":
     """Where each word is found: heat maps (words, h, w) or (rows, words, h, w).
 
     With ``image``, a picture (3, H, W) in [``low``, 1], the maps lie over it and the
@@ -206,7 +209,7 @@ def _heat(values: np.ndarray, picture: np.ndarray | None) -> np.ndarray:
 
 
 @_drawn
-def show_trajectory(rows: Mapping[str, Tensor], sigmas: Tensor) -> "Figure":
+def show_trajectory(rows: Mapping[str, Tensor], sigmas: Tensor) -> "BookFigure":
     """One row a quantity, one column a step: from noise on the left to a picture.
 
     ``rows`` maps a label to pictures (S, 3, H, W) in [−1, 1] or to latents
@@ -239,7 +242,7 @@ def _wrapped(text: str, width: int) -> str:
 def _glyphs() -> frozenset[int]:
     from matplotlib import font_manager
 
-    path = font_manager.findfont("DejaVu Sans Mono")
+    path = font_manager.findfont(MONOSPACE)
     return frozenset(font_manager.get_font(path).get_charmap())
 
 
@@ -256,7 +259,7 @@ def show_pieces(
     rows: Sequence[Sequence[str]],
     labels: Sequence[str] | None = None,
     notes: Sequence[Sequence[str]] | None = None,
-) -> "Figure":
+) -> "BookFigure":
     """Rows of text pieces as coloured chips; equal pieces have equal colours.
 
     ``labels`` name the rows; ``notes`` (one a piece) are written below the chips. Long
@@ -297,18 +300,18 @@ def _place(
 def _draw_chips(ax: "Axes", label: str, margin: int, placed: list[Any]) -> None:
     from zlib import crc32
 
-    font = {"va": "center", "parse_math": False, "family": "DejaVu Sans Mono"}
+    font: Style = {"va": "center", "parse_math": False, "family": MONOSPACE}
     if placed:
         ax.text(0, placed[0][1], label, fontsize=8, **font)
     for x, y, piece, note in placed:
         color = _colors(7)[crc32(piece.encode()) % 7]
         box = {"boxstyle": "round,pad=0.25", "fc": color + "20", "ec": color, "lw": 0.8}
-        place = {"ha": "center", **font}
+        place = font | {"ha": "center"}
         ax.text(margin + x, y, piece, fontsize=8, bbox=box, **place)
         ax.text(margin + x, y + 0.45, note, fontsize=8, **place)
 
 
-def show_tokens(tokenizer: Any, text: str | Sequence[str]) -> "Figure":
+def show_tokens(tokenizer: Any, text: str | Sequence[str]) -> "BookFigure":
     """The tokens of a text, or of several, as chips with their ids beneath.
 
     ``tokenizer`` has ``encode(text) → ids`` and ``tokens(ids) → pieces``.
@@ -319,7 +322,7 @@ def show_tokens(tokenizer: Any, text: str | Sequence[str]) -> "Figure":
     return show_pieces([tokenizer.tokens(row) for row in ids], notes=notes)
 
 
-def show_rows(tokenizers: Mapping[str, Any], text: str, count: int) -> "Figure":
+def show_rows(tokenizers: Mapping[str, Any], text: str, count: int) -> "BookFigure":
     """The first ``count`` ids of a text's padded row, by each named tokenizer."""
     rows = {name: t([text])[0, :count].tolist() for name, t in tokenizers.items()}
     pieces = [t.tokens(rows[name]) for name, t in tokenizers.items()]
@@ -332,7 +335,7 @@ def show_lattice(
     text: str,
     pieces: Sequence[tuple[int, int, float]],
     best: Sequence[tuple[int, int]] = (),
-) -> "Figure":
+) -> "BookFigure":
     """The lattice of a Unigram tokenizer: an arc for each piece that fits the text.
 
     ``pieces``: (start, end, log-probability), in characters of ``text``; ``best``: the
@@ -357,8 +360,9 @@ def _arc(ax: "Axes", start: int, end: int, label: str, chosen: bool) -> None:
     color = _colors(2)[1] if chosen else "#777b83"
     path = start + width * (1 - np.cos(x)) / 2, (width - 0.35) * np.sin(x)
     ax.plot(*path, color=color, lw=2.4 if chosen else 1, zorder=3 if chosen else 2)
-    style = {"fontsize": 8, "ha": "center", "weight": "bold" if chosen else None}
-    ax.text(start + width / 2, width - 0.25, label, **style)
+    weight = "bold" if chosen else None
+    middle = start + width / 2, width - 0.25
+    ax.text(*middle, label, ha="center", weight=weight, fontsize=8)
 
 
 # Numbers
@@ -372,7 +376,7 @@ def show_curves(
     logx: bool = False,
     logy: bool = False,
     markers: bool = False,
-) -> "Figure":
+) -> "BookFigure":
     """Lines by name: each a sequence of y, or a pair (x, y)."""
     figure, axes = _axes(1, 1, (5.4, 3.0), grid=True)
     ax = axes[0, 0]
@@ -405,7 +409,7 @@ def show_heatmap(
     title: str = "",
     signed: bool = False,
     digits: int | None = None,
-) -> "Figure":
+) -> "BookFigure":
     """A matrix (R, C) as colours; ``digits`` writes its values into the cells."""
     values = _numpy(matrix)
     height = min(7.0, max(1.6, 5.0 * values.shape[0] / values.shape[1]))
@@ -428,14 +432,14 @@ def _write(ax: "Axes", values: np.ndarray, shown: Any, digits: int) -> None:
     for (row, column), value in np.ndenumerate(values):
         color = np.array(shown.cmap(shown.norm(value))[:3])
         light = color**2.2 @ (0.2126, 0.7152, 0.0722) > 0.18  # relative luminance
-        style = {"ha": "center", "va": "center", "color": "k" if light else "w"}
+        style: Style = {"ha": "center", "va": "center", "color": "k" if light else "w"}
         ax.text(column, row, f"{value:.{digits}f}", fontsize=7, **style)
 
 
 @_drawn
 def show_bars(
     values: Mapping[str, Any], ylabel: str = "", stacked: bool = False
-) -> "Figure":
+) -> "BookFigure":
     """Bars by name. A mapping of mappings, name → part → value, gives each name one
     bar a part, side by side or ``stacked``."""
     nested = {k: v if isinstance(v, Mapping) else {"": v} for k, v in values.items()}
@@ -462,7 +466,7 @@ def show_bars(
 
 
 @_drawn
-def show_histogram(values: Mapping[str, Tensor], xlabel: str = "") -> "Figure":
+def show_histogram(values: Mapping[str, Tensor], xlabel: str = "") -> "BookFigure":
     """The densities of one or several sets of numbers, on 60 common bins."""
     flat = {name: _numpy(x).ravel() for name, x in values.items()}
     edges = np.histogram_bin_edges(np.concatenate(list(flat.values())), 60)
@@ -480,16 +484,16 @@ def show_points(
     panels: Points | Mapping[str, Points],
     paths: Tensor | None = None,
     limits: tuple[float, float] | None = None,
-) -> "Figure":
+) -> "BookFigure":
     """Sets of points (N, 2) in the plane, by name; or several such panels by title.
 
     In the first panel, ``paths`` (S, N, 2) are drawn as N lines of S points.
     """
     nested = isinstance(next(iter(panels.values()), None), Mapping)
-    panels = panels if nested else {"": panels}
-    side = min(3.6, WIDTH / len(panels))
-    figure, axes = _axes(1, len(panels), (side * len(panels), side + 0.3), grid=True)
-    for ax, (title, sets) in zip(axes.flat, panels.items(), strict=True):
+    table: Any = panels if nested else {"": panels}
+    side = min(3.6, WIDTH / len(table))
+    figure, axes = _axes(1, len(table), (side * len(table), side + 0.3), grid=True)
+    for ax, (title, sets) in zip(axes.flat, table.items(), strict=True):
         for color, (name, xy) in zip(_colors(len(sets)), sets.items(), strict=True):
             ax.scatter(*_numpy(xy).T, s=7, c=color, label=name, lw=0, zorder=3)
         ax.set(title=title, aspect="equal", xlim=limits, ylim=limits)
@@ -520,7 +524,7 @@ _ARROWS = [  # from, to, what travels
 
 
 @_drawn
-def show_pipeline(here: str | None = None) -> "Figure":
+def show_pipeline(here: str | None = None) -> "BookFigure":
     """The map of the pipeline, from prompt to picture; chapter ``here`` in colour."""
     if here is not None and here not in _BOXES:
         raise ValueError(f"unknown chapter {here!r}: expected one of {list(_BOXES)}")
@@ -549,7 +553,7 @@ def _box(ax: "Axes", x: float, y: float, text: str, chosen: bool) -> None:
     from matplotlib.patches import FancyBboxPatch
 
     color = _colors(2)[1] if chosen else "#777b83"
-    style = {"fc": color + ("40" if chosen else "18"), "ec": color}
+    style: Style = {"fc": color + ("40" if chosen else "18"), "ec": color}
     shape = "round,pad=0,rounding_size=0.08"
     patch = FancyBboxPatch(
         (x - 0.47, y - 0.32), 0.94, 0.64, shape, lw=2 if chosen else 1, **style
@@ -571,7 +575,7 @@ def _arrow(ax: "Axes", start: float, end: float, y: float, label: str) -> None:
 
 
 @_drawn
-def show_quadrants(sizes: Mapping[str, tuple[int, int]]) -> "Figure":
+def show_quadrants(sizes: Mapping[str, tuple[int, int]]) -> "BookFigure":
     """Tables of joint attention, to scale: title → (text tokens, patches)."""
     figure, axes = _axes(1, len(sizes), (WIDTH, 3.6))
     for ax, (title, (text, patches)) in zip(axes.flat, sizes.items(), strict=True):
@@ -590,7 +594,7 @@ def _fields(ax: "Axes", text: float) -> None:
             style = {"fc": color + "1c", "ec": color, "lw": 1}
             ax.add_patch(_rectangle((x, y), width, height, style))
             middle = x + width / 2, y + height / 2
-            place = {"ha": "center", "va": "center"}
+            place: Style = {"ha": "center", "va": "center"}
             if min(width, height) > 0.3:
                 ax.text(*middle, f"{reader}\nread\n{read}", **place)
             elif max(width, height) > 0.3:
@@ -608,7 +612,7 @@ def _rectangle(
 
 
 @_drawn
-def show_joint_block() -> "Figure":
+def show_joint_block() -> "BookFigure":
     """One block of MMDiT: two streams, one attention, modulation from the side."""
     figure, axes = _axes(1, 1, (WIDTH, 4.4))
     ax = axes[0, 0]
@@ -616,7 +620,7 @@ def show_joint_block() -> "Figure":
     ax.set(xlim=(-2.8, 4.8), ylim=(-7.5, 0.7))
     rows = ["LayerNorm, modulate", "qkv, norm of q, k", "", "proj", "gate, add"]
     rows += ["LayerNorm, modulate", "MLP", "gate, add"]
-    for x, name in ((0, "text tokens"), (2, "patches")):
+    for x, name in ((0.0, "text tokens"), (2.0, "patches")):
         ax.text(x, 0.45, name, ha="center", weight="bold")
         for y, row in enumerate(rows):
             _step(ax, x, -y, row, blue="gate" in row or "modulate" in row)
@@ -656,7 +660,7 @@ def _step(
 @_drawn
 def show_positions(
     table: Tensor, crops: Mapping[str, tuple[int, int]], point: tuple[int, int]
-) -> "Figure":
+) -> "BookFigure":
     """A position table (1, M·M, D): some channels, and how alike all places are.
 
     The last panel is the cosine between the place ``point`` (row, column) and every
@@ -687,7 +691,7 @@ def show_positions(
 
 
 @_drawn
-def show_fields(fields: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> "Figure":
+def show_fields(fields: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> "BookFigure":
     """Vector fields side by side: title → (points (N, 2), places (M, 2), arrows)."""
     side = WIDTH / len(fields)
     figure, axes = _axes(1, len(fields), (WIDTH, side + 0.3))
@@ -704,7 +708,7 @@ def show_fields(fields: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> "Figure"
 @_drawn
 def show_vectors(
     origin: Tensor, vectors: Mapping[str, Tensor], points: Points | None = None
-) -> "Figure":
+) -> "BookFigure":
     """Named arrows (2,) from one place (2,), among sets of ``points`` (N, 2)."""
     figure, axes = _axes(1, 1, (5.0, 3.8), grid=True)
     ax, points = axes[0, 0], points or {}

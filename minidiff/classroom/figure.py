@@ -3,6 +3,7 @@
 import io
 import textwrap
 from collections.abc import Iterator
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,7 +13,7 @@ DPI = 120
 INK = "#777b83"  # contrast above 4 on white and on the dark ground: no grey has 4.5
 PALETTE = ["#3f88c5", "#e0762b", "#2f9e6e", "#d6495f", "#9267d0", "#b08a1e", "#1d98a7"]
 
-STYLE = {
+STYLE: Any = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
@@ -53,7 +54,7 @@ class BookFigure(Figure):
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
-        options = {"bbox_inches": "tight", "pad_inches": 0.05}
+        options: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.05}
         self.savefig(buffer, dpi=DPI, metadata={"Software": None}, **options)
         return buffer.getvalue()
 

@@ -113,14 +113,16 @@ def _data_url(png: bytes) -> str:
 
 def _strip(pictures: np.ndarray) -> str:
     """Pictures (S, h, w, 3) side by side, as the address of a PNG."""
-    return _data_url(_png(np.hstack(pictures)))
+    return _data_url(_png(np.hstack(list(pictures))))
 
 
 def _resized(pictures: np.ndarray, height: int) -> np.ndarray:
     """Pictures (S, h, w, 3) at another height, without smoothing when they grow."""
     size = (height * pictures.shape[2] // pictures.shape[1], height)
     method = Image.Resampling.BOX
-    return np.stack([Image.fromarray(p).resize(size, method) for p in pictures])
+    return np.stack(
+        [np.asarray(Image.fromarray(p).resize(size, method)) for p in pictures]
+    )
 
 
 def denoising_scrubber(
@@ -143,7 +145,7 @@ def denoising_scrubber(
         raise ValueError(f"{found} frames: expected as many of each")
     frames = [to_frames(values) for _, values in rows]
     chosen = np.linspace(0, steps - 1, min(7, steps)).round().astype(int)
-    strip = np.concatenate([np.hstack(_resized(f[chosen], 64)) for f in frames])
+    strip = np.concatenate([np.hstack(list(_resized(f[chosen], 64))) for f in frames])
     data = {
         "label": f"Denoising of “{prompt}”" if prompt else "Denoising",
         "sigmas": [round(float(s), 3) for s in sigmas],

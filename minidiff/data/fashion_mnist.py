@@ -10,8 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 REPOSITORY = "zalando-datasets/fashion_mnist"
-CLASSES = ("t-shirt", "trousers", "pullover", "dress", "coat")
-CLASSES += ("sandal", "shirt", "sneaker", "bag", "ankle boot")
+CLASSES = (
+    *("t-shirt", "trousers", "pullover", "dress", "coat"),
+    *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+)
 
 
 def _parquet_file(split: str, folder: str | Path | None) -> Path:

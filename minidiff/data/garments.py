@@ -421,7 +421,7 @@ class Garments(Scenes):
         return garment_captions()
 
     @torch.no_grad()
-    def batch(self, indices: Tensor) -> GarmentBatch:
+    def batch(self, indices: Tensor) -> GarmentBatch:  # type: ignore[override]
         u = uniform(self.seed, indices, 3, self.gray.device)
         garments = _choose(u[:, 0], len(CLASSES))
         gray = self.pick(garments, u[:, 1])[:, None]  # → (B, 1, 28, 28)
@@ -473,8 +473,8 @@ def sample_scenes() -> tuple[Tensor, list[str]]:
 def write_samples(folder: str | Path | None, output: Path = SAMPLES) -> None:
     """Make the files that ``sample_scenes`` reads."""
     first = prompts(20_000, seed=0)[0].index("a red dress on a blue background")
-    one = Scenes("test", folder, two_garments=0)
-    one = one.batch(torch.tensor([first, *range(7)]))
+    numbers = torch.tensor([first, *range(7)])
+    one = Scenes("test", folder, two_garments=0).batch(numbers)
     two = Scenes("test", folder, two_garments=1).batch(torch.arange(8, 16))
     images, texts = torch.cat([one.images, two.images]), one.captions + two.captions
     save_sheet((images + 1) / 2, 8, output / "scenes.png")
@@ -485,4 +485,4 @@ def write_samples(folder: str | Path | None, output: Path = SAMPLES) -> None:
 if __name__ == "__main__":
     import sys
 
-    write_samples(*sys.argv[1:2] or [None])
+    write_samples(sys.argv[1] if sys.argv[1:] else None)
