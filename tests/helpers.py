@@ -53,5 +53,5 @@ def request(url: str, model: dict | None = None) -> dict:
     headers = {"Authorization": "token t", "Content-Type": "application/json"}
     method = "PUT" if model else "GET"
     asked = urllib.request.Request(url, data, headers, method=method)
-    with urllib.request.urlopen(asked, timeout=20) as answer:
+    with urllib.request.urlopen(asked) as answer:
         return json.load(answer)

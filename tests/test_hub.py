@@ -128,7 +128,6 @@ def download(server, tmp_path):
             env=os.environ | env | changed,
             capture_output=True,
             text=True,
-            timeout=300,
         )
         assert "hf_secret" not in done.stdout + done.stderr
         assert "Traceback" not in done.stderr

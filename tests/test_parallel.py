@@ -32,7 +32,7 @@ def learned(file: Path, command: list[str], *options: str) -> dict[str, Tensor]:
 
 def run(command: list) -> str:
     """What ``command`` prints; it must succeed."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

@@ -14,14 +14,13 @@ from minidiff.drawing.guidance import skip_layer_guidance
 from minidiff.drawing.image_to_image import image_to_image
 from minidiff.training import TrainingConfig, fit
 
-CALL = {"num_inference_steps": 3, "output_type": "pt"}
+CALL = {"num_inference_steps": 2, "output_type": "pt"}
 STREAMED = {"t5": "streamed", "clip": "streamed", "modulation": "streamed"}
 SETTINGS = {
     "as in the chapters": {},
     "fast": {"fast": True},
     "streamed": {"fast": True, "vae_slicing": True, **STREAMED},
 }
-STEPPING = ("prompts", "DPM++ 2M", "Heun", "inpainting", "skipped layer")
 PROMPT = "a red dress on a blue background"
 pytestmark = pytest.mark.filterwarnings("ignore:Skip Layer Guidance was published for")
 
@@ -74,7 +73,6 @@ def with_lora(pipe):
 
 DRAWINGS = {
     "prompts": lambda pipe: pipe([PROMPT, "a coat"], negative_prompt="a bag", **CALL),
-    "without guidance": lambda pipe: pipe(PROMPT, guidance_scale=1.0, **CALL),
     "DPM++ 2M": lambda pipe: pipe(PROMPT, sampler="dpmpp_2m", **CALL),
     "Heun": lambda pipe: pipe(PROMPT, sampler="heun", height=80, width=48, **CALL),
     "inpainting": repaint,
@@ -83,17 +81,25 @@ DRAWINGS = {
 }
 
 
-@pytest.mark.parametrize("draw", DRAWINGS.values(), ids=DRAWINGS)
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_draws_what_a_cpu_draws(settings, draw):
-    expected = draw(load("cpu"))
-    assert relative_error(on_card(draw, **settings), expected) < 1e-5
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [
+        ("as in the chapters", "Heun"),
+        ("fast", "inpainting"),
+        ("fast", "DPM++ 2M"),
+        ("streamed", "skipped layer"),
+        ("streamed", "LoRA"),
+    ],
+)
+def test_draws_what_a_cpu_draws(how, name):
+    expected = DRAWINGS[name](load("cpu"))
+    found = on_card(DRAWINGS[name], **SETTINGS[how])
+    assert relative_error(found, expected) < 1e-5
 
 
-@pytest.mark.parametrize("draw", DRAWINGS.values(), ids=DRAWINGS)
-def test_draws_nearly_the_same_in_bfloat16(draw):
-    expected = draw(load("cpu", torch.bfloat16)).float()
-    found = on_card(draw, dtype=torch.bfloat16, fast=True)
+def test_draws_nearly_the_same_in_bfloat16():
+    expected = DRAWINGS["prompts"](load("cpu", torch.bfloat16)).float()
+    found = on_card(DRAWINGS["prompts"], dtype=torch.bfloat16, fast=True)
     assert relative_error(found, expected) < 0.02
 
 
@@ -103,10 +109,11 @@ def waits(draw, steps, monkeypatch, **settings):
     return PretendedCard.waits.copy()
 
 
-@pytest.mark.parametrize("name", STEPPING)
-@pytest.mark.parametrize("how", ["as in the chapters", "streamed"])
+@pytest.mark.parametrize(
+    ("how", "name"), [("as in the chapters", "inpainting"), ("streamed", "prompts")]
+)
 def test_no_step_waits_for_the_card(how, name, monkeypatch):
-    few, many = (waits(DRAWINGS[name], n, monkeypatch, **SETTINGS[how]) for n in (5, 9))
+    few, many = (waits(DRAWINGS[name], n, monkeypatch, **SETTINGS[how]) for n in (3, 5))
     assert few == many
 
 
@@ -117,8 +124,8 @@ def test_a_step_that_waits_would_show(monkeypatch):
     def draw(pipe):
         return pipe(PROMPT, callback_on_step_end=look, **CALL)
 
-    few, many = (waits(draw, n, monkeypatch) for n in (5, 9))
-    assert (many - few).total() == 4
+    few, many = (waits(draw, n, monkeypatch) for n in (3, 5))
+    assert (many - few).total() == 2
 
 
 def test_draws_with_products_in_8_bits():
@@ -130,12 +137,11 @@ def test_draws_with_products_in_8_bits():
     assert relative_error(on_card(draw, **how), draw(load("cpu", **how)).float()) < 0.02
 
 
-@pytest.mark.parametrize("stage", ["clip", "t5", "vae", "judge", "muon"])
+@pytest.mark.parametrize("stage", ["t5", "vae"])
 def test_learns_what_a_cpu_learns(stage):
     task = getattr(parallel_worker, stage)()
     randomize(task.model.double())
-    muon = stage in ("vae", "muon")
-    config = TrainingConfig(3, 8, 1e-2, 1, ema_decay=0.5, muon=muon)
+    config = TrainingConfig(3, 8, 1e-2, 1, ema_decay=0.5, muon=stage == "vae")
     expected = fit(deepcopy(task), config).state_dict()
     with PretendedCard():
         found = fit(task, config, device="cuda").state_dict()

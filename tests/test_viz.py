@@ -195,7 +195,7 @@ def test_play_runs_to_the_end(chromium: Any, tmp_path: Path) -> None:
     page.goto((tmp_path / "page.html").as_uri())
     page.evaluate(WATCH)  # what is asked after the click may come late
     page.get_by_role("button", name="play").click()
-    page.wait_for_function(f"seen.at(-1) === '{STEPS - 1}'", timeout=10_000)
+    page.wait_for_function(f"seen.at(-1) === '{STEPS - 1}'")
     assert page.evaluate("seen") == [str(step) for step in range(STEPS)]
     page.close()
 
@@ -231,7 +231,7 @@ def test_figures_work_in_jupyterlab(
         subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
         page = chromium.new_page(viewport={"width": 1200, "height": 1400})
         page.goto(f"{url}/lab/tree/figures.ipynb?token=t")
-        page.wait_for_selector("[data-kind=scrubber] canvas", timeout=90_000)
+        page.wait_for_selector("[data-kind=scrubber] canvas")
         page.wait_for_selector("[data-kind=explorer] canvas")
         check_scrubber(page.locator("[data-kind=scrubber]"))
         check_explorer(page.locator("[data-kind=explorer]"))
