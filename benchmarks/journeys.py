@@ -60,7 +60,8 @@ class Track:
     @property
     def files(self) -> list[str]:
         """The files met, by their path in the package."""
-        return sorted({file.removeprefix(self.package)[1:] for file, _ in self.functions})
+        cut = len(self.package) + 1
+        return sorted({file[cut:] for file, _ in self.functions})
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
