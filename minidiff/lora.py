@@ -13,22 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import regex
 import torch
 from torch import Tensor, nn
 
 from minidiff.dit import MMDiT
 from minidiff.engine.memory import StreamedLinear
 from minidiff.engine.precision import Float8Linear
-from minidiff.files.names import Source, transformer_sources
-from minidiff.files.weights import open_tensors, read_header, write_tensors
+from minidiff.files.lora_files import FILE, METADATA, Update, read_updates
+from minidiff.files.names import Source, same_names, transformer_sources
+from minidiff.files.reading import excerpt
+from minidiff.files.weights import write_tensors
 
 if TYPE_CHECKING:
     from minidiff.sampling import Pipeline
 
-FILE = "pytorch_lora_weights.safetensors"
-METADATA = "lora_adapter_metadata"
-LARGEST = torch.finfo(torch.float32).max
 # What the trainer of diffusers adapts: the projections of both streams' attention.
 ATTENTION = (
     "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
@@ -194,92 +192,53 @@ def read_lora(
     Raises ValueError for a file that is no LoRA, and naming the first layer that
     ``models`` do not have, or whose shape is another: it belongs to another model.
     """
-    if not (shapes := read_header(Path(file))):
-        raise ValueError(f"{file} holds no LoRA: it has no tensors")
     layers = {part: targets(model) for part, model in models.items()}
+    stored = read_updates(file)
+    for name, update in stored.items():
+        part, _, layer = name.partition(".")
+        if (target := layers.get(part, {}).get(layer)) is None:
+            raise no_target(file, name, models.get(part))
+        check_target(file, name, update, target)
     found: dict[str, dict[str, LowRank]] = {}
-    with open_tensors(file) as stream:
-        notes = parse_notes(file, (stream.metadata() or {}).get(METADATA, "{}"))
-        check_kind(file, [*shapes, *(k for k, v in notes.items() if v)])
-        for name in sorted({key.split(".lora_")[0] for key in shapes}):
-            part, _, layer = name.partition(".")
-            a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
-            check(file, name, layers.get(part, {}).get(layer), shapes, a, b)
-            (rank, inputs), outputs = shapes[a], shapes[b][0]
-            alpha = alpha_of(file, notes, part, layer)
-            with torch.device("meta"):  # no random numbers are drawn for what is read
-                update = LowRank(inputs, outputs, rank, alpha)
-            pair = {"down.weight": a, "up.weight": b}  # copies: a file may be replaced
-            pair = {key: stream.get_tensor(kept).clone() for key, kept in pair.items()}
-            update.load_state_dict(pair, assign=True)
-            found.setdefault(part, {})[layer] = update.requires_grad_(False)
+    for name, update in stored.items():
+        part, _, layer = name.partition(".")
+        down, up = update.read()
+        with torch.device("meta"):  # no random numbers are drawn for what is read
+            one = LowRank(down.shape[1], up.shape[0], down.shape[0], update.alpha)
+        one.load_state_dict({"down.weight": down, "up.weight": up}, assign=True)
+        found.setdefault(part, {})[layer] = one.requires_grad_(False)
     return found
 
 
-def parse_notes(file: Path | str, text: str) -> dict[str, Any]:
-    """A file's metadata; ValueError where it is no object of JSON."""
-    try:
-        notes = json.loads(text)
-    except (ValueError, RecursionError):
-        notes = None
-    if not isinstance(notes, dict):
-        raise ValueError(f"{file}: {METADATA} is {text[:40]!r}; expected a JSON object")
-    return notes
+def no_target(file: Path | str, name: str, model: nn.Module | None) -> ValueError:
+    """What to say of an update for a layer that is not linear, or not there."""
+    modules = dict(model.named_modules()) if model else {}
+    rename = transformer_sources if isinstance(model, MMDiT) else same_names
+    kinds = {
+        s: modules[n] for n, source in rename(modules).items() for s in source.names
+    }
+    if other := kinds.get(name.partition(".")[2]):
+        found = f"{file} updates {name}, which is a {type(other).__name__}"
+        return ValueError(f"{found}; expected linear layers alone")
+    what = f"this one has no linear layer {excerpt(name)}"
+    return ValueError(f"{file} was made for another model: {what}")
 
 
-def alpha_of(
-    file: Path | str, notes: Mapping[str, Any], part: str, layer: str
-) -> float | None:
-    """α by the first of peft's patterns that ``layer`` ends in, or the part's; or None.
-
-    Raises ValueError for patterns that cannot be read, and for what is no number.
-    """
-    alpha, patterns = notes.get(f"{part}.lora_alpha"), f"{part}.alpha_pattern"
-    try:
-        for key, value in (notes.get(patterns) or {}).items():
-            if regex.match(rf"(.*\.)?({key})$", layer, timeout=1):
-                alpha = value
-                break
-    except (AttributeError, regex.error, OverflowError, RecursionError, TimeoutError):
-        raise ValueError(f"{file}: {patterns} cannot be read as patterns") from None
-    if not (isinstance(alpha, int | float | None) and abs(alpha or 0) < LARGEST):
-        raise ValueError(f"{file}: α of {part}.{layer} is {alpha!r}; expected a number")
-    return alpha
-
-
-def check(
-    file: Path | str, name: str, target: Target | None, shapes: Mapping, a: str, b: str
-) -> None:
-    """Raise ValueError unless ``file`` has both matrices of a layer that exists."""
-    if not name.startswith(("transformer.", "text_encoder.", "text_encoder_2.")):
-        known = "diffusers' keys (transformer.….lora_A.weight), not kohya's"
-        raise ValueError(f"{file} has {name}; expected {known}")
-    if a not in shapes or b not in shapes:
-        raise ValueError(f"{file}: {name} lacks lora_A or lora_B (diffusers' keys)")
-    for key in (a, b):
-        if len(shapes[key]) != 2 or 0 in shapes[key]:
-            found = f"{file}: {key} has shape {list(shapes[key])}"
+def check_target(file: Path | str, name: str, update: Update, target: Target) -> None:
+    """Raise ValueError unless the matrices of ``update`` are of the layer's shape."""
+    a, b = update.shapes
+    for key, shape in ((update.a, a), (update.b, b)):
+        if len(shape) != 2 or 0 in shape:
+            found = f"{file}: {key} has shape {excerpt(list(shape))}"
             raise ValueError(f"{found}; expected a matrix that is not empty")
-    if target is None:
-        raise ValueError(
-            f"{file} was made for another model: this one has no linear layer {name}"
-        )
-    if shapes[a][0] != shapes[b][1]:
-        found = f"lora_A of rank {shapes[a][0]}, lora_B of rank {shapes[b][1]}"
+    if a[0] != b[1]:
+        found = f"lora_A of rank {a[0]}, lora_B of rank {b[1]}"
         raise ValueError(f"{file}: {name} has {found}; expected one rank")
-    update = shapes[b][0], shapes[a][1]
-    if update != target.shape:
+    if (b[0], a[1]) != target.shape:
         raise ValueError(
             f"{file} was made for another model: it updates {name} of shape "
-            f"{list(update)}; expected {list(target.shape)}"
+            f"{[b[0], a[1]]}; expected {list(target.shape)}"
         )
-
-
-def check_kind(file: Path | str, names: Sequence[str]) -> None:
-    """Raise ValueError for settings and tensors that another formula is needed for."""
-    ends = ("use_dora", "use_rslora", "lora_magnitude_vector", "lora_B.bias")
-    if found := [name for name in names if name.endswith(ends)]:
-        raise ValueError(f"{file} has {found[0]}; expected plain LoRA: W + (α/r)·B·A")
 
 
 class LoRA:

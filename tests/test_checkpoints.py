@@ -240,7 +240,7 @@ def test_read_config(tmp_path):
         size: int
         parts: tuple[int, ...] = ()
         scale: float = 1.0
-        hidden_layers: int = 1
+        num_layers: int = 1
 
     file = tmp_path / "config.json"
     file.write_text('{"size": 3, "parts": [1, 2], "other": null}')
@@ -248,13 +248,13 @@ def test_read_config(tmp_path):
     assert configurations.read_config(Small, file) == Small(3, (1, 2))
     for text, message in (
         *((f'{{"size": {x}}}', "size is .*; expected int") for x in SIZES),
-        *((f'{{"size": 1, "scale": {x}}}', "scale is .*; expected fl") for x in SCALES),
+        *((f'{{"size": 1, "scale": {x}}}', "scale is .*; expected -3") for x in SCALES),
         *((f'{{"size": 1, "parts": {x}}}', "parts is .*; expected tu") for x in PARTS),
         (
-            '{"size": 1, "hidden_layers": 1001}',
-            "hidden_layers is 1001; expected at most",
+            '{"size": 1, "num_layers": 1001}',
+            "num_layers is 1001; expected 1 to 128",
         ),
-        ('{"size": 0}', "size is 0; expected at least 1"),
+        ('{"size": 0}', "size is 0; expected 1 to"),
         ('{"other": 1}', "lacks size"),
         ("{", "is not valid JSON"),
         ("[" * 100_000, "is not valid JSON"),

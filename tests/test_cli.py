@@ -395,7 +395,7 @@ def test_options_of_training_arrive(run, folder, tmp_path, monkeypatch, kind):
 def test_a_file_that_is_not_there_is_named(run):
     code, out, err = run("sample", "--prompts", "none.txt")
     assert (code, out) == (2, "")
-    assert err == "minidiff: none.txt: No such file or directory\n"
+    assert err == "minidiff: none.txt is missing\n"
 
 
 def test_info_and_sample_know_a_model_by_the_same_name(run, folder, tmp_path):

@@ -1,14 +1,44 @@
 """A model's settings as the hub keeps them: config.json, read and written."""
 
-import sys
-from dataclasses import MISSING, asdict, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_origin
 
-from minidiff.files.reading import read_json
+from minidiff.files.reading import excerpt, read_json
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 CONFIGS = ("config.json", "scheduler_config.json")
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound="DataclassInstance")
+
+
+class Limits(NamedTuple):
+    """What a number of a configuration can be; of a list, each of its entries."""
+
+    low: float
+    high: float
+    longest: int = 128
+
+
+# By type, and by name where a type says too little: a model is built from them before
+# its weights are seen, so they hold for the largest models with room to spare
+LIMITS: dict[Any, Limits] = {
+    int: Limits(1, 2**20),
+    float: Limits(-3e38, 3e38),
+    "num_layers": Limits(1, 128),
+    "num_hidden_layers": Limits(1, 128),
+    "dual_attention_layers": Limits(0, 127),
+    "layers_per_block": Limits(1, 16),
+    "block_out_channels": Limits(1, 2**20, 8),
+    "blocks": Limits(1, 16, 8),
+    "widths": Limits(1, 2**20, 8),
+    "eos_token_id": Limits(0, 2**20),
+    "shift": Limits(1e-3, 1e3),
+    "layer_norm_eps": Limits(0, 1),
+    "layer_norm_epsilon": Limits(0, 1),
+}
 
 
 def config_file(path: Path | str) -> Path:
@@ -24,10 +54,16 @@ def read_config(cls: type[Config], path: Path | str) -> Config:
     """Build the dataclass ``cls`` from the hub's JSON file ``path`` (or its folder).
 
     Keys that are not fields are ignored; a field without default must be there, and
-    each value must be of its field's type. Numbers are finite, layers at most 1000.
+    each value must be of its field's type and within ``LIMITS``.
     """
     path = config_file(path)
-    content = read_json(path)
+    return make_config(cls, read_json(path), path)
+
+
+def make_config(
+    cls: type[Config], content: Mapping[str, Any], source: object
+) -> Config:
+    """Build the dataclass ``cls`` from ``content``; ValueError names its ``source``."""
     wanted = [f for f in fields(cls) if f.name in content]
     missing = [
         f.name
@@ -35,30 +71,34 @@ def read_config(cls: type[Config], path: Path | str) -> Config:
         if f not in wanted and f.default is MISSING and f.default_factory is MISSING
     ]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}")
+        raise ValueError(f"{source} lacks {', '.join(missing)}")
     values = {f.name: content[f.name] for f in wanted}
     values |= {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
-    for f in wanted:
-        if not _fits(value := values[f.name], f.type):
-            kind = getattr(f.type, "__name__", f.type)
-            raise ValueError(f"{path}: {f.name} is {value!r}; expected {kind}")
-        if f.type is int and value < 1 and not f.name.endswith("_id"):
-            raise ValueError(f"{path}: {f.name} is {value}; expected at least 1")
-        if "layers" in f.name and f.type is int and value > 1000:
-            raise ValueError(f"{path}: {f.name} is {value}; expected at most 1000")
+    for field in wanted:
+        if expected := _unfit(field, values[field.name]):
+            found = f"{field.name} is {excerpt(repr(values[field.name]))}"
+            raise ValueError(f"{source}: {found}; expected {expected}")
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{source}: {error}") from None
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a field of type ``kind`` can hold a value from a JSON file."""
-    if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(isinstance(v, int) for v in value)
-    if kind is float:
-        return isinstance(value, int | float) and abs(value) <= sys.float_info.max
-    return isinstance(value, kind)
+def _unfit(field: Field[Any], value: Any) -> str | None:
+    """What a value from a JSON file should have been for ``field``; None if it fits."""
+    listed = get_origin(field.type) is tuple
+    values = value if listed and isinstance(value, tuple) else (value,)
+    kind: Any = int if listed else int | float if field.type is float else field.type
+    wrong = [v for v in values if not isinstance(v, kind) or isinstance(v, bool)]
+    if wrong or isinstance(value, tuple) != listed or (value == () != field.default):
+        return getattr(field.type, "__name__", str(field.type))
+    usual = LIMITS[float if field.type is float else int]
+    low, high, longest = LIMITS.get(field.name, usual)
+    if isinstance(value, str | tuple) and len(value) > longest:
+        return f"at most {longest} entries"
+    numbers = [v for v in values if isinstance(v, int | float)]
+    inside = all(low <= number <= high for number in numbers)
+    return None if inside else f"{low:g} to {high:g}"
 
 
 def component_class(folder: Path | str) -> str:

@@ -1,12 +1,10 @@
 """A component's weights on disk, in the hub's folders: read, checked and written."""
 
-import json
-import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,13 +19,20 @@ from minidiff.files.configurations import (
     read_config,
 )
 from minidiff.files.names import RENAMES, Rename, Source, same_names
-from minidiff.files.reading import read_json
+from minidiff.files.reading import (
+    LONGEST_TABLE,
+    excerpt,
+    file_size,
+    parse_json,
+    read_json,
+)
 from minidiff.files.writing import replacing, write_json
 
 TINY = Path(__file__).parents[1] / "pretrained" / "tiny"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
+LONGEST_HEADER = 10_000_000  # bytes; Large's has 150,000
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 # Written by some, read by none: a copy of the table, the numbers 0, 1, 2, …, and (where
 # it is no parameter) OpenAI's projection of CLIP-L, which SD3 does not have
 UNUSED = {
@@ -42,35 +47,47 @@ Model = TypeVar("Model", bound=nn.Module)
 # Files
 
 
-def weight_files(folder: Path | str) -> list[Path]:
+def weight_files(folder: Path | str, variant: str | None = None) -> list[Path]:
     """The safetensors files of a component's folder: one, or the shards of its index.
 
-    Raises FileNotFoundError where there is none, ValueError where there are only
-    pickled files: opening those can run any code that their author put in.
+    With a ``variant`` such as "fp16" those of that name, model.fp16.safetensors, where
+    the folder has them. Raises FileNotFoundError where there is none, ValueError where
+    there are only pickled files: opening those can run any code in them.
     """
     folder = Path(folder)
     for name in WEIGHTS:
-        if (folder / name).is_file():
-            return [folder / name]
-        if (index := folder / f"{name}.index.json").is_file():
-            return [folder / shard for shard in _shards(index)]
+        for ending in (f".{variant}", "") if variant else ("",):
+            file = folder / name.replace(".safe", f"{ending}.safe")
+            if file.is_file():
+                return [file]
+            index = folder / f"{name}.index{ending}.json"
+            if index.is_file():
+                return [folder / shard for shard in _shards(index)]
+    raise _no_weights(folder)
+
+
+def _no_weights(folder: Path) -> Exception:
+    """What to say of a folder without the weights that are read."""
     pickled = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLED)
     if pickled:
-        raise _refused(folder / pickled[0])
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
-    found = f" (found {', '.join(others)})" if others else ""
+        return _refused(folder / pickled[0])
+    others = [path.name for path in folder.glob("*.safetensors")]
+    found = f" (found {_some(others)})" if others else ""
+    variants = {name.split(".")[1].split("-")[0] for name in others} - {"safetensors"}
+    hint = f"; variant={min(variants)!r} reads them" if variants else ""
     known = " or ".join(WEIGHTS)
-    raise FileNotFoundError(f"no weights in {folder}: expected {known}{found}")
+    return FileNotFoundError(f"no weights in {folder}: expected {known}{found}{hint}")
 
 
 def _shards(index: Path) -> list[str]:
     """The names of the files over which ``index`` spreads the tensors."""
-    files = read_json(index).get("weight_map")
+    files = read_json(index, LONGEST_TABLE).get("weight_map")
     if not files or not isinstance(files, dict):
         raise ValueError(f"{index} names no files; expected them in its weight_map")
     names = sorted(set(map(str, files.values())))
     if outside := [name for name in names if Path(name).name != name]:
-        raise ValueError(f"{index} names {outside[0]!r}; expected files beside it")
+        found = excerpt(repr(outside[0]))
+        raise ValueError(f"{index} names {found}; expected files beside it")
     return names
 
 
@@ -81,14 +98,43 @@ def _refused(file: Path) -> ValueError:
     )
 
 
-def read_header(file: Path) -> dict[str, tuple[int, ...]]:
-    """The names and shapes in a safetensors file, which is checked to be whole."""
+class Entry(NamedTuple):
+    """A tensor in a file: its shape, and its dtype as safetensors names it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file, checked to be whole; it is opened once, when first read."""
+
+    path: Path
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, Any]
+
+    @cached_property
+    def handle(self) -> Any:
+        """The file's memory map; ValueError for one that is damaged."""
+        try:
+            return safe_open(self.path, "pt")
+        except SafetensorError as error:
+            raise ValueError(f"{self.path} is damaged: {error}") from None
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, still in the memory map."""
+        return self.handle.get_tensor(name)
+
+
+def open_tensors(file: Path | str) -> TensorFile:
+    """What a safetensors file holds, by its header; of the tensors nothing is read.
+
+    Raises FileNotFoundError or ValueError for what is no whole safetensors file.
+    """
     file = Path(file)
     if file.suffix in PICKLED:
         raise _refused(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing")
-    size = file.stat().st_size
+    size = file_size(file)
     with file.open("rb") as stream:
         start = stream.read(8)
         if start == b"version ":
@@ -97,20 +143,40 @@ def read_header(file: Path) -> dict[str, tuple[int, ...]]:
         length = int.from_bytes(start, "little")
         if size < 8 or length > min(size - 8, LONGEST_HEADER):
             raise ValueError(f"{file} is not a whole safetensors file ({size} bytes)")
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            whole = operator.index  # TypeError for what is no whole number
-            shapes = {n: tuple(map(whole, x["shape"])) for n, x in header.items()}
-            ends = [whole(x["data_offsets"][1]) for x in header.values()]
-            data = max(ends, default=0)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise ValueError(f"{file} is not a safetensors file") from None
+        entries, metadata, data = _parse_header(file, stream.read(length))
     if size != 8 + length + data:
         raise ValueError(
             f"{file} is damaged: it has {size} bytes; expected {8 + length + data}"
         )
-    return shapes
+    return TensorFile(file, entries, metadata)
+
+
+def _parse_header(
+    file: Path, text: bytes
+) -> tuple[dict[str, Entry], dict[str, Any], int]:
+    """A file's tensors, its notes, and how many bytes of data follow."""
+    try:
+        header = parse_json(text, file)
+        metadata = header.pop("__metadata__", None) or {}
+        entries = {
+            name: Entry(tuple(map(_whole, found["shape"])), str(found["dtype"]))
+            for name, found in header.items()
+        }
+        ends = [_whole(found["data_offsets"][1]) for found in header.values()]
+        return entries, dict(metadata), max(ends, default=0)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError(f"{file} is not a safetensors file") from None
+
+
+def _whole(number: object) -> int:
+    if not isinstance(number, int) or not 0 <= number < 2**63:
+        raise ValueError(number)
+    return number
+
+
+def read_header(file: Path | str) -> dict[str, tuple[int, ...]]:
+    """The names and shapes in a safetensors file, which is checked to be whole."""
+    return {name: entry.shape for name, entry in open_tensors(file).entries.items()}
 
 
 # Reading
@@ -130,7 +196,7 @@ class Prepared:
 
     model: nn.Module
     sources: Mapping[str, Source]
-    found: Mapping[str, tuple[Path, tuple[int, ...]]]
+    found: Mapping[str, TensorFile]
 
     def __call__(
         self,
@@ -139,10 +205,9 @@ class Prepared:
         place: Place | None = None,
     ) -> nn.Module:
         expected = self.model.state_dict()
-        opened = {file: open_tensors(file) for file, _ in self.found.values()}
 
         def stored(name: str) -> Tensor:
-            return opened[self.found[name][0]].get_tensor(name)
+            return self.found[name].read(name)
 
         state = {}
         for name, source in self.sources.items():
@@ -156,52 +221,44 @@ class Prepared:
 
 def prepare_weights(
     model: nn.Module,
-    files: Iterable[Path],
+    files: Iterable[Path | TensorFile],
     rename: Rename | None = None,
     prefix: str = "",
 ) -> Prepared:
     """Check safetensors files against ``model``, built on the meta device.
 
     ``rename`` says where the files keep each tensor; of them only those whose names
-    begin with ``prefix`` count. ValueError names what is missing, unexpected or of the
-    wrong shape. When read, each tensor goes from the memory map straight to its device
-    and dtype; on a CPU, in the dtype stored, it stays in the map.
+    begin with ``prefix`` count. ValueError names what is missing, unexpected, in two
+    files, or of the wrong shape or kind. When read, each tensor goes from the memory
+    map straight to its device and dtype; on a CPU, in the dtype stored, it stays there.
     """
-    expected, files = model.state_dict(), list(files)
+    expected = model.state_dict()
     sources = (rename or same_names)(expected)
-    found = {
-        name: (file, shape)
-        for file in files
-        for name, shape in read_header(file).items()
-        if name.startswith(prefix)
-    }
+    opened = [f if isinstance(f, TensorFile) else open_tensors(f) for f in files]
+    found: dict[str, TensorFile] = {}
+    for file in opened:
+        own = dict.fromkeys((n for n in file.entries if n.startswith(prefix)), file)
+        if twice := found.keys() & own.keys():
+            both = f"{file.path} and {found[name := min(twice)].path.name}"
+            raise ValueError(f"{excerpt(name)} is in {both}; expected it in one file")
+        found |= own
     if not found:
-        raise ValueError(f"{files[0]} holds no tensors; expected {len(sources)}")
+        raise ValueError(f"{opened[0].path} holds no tensors; expected {len(sources)}")
     check_names(sources, found)
     check_shapes(sources, found, expected)
     return Prepared(model, sources, found)
 
 
-def open_tensors(file: Path | str) -> Any:
-    """A safetensors file, open to be read; ValueError for one that is damaged."""
-    try:
-        return safe_open(file, "pt")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
-
-
 def _some(names: Iterable[str]) -> str:
     names = sorted(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    return ", ".join(map(excerpt, names[:3])) + more
 
 
-def check_names(
-    sources: Mapping[str, Source], found: Mapping[str, tuple[Path, tuple[int, ...]]]
-) -> None:
+def check_names(sources: Mapping[str, Source], found: Mapping[str, TensorFile]) -> None:
     """Raise ValueError unless the files hold exactly the tensors that are wanted."""
     wanted = {name for source in sources.values() for name in source.names}
-    file, *others = {file for file, _ in found.values()}
+    file, *others = {file.path for file in found.values()}
     place = file.parent if others else file
     if missing := wanted - found.keys():
         raise ValueError(f"{place} lacks {len(missing)} tensors: {_some(missing)}")
@@ -212,19 +269,25 @@ def check_names(
 
 def check_shapes(
     sources: Mapping[str, Source],
-    found: Mapping[str, tuple[Path, tuple[int, ...]]],
+    found: Mapping[str, TensorFile],
     expected: Mapping[str, Tensor],
 ) -> None:
-    """Raise ValueError at the first stored tensor that has not the shape it needs."""
+    """Raise ValueError at the first stored tensor of a shape or kind not its own."""
     for ours, source in sources.items():
         rows, *rest = expected[ours].shape
         parts = max(1, len(source.names))
         shape = (rows // parts, *(rest[:1] if source.how == "conv" else rest))
         for name in source.names:
-            file, stored = found[name]
-            if stored != shape:
+            stored, what = found[name].entries[name], f"{found[name].path}: {name}"
+            if stored.shape != shape:
+                found_shape = excerpt(list(stored.shape))
                 raise ValueError(
-                    f"{file}: {name} has shape {list(stored)}; expected {list(shape)}"
+                    f"{what} has shape {found_shape}; expected {list(shape)}"
+                )
+            if stored.dtype not in FLOATS:
+                kind = excerpt(stored.dtype)
+                raise ValueError(
+                    f"{what} is {kind}; expected one of {', '.join(FLOATS)}"
                 )
 
 
@@ -265,12 +328,15 @@ def _build(
 
 
 def prepare_component(
-    model_class: type[Model], config_class: type[Config], folder: Path | str
+    model_class: type[Model],
+    config_class: type[Config],
+    folder: Path | str,
+    variant: str | None = None,
 ) -> Prepared:
     """The two halves of :func:`load_component`: check now, read when called."""
     model = _build(model_class, config_class, folder)
     rename = RENAMES.get(component_class(folder))
-    return prepare_weights(model, weight_files(folder), rename)
+    return prepare_weights(model, weight_files(folder, variant), rename)
 
 
 def load_component(
