@@ -67,7 +67,7 @@ def hollow(file: Path, tensors: dict[str, tuple[str, list[int]]], dtype="") -> P
 def test_single_manifests_are_consumed(shared, tmp_path, name, part, config):
     tensors = manifest(shared / "sd35/manifests/single" / f"{name}.tsv")
     file = hollow(tmp_path / f"{name}.safetensors", tensors)
-    prepared = single_file.prepare_part(part, *PARTS[part][1:], file)
+    prepared = single_file.prepare_part(part, *PARTS[part], file)
     assert prepared.model.config == config
     used = {n for source in prepared.sources.values() for n in source.names}
     prefix = single_file.PARTS[part][0]
@@ -88,7 +88,7 @@ def test_the_fp8_file_of_t5(shared, tmp_path):
     tensors = manifest(shared / "sd35/manifests/single/t5xxl_fp16.tsv")
     file = hollow(tmp_path / "t5xxl_fp8_e4m3fn.safetensors", tensors, "F8_E4M3")
     prepared = single_file.prepare_part(
-        "text_encoder_3", *PARTS["text_encoder_3"][1:], file
+        "text_encoder_3", *PARTS["text_encoder_3"], file
     )
     assert prepared.model.config == T5Config.t5_xxl()
 
@@ -100,7 +100,7 @@ def test_hub_manifests_are_consumed(shared, tmp_path, name, part, repository):
     (tmp_path / "config.json").write_text(config.read_text())
     kind = "diffusion_pytorch_model" if part in ("transformer", "vae") else "model"
     hollow(tmp_path / f"{kind}.safetensors", tensors)
-    prepared = weights.prepare_component(*PARTS[part][1:], tmp_path)
+    prepared = weights.prepare_component(*PARTS[part], tmp_path)
     used = {n for source in prepared.sources.values() for n in source.names}
     assert tensors.keys() - used <= weights.UNUSED
 
@@ -163,7 +163,7 @@ def test_a_projection_in_clip_l_is_not_sd3s(layouts, tmp_path):
     width = len(tensors["text_model.final_layer_norm.weight"])
     save_file(tensors | {"text_projection.weight": torch.ones(width, width)},
               tmp_path / given.name)  # fmt: skip
-    part = PARTS["text_encoder"][1:]
+    part = PARTS["text_encoder"]
     plain, other = (
         single_file.prepare_part("text_encoder", *part, file)("cpu", torch.float32)
         for file in (given, tmp_path / given.name)
