@@ -24,7 +24,7 @@ from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.engine.loading import blueprint
 from minidiff.engine.memory import GIB, Plan, place
 from minidiff.files.weights import Prepared
-from minidiff.flow_matching import Scheduler
+from minidiff.flow_matching import ClassifierFree, Scheduler
 from minidiff.sampling import Pipeline
 from minidiff.text_encoders import T5Config, T5Encoder
 from minidiff.vae import VAE, VAEConfig
@@ -133,7 +133,8 @@ def denoising_peak(config: MMDiTConfig, plan: Plan) -> float:
     pooled = torch.empty(2, 2048, device="meta", dtype=torch.bfloat16)
     sigmas = pipe.scheduler.sigmas(28)
     with fused_attention(), Count(model, plan) as count, torch.no_grad():
-        velocity = pipe.velocity(context, pooled, sigmas, 4.5)
+        answers = pipe.velocity(context, pooled, sigmas)
+        velocity = ClassifierFree(4.5)(answers, sigmas)
         for sigma, following in zip(sigmas[:2], sigmas[1:3], strict=True):
             x = x + (following - sigma) * velocity(x, sigma)
     return count.peak / GIB

@@ -6,7 +6,7 @@ Commands import what they need when they run, so that ``--help`` answers at once
 import functools
 import sys
 import warnings
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -240,16 +240,17 @@ def sample(
             scale = 1.0 if lora_scale is None else lora_scale
             load_lora(pipe, lora[0], scale, fused=compile)  # else exact: no rounding
         follow = {"callback_on_step_end": preview_into(preview)} if preview else {}
-        with skipping(pipe, blocks, skip_layer_scale):
-            for i in range(0, len(texts), batch_size):
-                first, part = i * num_images, texts[i : i + batch_size]
-                options = start | call | follow
-                pictures = draw(pipe, part, seed=seed + first, **options)
-                for name, picture in zip(names[first:], pictures, strict=False):
-                    if output is None and name.exists():  # since this run began
-                        name = output_files(None, 1, overwrite)[0]
-                    save_picture(picture, name, overwrite)
-                    print(name, flush=True)
+        if blocks:
+            follow |= skipping(pipe, guidance_scale, blocks, skip_layer_scale)
+        for i in range(0, len(texts), batch_size):
+            first, part = i * num_images, texts[i : i + batch_size]
+            options = start | call | follow
+            pictures = draw(pipe, part, seed=seed + first, **options)
+            for name, picture in zip(names[first:], pictures, strict=False):
+                if output is None and name.exists():  # since this run began
+                    name = output_files(None, 1, overwrite)[0]
+                save_picture(picture, name, overwrite)
+                print(name, flush=True)
 
     target = find_device(device), parse_dtype(dtype)
     from minidiff.engine.loading import load
@@ -313,14 +314,15 @@ def parse_blocks(numbers: str | None) -> list[int]:
         raise ValueError(f"{found}; expected whole numbers: 7,8,9") from None
 
 
-def skipping(pipe: "Pipeline", blocks: list[int], scale: float | None) -> Any:
-    """The context in which ``pipe`` draws: Skip Layer Guidance where there are any."""
-    if not blocks:
-        return nullcontext()
-    from minidiff.drawing.guidance import skip_layer_guidance
+def skipping(
+    pipe: "Pipeline", guidance_scale: float | None, blocks: list[int], scale: Any
+) -> dict[str, Any]:
+    """The arguments with which ``pipe`` draws with Skip Layer Guidance."""
+    from minidiff.drawing.guidance import SkipLayer
 
     strength = () if scale is None else (scale,)
-    return skip_layer_guidance(pipe, blocks, *strength)
+    guidance = SkipLayer(pipe.guidance(guidance_scale), tuple(blocks), *strength)
+    return {"guidance": guidance, "guidance_scale": None}
 
 
 def preview_into(file: Path) -> Any:

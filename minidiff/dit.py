@@ -568,6 +568,11 @@ class Modulations(NamedTuple):
         blocks = tuple((context[index], x[index]) for context, x in self.blocks)
         return Modulations(blocks, self.final[index])
 
+    def last(self, rows: int) -> "Modulations":
+        """Those of the last ``rows`` samples."""
+        blocks = tuple((context[-rows:], x[-rows:]) for context, x in self.blocks)
+        return Modulations(blocks, self.final[-rows:])
+
 
 # %% [markdown]
 # ## The whole transformer

@@ -27,6 +27,7 @@ After it you will be able to
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -710,6 +711,63 @@ def guide(v_neg: Tensor, v_pos: Tensor, scale: float) -> Tensor:
 
 
 # %% [markdown]
+# A solver follows one velocity and does not ask how it came about. So guidance is an
+# object that is called with the network's velocity and returns the guided one. Chapter
+# 8's pipeline takes any such object; another kind of guidance is another class, and
+# neither the solvers nor the network change. Both prompts go through the network in one
+# batch: the state is doubled, and the answer cut in two.
+
+
+# %%
+class Guidance:
+    """Makes of the network's velocity the one that a solver follows.
+
+    Where ``negative`` is set, the network is asked with the negative prompts too: a
+    state of 2·B rows is theirs and then the prompts', one of B rows the prompts' alone.
+    """
+
+    negative: ClassVar[bool] = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a picture notes of it."""
+        return {"guidance_scale": 1.0}
+
+    def check(self, pipe: Any) -> None:
+        """Raise ValueError where a pipeline cannot be guided so."""
+
+    def __call__(self, velocity: Callable[..., Tensor], sigmas: Tensor) -> Velocity:
+        """The velocity of x (B, …) at each of the levels ``sigmas`` (S + 1,)."""
+        raise NotImplementedError
+
+
+class NoGuidance(Guidance):
+    """The prompt's own velocity; negative prompts are not asked."""
+
+    def __call__(self, velocity: Callable[..., Tensor], sigmas: Tensor) -> Velocity:
+        return velocity
+
+
+@dataclass(frozen=True)
+class ClassifierFree(Guidance):
+    """:func:`guide` with ``scale``, both prompts in one batch."""
+
+    scale: float
+    negative: ClassVar[bool] = True
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"guidance_scale": self.scale}
+
+    def __call__(self, velocity: Callable[..., Tensor], sigmas: Tensor) -> Velocity:
+        def guided(x: Tensor, sigma: Tensor) -> Tensor:
+            v = velocity(torch.cat([x, x]), sigma)  # (2·B, …)
+            return guide(*v.chunk(2), self.scale)
+
+        return guided
+
+
+# %% [markdown]
 # In the plane the “prompt” is *upper moon*: the perfect velocity for its 60 points. The
 # empty prompt is the velocity for all 120. At one place, both arrows, and two guided
 # ones (again pointing where $\sigma$ falls):
@@ -748,15 +806,16 @@ def guide(v_neg: Tensor, v_pos: Tensor, scale: float) -> Tensor:
 
 # %% tags=["active-ipynb"]
 # both = pipe.encode_prompt(["", PROMPT])
+# sigmas = pipe.scheduler.sigmas(pipe.defaults.num_inference_steps)
 #
-# def guided(x: Tensor, sigma: Tensor) -> Tensor:
-#     v = pipe.transformer(x.repeat(2, 1, 1, 1), sigma.expand(2), *both)
-#     return guide(*v.chunk(2), pipe.defaults.guidance_scale)
+# def answers(x: Tensor, sigma: Tensor) -> Tensor:
+#     return pipe.transformer(x, sigma.expand(len(x)), *both)
+#
+# guided = ClassifierFree(pipe.defaults.guidance_scale)(answers, sigmas)
 
 # %% tags=["active-ipynb"]
 # track = []
 # keep = lambda step, sigma, x, x0_hat: track.append((sigma, x, x0_hat))
-# sigmas = pipe.scheduler.sigmas(pipe.defaults.num_inference_steps)
 # latents = euler(guided, noise, sigmas, keep)
 # sigmas, states, guesses = map(torch.stack, zip(*track))
 # rows = {"x": states[:, 0], "x̂₀": guesses[:, 0]}

@@ -25,7 +25,7 @@ After it you will be able to
 # %%
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,7 +35,16 @@ from torch import Tensor
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.files import layout
 from minidiff.files.pictures import to_pil
-from minidiff.flow_matching import Scheduler, Velocity, dpmpp_2m, euler, guide, heun
+from minidiff.flow_matching import (
+    ClassifierFree,
+    Guidance,
+    NoGuidance,
+    Scheduler,
+    dpmpp_2m,
+    euler,
+    guide,
+    heun,
+)
 from minidiff.interface import checks, output
 from minidiff.text_encoders import CLIPTextEncoder, T5Encoder, assemble
 from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
@@ -349,36 +358,45 @@ class Pipeline:
 
     @torch.no_grad()
     def velocity(
-        self,
-        context: Tensor,
-        pooled: Tensor,
-        sigmas: Tensor,
-        guidance_scale: float,
-        skip_layers: Sequence[int] = (),
-    ) -> Velocity:
-        """The transformer as the function ``v(x, sigma)`` that the solvers follow.
+        self, context: Tensor, pooled: Tensor, sigmas: Tensor
+    ) -> Callable[..., Tensor]:
+        """The transformer as a function ``v(x, sigma, skip_layers=())``.
 
-        ``sigma`` is one of ``sigmas``, for which all modulations are computed here.
-        With ``guidance_scale`` > 1 the rows of ``context`` and ``pooled`` are those of
-        the negative prompts, then those of the prompts. Blocks in ``skip_layers`` are
-        left out.
+        ``sigma`` is one of ``sigmas``, for which all modulations are computed here. A
+        state ``x`` of fewer rows than the text is asked with the last of the text: with
+        guidance the negative prompts come first, then the prompts. Blocks in
+        ``skip_layers`` are left out.
         """
         context, pooled = (x.to(self.device, self.dtype) for x in (context, pooled))
         levels = {sigma: i for i, sigma in enumerate(sigmas.tolist())}
         times = sigmas[:, None].to(self.device)  # (S,) → (S, 1)
         modulations = self.transformer.modulations(times, pooled)
 
-        guided = guidance_scale > 1
-
         @torch.no_grad()
-        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-            now = modulations.step(levels[sigma.item()])
+        def velocity(
+            x: Tensor, sigma: Tensor, skip_layers: Sequence[int] = ()
+        ) -> Tensor:
+            now = modulations.step(levels[sigma.item()]).last(len(x))
             how = {"modulations": now, "skip_layers": skip_layers}
-            x = (torch.cat([x, x]) if guided else x).to(self.dtype)
-            v = self.transformer(x, None, context, None, **how).float()
-            return guide(*v.chunk(2), guidance_scale) if guided else v
+            text = context[-len(x) :]
+            return self.transformer(x.to(self.dtype), None, text, None, **how).float()
 
         return velocity
+
+    def guidance(
+        self, scale: float | None = None, guidance: Guidance | None = None
+    ) -> Guidance:
+        """``guidance``, or else the classifier-free one of ``scale``; none for ≤ 1.
+
+        Without either it is the model's own. Raises ValueError for both.
+        """
+        if guidance is None:
+            scale = checks.guidance(scale, self.defaults.guidance_scale)
+            return ClassifierFree(scale) if scale > 1 else NoGuidance()
+        if scale is not None:
+            found = f"guidance_scale is {scale} and guidance {guidance}"
+            raise ValueError(f"{found}; expected one of the two")
+        return guidance
 
     @torch.no_grad()
     def denoise(
@@ -391,19 +409,21 @@ class Pipeline:
         sampler: str = "euler",
         callback_on_step_end: output.Callback | None = None,
         sigmas: Tensor | None = None,
+        guidance: Guidance | None = None,
     ) -> Tensor:
         """Noise ``latents`` (B, C, h, w) to data, scaled latents of the same shape.
 
         ``context`` (B, L, D) and ``pooled`` (B, P); with guidance twice as many rows,
         the negative prompts first. ``callback_on_step_end(pipe, step, timestep,
         {"latents": …, "denoised": x̂₀})`` may return {"latents": …} to replace them,
-        or raise StopIteration to end here. ``sigmas`` replaces the schedule.
+        or raise StopIteration to end here. ``sigmas`` replaces the schedule, and
+        ``guidance`` the one that ``guidance_scale`` stands for.
         """
         checks.check_solver(sampler, SAMPLERS, sigmas)
         steps = checks.given(num_inference_steps, self.defaults.num_inference_steps)
-        scale = checks.guidance(guidance_scale, self.defaults.guidance_scale)
+        guidance = self.guidance(guidance_scale, guidance)
         sigmas = checks.given(sigmas, self.scheduler.sigmas(steps))
-        velocity = self.velocity(context, pooled, sigmas, scale)
+        velocity = guidance(self.velocity(context, pooled, sigmas), sigmas)
         start = latents.to(self.device, torch.float32)
         with output.Watch(self, start, sigmas, callback_on_step_end) as watch:
             watch.latents = SAMPLERS[sampler](velocity, start, sigmas, watch)
@@ -440,6 +460,7 @@ class Pipeline:
         sampler: str = "euler",
         callback_on_step_end: output.Callback | None = None,
         sigmas: Tensor | None = None,
+        guidance: Guidance | None = None,
         output_type: str = "pil",
     ) -> "list[Image] | Tensor":
         """Draw ``num_images_per_prompt`` pictures for each prompt, prompt by prompt.
@@ -449,6 +470,7 @@ class Pipeline:
         (B, C, h, w) replace that noise. Guidance ≤ 1 ignores the negative prompt.
         ``prompt_2`` and ``prompt_3`` are read by CLIP-G and T5 in place of ``prompt``,
         likewise the negative ones. ``sigmas`` (S + 1,) replaces the model's schedule.
+        ``guidance`` is an object in place of ``guidance_scale``.
 
         Returns a list of PIL pictures; with ``output_type`` "pt" a tensor (B, 3, H, W)
         in [0, 1]; with "latent" the scaled latents. Raises ValueError or TypeError,
@@ -458,20 +480,22 @@ class Pipeline:
         no = negative_prompt, negative_prompt_2, negative_prompt_3
         negatives = checks.as_prompts(self, "negative_prompt", *no, count=len(prompts))
         steps = checks.given(num_inference_steps, self.defaults.num_inference_steps)
-        scale = checks.guidance(guidance_scale, self.defaults.guidance_scale)
+        guidance = self.guidance(guidance_scale, guidance)
+        guidance.check(self)
         how = SAMPLERS, sampler, output_type, max_sequence_length, sigmas
         checks.check_call(self, steps, num_images_per_prompt, *how)
         count = len(prompts) * num_images_per_prompt
-        n = checks.count_levels(scale, steps, sigmas)
+        n = checks.count_levels(guidance.negative, steps, sigmas)
         latents = self.prepare_latents(count, height, width, seed, latents, levels=n)
 
-        texts = checks.to_encode(prompts, negatives, scale)
+        texts = checks.to_encode(prompts, negatives, guidance)
         unique = list(dict.fromkeys(texts))
         context, pooled = self.encode_prompt(unique, max_sequence_length)
         rows = [unique.index(t) for t in texts for _ in range(num_images_per_prompt)]
         # (unique, L, D) → (B or 2·B, L, D)
-        given = context[rows], pooled[rows], steps, scale, sampler
-        latents = self.denoise(latents, *given, callback_on_step_end, sigmas)
+        given = context[rows], pooled[rows], steps, None, sampler
+        how = callback_on_step_end, sigmas, guidance
+        latents = self.denoise(latents, *given, *how)
         if output_type == "latent":
             return latents
         pictures = self.decode(latents)
@@ -808,7 +832,7 @@ class Pipeline:
 #
 # | what | in Python | in a terminal |
 # |---|---|---|
-# | Skip Layer Guidance, for Medium | `guidance.skip_layer_guidance` | `--skip-layers` |
+# | Skip Layer Guidance, for Medium | `guidance.SkipLayer` | `--skip-layers` |
 # | Image to image | `image_to_image.image_to_image` | `--image`, `--strength` |
 # | Inpainting | the same, with `mask_image` | `--mask` |
 # | LoRA: use one | `lora.load_lora` | `--lora`, `--lora-scale` |
@@ -872,6 +896,8 @@ class Pipeline:
 # guided velocity, `sigmas` the whole schedule.
 
 # %% tags=["active-ipynb", "exercise"]
+# from minidiff.flow_matching import Velocity
+#
 # def repaint(velocity: Velocity, x0: Tensor, sigmas: Tensor, strength: float):
 #     """From data ``x0`` (1, C, h, w) up to a level, with ``noise``, and back down."""
 #     raise NotImplementedError
@@ -879,7 +905,8 @@ class Pipeline:
 # %% tags=["active-ipynb", "check"]
 # @check
 # def exercise_8_2() -> None:
-#     velocity = pipe.velocity(context, pooled, sigmas, scale)
+#     answers = pipe.velocity(context, pooled, sigmas)
+#     velocity = ClassifierFree(scale)(answers, sigmas)
 #     kept = repaint(velocity, naive, sigmas, 0.0)
 #     assert torch.equal(kept, naive), "strength 0 should change nothing"
 #     full = repaint(velocity, naive, sigmas, 1.0)

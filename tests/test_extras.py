@@ -15,12 +15,13 @@ from test_sampling import LONG
 from torch._inductor.exc import InvalidCxxCompiler
 
 from minidiff import cli, sampling
-from minidiff.drawing.guidance import skip_layer_guidance
+from minidiff.drawing.guidance import SkipLayer
 from minidiff.drawing.image_to_image import image_to_image
 from minidiff.drawing.previews import Preview, fit_preview, show_previews
 from minidiff.files.pictures import read_settings, save_picture
 from minidiff.files.reading import read_prompts
 from minidiff.files.weights import Prepared
+from minidiff.flow_matching import ClassifierFree
 from minidiff.interface import checks
 from minidiff.lora import LowRank, save_lora
 from minidiff.vae import VAE, Posterior, VAEConfig
@@ -329,9 +330,11 @@ def test_pictures_over_pictures_carry_them_too(both, tmp_path):
     found = drawn[1].info
     assert own.items() <= found.items()
     assert found["sigmas"].count(",") == 1  # one step of two is left
-    with skip_layer_guidance(pipe, [1], 2.0, 0, 1):
-        found = pipe("a bag", **SHOWN, latents=pipe.prepare_latents(1, 24, 32))[0].info
+    guidance = SkipLayer(ClassifierFree(3.0), [1], 2.0, 0, 1)
+    latents = pipe.prepare_latents(1, 24, 32)
+    found = pipe("a bag", **SHOWN, latents=latents, guidance=guidance)[0].info
     assert (found["skip_layers"], found["skip_layer_scale"]) == ("1", 2.0)
+    assert found["guidance_scale"] == 3.0 and "guidance" not in found
     assert "seed" not in found and "skip_layers" not in pipe.settings
 
 

@@ -9,7 +9,8 @@ from helpers import relative_error
 from pipelines import pair
 
 from minidiff.drawing import guidance
-from minidiff.drawing.guidance import skip_layer_guidance
+from minidiff.drawing.guidance import SkipLayer
+from minidiff.flow_matching import ClassifierFree, NoGuidance
 
 CALL = {"num_inference_steps": 10, "guidance_scale": 4.0, "output_type": "latent"}
 CALL |= {"prompt": "a red dress", "negative_prompt": "a bag", "max_sequence_length": 20}
@@ -35,8 +36,9 @@ def theirs(reference, noise, layers, scale, start, stop):
 
 
 def ours(pipe, noise, *settings, **call):
-    with skip_layer_guidance(pipe, *settings):
-        return pipe(**CALL | call, latents=noise)
+    call = CALL | call
+    guidance = SkipLayer(pipe.guidance(call.pop("guidance_scale")), *settings)
+    return pipe(**call, latents=noise, guidance=guidance)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,8 @@ def test_same_latents_as_diffusers(both, settings):
 
 def mutant_window(sigmas, start, stop):
     steps = len(sigmas) - 1
-    return sigmas[[i for i in range(steps) if start * steps < i <= stop * steps]]
+    inside = [i for i in range(steps) if start * steps < i <= stop * steps]
+    return set(sigmas[inside].tolist())
 
 
 def mutant_guide(v_neg, v_pos, scale):
@@ -74,36 +77,41 @@ def test_parity_catches(both, monkeypatch, name, mutant):
 def test_published_window():
     for steps, inside in ((50, range(1, 10)), (40, range(1, 8)), (28, range(1, 6))):
         found = guidance.window(torch.arange(steps + 1.0), 0.01, 0.2)
-        assert found.tolist() == list(inside)
+        assert found == set(inside)
 
 
 def test_defaults_are_those_of_diffusers():
     diffusers = pytest.importorskip("diffusers")
     theirs = inspect.signature(diffusers.StableDiffusion3Pipeline.__call__).parameters
-    ours = inspect.signature(skip_layer_guidance).parameters
+    ours = inspect.signature(SkipLayer).parameters
     assert ours["layers"].default == (7, 8, 9)  # as published for SD3.5 Medium
     for name in ("scale", "start", "stop"):
         found = theirs[f"skip_layer_guidance_{name}"].default
         assert ours[name].default == found
 
 
-def test_the_pipeline_comes_back_as_it_was(both):
+def test_the_usual_scales_stand_for_objects(both):
     pipe, _ = both
     noise = pipe.prepare_latents(1)
-    before = pipe(**CALL, latents=noise)
-    with pytest.raises(RuntimeError), skip_layer_guidance(pipe, [1]):
-        raise RuntimeError
-    assert torch.equal(pipe(**CALL, latents=noise), before)
+    for scale, same in ((4.0, ClassifierFree(4.0)), (1.0, NoGuidance())):
+        call = CALL | {"negative_prompt": "", "latents": noise}
+        expected = pipe(**call | {"guidance_scale": scale})
+        given = call | {"guidance_scale": None, "guidance": same}
+        assert torch.equal(pipe(**given), expected)
+        assert pipe.guidance(scale).settings["guidance_scale"] == scale
+    text = (x.repeat(2, *[1] * (x.ndim - 1)) for x in pipe.encode_prompt("a red dress"))
+    with pytest.raises(ValueError, match=r"guidance_scale is 4\.0 and guidance Class"):
+        pipe.denoise(noise, *text, 2, 4.0, guidance=ClassifierFree(3.0))
 
 
-def test_it_is_on_once_at_a_time(both):
+def test_the_last_rows_are_the_prompts(both):
+    """A state of fewer rows than the text is asked with the prompts."""
     pipe, _ = both
-    noise = pipe.prepare_latents(1)
-    expected = ours(pipe, noise, [1])
-    with skip_layer_guidance(pipe, [1]):
-        with pytest.raises(ValueError, match="on already"):
-            ours(pipe, noise, [2])
-        assert torch.equal(pipe(**CALL, latents=noise), expected)
+    x, sigmas = pipe.prepare_latents(2), pipe.scheduler.sigmas(3)
+    context, pooled = pipe.encode_prompt(["", "a coat", "a bag", "a red dress"])
+    answers = pipe.velocity(context, pooled, sigmas)
+    expected = answers(torch.cat([x, x]), sigmas[1])[2:]
+    assert relative_error(answers(x, sigmas[1]), expected) <= BOUND
 
 
 def test_it_warns_where_it_is_not_meant(both, monkeypatch):
@@ -134,11 +142,3 @@ def test_it_warns_where_it_is_not_meant(both, monkeypatch):
 def test_bad_settings(both, settings, message):
     with pytest.raises(ValueError, match=message):
         ours(both[0], None, *settings)
-
-
-def test_what_changes_meanwhile_stays(both):
-    pipe, _ = both
-    with skip_layer_guidance(pipe, [1]):
-        pipe.settings |= {"lora": "loaded.safetensors"}
-        assert pipe.settings["skip_layers"] == "1"
-    assert pipe.settings.pop("lora") and "skip_layers" not in pipe.settings

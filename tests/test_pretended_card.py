@@ -10,7 +10,7 @@ from pretended_card import OnCard, PretendedCard, bare
 
 import minidiff
 from minidiff import lora
-from minidiff.drawing.guidance import skip_layer_guidance
+from minidiff.drawing.guidance import SkipLayer
 from minidiff.drawing.image_to_image import image_to_image
 from minidiff.training import TrainingConfig, fit
 
@@ -57,8 +57,8 @@ def repaint(pipe):
 
 
 def skipping(pipe):
-    with skip_layer_guidance(pipe, [1], stop=1.0):
-        return pipe(PROMPT, **CALL)
+    guidance = SkipLayer(pipe.guidance(), [1], stop=1.0)
+    return pipe(PROMPT, guidance=guidance, **CALL)
 
 
 def with_lora(pipe):

@@ -181,7 +181,7 @@ def mutant_positions(self, height, width):
 
 sampling_assemble = sampling.assemble
 MUTANTS = {
-    "guidance from the wrong end": ("minidiff.sampling.guide", mutant_guide),
+    "guidance from the wrong end": ("minidiff.flow_matching.guide", mutant_guide),
     "CLIP-G before CLIP-L": ("minidiff.sampling.assemble", mutant_assemble),
     "a schedule without shift": (
         "minidiff.flow_matching.Scheduler.sigmas",
@@ -453,7 +453,7 @@ def test_each_pair_of_parts_must_fit(pipe, change, message):
 
 def test_ones_own_solver_keeps_no_graph(pipe):
     context, pooled = pipe.encode_prompt(["a bag"])
-    velocity = pipe.velocity(context.double(), pooled, torch.ones(1), 1.0)
+    velocity = pipe.velocity(context.double(), pooled, torch.ones(1))
     v = velocity(pipe.prepare_latents(1), torch.ones(()))
     assert torch.is_grad_enabled() and not v.requires_grad
 

@@ -10,94 +10,96 @@ scales for x̂₀ and for v are one and the same.
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from minidiff.flow_matching import Velocity, guide
+from minidiff.flow_matching import ClassifierFree, Guidance, Velocity, guide
 from minidiff.interface.checks import warn
-from minidiff.sampling import Pipeline
 
 
-@contextmanager
-def skip_layer_guidance(
-    pipe: Pipeline,
-    layers: Sequence[int] = (7, 8, 9),
-    scale: float = 2.8,
-    start: float = 0.01,
-    stop: float = 0.2,
-) -> Iterator[None]:
-    """Within this context every guided picture of ``pipe`` also skips layers.
+@dataclass(frozen=True)
+class SkipLayer(Guidance):
+    """Another guidance, moved away from the prompt's velocity without some blocks.
 
     ``layers`` are the blocks left out; of N steps those with start·N < i < stop·N
     count. The defaults are diffusers' for SD3.5 Medium (the reference code has 2.5).
-    Raises ValueError for blocks that the model lacks; warns where the model is not
-    meant for it.
+    Where ``guidance`` is not classifier-free, it does nothing and says so.
     """
-    check(pipe, layers, scale, start, stop)
-    plain = pipe.velocity
 
-    def velocity(
-        context: Tensor, pooled: Tensor, sigmas: Tensor, guidance_scale: float
+    guidance: Guidance
+    layers: Sequence[int] = (7, 8, 9)
+    scale: float = 2.8
+    start: float = 0.01
+    stop: float = 0.2
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if not math.isfinite(self.scale):
+            found = f"skip_layer_scale is {self.scale}"
+            raise ValueError(f"{found}; expected a finite number")
+        if not 0 <= self.start < self.stop <= 1:
+            found = f"the window is {self.start} to {self.stop}"
+            raise ValueError(f"{found}; expected 0 ≤ start < stop ≤ 1")
+
+    @property
+    def negative(self) -> bool:
+        """As the guidance beneath."""
+        return self.guidance.negative
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The guidance beneath, the blocks and the scale."""
+        skipped = ",".join(map(str, self.layers))
+        own = {"skip_layers": skipped, "skip_layer_scale": self.scale}
+        return self.guidance.settings | own
+
+    def check(self, pipe: Any) -> None:
+        """Raise ValueError for blocks that the model lacks.
+
+        Warns where the model is not meant for it.
+        """
+        blocks = pipe.transformer.config.num_layers
+        if not self.layers or not all(0 <= layer < blocks for layer in self.layers):
+            raise ValueError(
+                f"skip layers are {list(self.layers)}; expected some of 0 to "
+                f"{blocks - 1}, the blocks of this model"
+            )
+        if pipe.name != "sd3.5-medium":
+            known = "Skip Layer Guidance was published for sd3.5-medium"
+            warnings.warn(f"{known}; this is {pipe.name}", stacklevel=1)
+        self.guidance.check(pipe)
+
+    def __call__(self, velocity: Callable[..., Tensor], sigmas: Tensor) -> Velocity:
+        inside = window(sigmas, self.start, self.stop)
+        if not isinstance(self.guidance, ClassifierFree):
+            warn("Skip Layer Guidance does nothing without guidance")
+        elif not inside:
+            warn("Skip Layer Guidance does nothing in so few steps")
+        else:
+            return self.steered(velocity, self.guidance.scale, inside)
+        return self.guidance(velocity, sigmas)
+
+    def steered(
+        self, velocity: Callable[..., Tensor], scale: float, inside: Collection[float]
     ) -> Velocity:
-        inside = window(sigmas, start, stop)
-        if guidance_scale <= 1 or not len(inside):
-            why = "without guidance" if guidance_scale <= 1 else "in so few steps"
-            warn(f"Skip Layer Guidance does nothing {why}")
-            return plain(context, pooled, sigmas, guidance_scale)
-        both = plain(context, pooled, sigmas, 1.0)
-        positive = context.chunk(2)[1], pooled.chunk(2)[1]
-        skipped = plain(*positive, inside, 1.0, skip_layers=layers)
-        levels = set(inside.tolist())
+        """The guided velocity, at the levels ``inside`` moved away from the other."""
 
         def guided(x: Tensor, sigma: Tensor) -> Tensor:
-            v_neg, v_pos = both(torch.cat([x, x]), sigma).chunk(2)
-            v = guide(v_neg, v_pos, guidance_scale)
-            if sigma.item() in levels:
-                v = v + scale * (v_pos - skipped(x, sigma))
-            return v
+            v_neg, v_pos = velocity(torch.cat([x, x]), sigma).chunk(2)  # 2 × (B, …)
+            v = guide(v_neg, v_pos, scale)
+            if sigma.item() not in inside:
+                return v
+            return v + self.scale * (v_pos - velocity(x, sigma, self.layers))
 
         return guided
 
-    about = {"skip_layers": ",".join(map(str, layers)), "skip_layer_scale": scale}
-    pipe.velocity = velocity
-    pipe.settings = pipe.settings | about
-    try:
-        yield
-    finally:
-        del pipe.velocity
-        kept = {k: v for k, v in pipe.settings.items() if k not in about}
-        pipe.settings = kept
 
-
-def window(sigmas: Tensor, start: float, stop: float) -> Tensor:
-    """The levels (n,) at which steps i with start·N < i < stop·N begin."""
+def window(sigmas: Tensor, start: float, stop: float) -> set[float]:
+    """The levels at which steps i with start·N < i < stop·N begin, of N + 1."""
     steps = len(sigmas) - 1
-    return sigmas[[i for i in range(steps) if start * steps < i < stop * steps]]
-
-
-def check(
-    pipe: Pipeline, layers: Sequence[int], scale: float, start: float, stop: float
-) -> None:
-    """Raise ValueError for what the model cannot skip; warn where it should not."""
-    if "velocity" in vars(pipe):
-        raise ValueError("Skip Layer Guidance is on already; expected one at a time")
-    blocks = pipe.transformer.config.num_layers
-    if not layers or not all(0 <= layer < blocks for layer in layers):
-        raise ValueError(
-            f"skip layers are {list(layers)}; expected some of 0 to {blocks - 1}, "
-            "the blocks of this model"
-        )
-    if not math.isfinite(scale):
-        raise ValueError(f"skip_layer_scale is {scale}; expected a finite number")
-    if not 0 <= start < stop <= 1:
-        raise ValueError(
-            f"the window is {start} to {stop}; expected 0 ≤ start < stop ≤ 1"
-        )
-    if pipe.name != "sd3.5-medium":
-        warnings.warn(
-            f"Skip Layer Guidance was published for sd3.5-medium; this is {pipe.name}",
-            stacklevel=4,
-        )
+    inside = [i for i in range(steps) if start * steps < i < stop * steps]
+    return set(sigmas[inside].tolist())

@@ -59,8 +59,9 @@ def image_to_image(
     sigmas = pipe.scheduler.sigmas(steps)[first_step(steps, strength) :]
     image, mask = open_pictures(image, mask_image)
     width, height = map(checks.given, (width, height), size(image))
-    scale = checks.guidance(call.get("guidance_scale"), pipe.defaults.guidance_scale)
-    levels = checks.count_levels(scale, steps, sigmas)
+    guidance = pipe.guidance(call.get("guidance_scale"), call.get("guidance"))
+    guidance.check(pipe)
+    levels = checks.count_levels(guidance.negative, steps, sigmas)
     shape = latent_shape(pipe, count, height, width, levels)
     pictures = as_tensor("image", image, "RGB", height, width, count) * 2 - 1
     if mask is not None:

@@ -140,7 +140,7 @@ def usual_size(models: Mapping[str, nn.Module]) -> tuple[int, ...]:
 
 def usual_levels(pipe: Any) -> int:
     """``Call.levels`` with the steps and the guidance that a model is meant for."""
-    return count_levels(pipe.defaults.guidance_scale, pipe.defaults.num_inference_steps)
+    return count_levels(pipe.guidance().negative, pipe.defaults.num_inference_steps)
 
 
 def estimate(plan: Plan, call: Call) -> float:

@@ -42,17 +42,16 @@ def as_prompts(
 
 
 def to_encode(
-    prompts: list[Triple], negatives: list[Triple], scale: float
+    prompts: list[Triple], negatives: list[Triple], guidance: Any
 ) -> list[Triple]:
     """What the encoders read: with guidance the negative prompts before the others.
 
     Warns of negative prompts that no guidance leads away from.
     """
-    if scale > 1:
+    if guidance.negative:
         return negatives + prompts
     if any(map(any, negatives)):
-        what = "negative_prompt does nothing without guidance"
-        warn(f"{what}: guidance_scale is {scale:g}")
+        warn("negative_prompt does nothing without guidance (guidance_scale above 1)")
     return prompts
 
 
@@ -184,9 +183,9 @@ def check_size(name: str, size: int, grid: int, largest: int) -> None:
         )
 
 
-def count_levels(scale: float, steps: int, sigmas: Tensor | None = None) -> int:
+def count_levels(negative: bool, steps: int, sigmas: Tensor | None = None) -> int:
     """Noise levels of a call times its rows (two with guidance): ``memory.Call``'s."""
-    return (1 + (scale > 1)) * (steps + 1 if sigmas is None else len(sigmas))
+    return (1 + negative) * (steps + 1 if sigmas is None else len(sigmas))
 
 
 def check_parts(text_encoders: Sequence[Any], transformer: Any, vae: Any) -> None:

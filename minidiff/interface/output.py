@@ -117,6 +117,8 @@ def settings(pipe: Any, given: Mapping[str, Any], index: int) -> dict[str, Any]:
     if given.get("sigmas") is not None:
         given["num_inference_steps"] = len(given["sigmas"]) - 1
     row = index // given.pop("num_images_per_prompt")
+    if guidance := given.pop("guidance", None):
+        given |= guidance.settings
     usual = pipe.defaults._asdict() | {"max_sequence_length": pipe.max_sequence_length}
     given |= {k: v for k, v in usual.items() if given.get(k) is None}
     given["seed"] = given["seed"] + index if given.get("latents") is None else None
