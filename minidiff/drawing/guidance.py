@@ -9,7 +9,6 @@ scales for x̂₀ and for v are one and the same.
 """
 
 import math
-import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +69,7 @@ class SkipLayer(Guidance):
             )
         if pipe.name != "sd3.5-medium":
             known = "Skip Layer Guidance was published for sd3.5-medium"
-            warnings.warn(f"{known}; this is {pipe.name}", stacklevel=1)
+            warn(f"{known}; this is {pipe.name}")
         self.guidance.check(pipe)
 
     def __call__(self, velocity: Callable[..., Tensor], sigmas: Tensor) -> Velocity:

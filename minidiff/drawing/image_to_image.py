@@ -5,6 +5,7 @@ and only the rest of the schedule is solved; with a mask, everything outside of 
 put back after each step. Steps, numbers and random draws are those of diffusers.
 """
 
+import warnings
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,8 @@ def image_to_image(
     image, mask = open_pictures(image, mask_image)
     width, height = map(checks.given, (width, height), size(image))
     guidance = pipe.guidance(call.get("guidance_scale"), call.get("guidance"))
-    guidance.check(pipe)
+    with warnings.catch_warnings(action="ignore"):  # the pipeline's call tells them
+        guidance.check(pipe)
     levels = checks.count_levels(guidance.negative, steps, sigmas)
     shape = latent_shape(pipe, count, height, width, levels)
     pictures = as_tensor("image", image, "RGB", height, width, count) * 2 - 1
