@@ -11,7 +11,13 @@ from torch import nn
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.files import configurations, hub, published, reading, single_file
 from minidiff.files.layout import ENCODERS, SCHEDULER, read_index
-from minidiff.files.weights import TINY, Prepared, load_component, prepare_component
+from minidiff.files.weights import (
+    TINY,
+    Prepared,
+    load_component,
+    open_tensors,
+    prepare_component,
+)
 from minidiff.flow_matching import Scheduler
 from minidiff.interface import checks
 from minidiff.sampling import Pipeline
@@ -174,9 +180,9 @@ def open_single_file(
             f"{file}: text encoders are not read from it; expected text_encoders="
             "folder, with clip_l.safetensors, clip_g.safetensors, … and the tokenizers"
         )
-    folder = Path(text_encoders)
+    folder, opened = Path(text_encoders), open_tensors(file)
     parts = {
-        name: single_file.prepare_part(name, *PARTS[name], file)
+        name: single_file.prepare_part(name, *PARTS[name], opened)
         for name in ("transformer", "vae")
     }
     if (folder / "text_encoder").is_dir():
