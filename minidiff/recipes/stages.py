@@ -29,17 +29,17 @@ from minidiff.recipes.transformer_stage import transformer_lesson
 from minidiff.recipes.vae_stage import vae_lesson
 from minidiff.training import fit
 
-TEXTS = (*TOKENIZERS, *ENCODERS)
+CLIP_L, CLIP_G, T5 = ENCODERS
 STAGES = (  # in the order in which one needs another
     Stage("tokenizers", train_tokenizers, makes=tuple(TOKENIZERS)),
-    Stage("clip", clip_lesson, needs=tuple(TOKENIZERS), makes=ENCODERS[:2]),
-    Stage("t5", t5_lesson, needs=tuple(TOKENIZERS), makes=ENCODERS[2:]),
+    Stage("clip", clip_lesson, needs=tuple(TOKENIZERS), makes=(CLIP_L, CLIP_G)),
+    Stage("t5", t5_lesson, needs=tuple(TOKENIZERS), makes=(T5,)),
     Stage("vae", vae_lesson, makes=("vae",), goes_on=True),
     Stage("judge", judge_lesson, only="composed"),
     Stage(
         "transformer",
         transformer_lesson,
-        needs=(*TEXTS, "vae"),
+        needs=(*TOKENIZERS, *ENCODERS, "vae"),
         makes=("transformer",),
         goes_on=True,
     ),

@@ -140,6 +140,6 @@ def t5_lesson(job: Job) -> Lesson:
         }
 
     def export(model: nn.Module) -> None:
-        export_part(job, model.encoder, ENCODERS[2])
+        export_part(job, model.encoder, "text_encoder_3")
 
     return Lesson(Task(T5Training(T5Encoder(T5Config.tiny())), t5_loss, batch), export)
