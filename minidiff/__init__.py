@@ -1,7 +1,6 @@
 """minidiff: Stable Diffusion 3.5 from scratch, as a book and as a package."""
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as typing's, which Ctrl-C would interrupt while it is imported
 if TYPE_CHECKING:
     from minidiff.engine.loading import load
     from minidiff.sampling import Pipeline
@@ -9,7 +8,7 @@ if TYPE_CHECKING:
 __all__ = ["Pipeline", "load"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import the pipeline when it is first asked for."""
     if name not in __all__:
         raise AttributeError(f"module 'minidiff' has no attribute {name!r}")

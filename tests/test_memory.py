@@ -357,7 +357,7 @@ def test_what_was_rehearsed_is_what_is_loaded(calls, monkeypatch, card, size, ho
     monkeypatch.setattr(memory, "tile", lambda vae, _: vae)
     with pytest.raises(ValueError, match="needs about"):
         memory.load_parts(parts, "cuda", torch.bfloat16, **how)
-    plan = rehearse(small, "sd3.5-large", "cuda", **how)
+    plan = rehearse(small, "sd3.5-large", "cuda", **how).plan
     loaded = memory.load_parts(parts, "cuda", torch.bfloat16, plan)
     assert set(loaded[0].values()) == {plan} and loaded[1] == plan
     card(3)
@@ -367,8 +367,9 @@ def test_what_was_rehearsed_is_what_is_loaded(calls, monkeypatch, card, size, ho
 
 def test_a_rehearsal_weighs_what_its_plan_leaves_in_the_files(calls):
     how = {"dtype": torch.bfloat16, "memory": "12GB"}
-    plan = rehearse(lambda pipe: pipe("a bag"), "sd3.5-large", "cpu", **how)
+    plan, room = rehearse(lambda pipe: pipe("a bag"), "sd3.5-large", "cpu", **how)
     assert plan == choose("12GB", calls["large"]) != Plan()
+    assert memory.working(plan, calls["large"]) <= room <= 12e9
 
 
 def test_a_rehearsal_tries_a_lora_on_its_plan(tmp_path):

@@ -5,7 +5,9 @@ is fitted to the autoencoder at hand by least squares, on the scenes of the pack
 on any pictures.
 """
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,7 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minidiff.files.pictures import to_pil
+from minidiff.files.writing import replacing
 from minidiff.interface import output
+from minidiff.interface.terminal import tell
 from minidiff.vae import VAE
 
 if TYPE_CHECKING:
@@ -65,5 +69,24 @@ def show_previews(
         pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]
     ) -> None:
         show(step, to_pil(preview(tensors["denoised"])))
+
+    return callback
+
+
+def write_previews(file: Path) -> output.Callback:
+    """A callback that writes each step's first estimate, enlarged, into ``file``."""
+    fit = functools.cache(fit_preview)
+
+    def callback(
+        pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]
+    ) -> None:
+        small = to_pil(fit(pipe.vae)(tensors["denoised"][:1]))[0]
+        side = pipe.vae.config.factor
+        large = small.resize((small.width * side, small.height * side), resample=0)
+        try:
+            with replacing(file) as part:  # a viewer never sees half of it
+                large.save(part, "PNG")
+        except OSError as error:  # on Windows, say, a viewer has it open
+            tell(f"no preview of this step: {error}")
 
     return callback

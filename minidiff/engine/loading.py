@@ -14,13 +14,13 @@ from minidiff.files.layout import ENCODERS, SCHEDULER, read_index
 from minidiff.files.weights import (
     TINY,
     Prepared,
+    count_parameters,
     load_component,
-    open_tensors,
     prepare_component,
 )
 from minidiff.flow_matching import Scheduler
 from minidiff.interface import checks
-from minidiff.sampling import Pipeline
+from minidiff.sampling import DEFAULTS, Pipeline, recognize
 from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
 from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
 from minidiff.vae import VAE, VAEConfig
@@ -180,9 +180,9 @@ def open_single_file(
             f"{file}: text encoders are not read from it; expected text_encoders="
             "folder, with clip_l.safetensors, clip_g.safetensors, … and the tokenizers"
         )
-    folder, opened = Path(text_encoders), open_tensors(file)
+    folder = Path(text_encoders)
     parts = {
-        name: single_file.prepare_part(name, *PARTS[name], opened)
+        name: single_file.prepare_part(name, *PARTS[name], file)
         for name in ("transformer", "vae")
     }
     if (folder / "text_encoder").is_dir():
@@ -299,3 +299,20 @@ def read_scheduler(folder: Path) -> Scheduler:
     if scheduler.shift <= 0 or scheduler.num_train_timesteps < 1:
         raise ValueError(f"{folder}: {scheduler}; expected positive numbers")
     return scheduler
+
+
+def describe(model: Path | str) -> str:
+    """A table of a model's parts, and how it is meant to be drawn from."""
+    parts = blueprint(model)
+    sizes = {name: count_parameters(part) for name, part in parts.items()}
+    rows = [f"{'part':<16}{'parameters':>16}{'MB':>10}"]
+    for name, size in (sizes | {"all": sum(sizes.values())}).items():
+        rows.append(f"{name:<16}{size:>16,}{2 * size / 1e6:>10,.1f}")
+    config = parts["transformer"].config
+    side = config.sample_size * parts["vae"].config.factor
+    usual = DEFAULTS[recognize(known_as(model), config)]
+    rows.append(
+        f"{side}×{side} pixels, {usual.num_inference_steps} steps, "
+        f"guidance {usual.guidance_scale}"
+    )
+    return "\n".join(rows)

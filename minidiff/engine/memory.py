@@ -11,7 +11,9 @@ half of its place in bfloat16.
 import gc
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +33,10 @@ GIB = 2**30
 RESERVE = 0.6 * GIB  # what CUDA itself and the allocator's gaps take
 BUDGETS = ("8GB", "12GB", "16GB", "24GB")
 NOTHING = (0, 16, 0, 0)  # no latents: the weights alone
+
+
+class NoRoom(ValueError):
+    """A call needs more memory than is left beside the weights."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class Plan:
         return ", ".join(changed) or "everything resident"
 
     def check_room(self, pipe: Any, size: tuple[int, ...], levels: int) -> None:
-        """Raise ValueError where latents of ``size`` need more memory than is left.
+        """Raise NoRoom where latents of ``size`` need more memory than is left.
 
         ``pipe`` is loaded: what its weights take is gone from ``pipe.room``, and from
         the card, if it is on one. ``levels`` are those of ``Call``.
@@ -87,7 +93,7 @@ class Plan:
             free = free_memory(pipe.device, need)
             left, whose = min((left, whose), (free, "the card"))
         if need > left:
-            raise ValueError(
+            raise NoRoom(
                 f"{pixels(size, pipe.vae)} at once take about {need / 1e9:.1f}GB "
                 f"beside the weights; {whose} has {left / 1e9:.1f}GB left: expected "
                 "fewer or smaller ones, or a tighter plan"
@@ -278,6 +284,44 @@ def free_memory(device: torch.device, need: float) -> int:
         gc.collect()
         free = free_now(device)
     return free
+
+
+def free_host() -> float:
+    """The bytes of the machine's memory that are free; infinite where it says none.
+
+    A container's own limit counts too.
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return math.inf
+    known = dict(line.split(":", 1) for line in lines)
+    free = [1024 * int(known["MemAvailable"].split()[0])]
+    with suppress(OSError, ValueError):  # ValueError for "max"
+        limit, used = (
+            int(Path(f"/sys/fs/cgroup/memory.{name}").read_text())
+            for name in ("max", "current")
+        )
+        free.append(limit - used)
+    return max(0, min(free))
+
+
+def room_for_more(
+    memory: str | Plan | None, plan: Plan, call: Call, device: torch.device
+) -> float:
+    """How many bytes larger calls than ``call`` may take beside the weights.
+
+    That is what a budget leaves, and on a CPU half of the free memory; on a GPU what
+    the card has is asked at each call.
+    """
+    need = working(plan, call)
+    weights = estimate(plan, call) - need
+    room = math.inf
+    if isinstance(memory, str):
+        room = parse_budget(memory) - RESERVE - weights
+    if device.type == "cpu":
+        room = min(room, (free_host() - weights) / 2)
+    return max(room, need)
 
 
 def free_now(device: torch.device) -> int:

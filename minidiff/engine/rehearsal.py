@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from minidiff.engine.memory import (
     check_device,
     choose,
     requested,
+    room_for_more,
     stand_in,
     usual_levels,
     usual_size,
@@ -34,6 +35,13 @@ from minidiff.sampling import Pipeline
 
 class Began(Exception):
     """The call passed its checks."""
+
+
+class Fit(NamedTuple):
+    """The plan with which a call fits, and what larger calls may take in bytes."""
+
+    plan: Plan
+    room: float
 
 
 class Rehearsal(Pipeline):
@@ -64,12 +72,12 @@ def rehearse(
     text_encoders: Path | str | None = None,
     memory: Any = None,
     **knobs: Any,
-) -> Plan:
+) -> Fit:
     """Call ``perform`` with a rehearsal of ``model``; its errors are the real call's.
 
     So is that of a card too small for the call. The arguments are those of
-    ``minidiff.load``. Warnings wait for the real call. Returns the plan of memory with
-    which the call fits; where one was asked for it is printed in one line.
+    ``minidiff.load``. Warnings wait for the real call. Where a plan of memory was asked
+    for it is printed in one line.
     """
     device, dtype = check_target(device, dtype)
     opened = outline(model, text_encoders, memory, knobs)
@@ -84,7 +92,7 @@ def rehearse(
         attempt(perform, opened, plan)
     if memory is not None or knobs:
         announce(plan, call)
-    return plan
+    return Fit(plan, room_for_more(memory, plan, call, device))
 
 
 def attempt(

@@ -6,15 +6,15 @@ large is imported here.
 
 import math
 import warnings
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageOps
-
 from minidiff.files.writing import creating, replacing
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
 # Not PostScript, for which PIL would start another program on what the file says
@@ -23,12 +23,14 @@ MOST_PIXELS = 2**26  # 0.2 GB in RGB, and several times that while it is convert
 LONGEST = 2**22  # bytes of one text; PIL reads 64 MiB of them in all
 
 
-def open_picture(file: Path | str) -> Image.Image:
+def open_picture(file: Path | str) -> "Image":
     """The picture in a file, all of it read, and turned as the camera was held.
 
     Raises ValueError for what is no picture, damaged, or too large to be drawn from;
     OSError for what is no file.
     """
+    from PIL import ImageOps
+
     try:
         with warnings.catch_warnings(action="ignore"), open_header(file) as picture:
             if math.prod(picture.size) <= MOST_PIXELS:
@@ -44,15 +46,19 @@ def open_picture(file: Path | str) -> Image.Image:
     return picture
 
 
-def open_header(file: Path | str) -> Image.Image:
+def open_header(file: Path | str) -> "Image":
     """A picture of which the header is read; ValueError for a pipe or a device."""
+    from PIL import Image
+
     if Path(file).exists() and not Path(file).is_file():
         raise ValueError("it is a folder, a pipe or a device")
     return Image.open(file, formats=FORMATS)
 
 
-def to_pil(pictures: "Tensor") -> list[Image.Image]:
+def to_pil(pictures: "Tensor") -> "list[Image]":
     """Pictures (B, 3, H, W) in [0, 1] → PIL, rounded to the nearest of 256 levels."""
+    from PIL import Image
+
     values = (pictures * 255).round().byte().cpu()
     values = values.permute(0, 2, 3, 1)  # (B, 3, H, W) → (B, H, W, 3)
     return [Image.fromarray(picture.numpy()) for picture in values]
@@ -67,11 +73,38 @@ def save_sheet(pictures: "Tensor", columns: int, file: Path) -> None:
         to_pil(sheet[None])[0].save(part, "PNG", optimize=True)
 
 
-def in_rgb(picture: Image.Image) -> Image.Image:
+def thumbnail(picture: "Image", side: int = 256) -> "Image":
+    """A picture of at most ``side`` pixels; a small one in whole enlarged pixels."""
+    from PIL import Image
+
+    scale = side / max(picture.size)
+    scale = int(scale) if scale >= 1 else scale
+    width, height = (max(1, round(length * scale)) for length in picture.size)
+    how = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
+    return picture.resize((width, height), how)
+
+
+def contact_sheet(pictures: "Sequence[Image]", gap: int = 8) -> "Image":
+    """Pictures row by row on white, about as many rows as columns."""
+    from PIL import Image
+
+    columns = math.ceil(math.sqrt(len(pictures)))
+    width, height = (gap + max(p.size[i] for p in pictures) for i in (0, 1))
+    rows = math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
+    for i, picture in enumerate(pictures):
+        row, column = divmod(i, columns)
+        sheet.paste(picture, (gap + column * width, gap + row * height))
+    return sheet
+
+
+def in_rgb(picture: "Image") -> "Image":
     """A picture in RGB; what is transparent lies on white, 16 bits become 8.
 
     Raises ValueError where the range of the values is not known.
     """
+    from PIL import Image
+
     picture = in_eight_bits(picture)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
@@ -80,7 +113,7 @@ def in_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def in_gray(picture: Image.Image) -> Image.Image:
+def in_gray(picture: "Image") -> "Image":
     """A mask in 8 bits; what is transparent counts with the colour that it has.
 
     Raises ValueError where the range of the values is not known.
@@ -89,13 +122,14 @@ def in_gray(picture: Image.Image) -> Image.Image:
     return (picture.convert("RGB") if picture.mode == "LAB" else picture).convert("L")
 
 
-def in_eight_bits(picture: Image.Image) -> Image.Image:
+def in_eight_bits(picture: "Image") -> "Image":
     """A picture of 16 bits a value, or of fractions from 0 to 1, in 8; others as is.
 
     Raises ValueError for other fractions, and for whole numbers of 32 bits that do not
     need 9 to 16 of them: black and white may be anywhere.
     """
     import numpy as np
+    from PIL import Image
 
     if picture.mode[0] not in "IF":
         return picture
@@ -103,8 +137,9 @@ def in_eight_bits(picture: Image.Image) -> Image.Image:
     low, high = values.min(), values.max()
     if picture.mode == "F" and 0 <= low <= high <= 1:
         return Image.fromarray((values * 255).round().astype("uint8"))
-    if picture.mode.startswith("I;16") or (low == high == 0) or 255 < high < 2**16:
-        return Image.fromarray((values.clip(0) // 257).astype("uint8"))
+    deep = picture.mode == "I" and (high == 0 or 255 < high < 2**16)
+    if low >= 0 and (deep or picture.mode.startswith("I;16")):
+        return Image.fromarray((values // 257).astype("uint8"))
     name = getattr(picture, "filename", "") or "the picture"
     found = f"{name} holds values of 32 bits from {low:g} to {high:g}"
     raise ValueError(
@@ -112,7 +147,7 @@ def in_eight_bits(picture: Image.Image) -> Image.Image:
     )
 
 
-def is_transparent(picture: Image.Image) -> bool:
+def is_transparent(picture: "Image") -> bool:
     """Whether any pixel of a picture lets through what lies beneath."""
     if not picture.has_transparency_data:
         return False
@@ -120,7 +155,7 @@ def is_transparent(picture: Image.Image) -> bool:
     return alpha.getextrema() != (255, 255)
 
 
-def to_tensor(picture: Image.Image) -> "Tensor":
+def to_tensor(picture: "Image") -> "Tensor":
     """A picture as uint8 (3, H, W)."""
     import numpy as np
     import torch
@@ -139,7 +174,7 @@ def from_bytes(images: "Tensor") -> "Tensor":
     return images.float() / 127.5 - 1
 
 
-def save_picture(picture: Image.Image, file: Path | str, replace: bool = False) -> None:
+def save_picture(picture: "Image", file: Path | str, replace: bool = False) -> None:
     """Write a PNG that carries the numbers and texts of ``picture.info``.
 
     There every picture that a pipeline draws has its prompt, seed, model and settings;

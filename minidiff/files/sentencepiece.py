@@ -9,15 +9,11 @@ import struct
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import regex
 
-from minidiff.files.reading import LONGEST_TABLE, read_bytes
-
 _UNIGRAM = 1
-MOST_PIECES = 500_000  # T5 has 32,000
-LONGEST_REPLACEMENT = 256  # bytes that one character becomes; T5's longest has 33
 
 
 class Piece(NamedTuple):
@@ -34,7 +30,7 @@ def read_model(path: str | Path) -> tuple[list[Piece], bytes]:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or holds another model than Unigram.
     """
-    data = read_bytes(path, LONGEST_TABLE)
+    data = Path(path).read_bytes()
     try:
         pieces, charsmap, kind = _parse_model(data)
     except (LookupError, TypeError, AttributeError, struct.error, ValueError) as error:
@@ -48,15 +44,12 @@ def read_model(path: str | Path) -> tuple[list[Piece], bytes]:
 
 
 def _parse_model(data: bytes) -> tuple[list[Piece], bytes, int]:
-    pieces: list[Piece] = []
-    charsmap, kind = b"", _UNIGRAM
+    pieces, charsmap, kind = [], b"", _UNIGRAM
     for field, value in _fields(data):
         if field == 1:  # repeated SentencePiece: 1 = piece, 2 = score
             piece = dict(_fields(value))
             score = struct.unpack("<f", piece.get(2, bytes(4)))[0]
             pieces.append(Piece(piece[1].decode("utf-8"), score))
-            if len(pieces) > MOST_PIECES:
-                raise ValueError(f"more than {MOST_PIECES:,} pieces")
         elif field == 2:  # TrainerSpec: 3 = model_type
             kind = dict(_fields(value)).get(3, _UNIGRAM)
         elif field == 3:  # NormalizerSpec: 2 = precompiled_charsmap
@@ -64,12 +57,9 @@ def _parse_model(data: bytes) -> tuple[list[Piece], bytes, int]:
     return pieces, charsmap, kind
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield (field number, value) of a protocol buffer message, one level deep.
-
-    A value is an integer or bytes, as the file has it.
-    """
-    at, value = 0, 0  # type: int, int | bytes
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Yield (field number, value) of a protocol buffer message, one level deep."""
+    at = 0
     while at < len(data):
         key, at = _varint(data, at)
         if key & 7 == 0:
@@ -114,8 +104,6 @@ class CharacterMap:
             self.units = struct.unpack_from(f"<{size // 4}I", data, 4)
         except (struct.error, TypeError) as error:
             raise ValueError(f"precompiled_charsmap is cut short: {error}") from error
-        if not self.units:
-            raise ValueError("precompiled_charsmap is empty")
         self.data, self.replacements = data, data[4 + size :]
         self._cached = lru_cache(maxsize=65_536)(self._replace)
 
@@ -150,8 +138,7 @@ class CharacterMap:
             node = self._children(node, unit)
             if unit >> 8 & 1:
                 start = self.units[node] & 0x7FFFFFFF
-                last = start + LONGEST_REPLACEMENT
-                end = self.replacements.index(b"\0", start, last)
+                end = self.replacements.index(b"\0", start)
                 return self.replacements[start:end].decode("utf-8")
         return None
 

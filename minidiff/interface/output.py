@@ -36,7 +36,8 @@ class Watch:
         self.pipe, self.callback = pipe, callback
         self.latents, self.tensors = latents, {"latents": latents}
         hidden = None if pipe.progress else True  # None: shown on a terminal alone
-        self.bar = tqdm(total=len(sigmas) - 1, disable=hidden, leave=False)
+        label = pipe.progress if isinstance(pipe.progress, str) else None
+        self.bar = tqdm(None, label, len(sigmas) - 1, leave=False, disable=hidden)
 
     def __enter__(self) -> "Watch":
         return self

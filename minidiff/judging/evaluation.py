@@ -1,0 +1,70 @@
+"""An evaluation from names and folders: what is asked, checked, loaded and measured."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minidiff.attention import record_attention
+from minidiff.engine.loading import blueprint, load
+from minidiff.interface import checks
+from minidiff.interface.terminal import status
+from minidiff.judging import metrics
+from minidiff.judging.inception import load_inception
+from minidiff.judging.judge import JUDGE, load_judge
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What ``metrics.evaluate`` is asked, by names and files; None for what is usual.
+
+    Raises ValueError, before a weight is read, for what cannot be.
+    """
+
+    model: str
+    n: int = 500
+    guidance_scale: float | None = None
+    steps: int = 28
+    garments: str = "all"
+    seed: int = metrics.EVALUATION_SEED
+    judge: Path | None = None
+    inception: Path | None = None
+    data: Path | None = None
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        checks.check_range("--seed", self.seed, 0, 2**63 - 1)
+        checks.check_range("-n", self.n, 2, 100_000)
+        checks.check_range("--steps", self.steps, 1, 1000)
+        checks.guidance(self.guidance_scale, 1.0)
+        metrics.choose_rows(self.garments)
+        parts = blueprint(self.model)
+        metrics.check_side(parts["transformer"], parts["vae"])
+
+    def measure(self, log: Callable[[str], None]) -> dict[str, Any]:
+        """Load the models and measure: what ``format_table`` prints, ready for JSON."""
+        with status(f"loading {self.model}"):
+            judge = load_judge(self.judge or JUDGE, self.device)
+            weights = self.inception
+            inception = load_inception(weights, self.device) if weights else None
+            cpu = self.device == "cpu"  # its caches hold few pictures at a time
+            pipe = load(self.model, self.device, torch.float32, fast=cpu)
+        pipe.progress = False
+        result = metrics.evaluate(
+            pipe,
+            judge,
+            self.n,
+            self.guidance_scale,
+            self.steps,
+            self.data,
+            self.seed,
+            20 if cpu else 500,
+            metrics.choose_rows(self.garments),
+            log,
+            inception,
+        )
+        data = self.data
+        found = metrics.attention_correlation(pipe, record_attention, folder=data)
+        return result | {"model": self.model, "attention": found}
