@@ -3,92 +3,210 @@
 import hashlib
 import re
 import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
+from minidiff.files.answers import NoAnswer, judged
 from minidiff.files.published import named
-from minidiff.files.weights import read_header
+from minidiff.files.reading import excerpt
+from minidiff.files.weights import open_tensors
 
 COMPONENTS = ("scheduler", "text_encoder*", "tokenizer*", "transformer", "vae")
 KINDS = ("*.json", "*.txt", "*.model", "*.safetensors")
 # fp16 copies of the text encoders, and the single files' folder of them
-LEFT_OUT = ["*.fp16*", "text_encoders/*"]
+LEFT_OUT = ("*.fp16*", "text_encoders/*")
 
 
 def download(
-    name: str, t5: bool = True, check_all: bool = False, weights: bool = True
+    name: str,
+    t5: bool = True,
+    check_all: bool = False,
+    weights: bool = True,
+    revision: str | None = None,
+    variant: str | None = None,
+    patience: float | None = None,
 ) -> Path:
     """The local folder of a hub repository or alias, downloaded where it is not yet.
 
     Only the files of the diffusers layout are fetched, those of a published model at
-    its pinned revision; T5's weights only if ``t5``, and none without ``weights``. A
+    its pinned ``revision`` (a branch, tag or commit); T5's weights only if ``t5``, none
+    without ``weights``, and of a ``variant`` such as "fp16" where parts have it. A
     broken connection is taken up again where it broke; after an interruption only the
     files that are missing are fetched. What was fetched is verified, with ``check_all``
     what was here before too. Raises OSError saying what is needed where the hub cannot
-    be reached or refuses.
+    be reached, refuses, or is silent for ``patience`` seconds.
     """
-    began = time.time()
-    from huggingface_hub import errors, snapshot_download
-
-    repository, revision = name, None
+    began, repository = time.time(), name
     if known := named(name):
-        name, repository, revision = known.name, known.repository, known.revision
+        name, repository = known.name, known.repository
+        revision = revision or known.revision
+    check_word("revision", revision)
+    check_word("variant", variant)
     kinds = KINDS if weights else ["*.json"]
     wanted = [f"{part}/{kind}" for part in COMPONENTS for kind in kinds]
+    unwanted = [*LEFT_OUT] if t5 else [*LEFT_OUT, "text_encoder_3/*"]
     try:
-        folder = snapshot_download(
-            repository,
-            revision=revision,
-            allow_patterns=["model_index.json", *wanted],
-            ignore_patterns=LEFT_OUT if t5 else [*LEFT_OUT, "text_encoder_3/*"],
-        )
-    except errors.GatedRepoError:
-        raise PermissionError(f"{repository} is gated: {needs(repository)}") from None
-    except errors.RepositoryNotFoundError:
-        what = f"{name} is not on this machine, and not on the hub or not for you"
-        raise FileNotFoundError(f"{what}: {needs(repository)}") from None
-    except (OSError, errors.HfHubHTTPError) as error:
-        if getattr(error, "errno", None):  # of this machine: no room, not permitted, …
-            what = f"{repository} cannot be kept: {error.strerror}"
-            raise OSError(f"{what} ({error.filename or 'the cache'})") from None
-        reason = type(error).__name__
-        what = f"{name} is not on this machine and cannot be fetched ({reason})"
-        raise ConnectionError(f"{what}: {needs(repository)}") from None
-    except Exception as error:  # httpx's or its successor's; Xet raises RuntimeError
-        if not type(error).__module__.startswith("httpx") and (
-            type(error) is not RuntimeError
-        ):
-            raise
-        reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        raise ConnectionError(
+        with judged(patience):
+            if variant and weights:
+                unwanted += others(list_files(repository, revision), variant)
+                unwanted = [kind for kind in unwanted if kind != f"*.{variant}*"]
+            folder = fetch(repository, revision, wanted, unwanted)
+    except Exception as error:
+        raise explained(error, name, repository, revision) from None
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(f"{repository} has no model_index.json: no pipeline")
+    verify(folder, 0 if check_all else began)
+    return folder
+
+
+def check_word(option: str, value: str | None) -> None:
+    """Raise ValueError for what leads out of a folder, or is no name of its kind."""
+    if value is not None and (not re.fullmatch(r"[\w./-]+", value) or ".." in value):
+        raise ValueError(f"{option} is {excerpt(repr(value))}; expected a name")
+
+
+def fetch(
+    repository: str, revision: str | None, wanted: list[str], unwanted: list[str]
+) -> Path:
+    """The snapshot's folder; where the hub gives no answer, one that is whole here."""
+    from huggingface_hub import snapshot_download
+
+    files: dict[str, Any] = {
+        "revision": revision,
+        "allow_patterns": ["model_index.json", *wanted],
+        "ignore_patterns": unwanted,
+    }
+    try:
+        return Path(snapshot_download(repository, **files))
+    except NoAnswer as error:
+        try:
+            return Path(snapshot_download(repository, local_files_only=True, **files))
+        except OSError:
+            raise error from None
+
+
+def list_files(repository: str, revision: str | None) -> list[str]:
+    """The names of a repository's files."""
+    from huggingface_hub import HfApi
+
+    return HfApi().list_repo_files(repository, revision=revision)
+
+
+def others(names: Collection[str], variant: str) -> list[str]:
+    """The weights that give way to those of a ``variant`` in the same folder.
+
+    Raises ValueError where no file is of that variant.
+    """
+    weights = [name for name in names if ".safetensors" in name]
+    mark = re.compile(rf"\.{re.escape(variant)}[.-]")
+    chosen = {name for name in weights if mark.search(Path(name).name)}
+    if not chosen:
+        raise ValueError(f"variant is {variant!r}; the repository has no such weights")
+    parts = {Path(name).parent for name in chosen}
+    return [n for n in weights if n not in chosen and Path(n).parent in parts]
+
+
+# What went wrong
+
+
+def explained(
+    error: Exception, name: str, repository: str, revision: str | None
+) -> Exception:
+    """What to raise in place of an error of huggingface_hub's or its client's."""
+    from huggingface_hub import errors
+
+    chain = list(causes(error))
+    status = next(filter(None, map(status_of, chain)), None)
+    reason = f"{type(chain[-1]).__name__}: {excerpt(first_line(chain[-1]))}"
+    absent = f"{name} is not on this machine and cannot be fetched"
+    if status:
+        return refused(error, status, name, repository, revision)
+    if isinstance(chain[-1], NoAnswer):
+        return NoAnswer(f"{absent}: {chain[-1]}")
+    if isinstance(error, OSError) and error.errno:  # no room, not permitted, …
+        what = f"{repository} cannot be kept: {error.strerror}"
+        return OSError(f"{what} ({error.filename or 'the cache'})")
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        offline = isinstance(chain[-1], errors.OfflineModeIsEnabled)
+        needed = needs(repository) if offline else "it needs a network"
+        return ConnectionError(f"{absent} ({reason}): {needed}")
+    client = type(error).__module__.startswith("httpx")  # or its successor
+    if client or type(error) in (OSError, RuntimeError):  # of a size, and Xet's
+        return ConnectionError(
             f"the download of {repository} was interrupted ({reason}); asked for "
             "again, it fetches the files that are missing"
-        ) from None
-    verify(Path(folder), 0 if check_all else began)
-    return Path(folder)
+        )
+    return error
+
+
+def refused(
+    error: Exception, status: int, name: str, repository: str, revision: str | None
+) -> OSError:
+    """The error for an answer of the hub that is none of a file."""
+    from huggingface_hub import errors
+
+    told = f"the hub answers {status}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return FileNotFoundError(f"{repository} has no revision {revision!r}: {told}")
+    if status in (401, 403):
+        gated = isinstance(error, errors.GatedRepoError)
+        what = "is gated" if gated else "is not on the hub, or not for you"
+        return PermissionError(f"{repository} {what} ({told}): {needs(repository)}")
+    if status == 404:
+        return FileNotFoundError(f"{name} is not on the hub: {told}")
+    what = f"{name} is not on this machine and cannot be fetched: {told}"
+    return ConnectionError(f"{what}; try again later")
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and what caused it."""
+    while error:
+        yield error
+        error = error.__cause__
+
+
+def status_of(error: BaseException) -> int | None:
+    """The status of the answer that an error is about."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says."""
+    return str(error).split("\n")[0]
 
 
 def verify(folder: Path, since: float = 0) -> None:
-    """Raise ValueError naming the first weights' file in ``folder`` that is damaged.
+    """Raise ValueError naming the first file in ``folder`` that is damaged.
 
-    The size must be what the file's header says, and the SHA-256 what the hub
-    published: its cache names each file after it, where a file system has links. A file
-    with another one is deleted. Files that were written before ``since`` (seconds since
-    the epoch) are left out.
+    A file's hash must be what the hub published: its cache names each file after it,
+    where a file system has links; else weights must have the size that their header
+    says. A damaged file is deleted. Files that were written before ``since`` (seconds
+    since the epoch) are left out.
     """
-    for file in sorted(folder.glob("*/*.safetensors")):
+    for file in sorted((*folder.glob("*/*"), *folder.glob("*.json"))):
         stored = file.resolve()
-        if stored.stat().st_mtime < since:
+        if not stored.is_file() or stored.stat().st_mtime < since:
             continue
-        if not re.fullmatch("[0-9a-f]{64}", stored.name):
-            read_header(file)  # not from the hub's cache: at least its size
+        if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", stored.name):
+            if file.suffix == ".safetensors":  # not from the hub's cache
+                open_tensors(file)
             continue
-        with stored.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        kind, found = file_hash(stored, len(stored.name) == 40)
         if found != stored.name:
             raise ValueError(
-                f"{file} is damaged: its SHA-256 begins with {found[:10]}, the hub's "
+                f"{file} is damaged: its {kind} begins with {found[:10]}, the hub's "
                 f"with {stored.name[:10]}; {discarded(stored)}; download it again"
             )
+
+
+def file_hash(file: Path, small: bool) -> tuple[str, str]:
+    """The hash by which the hub knows a file: SHA-256, or git's of a ``small`` one."""
+    with file.open("rb") as stream:
+        if not small:
+            return "SHA-256", hashlib.file_digest(stream, "sha256").hexdigest()
+        content = stream.read()
+    return "SHA-1", hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def discarded(file: Path) -> str:
