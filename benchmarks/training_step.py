@@ -31,7 +31,8 @@ from minidiff.files.configurations import hub_config
 from minidiff.files.names import transformer_sources
 from minidiff.files.weights import stored_tensors
 from minidiff.learning.trainer import INDUCTOR
-from minidiff.recipes.stages import attention_to_train, plain_attention
+from minidiff.recipes.stages import attention_to_train
+from minidiff.recipes.transformer_stage import plain_attention
 from minidiff.training import Batch, transformer_loss
 
 AIM = 1.5

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import minidiff
 from minidiff.cli import train as command
-from minidiff.data.captioned import captions_of, read_folder
+from minidiff.data.captioned import captions_of, read_folder, read_pictures
 from minidiff.data.fashion_mnist import CLASSES
 from minidiff.data.garments import Scenes
 from minidiff.engine import memory
@@ -27,7 +27,15 @@ from minidiff.learning import trainer
 from minidiff.learning.trainer import read_log
 from minidiff.lora import ATTENTION, load_lora
 from minidiff.recipes import finetune
-from minidiff.recipes.finetune import LoraConfig
+from minidiff.recipes.features import Features, validation
+from minidiff.recipes.finetune import (
+    FinetuneOptions,
+    LoraConfig,
+    finetune_pictures,
+    lora_config,
+    split_pictures,
+)
+from minidiff.sampling import Pipeline
 from minidiff.training import Task, TrainingConfig
 
 
@@ -116,11 +124,11 @@ def test_crop_takes_the_middle_and_resize_all(tmp_path: Path) -> None:
 
 def test_the_command_line_crops_unless_told(pictures, monkeypatch) -> None:
     seen = []
-    monkeypatch.setattr(finetune, "finetune", lambda *_, **how: seen.append(how))
+    monkeypatch.setattr(finetune, "finetune_pictures", seen.append)
     for how in ({}, {"crop": False}):
         call = {"data": pictures, "from_model": "tiny", "device": "cpu", **how}
         command.train(pictures / "out", **call)
-    assert [how["crop"] for how in seen] == [True, False]
+    assert [options.crop for options in seen] == [True, False]
 
 
 def test_what_is_wrong_with_a_folder_is_named(
@@ -338,10 +346,19 @@ CONFIG = TrainingConfig(12, 4, 1e-2, warmup_steps=2, ema_decay=0.5, save_every=5
 def gain(model: Path, pictures: Path, change) -> float:
     """The loss after ``change`` of the pipeline, relative to before."""
     pipe = minidiff.load(model)
+    features = encoded(pipe, pictures)
+    before = mean_loss(pipe, features)
+    return mean_loss(change(pipe), features) / before
+
+
+def encoded(pipe: Pipeline, pictures: Path) -> Features:
     side = pipe.transformer.config.sample_size * pipe.vae.config.factor
-    encoded = finetune.encode(pipe, *read_folder(pictures, side))
-    before = sum(finetune.level_losses(pipe, encoded))
-    return sum(finetune.level_losses(change(pipe), encoded)) / before
+    return finetune.encode_pictures(pipe, *read_folder(pictures, side))
+
+
+def mean_loss(pipe: Pipeline, features: Features, at_once: int = 32) -> float:
+    fixed = features.fixed(0)
+    return validation(pipe.transformer, fixed, "cpu", at_once)["validation"]
 
 
 def test_lora_learns_and_diffusers_loads_it(
@@ -419,9 +436,8 @@ def test_a_grid_that_does_not_fit_is_told_and_the_run_goes_on(
 
 def test_validation_in_parts_is_the_same(model: Path, pictures: Path) -> None:
     pipe = minidiff.load(model)
-    side = pipe.transformer.config.sample_size * pipe.vae.config.factor
-    encoded = finetune.encode(pipe, *read_folder(pictures, side))
-    whole, parts = (finetune.level_losses(pipe, encoded, at_once=n) for n in (32, 3))
+    features = encoded(pipe, pictures)
+    whole, parts = (mean_loss(pipe, features, at_once=n) for n in (32, 3))
     assert whole == pytest.approx(parts, rel=1e-5)
 
 
@@ -531,18 +547,60 @@ def draw_striped(lora: Path | None) -> float:
 def test_what_a_batch_holds(model: Path, pictures: Path) -> None:
     pipe = minidiff.load(model)
     images, captions = read_folder(pictures, 32)
-    known = finetune.encode(pipe, images, captions)
+    features = finetune.encode_pictures(pipe, images, captions)
     with torch.no_grad():
         mode = pipe.vae.encode(from_bytes(images)).mode()
         expected = pipe.vae.decode(mode) / 2 + 0.5
-    assert relative_error(pipe.decode(known["x0"]), expected.clamp(0, 1)) < 1e-5
-    given = pipe, known, pipe.transformer, 0, 0.1, CONFIG, lambda: None
-    batch = finetune.finetuning_task(*given).batch(torch.arange(4000))
+        context, pooled = pipe.encode_prompt(["", *captions])
+    assert relative_error(pipe.decode(features.latents), expected.clamp(0, 1)) < 1e-5
+    rows = torch.cat([torch.zeros(1, dtype=torch.long), features.place])
+    assert relative_error(features.context[rows], context) < 1e-5
+    assert relative_error(features.pooled[rows], pooled) < 1e-5
+    tuned = finetune.Tuned(pipe, pipe.transformer, None)
+    task = finetune.finetuning_task(tuned, features, CONFIG, lambda: None)
+    batch = task.batch(torch.arange(4000))
     shift = pipe.scheduler.shift  # moves 1/2 to s/(s + 1)
     assert shift == 3
     assert batch["sigma"].median().item() == pytest.approx(0.75, abs=0.03)
-    empty = (batch["pooled"] == known["pooled"][-1]).all(1)
+    empty = (batch["pooled"] == features.pooled[0]).all(1)
     assert empty.double().mean().item() == pytest.approx(0.1, abs=0.02)
+
+
+def latents_of(task: Task, numbers: Tensor, features: Features) -> list[int]:
+    """Which pictures the samples of these ``numbers`` show."""
+    x0 = task.batch(numbers)["x0"][:, None].flatten(2)
+    return (x0 == features.latents.flatten(1)).all(2).long().argmax(1).tolist()
+
+
+def test_pictures_are_shuffled_and_the_last_tenth_is_held_out(model: Path) -> None:
+    pipe = minidiff.load(model)
+    images = torch.arange(20).byte().reshape(20, 1, 1, 1).expand(-1, 3, 32, 32) * 12
+    features = finetune.encode_pictures(
+        pipe, images, [f"number {i}" for i in range(20)]
+    )
+    tuned = finetune.Tuned(pipe, pipe.transformer, None)
+    task = finetune.finetuning_task(tuned, features, CONFIG, lambda: None, drop=0.0)
+    shown = latents_of(task, torch.arange(54), features)
+    epochs = shown[:18], shown[18:36], shown[36:]
+    assert all(sorted(epoch) == list(range(18)) for epoch in epochs)
+    assert len({*map(tuple, epochs)}) == 3 and list(range(18)) not in epochs
+    steps = [{(b - a) % 18 for a, b in zip(e, e[1:], strict=False)} for e in epochs]
+    assert all(len(kinds) > 6 for kinds in steps)  # no walk in even strides
+    assert latents_of(task, torch.tensor([40, 7]), features) == [shown[40], shown[7]]
+    other = finetune.finetuning_task(tuned, features, CONFIG, lambda: None, 1, 0.0)
+    assert latents_of(other, torch.arange(18), features) != shown[:18]
+    held = features.select(slice(18, 20))
+    expected = mean_loss(pipe, held)
+    found = task.validate(pipe.transformer)
+    assert found["held_out"] == 2
+    assert found["validation"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("n, held", [(1, 0), (2, 1), (19, 1), (20, 2), (1000, 32)])
+def test_how_many_pictures_are_held_out(n: int, held: int) -> None:
+    texts = torch.zeros(1, 1, 1)
+    features = Features(torch.zeros(n, 1), torch.zeros(n).long(), texts, texts[0])
+    assert [len(part) for part in split_pictures(features)] == [n - held, held]
 
 
 def test_the_average_and_alpha_are_exported(
@@ -571,8 +629,8 @@ def test_a_grid_is_what_the_pipeline_draws(
     pipe = minidiff.load(model)
     pipe.progress = False
     images, captions = read_folder(pictures, 32)
-    encoded = finetune.encode(pipe, images, captions)
-    finetune.save_samples(pipe, encoded, 5, tmp_path / "grid.png")
+    features = finetune.encode_pictures(pipe, images, captions)
+    finetune.save_samples(pipe, features, 5, tmp_path / "grid.png")
     pixels = np.array(Image.open(tmp_path / "grid.png"))
     shown = torch.tensor(pixels).permute(2, 0, 1) / 255
     for i, x in enumerate(pipe(captions, seed=5, output_type="pt")):
@@ -582,14 +640,13 @@ def test_a_grid_is_what_the_pipeline_draws(
 def test_every_layer_that_is_named_learns_or_is_told(
     model: Path, pictures: Path
 ) -> None:
-    call = {"steps": 1, "batch_size": 1, "learning_rate": 1e-3, "device": "cpu"}
-    call |= {"compile": None, "recompute": False}
-    with pytest.raises(ValueError, match="no layer is called to_kk"):
-        out = pictures / "bad"
-        finetune.train(str(model), pictures, out, lora=(2, None, "to_q,to_kk"), **call)
     out = pictures / "out"
-    updates = (2, None, "to_q, to_k")
-    file = finetune.train(str(model), pictures, out, lora=updates, **call)
+    options = FinetuneOptions(str(model), pictures, out, 1, 1, 1e-3)
+    updates = lora_config(2, None, "to_q,to_kk")
+    with pytest.raises(ValueError, match="no layer is called to_kk"):
+        finetune_pictures(replace(options, output=pictures / "bad", lora=updates))
+    updates = lora_config(2, None, "to_q, to_k")
+    file = finetune_pictures(replace(options, lora=updates))
     names = {key.split(".lora")[0].split(".")[-1] for key in load_file(file)}
     assert names == {"to_q", "to_k"}
 
@@ -622,15 +679,16 @@ def test_options_of_fine_tuning_arrive(
 
     def reading(*given: object) -> tuple:
         read.append(given)
-        return read_folder(*given)
+        return read_pictures(*given)
 
     def learning(task: Task, config: TrainingConfig, *rest: object) -> nn.Module:
         configs.append(config)
         return fit(task, replace(config, compile=False), *rest)
 
     monkeypatch.setattr(trainer, "recompute", asked.append)
-    monkeypatch.setattr(finetune, "read_folder", reading)
+    monkeypatch.setattr(finetune, "read_pictures", reading)
     monkeypatch.setattr(finetune, "fit", learning)
-    how = (1, 1, 1e-3, (2, None, None), "cpu", True, True, False)
-    finetune.train(str(model), pictures, tmp_path / "out", *how)
-    assert len(asked) == 1 and read[0][2] is False and configs[0].compile
+    options = FinetuneOptions(str(model), pictures, tmp_path / "out", 1)
+    how = {"compile": True, "recompute": True, "crop": False, "lora": LoraConfig(2)}
+    finetune_pictures(replace(options, **how))
+    assert len(asked) == 1 and read[0][3] is False and configs[0].compile

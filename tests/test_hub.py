@@ -2,9 +2,8 @@
 
 import hashlib
 import json
+import logging
 import os
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -108,33 +107,26 @@ def server():
 
 
 @pytest.fixture
-def download(server, tmp_path):
+def download(server, tmp_path, monkeypatch, run):
     """``minidiff download sd3.5-medium`` with this hub and an empty cache."""
+    endpoint, default = f"http://127.0.0.1:{server.server_port}", constants.ENDPOINT
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(default, endpoint)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    settings = {"ENDPOINT": endpoint, "HUGGINGFACE_CO_URL_TEMPLATE": template}
+    settings |= {"HF_HUB_CACHE": str(tmp_path / "cache" / "hub")}
+    settings |= {"HF_HUB_DISABLE_XET": True, "HF_HUB_OFFLINE": False}
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "handlers", [])
 
-    def run(*options, words=("download", "sd3.5-medium"), **changed):
-        env = {
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-            "HF_HOME": str(tmp_path / "cache"),
-            "HF_HUB_CACHE": str(tmp_path / "cache" / "hub"),
-            "HF_TOKEN": "hf_secret",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_OFFLINE": "0",
-            "no_proxy": "127.0.0.1",
-        }
-        command = [sys.executable, "-m", "minidiff", *words, *options]
-        done = subprocess.run(
-            command,
-            env=os.environ | env | changed,
-            capture_output=True,
-            text=True,
-        )
-        assert "hf_secret" not in done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
-        lines = [ln for ln in done.stderr.splitlines() if ln.startswith("minidiff: ")]
-        return done.returncode, done.stdout.strip(), "\n".join(lines)
+    def call(*options, words=("download", "sd3.5-medium"), **changed):
+        for name, value in (settings | changed).items():
+            monkeypatch.setattr(constants, name, value)
+        code, out, err = run(*words, *options)
+        assert "hf_secret" not in out + err and "Traceback" not in err
+        lines = [line for line in err.splitlines() if line.startswith("minidiff: ")]
+        return code, out.strip(), "\n".join(lines)
 
-    return run
+    return call
 
 
 def test_only_what_is_needed_at_the_pinned_revision(server, download):

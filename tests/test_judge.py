@@ -17,7 +17,9 @@ from minidiff.judging.judge import (
     with_silhouette,
 )
 from minidiff.learning.trainer import read_log
-from minidiff.recipes.stages import RECIPES, Job, run_stages
+from minidiff.recipes.job import Job
+from minidiff.recipes.recipe import RECIPES
+from minidiff.recipes.stages import STAGES, run_stages
 from minidiff.training import TrainingConfig
 
 
@@ -60,7 +62,8 @@ def test_training_learns_and_saves(fashion, tmp_path):
         60, 32, 2e-3, 10, ema_decay=0.9, log_every=10, save_every=20, validate_every=60
     )
     recipe = replace(RECIPES["trial"], judge=config, held=8)
-    run_stages(Job(tmp_path, recipe, str(fashion)), ("judge",))
+    judge = [s for s in STAGES if s.name == "judge"]
+    run_stages(Job(tmp_path, recipe, str(fashion)), judge)
     log = read_log(tmp_path / "runs" / "judge" / "log.jsonl")
     losses = [record["loss"] for record in log if "loss" in record]
     assert losses[-1] < 0.8 * losses[0]

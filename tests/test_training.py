@@ -31,7 +31,22 @@ from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.files.weights import TINY, load_component
 from minidiff.learning import trainer
 from minidiff.learning.trainer import Run, TrainingError, check_other, read_log
-from minidiff.recipes import finetune, stages
+from minidiff.recipes import finetune, stages, text_stages, transformer_stage
+from minidiff.recipes.job import LENGTH, Job
+from minidiff.recipes.judge_stage import judge_lesson
+from minidiff.recipes.lesson import Lesson
+from minidiff.recipes.order import place_in_pool
+from minidiff.recipes.recipe import RECIPES, Recipe, find_recipe
+from minidiff.recipes.start import copy_start
+from minidiff.recipes.text_stages import clip_lesson, picture_pool, t5_lesson
+from minidiff.recipes.train import TrainOptions, train_stages
+from minidiff.recipes.transformer_stage import (
+    PlainAttention,
+    SceneEncoder,
+    plain_attention,
+    transformer_lesson,
+)
+from minidiff.recipes.vae_stage import compilable, measured
 from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder
 from minidiff.tokenizer import T5Tokenizer
 from minidiff.training import Task, TrainingConfig, drop_encoders, fit
@@ -191,12 +206,12 @@ def test_a_validation_is_logged_at_its_step(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def job(fashion: Path, tmp_path_factory: pytest.TempPathFactory) -> stages.Job:
+def job(fashion: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """A job at the smallest size, with its tokenizers trained."""
     quick = TrainingConfig(
         12, 8, 2e-3, warmup_steps=3, ema_decay=0.5, log_every=1, save_every=100
     )
-    recipe = stages.Recipe(
+    recipe = Recipe(
         clip=replace(quick, steps=20, batch_size=32),
         t5=replace(quick, steps=20, batch_size=32),
         vae=replace(quick, steps=12, batch_size=4),
@@ -207,65 +222,86 @@ def job(fashion: Path, tmp_path_factory: pytest.TempPathFactory) -> stages.Job:
         held=8,
         captions=500,
     )
-    job = stages.Job(tmp_path_factory.mktemp("job"), recipe, str(fashion))
+    job = Job(tmp_path_factory.mktemp("job"), recipe, str(fashion))
     torch.set_num_threads(1)
-    stages.train_tokenizers(job)
+    text_stages.train_tokenizers(job)
     return job
 
 
 @pytest.fixture(autouse=True)
 def tables_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the tables of every caption's tokens once for all tests."""
-    make = stages.token_tables
+    make = text_stages.token_tables
 
-    def token_tables(job: stages.Job) -> list:
+    def token_tables(job: Job) -> list:
         if job.model not in TABLES:
             TABLES[job.model] = make(job)
         return TABLES[job.model]
 
-    monkeypatch.setattr(stages, "token_tables", token_tables)
+    monkeypatch.setattr(text_stages, "token_tables", token_tables)
+    monkeypatch.setattr(transformer_stage, "token_tables", token_tables)
 
 
 TABLES: dict[Path, list] = {}
 
 
-def losses(job: stages.Job, stage: str) -> list[float]:
+def run_stages(job: Job, *names: str) -> None:
+    """Run the stages of these names."""
+    stages.run_stages(job, [s for s in stages.STAGES if s.name in names])
+
+
+def only_prepares(name: str, prepare: Callable, monkeypatch) -> None:
+    """Let a stage of this name prepare ``prepare`` and learn nothing."""
+    changed = [
+        replace(s, prepare=prepare) if s.name == name else s for s in stages.STAGES
+    ]
+    monkeypatch.setattr(stages, "STAGES", changed)
+    monkeypatch.setattr(stages, "fit", lambda *_: None)
+
+
+def train(stage: str, output: Path, data: Path | None = None, **how) -> None:
+    """``minidiff train --stage``."""
+    train_stages(TrainOptions(output, stage, data, **how))
+
+
+def losses(job: Job, stage: str) -> list[float]:
     """The logged losses of a stage."""
     records = read_log(job.output / "runs" / stage / "log.jsonl")
     return [r["loss"] for r in records if "loss" in r]
 
 
 @pytest.mark.parametrize("stage", ["clip", "t5", "vae"])
-def test_stage_learns(job: stages.Job, tmp_path: Path, stage: str) -> None:
+def test_stage_learns(job: Job, tmp_path: Path, stage: str) -> None:
     if stage == "vae":
         few = replace(job.recipe, pictures=4)
         job = replace(job, recipe=few, output=tmp_path)
-    stages.run_stages(job, (stage,))
+    run_stages(job, stage)
     values = losses(job, stage)
     assert sum(values[-3:]) < 0.9 * sum(values[:3]), values
 
 
 def test_a_stage_is_done_with_its_settings_only(
-    job: stages.Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(stages.RUN, "vae", lambda job: None)
+    nothing = Lesson(None, lambda model: None)
+    only_prepares("vae", lambda job: nothing, monkeypatch)
     job = replace(job, output=tmp_path)
-    stages.run_stages(job, ("vae",))
-    stages.run_stages(job, ("vae",))
+    run_stages(job, "vae")
+    run_stages(job, "vae")
     longer = replace(job.recipe, vae=replace(job.recipe.vae, steps=24))
     with pytest.raises(ValueError, match="holds a run with steps = 12, not 24"):
-        stages.run_stages(replace(job, recipe=longer), ("vae",))
+        run_stages(replace(job, recipe=longer), "vae")
     pictures, labels = data.fashion_mnist("train", job.data)
     monkeypatch.setattr(stages, "fashion_mnist", lambda *_: (pictures[1:], labels[1:]))
     with pytest.raises(ValueError, match="holds a run with data = "):
-        stages.run_stages(job, ("vae",))
+        run_stages(job, "vae")
     file = tmp_path / "runs" / "vae" / "run.json"
     older = {k: v for k, v in json.loads(file.read_text()).items() if k != "data"}
     file.write_text(json.dumps(older))
-    stages.run_stages(job, ("vae",))
+    run_stages(job, "vae")
 
 
-def test_the_transformer_belongs_to_its_encoders(job: stages.Job, made: Path) -> None:
+def test_the_transformer_belongs_to_its_encoders(job: Job, made: Path) -> None:
     name = stages.encoders_name(job)
     assert stages.encoders_name(job) == name
     settings = job.output / "runs" / "transformer" / "run.json"
@@ -275,16 +311,16 @@ def test_the_transformer_belongs_to_its_encoders(job: stages.Job, made: Path) ->
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     try:
         with pytest.raises(ValueError, match=f"holds a run with encoders = {name}"):
-            stages.run_stages(job, ("transformer",))
+            run_stages(job, "transformer")
     finally:
         file.write_bytes(whole)
 
 
 def test_a_compiled_decoder_learns_in_bfloat16() -> None:
-    """Also the layers in front of an upsampling: ``stages.compilable``."""
+    """Also the layers in front of an upsampling: ``vae_stage.compilable``."""
     if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         pytest.skip("no C++ compiler for torch.compile")
-    vae = stages.compilable(VAE(DECODED)).to(memory_format=torch.channels_last)
+    vae = compilable(VAE(DECODED)).to(memory_format=torch.channels_last)
     latents = torch.randn(2, 4, 16, 16)
 
     def gradient(decode: Callable) -> torch.Tensor:
@@ -306,9 +342,9 @@ DECODED = VAEConfig(
 )
 
 
-def test_transformer_learns(job: stages.Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "save_grid", lambda *_: None)
-    stages.run_stages(job, ("clip", "t5", "vae", "transformer"))
+def test_transformer_learns(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformer_stage, "save_grid", lambda *_, **__: None)
+    run_stages(job, "clip", "t5", "vae", "transformer")
     values = losses(job, "transformer")
     assert sum(values[-3:]) < 0.9 * sum(values[:3]), values
     assert (job.model / "model_index.json").exists()
@@ -320,15 +356,15 @@ def test_transformer_learns(job: stages.Job, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
-def made(job: stages.Job, monkeypatch: pytest.MonkeyPatch) -> Path:
+def made(job: Job, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a whole model, little trained."""
-    monkeypatch.setattr(stages, "save_grid", lambda *_: None)
-    stages.run_stages(job, ("clip", "t5", "vae", "transformer"))
+    monkeypatch.setattr(transformer_stage, "save_grid", lambda *_, **__: None)
+    run_stages(job, "clip", "t5", "vae", "transformer")
     return job.model
 
 
 @pytest.fixture
-def go_on(job: stages.Job, made: Path, tmp_path: Path) -> Callable[..., Path]:
+def go_on(job: Job, made: Path, tmp_path: Path) -> Callable[..., Path]:
     """Trains a stage from ``made`` into a folder; the model that comes out."""
     quick = {"steps": 8, "batch_size": 4, "warmup_steps": 2, "learning_rate": 2e-3}
     quick |= {"log_every": 1, "save_every": 2, "validate_every": 0, "bfloat16": False}
@@ -338,7 +374,7 @@ def go_on(job: stages.Job, made: Path, tmp_path: Path) -> Callable[..., Path]:
 
     def train(stage: str, output: Path, start: Path = made, **flags) -> Path:
         TABLES[output / "model"] = TABLES[job.model]
-        stages.train(stage, output, job.data, recipe=str(recipe), start=start, **flags)
+        train(stage, output, job.data, recipe=str(recipe), start=start, **flags)
         return output / "model"
 
     return train
@@ -399,7 +435,7 @@ def test_a_read_only_start_is_copied_to_be_written(made: Path, tmp_path: Path) -
     for path in (start, *start.rglob("*")):
         path.chmod(path.stat().st_mode & ~0o222)
     try:
-        stages.copy_start(stages.Job(out, stages.RECIPES["trial"], start=start))
+        copy_start(Job(out, RECIPES["trial"]), start)
         copied = (out / "model", *(out / "model").rglob("*"))
         assert all(path.stat().st_mode & 0o200 for path in copied)
     finally:
@@ -468,7 +504,7 @@ def test_no_latents_to_hold(tmp_path: Path, change: dict) -> None:
     file = tmp_path / "recipe.json"
     file.write_text(json.dumps(change))
     with pytest.raises(ValueError, match="holds a model's latents; expected --start"):
-        stages.train("vae", tmp_path / "out", recipe=str(file))
+        train("vae", tmp_path / "out", recipe=str(file))
     assert not (tmp_path / "out").exists()
 
 
@@ -483,9 +519,7 @@ def test_recomputed_blocks_of_the_transformer(
     go_on: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr(
-        stages, "recompute", lambda blocks: asked.append(trainer.recompute(blocks))
-    )
+    monkeypatch.setattr(transformer_stage, "recompute", asked.append)
     plain = go_on("transformer", tmp_path / "plain")
     assert not asked
     recomputed = go_on("transformer", tmp_path / "new", recompute=True)
@@ -501,7 +535,7 @@ def test_recomputed_blocks_of_the_transformer(
     ids=str,
 )
 def test_levels_are_distributed_as_the_recipe_says(
-    job: stages.Job,
+    job: Job,
     made: Path,
     monkeypatch: pytest.MonkeyPatch,
     changes: dict,
@@ -509,7 +543,7 @@ def test_levels_are_distributed_as_the_recipe_says(
 ) -> None:
     """Logit-normal or uniform; shifted, 1/2 becomes 3/4."""
     job = replace(job, recipe=replace(job.recipe, **changes))
-    task = tasks_of(stages.train_transformer, job, monkeypatch)
+    task = transformer_lesson(job).task
     sigma = task.batch(torch.arange(4000))["sigma"]
     assert sigma.median() == pytest.approx(middle, abs=0.03)
     outer = (sigma < 0.1).double().mean()
@@ -519,10 +553,10 @@ def test_levels_are_distributed_as_the_recipe_says(
 
 
 def test_prompts_are_dropped_as_often_as_the_recipe_says(
-    job: stages.Job, made: Path, monkeypatch: pytest.MonkeyPatch
+    job: Job, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One in ten for the empty prompt; each encoder in one of twenty for zeros."""
-    task = tasks_of(stages.train_transformer, job, monkeypatch)
+    task = transformer_lesson(job).task
     batch = task.batch(torch.arange(4000))
     clip, t5 = batch["context"].chunk(2, dim=1)
     pooled, widths = batch["pooled"], (64, 96)
@@ -535,7 +569,7 @@ def test_prompts_are_dropped_as_often_as_the_recipe_says(
     both = (gone[0] & gone[1]).double().mean()
     assert 0 < both < 0.006  # each is dropped by itself: 0.05² of both at once
     whole = ~(gone[0] | gone[1] | gone[2])
-    empty = minidiff.load(made).encode_prompt("", stages.LENGTH)[1].float()
+    empty = minidiff.load(made).encode_prompt("", LENGTH)[1].float()
     near = (pooled[whole] - empty).norm(dim=1) < 1e-2 * empty.norm()
     assert near.double().mean() == pytest.approx(0.1, abs=0.02)
 
@@ -560,7 +594,7 @@ def test_a_dropped_encoder_leaves_zeros_in_its_place(encoder: int) -> None:
 @pytest.mark.parametrize("stage", ["clip", "t5", "transformer"])
 def test_a_stage_says_what_it_lacks(tmp_path: Path, stage: str) -> None:
     with pytest.raises(ValueError, match=f"--stage {stage} needs .*tokenizer, which"):
-        stages.train(stage, tmp_path / "new", recipe="trial")
+        train(stage, tmp_path / "new", recipe="trial")
     assert not (tmp_path / "new").exists()
 
 
@@ -601,9 +635,7 @@ def test_what_cannot_be_a_start(
     shutil.rmtree(copy / "text_encoder_3")
     (copy / "text_encoder" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="text_encoder is not .*: expected another"):
-        stages.copy_start(
-            stages.Job(tmp_path / "new", stages.RECIPES["trial"], start=copy)
-        )
+        copy_start(Job(tmp_path / "new", RECIPES["trial"]), copy)
 
 
 def test_a_start_lacks_nothing_and_draws_scenes(
@@ -645,7 +677,7 @@ def test_results_of_others_are_not_replaced(fashion: Path, tmp_path: Path) -> No
         output.mkdir()
         (output / name).write_text("kept")
         with pytest.raises(ValueError, match="holds another training or model"):
-            stages.train("vae", output, fashion, recipe="trial")
+            train("vae", output, fashion, recipe="trial")
         with pytest.raises(ValueError, match="holds another training or model"):
             trainer.check_other(output, "run", "runs")
         assert (output / name).read_text() == "kept"
@@ -677,10 +709,10 @@ def test_plain_fashion_mnist_trains_every_stage(fashion: Path, tmp_path: Path) -
     file, output = tmp_path / "recipe.json", tmp_path / "model"
     file.write_text(json.dumps(recipe))
     with pytest.raises(ValueError, match="scenes is 'striped'; expected composed"):
-        stages.train("all", output, fashion, recipe=str(file), scenes="striped")
+        train("all", output, fashion, recipe=str(file), scenes="striped")
     with pytest.raises(ValueError, match="expected all, .* with plain scenes"):
-        stages.train("judge", output, fashion, recipe=str(file), scenes="plain")
-    stages.train("all", output, fashion, recipe=str(file), scenes="plain")
+        train("judge", output, fashion, recipe=str(file), scenes="plain")
+    train("all", output, fashion, recipe=str(file), scenes="plain")
     assert Image.open(output / "grid.png").size == (512, 64)
     grids = [path.name for path in sorted((output / "grids").iterdir())]
     assert grids == ["000001.png", "000002.png"]
@@ -689,7 +721,7 @@ def test_plain_fashion_mnist_trains_every_stage(fashion: Path, tmp_path: Path) -
     assert pictures[0].size == (64, 64)
     with pytest.raises(ValueError, match="holds a run with scenes = plain, not comp"):
         (output / "runs" / "vae.done").unlink()
-        stages.train("vae", output, fashion, recipe=str(file))
+        train("vae", output, fashion, recipe=str(file))
 
 
 @pytest.fixture
@@ -715,11 +747,11 @@ def test_own_pictures_train_every_stage(
     file.write_text(json.dumps(recipe))
     how = {"recipe": str(file), "scenes": str(own_pictures)}
     with pytest.raises(ValueError, match="expected all, .* with your pictures"):
-        stages.train("judge", output, **how)
+        train("judge", output, **how)
     (own_pictures / "00.txt").write_text("a red square " * 40)
     (own_pictures / "01.png").write_bytes(b"no picture")
     no_data = tmp_path / "no_data"  # Fashion-MNIST is not asked for
-    stages.train("all", output, no_data, **how)
+    train("all", output, no_data, **how)
     found = capfd.readouterr()
     assert "01.png is not a picture that can be read" in found.err
     assert "1 of 19 captions are cut: they have over 32 tokens" in found.out
@@ -727,13 +759,13 @@ def test_own_pictures_train_every_stage(
     minidiff.load(output / "model")("A red square", num_inference_steps=2)
     file.write_text(json.dumps(recipe | {"latents": 8}))
     with pytest.raises(ValueError, match="holds a run with latents = 11, not 8"):
-        stages.train("transformer", output, no_data, **how)
+        train("transformer", output, no_data, **how)
     for path in sorted(own_pictures.glob("1*.png")):
         path.unlink()
         path.with_suffix(".txt").unlink()
     captioned._read_once.cache_clear()
     with pytest.raises(ValueError, match="holds 9 pictures .* at least 16"):
-        stages.train("all", tmp_path / "new", **how)
+        train("all", tmp_path / "new", **how)
 
 
 def test_own_pictures_in_any_letters(own_pictures: Path, tmp_path: Path) -> None:
@@ -742,21 +774,21 @@ def test_own_pictures_in_any_letters(own_pictures: Path, tmp_path: Path) -> None
     for i, path in enumerate(texts):
         path.write_text("".join(chr(0x4E00 + 40 * i + j) for j in range(40)), "utf-8")
     how = {"recipe": "trial", "scenes": str(own_pictures)}
-    stages.train("tokenizers", tmp_path / "model", **how)
+    train("tokenizers", tmp_path / "model", **how)
     t5 = T5Tokenizer.from_pretrained(tmp_path / "model" / "model" / "tokenizer_3")
     known = [len({*t5.encode(path.read_text("utf-8"))}) for path in texts]
     assert max(known) > 30 and min(known) <= 3
     again = own_pictures.parent / "pictures" / "."  # the same folder by another name
-    stages.train("tokenizers", tmp_path / "model", **how | {"scenes": f"{again}/"})
+    train("tokenizers", tmp_path / "model", **how | {"scenes": f"{again}/"})
     texts[0].write_text("other")
     captioned._read_once.cache_clear()
     with pytest.raises(ValueError, match="tokenizers holds a run with data = "):
-        stages.train("tokenizers", tmp_path / "model", **how)
+        train("tokenizers", tmp_path / "model", **how)
     for path in texts:
         path.write_text(" ")
     captioned._read_once.cache_clear()
     with pytest.raises(ValueError, match="all captions are empty"):
-        stages.train("tokenizers", tmp_path / "new", **how)
+        train("tokenizers", tmp_path / "new", **how)
 
 
 def test_the_seed_decides(fashion: Path, tmp_path: Path) -> None:
@@ -765,14 +797,14 @@ def test_the_seed_decides(fashion: Path, tmp_path: Path) -> None:
     file.write_text(json.dumps({"vae": quick, "pictures": 16, "held": 4}))
     how = {"data": fashion, "recipe": str(file)}
     for name, seed in (("a", 0), ("b", 0), ("c", 5)):
-        stages.train("vae", tmp_path / name, seed=seed, **how)
+        train("vae", tmp_path / name, seed=seed, **how)
     logs = [read_log(tmp_path / n / "runs" / "vae" / "log.jsonl") for n in "abc"]
     first, same, other = ([r["loss"] for r in log if "loss" in r] for log in logs)
     assert first == same and not set(first) & set(other)
     with pytest.raises(ValueError, match="holds a run with seed = 5, not 0"):
-        stages.train("vae", tmp_path / "c", **how)
+        train("vae", tmp_path / "c", **how)
     with pytest.raises(ValueError, match="--seed is -1; expected a whole number"):
-        stages.train("vae", tmp_path / "d", seed=-1, **how)
+        train("vae", tmp_path / "d", seed=-1, **how)
 
 
 def test_few_held_out_scenes_make_a_small_grid(fashion: Path, tmp_path: Path) -> None:
@@ -781,7 +813,7 @@ def test_few_held_out_scenes_make_a_small_grid(fashion: Path, tmp_path: Path) ->
     recipe = {"transformer": quick, "pictures": 16, "latents": 16, "held": 3}
     file.write_text(json.dumps(recipe))
     how = {"recipe": str(file), "start": Path("tiny"), "scenes": "plain"}
-    stages.train("transformer", output, fashion, **how)
+    train("transformer", output, fashion, **how)
     assert Image.open(output / "grid.png").size == (192, 64)
 
 
@@ -803,8 +835,8 @@ def test_plain_attention_has_the_same_gradients(kind: torch.dtype) -> None:
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     expected = gradient()
-    assert stages.plain_attention(model) is model
-    assert type(model.joint_blocks[0].attention) is stages.PlainAttention
+    assert plain_attention(model) is model
+    assert type(model.joint_blocks[0].attention) is PlainAttention
     tolerance = 1e-5 if kind == torch.float32 else 2e-2
     assert relative_error(gradient(), expected) < tolerance
 
@@ -829,20 +861,20 @@ def test_own_pictures_are_split_once(own_pictures: Path) -> None:
 def test_a_file_changes_the_recipe(tmp_path: Path) -> None:
     path = tmp_path / "recipe.json"
     path.write_text('{"transformer": {"steps": 7, "learning_rate": 1}, "shift": 3.0}')
-    recipe = stages.find_recipe(str(path))
+    recipe = find_recipe(str(path))
     assert (recipe.transformer.steps, recipe.shift) == (7, 3.0)
-    assert recipe.vae == stages.RECIPES["shipped"].vae
+    assert recipe.vae == RECIPES["shipped"].vae
     path.write_text('{"vae": {"step": 7}}')
     with pytest.raises(ValueError, match="vae sets 'step'; expected steps"):
-        stages.find_recipe(str(path))
+        find_recipe(str(path))
     path.write_text('{"vae": {"steps": "many"}}')
     with pytest.raises(ValueError, match="steps is a str, expected int"):
-        stages.find_recipe(str(path))
+        find_recipe(str(path))
     path.write_text('{"vae": {"steps": true}}')
     with pytest.raises(ValueError, match="steps is a bool, expected int"):
-        stages.find_recipe(str(path))
+        find_recipe(str(path))
     with pytest.raises(ValueError, match="--recipe is 'fast'; expected gpu"):
-        stages.find_recipe("fast")
+        find_recipe("fast")
 
 
 @pytest.mark.parametrize(
@@ -860,15 +892,15 @@ def test_a_file_changes_the_recipe(tmp_path: Path) -> None:
         ('{"clip": {"muon": true}}', "clip: muon is for vae and transformer"),
         ('{"t5": {"ema_decay": 2.0}}', "ema_decay is 2.0; expected 0 to 1"),
         ('{"clip": {"learning_rate": NaN}}', "learning_rate is nan; expected above 0"),
-        ('{"clip": {"beta2": 1.0}}', "beta2 is 1.0; expected below 1"),
-        ('{"clip": {"beta2": 1}}', "beta2 is 1; expected below 1"),
+        ('{"clip": {"beta2": 1.0}}', "beta2 is 1.0; expected 0 to 0.999999"),
+        ('{"clip": {"beta2": 1}}', "beta2 is 1; expected 0 to 0.999999"),
     ],
 )
 def test_a_file_with_impossible_numbers(tmp_path: Path, change, message) -> None:
     path = tmp_path / "recipe.json"
     path.write_text(change)
     with pytest.raises(ValueError, match=message):
-        stages.find_recipe(str(path))
+        find_recipe(str(path))
 
 
 def test_bad_settings_are_refused(tmp_path: Path) -> None:
@@ -876,7 +908,7 @@ def test_bad_settings_are_refused(tmp_path: Path) -> None:
     cases[("all", 5)] = "need a --stage"
     for (stage, steps), message in cases.items():
         with pytest.raises(ValueError, match=message):
-            stages.train(stage, tmp_path / "out", steps=steps)
+            train(stage, tmp_path / "out", steps=steps)
     with pytest.raises(ValueError, match="cannot be cut into 3 equal parts"):
         trained(accumulation=3)
     assert not (tmp_path / "out").exists()
@@ -886,7 +918,7 @@ def test_a_later_stage_is_checked_before_the_first(tmp_path: Path) -> None:
     file = tmp_path / "recipe.json"
     file.write_text('{"transformer": {"accumulation": 5}}')
     with pytest.raises(ValueError, match="32 samples cannot be cut into 5 equal"):
-        stages.train("all", tmp_path / "out", recipe=str(file))
+        train("all", tmp_path / "out", recipe=str(file))
     assert not (tmp_path / "out").exists()
 
 
@@ -896,7 +928,7 @@ def test_a_split_that_is_not_there(fashion: Path, tmp_path: Path, lacking: str) 
         if not file.name.startswith(lacking):
             (tmp_path / file.name).symlink_to(file)
     with pytest.raises(FileNotFoundError, match=f"no {lacking}-00000-of-00001.parq"):
-        stages.train("all", tmp_path / "out", tmp_path, recipe="trial")
+        train("all", tmp_path / "out", tmp_path, recipe="trial")
 
 
 # A run and its folder
@@ -1199,9 +1231,9 @@ def test_encoded_scenes_are_named_after_all_that_made_them() -> None:
     tables, gray = [torch.arange(6)], torch.arange(4).byte()
 
     def name(n: int = 8, seed: int = 0, two_garments: float = 0.5) -> str:
-        content = (gray, "Scenes", seed, two_garments)
-        models = SimpleNamespace(vae=layers[0], encoders=layers[1:])
-        return stages.Features.name(models, content, tables, n)
+        scenes = SimpleNamespace(content=(gray, "Scenes", seed, two_garments))
+        models = SimpleNamespace(vae=layers[0], encoders=layers[1:], tables=tables)
+        return SceneEncoder.file_name(models, scenes, n)
 
     names = [name(), name(n=9), name(seed=1), name(two_garments=0.4)]
     assert name() == names[0]
@@ -1217,19 +1249,19 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_second_run_of_a_stage_is_refused_before_it_works(
-    job: stages.Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def work(job: stages.Job) -> None:
+    def work(job: Job) -> None:
         with pytest.raises(ValueError, match="another process trains in"):
-            stages.run_stages(replace(job, run=None), ("vae",))
+            run_stages(replace(job, run=None), "vae")
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(stages.RUN, "vae", work)
+    only_prepares("vae", work, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        stages.run_stages(replace(job, output=tmp_path), ("vae",))
+        run_stages(replace(job, output=tmp_path), "vae")
     fewer = replace(job, output=tmp_path, recipe=replace(job.recipe, pictures=32))
     with pytest.raises(ValueError, match="holds a run with pictures = 64, not 32"):
-        stages.run_stages(fewer, ("vae",))
+        run_stages(fewer, "vae")
 
 
 def test_a_batch_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
@@ -1267,7 +1299,7 @@ def test_a_file_is_no_folder_to_train_in(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept")
     for name in ("file", "file/below"):
         with pytest.raises((ValueError, OSError), match="is a file|cannot be written"):
-            stages.train("vae", tmp_path / name, recipe="trial")
+            train("vae", tmp_path / name, recipe="trial")
     assert (tmp_path / "file").read_text() == "kept"
 
 
@@ -1283,7 +1315,7 @@ def test_a_file_decides_what_is_compiled_and_in_bfloat16(tmp_path: Path) -> None
     """What it does not name follows the device."""
     path = tmp_path / "recipe.json"
     path.write_text('{"vae": {"compile": true}, "t5": {"bfloat16": false}}')
-    recipes = [stages.find_recipe(str(path), cuda) for cuda in (False, True)]
+    recipes = [find_recipe(str(path), cuda) for cuda in (False, True)]
     compiled = [[getattr(r, n).compile for n in ("vae", "t5")] for r in recipes]
     short = [[getattr(r, n).bfloat16 for n in ("clip", "t5", "vae")] for r in recipes]
     assert compiled == [[True, False], [True, True]]
@@ -1303,7 +1335,7 @@ def test_another_kind_of_training_loses_nothing(tmp_path: Path) -> None:
         finetune.finetune("tiny", tmp_path / "pictures", tmp_path / "out", config)
 
     def train() -> None:
-        stages.train("all", tmp_path / "out", recipe="trial")
+        train("all", tmp_path / "out", recipe="trial")
 
     for action, own, other in ((tune, "run", "runs"), (train, "runs", "run")):
         with pytest.raises(ValueError, match="out holds another training or model"):
@@ -1375,22 +1407,22 @@ def test_only_the_last_checkpoints_and_the_best_stay(tmp_path: Path) -> None:
 
 
 def test_pictures_meet_their_own_captions(
-    job: stages.Job, monkeypatch: pytest.MonkeyPatch
+    job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch = tasks_of(stages.train_clip, job, monkeypatch).batch(torch.arange(16))
-    place = stages.shuffled(torch.arange(16), job.recipe.pictures)
+    batch = clip_lesson(job).task.batch(torch.arange(16))
+    place = place_in_pool(torch.arange(16), job.recipe.pictures)
     scene = job.scenes().batch(place)
     assert (batch["images"] - scene.images).abs().max() <= 1 / 127
-    for table, name in zip(stages.token_tables(job), "lg", strict=False):
+    for table, name in zip(text_stages.token_tables(job), "lg", strict=False):
         assert torch.equal(batch[f"ids_{name}"], table[scene.caption_ids].long())
 
 
 def test_t5_restores_words_and_says_the_same_anew(
-    job: stages.Job, monkeypatch: pytest.MonkeyPatch
+    job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    numbers, ids = torch.arange(16), stages.token_tables(job)[2].long()
-    batch = tasks_of(stages.train_t5, job, monkeypatch).batch(numbers)
-    place = stages.shuffled(numbers, job.recipe.pictures)
+    numbers, ids = torch.arange(16), text_stages.token_tables(job)[2].long()
+    batch = t5_lesson(job).task.batch(numbers)
+    place = place_in_pool(numbers, job.recipe.pictures)
     pairs = job.scenes(job.recipe.two_garments).caption_pairs(place)
     t5 = T5Tokenizer.from_pretrained(job.model / "tokenizer_3")
     for i, source in enumerate(batch["source"]):
@@ -1403,33 +1435,18 @@ def test_t5_restores_words_and_says_the_same_anew(
     assert (pairs[::2, 0] != pairs[::2, 1]).any()
 
 
-def tasks_of(stage: Callable, job: stages.Job, monkeypatch: pytest.MonkeyPatch) -> Task:
-    """The task that a stage gives to be learned."""
-
-    class Given(Exception):
-        pass
-
-    def learn(job: stages.Job, name: str, task: Task) -> None:
-        raise Given(task)
-
-    monkeypatch.setattr(stages, "learn", learn)
-    with pytest.raises(Given) as caught:
-        stage(job)
-    return caught.value.args[0]
-
-
 def test_a_sample_has_its_own_caption(
-    job: stages.Job, made: Path, monkeypatch: pytest.MonkeyPatch
+    job: Job, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = tasks_of(stages.train_transformer, job, monkeypatch)
+    task = transformer_lesson(job).task
     numbers = torch.arange(4 * job.recipe.latents)
-    place = stages.shuffled(numbers, job.recipe.latents)
+    place = place_in_pool(numbers, job.recipe.latents)
     scene = job.scenes(job.recipe.two_garments).batch(place)
     batch, pipe = task.batch(numbers), minidiff.load(made)
     with torch.no_grad():
         x0 = pipe.vae.scale(pipe.vae.encode(scene.images).mode())
     assert relative_error(batch["x0"], x0) < 2e-2  # encoded in bfloat16
-    pooled = pipe.encode_prompt(scene.captions, stages.LENGTH)[1]
+    pooled = pipe.encode_prompt(scene.captions, LENGTH)[1]
     near = (batch["pooled"] - pooled).norm(dim=1) < 1e-2 * pooled.norm(dim=1)
     assert near.double().mean() > 0.7  # of others an encoder, or all, are dropped
 
@@ -1437,28 +1454,28 @@ def test_a_sample_has_its_own_caption(
 @pytest.mark.parametrize("n", [1, 12, 1000, 2**14])
 def test_each_sample_comes_once_an_epoch(n: int) -> None:
     for start in (0, n, 7 * n):
-        places = stages.shuffled(torch.arange(start, start + n), n)
+        places = place_in_pool(torch.arange(start, start + n), n)
         assert torch.equal(places.sort().values, torch.arange(n))
 
 
 def test_learning_looks_at_training_garments(
-    job: stages.Job, fashion: Path, monkeypatch: pytest.MonkeyPatch
+    job: Job, fashion: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train, test = (data.Scenes(s, fashion).gray for s in ("train", "test"))
     assert torch.equal(job.scenes().gray, train) and job.scenes().held_out is False
     assert torch.equal(job.scenes(split="test").gray, test)
-    task = tasks_of(stages.train_judge, job, monkeypatch)
+    task = judge_lesson(job).task
     found = task.batch(torch.arange(4))["images"]
     scenes = data.Scenes("train", fashion, held_out=None)
     torch.testing.assert_close(found, scenes.batch(torch.arange(4)).images)
 
 
-def test_pools_and_scales(job: stages.Job) -> None:
+def test_pools_and_scales(job: Job) -> None:
     scenes = job.scenes()
-    images = stages.from_bytes(stages.picture_pool(scenes, 8)[0])
+    images = data.from_bytes(picture_pool(scenes, 8)[0])
     expected = scenes.batch(torch.arange(8)).images
     torch.testing.assert_close(images, expected, atol=1 / 255, rtol=0)
-    vae = stages.measured(VAE(DECODED), images)
+    vae = measured(VAE(DECODED), images)
     with torch.no_grad():
         latents = vae.scale(vae.encode(images).mode())
     assert abs(latents.mean()) < 1e-3 and abs(latents.std() - 1) < 1e-3
@@ -1469,7 +1486,7 @@ def test_flags_change_the_stage_named(fashion: Path, tmp_path: Path) -> None:
     file = tmp_path / "recipe.json"
     file.write_text(json.dumps({"vae": quick, "pictures": 16, "held": 4}))
     how = {"steps": 1, "batch_size": 2}
-    stages.train("vae", tmp_path / "out", fashion, recipe=str(file), **how)
+    train("vae", tmp_path / "out", fashion, recipe=str(file), **how)
     begun = json.loads((tmp_path / "out/runs/vae/run.json").read_text())
     assert how.items() <= begun.items()
 
@@ -1488,12 +1505,12 @@ def test_captions_of_full_length_are_not_cut(capsys: pytest.CaptureFixture) -> N
             return text.split()
 
         def __call__(self, texts: list[str]) -> torch.Tensor:
-            return torch.zeros(len(texts), stages.LENGTH)
+            return torch.zeros(len(texts), LENGTH)
 
-    full, long = "a " * stages.LENGTH, "a " * (stages.LENGTH + 1)
-    stages.encode_all(Words(), [full])
+    full, long = "a " * LENGTH, "a " * (LENGTH + 1)
+    text_stages.encode_all(Words(), [full])
     assert capsys.readouterr().out == ""
-    stages.encode_all(Words(), [full, long])
+    text_stages.encode_all(Words(), [full, long])
     assert "1 of 2 captions are cut" in capsys.readouterr().out
 
 

@@ -138,21 +138,46 @@ def train(
         refuse("--lora", None, rank=rank, alpha=alpha, targets=targets)
     if from_model is None:
         refuse("--from", None, lora=lora or None, learning_rate=learning_rate)
-        from minidiff.recipes import stages
+        from minidiff.recipes.train import TrainOptions, train_stages
 
-        size = (steps, batch_size)
-        how = (compile, start, scenes, recompute, seed or 0, crop)
-        stages.train(stage, output, data, find_device(device), recipe, *size, *how)
+        options = TrainOptions(
+            output=output,
+            stage=stage,
+            data=data,
+            device=find_device(device),
+            recipe=recipe,
+            steps=steps,
+            batch_size=batch_size,
+            compile=compile,
+            start=start,
+            scenes=scenes,
+            recompute=recompute,
+            crop=crop,
+            seed=seed or 0,
+        )
+        train_stages(options)
         return
     if recipe or start or scenes or stage != "all" or seed is not None:
         found = "--from has no stages, recipe, start, scenes or seed"
         raise ValueError(f"{found}; its pictures are --data")
+    if data is None:
+        raise ValueError("--from needs --data: a folder of pictures with captions")
     from minidiff.learning import parallel
     from minidiff.recipes import finetune
 
-    size = (steps, batch_size, given(learning_rate, 1e-4))
-    updates = (given(rank, 8), alpha, targets) if lora else None
-    how = (find_device(device), compile, recompute, crop)
-    made = finetune.train(from_model, data, output, *size, updates, *how)
+    tuning = finetune.FinetuneOptions(
+        model=from_model,
+        pictures=data,
+        output=output,
+        steps=given(steps, 500),
+        batch_size=given(batch_size, 1),
+        learning_rate=given(learning_rate, 1e-4),
+        lora=finetune.lora_config(given(rank, 8), alpha, targets) if lora else None,
+        device=find_device(device),
+        compile=bool(compile),
+        recompute=recompute,
+        crop=crop,
+    )
+    made = finetune.finetune_pictures(tuning)
     if parallel.rank() == 0:
         print(made)

@@ -112,13 +112,19 @@ def tell_of_others(folder: Path, found: Collection[str]) -> None:
 def read_folder(
     folder: Path | str, size: int, crop: bool = True
 ) -> tuple[Tensor, list[str]]:
-    """All pictures of ``folder`` as uint8 (N, 3, size, size), and their captions.
+    """All pictures of ``folder`` as uint8 (N, 3, size, size), and their captions."""
+    return read_pictures(Path(folder), captions_of(Path(folder)), size, crop)
+
+
+def read_pictures(
+    folder: Path, found: dict[str, str], size: int, crop: bool = True
+) -> tuple[Tensor, list[str]]:
+    """The pictures with captions ``found``, uint8 (N, 3, size, size), and the captions.
 
     A picture that cannot be read or has no caption is named on stderr and left out;
     ValueError if none is left.
     """
-    folder, pictures, captions = Path(folder), [], []
-    found = captions_of(folder)
+    pictures, captions = [], []
     tell_of_others(folder, found)
     for name, caption in found.items():
         try:

@@ -16,6 +16,7 @@ from minidiff.files.weights import (
     Prepared,
     count_parameters,
     load_component,
+    open_tensors,
     prepare_component,
 )
 from minidiff.flow_matching import Scheduler
@@ -180,9 +181,9 @@ def open_single_file(
             f"{file}: text encoders are not read from it; expected text_encoders="
             "folder, with clip_l.safetensors, clip_g.safetensors, … and the tokenizers"
         )
-    folder = Path(text_encoders)
+    folder, opened = Path(text_encoders), open_tensors(file)
     parts = {
-        name: single_file.prepare_part(name, *PARTS[name], file)
+        name: single_file.prepare_part(name, *PARTS[name], opened)
         for name in ("transformer", "vae")
     }
     if (folder / "text_encoder").is_dir():

@@ -31,7 +31,7 @@ def read_index(folder: Path) -> tuple[dict[str, Any], list[str]]:
     """
     index = reading.read_json(folder / "model_index.json")
     if not str(index.get("_class_name")).startswith("StableDiffusion3"):
-        found = index.get("_class_name")
+        found = reading.excerpt(index.get("_class_name"))
         raise ValueError(f"{folder} is a {found}; expected a StableDiffusion3Pipeline")
     names = (*MODELS, *TOKENIZERS)
     present = [n for n in names if index.get(n) not in (None, [None, None])]

@@ -111,14 +111,14 @@ def alphas_of(
     if not isinstance(patterns, dict):
         found = f"{path}: {part}alpha_pattern is {excerpt(repr(patterns))}"
         raise ValueError(f"{found}; expected layers and numbers")
-    found = {}
+    alphas: dict[str, tuple[int, Any]] = {}
     for place, (pattern, alpha) in enumerate(patterns.items()):
         name = pattern.replace("\\.", ".")
         if not re.fullmatch(r"\w[\w.]*", name):
             bad = f"{path}: {part}alpha_pattern has {excerpt(repr(pattern))}"
             raise ValueError(f"{bad}; expected the name of a layer, or its end")
-        found.setdefault(name, (place, alpha))
-    return found
+        alphas.setdefault(name, (place, alpha))
+    return alphas
 
 
 def alpha_of(alphas: Mapping[str, tuple[int, Any]], layer: str, usual: Any) -> Any:

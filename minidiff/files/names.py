@@ -37,8 +37,8 @@ def transformer_sources(names: Iterable[str]) -> dict[str, Source]:
 
 
 def _transformer_source(name: str, last: str) -> Source:
-    parts = re.fullmatch(r"(?:joint_blocks\.(\d+)\.)?(.*?)(\.weight|\.bias)?", name)
-    block, inner, end = parts.groups(default="")
+    parts = re.findall(r"^(?:joint_blocks\.(\d+)\.)?(.*?)(\.weight|\.bias)?$", name)
+    block, inner, end = parts[0]
     prefix = f"transformer_blocks.{block}." if block else ""
     stored = (BLOCK if block else TRANSFORMER).get(inner, inner).split()
     swap = name.startswith((last, "final_layer.adaLN_modulation"))

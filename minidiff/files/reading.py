@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 # Bytes: several times what real files have
-LONGEST_CONFIG, LONGEST_TABLE, LONGEST_TEXT = 1_000_000, 20_000_000, 100_000_000
+LONGEST_CONFIG, LONGEST_TABLE, LONGEST_TEXT = 1_000_000, 10_000_000, 100_000_000
 LONGEST_ECHO = 100  # characters of a file that an error repeats
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -21,10 +21,10 @@ KINDS = {
 }
 
 
-def excerpt(found: object) -> str:
+def excerpt(found: object, longest: int = LONGEST_ECHO) -> str:
     """What an error repeats of what was found: of a long text the beginning."""
     text = str(found)
-    return text if len(text) <= LONGEST_ECHO else f"{text[:LONGEST_ECHO]}…"
+    return text if len(text) <= longest else f"{text[:longest]}…"
 
 
 def file_size(path: Path | str) -> int:
@@ -32,8 +32,8 @@ def file_size(path: Path | str) -> int:
     try:
         found = os.stat(path)
     except FileNotFoundError:
-        kind = "is a link to a file that is" if os.path.islink(path) else "is"
-        raise FileNotFoundError(f"{path} {kind} missing") from None
+        what = "is a link to a file that is" if os.path.islink(path) else "is"
+        raise FileNotFoundError(f"{path} {what} missing") from None
     except ValueError:  # a zero byte
         raise ValueError(f"{excerpt(repr(path))} is not a file's name") from None
     if kind := KINDS.get(stat.S_IFMT(found.st_mode)):
@@ -45,6 +45,12 @@ def check_size(path: Path | str, limit: int) -> None:
     """Raise ValueError unless ``path`` is a file of at most ``limit`` bytes."""
     if (size := file_size(path)) > limit:
         raise ValueError(f"{path} has {size:,} bytes; expected at most {limit:,}")
+
+
+def read_bytes(path: Path | str, limit: int) -> bytes:
+    """The content of a file of at most ``limit`` bytes."""
+    check_size(path, limit)
+    return Path(path).read_bytes()
 
 
 def read_text(path: Path | str, limit: int = LONGEST_TEXT) -> str:

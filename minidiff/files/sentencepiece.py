@@ -9,11 +9,15 @@ import struct
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import regex
 
+from minidiff.files.reading import LONGEST_TABLE, read_bytes
+
 _UNIGRAM = 1
+MOST_PIECES = 500_000  # T5 has 32,000
+LONGEST_REPLACEMENT = 256  # bytes that one character becomes; T5's longest has 33
 
 
 class Piece(NamedTuple):
@@ -30,7 +34,7 @@ def read_model(path: str | Path) -> tuple[list[Piece], bytes]:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or holds another model than Unigram.
     """
-    data = Path(path).read_bytes()
+    data = read_bytes(path, LONGEST_TABLE)
     try:
         pieces, charsmap, kind = _parse_model(data)
     except (LookupError, TypeError, AttributeError, struct.error, ValueError) as error:
@@ -44,12 +48,15 @@ def read_model(path: str | Path) -> tuple[list[Piece], bytes]:
 
 
 def _parse_model(data: bytes) -> tuple[list[Piece], bytes, int]:
-    pieces, charsmap, kind = [], b"", _UNIGRAM
+    pieces: list[Piece] = []
+    charsmap, kind = b"", _UNIGRAM
     for field, value in _fields(data):
         if field == 1:  # repeated SentencePiece: 1 = piece, 2 = score
             piece = dict(_fields(value))
             score = struct.unpack("<f", piece.get(2, bytes(4)))[0]
             pieces.append(Piece(piece[1].decode("utf-8"), score))
+            if len(pieces) > MOST_PIECES:
+                raise ValueError(f"more than {MOST_PIECES:,} pieces")
         elif field == 2:  # TrainerSpec: 3 = model_type
             kind = dict(_fields(value)).get(3, _UNIGRAM)
         elif field == 3:  # NormalizerSpec: 2 = precompiled_charsmap
@@ -57,9 +64,12 @@ def _parse_model(data: bytes) -> tuple[list[Piece], bytes, int]:
     return pieces, charsmap, kind
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Yield (field number, value) of a protocol buffer message, one level deep."""
-    at = 0
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """Yield (field number, value) of a protocol buffer message, one level deep.
+
+    A value is an integer or bytes, as the file has it.
+    """
+    at, value = 0, 0  # type: int, int | bytes
     while at < len(data):
         key, at = _varint(data, at)
         if key & 7 == 0:
@@ -104,6 +114,8 @@ class CharacterMap:
             self.units = struct.unpack_from(f"<{size // 4}I", data, 4)
         except (struct.error, TypeError) as error:
             raise ValueError(f"precompiled_charsmap is cut short: {error}") from error
+        if not self.units:
+            raise ValueError("precompiled_charsmap is empty")
         self.data, self.replacements = data, data[4 + size :]
         self._cached = lru_cache(maxsize=65_536)(self._replace)
 
@@ -138,7 +150,8 @@ class CharacterMap:
             node = self._children(node, unit)
             if unit >> 8 & 1:
                 start = self.units[node] & 0x7FFFFFFF
-                end = self.replacements.index(b"\0", start)
+                last = start + LONGEST_REPLACEMENT
+                end = self.replacements.index(b"\0", start, last)
                 return self.replacements[start:end].decode("utf-8")
         return None
 

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from minidiff.files import weights
+from minidiff.files.configurations import make_config
 from minidiff.files.names import Source
-from minidiff.files.weights import Prepared
+from minidiff.files.reading import excerpt
+from minidiff.files.weights import Prepared, TensorFile
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -40,8 +42,20 @@ def under(shapes: Shapes, prefix: str) -> Shapes:
 
 def count(shapes: Shapes, pattern: str) -> int:
     """How many layers there are, one more than the largest number in ``pattern``."""
-    numbers = [int(m[1]) for name in shapes if (m := re.match(pattern, name))]
-    return max(numbers, default=-1) + 1
+    found = (re.match(pattern.format(r"([0-9]{1,9})\."), name) for name in shapes)
+    layers = max((int(match[1]) for match in found if match), default=-1) + 1
+    if layers > len(shapes):
+        raise ValueError(f"it numbers {layers} layers and has {len(shapes)} tensors")
+    return layers
+
+
+def sides(shapes: Shapes, name: str, dimensions: int) -> tuple[int, ...]:
+    """The shape of a tensor that sizes are read off; ValueError for another kind."""
+    shape = shapes[name]
+    if len(shape) != dimensions or 0 in shape:
+        found = f"{name} has shape {excerpt(list(shape))}"
+        raise ValueError(f"{found}; expected {dimensions} dimensions, none of them 0")
+    return shape
 
 
 # Sizes, as the keys of the hub's config.json
@@ -49,40 +63,40 @@ def count(shapes: Shapes, pattern: str) -> int:
 
 def transformer_sizes(shapes: Shapes) -> dict[str, Any]:
     """An MMDiT's sizes from the shapes of its tensors."""
-    width, channels, patch, _ = shapes["x_embedder.proj.weight"]
-    norm = shapes.get("joint_blocks.0.x_block.attn.ln_q.weight")
-    head = norm[0] if norm else 64
-    layers = count(shapes, r"joint_blocks\.(\d+)\.")
+    width, channels, patch, _ = sides(shapes, "x_embedder.proj.weight", 4)
+    norm = "joint_blocks.0.x_block.attn.ln_q.weight"
+    head = sides(shapes, norm, 1)[0] if norm in shapes else 64
+    layers = count(shapes, r"joint_blocks\.{}")
     dual = "joint_blocks.{}.x_block.attn2.qkv.weight"
-    side = isqrt(shapes["pos_embed"][1])
+    side = isqrt(sides(shapes, "pos_embed", 3)[1])
     return {
         "sample_size": min(128, side * patch),
         "patch_size": patch,
         "in_channels": channels,
-        "out_channels": shapes["final_layer.linear.weight"][0] // patch**2,
+        "out_channels": sides(shapes, "final_layer.linear.weight", 2)[0] // patch**2,
         "num_layers": layers,
         "attention_head_dim": head,
         "num_attention_heads": width // head,
-        "joint_attention_dim": shapes["context_embedder.weight"][1],
-        "pooled_projection_dim": shapes["y_embedder.mlp.0.weight"][1],
+        "joint_attention_dim": sides(shapes, "context_embedder.weight", 2)[1],
+        "pooled_projection_dim": sides(shapes, "y_embedder.mlp.0.weight", 2)[1],
         "pos_embed_max_size": side,
         "dual_attention_layers": tuple(
             i for i in range(layers) if dual.format(i) in shapes
         ),
-        "qk_norm": "rms_norm" if norm else None,
+        "qk_norm": "rms_norm" if norm in shapes else None,
     }
 
 
 def vae_sizes(shapes: Shapes) -> dict[str, Any]:
     """An autoencoder's sizes; scale, shift and norm groups are SD3.5's."""
-    levels = count(shapes, r"decoder\.up\.(\d+)\.")
+    levels = count(shapes, r"decoder\.up\.{}")
     convolution = "decoder.up.{}.block.0.conv1.weight"
     return {
-        "latent_channels": shapes["decoder.conv_in.weight"][1],
+        "latent_channels": sides(shapes, "decoder.conv_in.weight", 4)[1],
         "block_out_channels": tuple(
-            shapes[convolution.format(i)][0] for i in range(levels)
+            sides(shapes, convolution.format(i), 4)[0] for i in range(levels)
         ),
-        "layers_per_block": count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
+        "layers_per_block": count(shapes, r"encoder\.down\.0\.block\.{}"),
     }
 
 
@@ -91,39 +105,40 @@ def clip_l_sizes(shapes: Shapes) -> dict[str, Any]:
 
     The official file has no projection; where another has one, it is not SD3's.
     """
-    square = shapes["text_model.final_layer_norm.weight"] * 2
+    square = sides(shapes, "text_model.final_layer_norm.weight", 1) * 2
     return clip_sizes({**shapes, PROJECTION: square}) | {"hidden_act": "quick_gelu"}
 
 
 def clip_sizes(shapes: Shapes) -> dict[str, Any]:
     """A CLIP text encoder's sizes: heads of 64 channels."""
-    vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
+    embeddings, layers = "text_model.embeddings.", "text_model.encoder.layers."
+    vocabulary, width = sides(shapes, f"{embeddings}token_embedding.weight", 2)
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "intermediate_size": shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
-        "num_hidden_layers": count(shapes, r"text_model\.encoder\.layers\.(\d+)\."),
+        "intermediate_size": sides(shapes, f"{layers}0.mlp.fc1.weight", 2)[0],
+        "num_hidden_layers": count(shapes, re.escape(layers) + "{}"),
         "num_attention_heads": max(1, width // 64),
-        "max_position_embeddings": shapes[
-            "text_model.embeddings.position_embedding.weight"
-        ][0],
+        "max_position_embeddings": sides(
+            shapes, f"{embeddings}position_embedding.weight", 2
+        )[0],
         "hidden_act": "gelu",
-        "projection_dim": shapes[PROJECTION][0],
+        "projection_dim": sides(shapes, PROJECTION, 2)[0],
         "eos_token_id": 2,
     }
 
 
 def t5_sizes(shapes: Shapes) -> dict[str, Any]:
     """A T5 encoder's sizes."""
-    first = "encoder.block.0.layer.0.SelfAttention."
-    buckets, heads = shapes[first + "relative_attention_bias.weight"]
-    vocabulary, width = shapes["shared.weight"]
+    first, dense = "encoder.block.0.layer.0.SelfAttention.", "layer.1.DenseReluDense."
+    buckets, heads = sides(shapes, first + "relative_attention_bias.weight", 2)
+    vocabulary, width = sides(shapes, "shared.weight", 2)
     return {
         "vocab_size": vocabulary,
         "d_model": width,
-        "d_kv": shapes[first + "q.weight"][0] // heads,
-        "d_ff": shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
-        "num_layers": count(shapes, r"encoder\.block\.(\d+)\."),
+        "d_kv": sides(shapes, first + "q.weight", 2)[0] // heads,
+        "d_ff": sides(shapes, f"encoder.block.0.{dense}wi_0.weight", 2)[0],
+        "num_layers": count(shapes, r"encoder\.block\.{}"),
         "num_heads": heads,
         "relative_attention_num_buckets": buckets,
     }
@@ -142,25 +157,25 @@ PARTS: dict[str, tuple[str, Callable[[Shapes], dict[str, Any]]]] = {
 
 
 def prepare_part(
-    part: str, model_class: type, config_class: type, file: Path
+    part: str, model_class: type, config_class: type, file: Path | TensorFile
 ) -> Prepared:
     """Check the tensors of one part of a pipeline in ``file``; nothing is read yet.
 
     Raises ValueError naming what is missing, unexpected, or of the wrong shape.
     """
     prefix, sizes = PARTS[part]
-    shapes = weights.read_header(file)
-    check_known(file, shapes, prefix)
+    file = file if isinstance(file, TensorFile) else weights.open_tensors(file)
+    shapes = {name: entry.shape for name, entry in file.entries.items()}
+    check_known(file.path, shapes, prefix)
+    source = f"{file.path} is no {part}"
     try:
-        config = config_class(**sizes(under(shapes, prefix)))
+        known = sizes(under(shapes, prefix))
         with torch.device("meta"):
-            model = model_class(config)
+            model = model_class(make_config(config_class, known, "its shapes"))
     except KeyError as missing:
-        raise ValueError(
-            f"{file} is no {part}: it lacks {prefix}{missing.args[0]}"
-        ) from None
-    except (IndexError, ArithmeticError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{file} is no {part}: {error}") from None
+        raise ValueError(f"{source}: it lacks {prefix}{missing.args[0]}") from None
+    except (ArithmeticError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{source}: {error}") from None
 
     def rename(names: Iterable[str]) -> dict[str, Source]:
         own = {name: Source((prefix + name,)) for name in names}
@@ -175,7 +190,7 @@ def check_known(file: Path, shapes: Shapes, prefix: str) -> None:
     if prefix and (other := [n for n in shapes if not n.startswith(known)]):
         raise ValueError(
             f"{file} has {len(other)} tensors that are neither a transformer's nor an "
-            f"autoencoder's, such as {other[0]}; expected an SD3 single file"
+            f"autoencoder's, such as {excerpt(other[0])}; expected an SD3 single file"
         )
 
 

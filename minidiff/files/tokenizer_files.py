@@ -6,17 +6,24 @@ tokens, and how they are sought, stands there (transformers 4), or in
 """
 
 import base64
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from minidiff.files.reading import read_json, read_text
-from minidiff.files.sentencepiece import Piece, read_model
+from minidiff.files.reading import LONGEST_TABLE, excerpt, read_json, read_text
+from minidiff.files.sentencepiece import CharacterMap, Piece, read_model
 from minidiff.files.unicode import WHITE_SPACE
 from minidiff.files.writing import write_json, write_text
 from minidiff.interface.checks import check_range
+
+# Steps of tokenizer.json's normalizer that our two tokenizers take
+BPE_STEPS = ("NFC", "Replace", "Lowercase")
+UNIGRAM_STEPS = ("Precompiled", "Strip", "Replace")
+MOST_ADDED = 10_000  # tokens
 
 
 class AddedToken(NamedTuple):
@@ -51,7 +58,9 @@ class Settings(NamedTuple):
     def padding_with(self, pad_token: str, vocab: dict[str, int]) -> Self:
         """Pad with this token of the vocabulary, which becomes a special one."""
         if pad_token not in vocab:
-            raise ValueError(f"pad_token {pad_token!r} is not in the vocabulary")
+            raise ValueError(
+                f"pad_token {excerpt(repr(pad_token))} is not in the vocabulary"
+            )
         added = {token.content: token for token in (AddedToken(pad_token), *self.added)}
         ordered = sorted(added.values(), key=lambda token: vocab[token.content])
         names = self.names | {"pad_token": pad_token}
@@ -101,7 +110,8 @@ def split_added(
 
 def _split(text: str, tokens: dict[str, AddedToken]) -> list[str | AddedToken]:
     """Cut at the leftmost token, of several that begin there the longest; go on."""
-    parts, done = [], 0
+    parts: list[str | AddedToken] = []
+    done = 0
     for match in _pattern(tuple(tokens)).finditer(text):
         token, (start, stop) = tokens[match.group()], match.span()
         if token.lstrip:
@@ -144,11 +154,14 @@ def read_settings(folder: str | Path, defaults: Settings) -> Settings:
     """
     files = ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
     paths = [Path(folder) / file for file in files]
-    found = [read_json(path) if path.is_file() else {} for path in paths]
+    config, special_map, whole = (
+        read_json(path, LONGEST_TABLE) if path.is_file() else {} for path in paths
+    )
     try:
-        return _settings(*found, defaults)
+        return _settings(config, special_map, whole, defaults)
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder}, the tokenizer's settings: {error}") from None
+        found = excerpt(error, 300)
+        raise ValueError(f"{folder}, the tokenizer's settings: {found}") from None
 
 
 def _settings(
@@ -162,47 +175,63 @@ def _settings(
         listed = sorted(config["added_tokens_decoder"].items(), key=lambda i: int(i[0]))
         known, special_map = [_added(entry) for _, entry in listed], {}
     else:
-        known = [_added(entry) for entry in whole.get("added_tokens", [])]
+        known = [_added(entry) for entry in _entries(whole, "added_tokens")]
     merged = config | special_map
     named = {
         name: merged[name] if merged.get(name) else text
         for name, text in defaults.names.items()
     }
     sentinels = config.get("extra_ids", defaults.extra_ids)
-    check_range("extra_ids", sentinels, 0, 10_000)
+    check_range("extra_ids", sentinels, 0, MOST_ADDED)
     extra = (
-        merged.get("additional_special_tokens")
-        or merged.get("extra_special_tokens")
+        _entries(merged, "additional_special_tokens")
+        or _entries(merged, "extra_special_tokens")
         or [f"<extra_id_{number}>" for number in range(sentinels)]
     )
     added = {token.content: token for token in known}
     for entry in (*named.values(), *extra):
         token = _added(entry)
         added.setdefault(token.content, token)
-    length = config.get("model_max_length", defaults.model_max_length)
-    if not isinstance(length, int | float):
-        raise ValueError(f"model_max_length is {length!r}; expected a number")
+    if len(added) > MOST_ADDED:
+        raise ValueError(f"{len(added)} added tokens; expected at most {MOST_ADDED}")
     return Settings(
         {name: _added(entry).content for name, entry in named.items()},
         tuple(added.values()),
-        # Some folders state 1e30 for "not known".
-        int(length) if length < 1_000_000 else defaults.model_max_length,
+        _length(config, defaults),
         sentinels,
-        config.get("clean_up_tokenization_spaces", defaults.clean_up),
+        bool(config.get("clean_up_tokenization_spaces", defaults.clean_up)),
     )
 
 
+def _entries(content: dict[str, Any], name: str) -> list[Any]:
+    """The added tokens that ``content`` lists under ``name``, or names one by one."""
+    listed = content.get(name) or []
+    listed = list(listed.values()) if isinstance(listed, dict) else listed
+    if not isinstance(listed, list):
+        raise ValueError(f"{name} is {excerpt(repr(listed))}; expected a list")
+    return listed
+
+
+def _length(config: dict[str, Any], defaults: Settings) -> int:
+    """How many ids a prompt has; some folders state 1e30 for "not known"."""
+    length = config.get("model_max_length", defaults.model_max_length)
+    if not isinstance(length, int | float) or not length >= 2:
+        found = f"model_max_length is {excerpt(repr(length))}"
+        raise ValueError(f"{found}; expected a number, at least 2")
+    return int(length) if length < 1_000_000 else defaults.model_max_length
+
+
 def _added(entry: str | dict[str, Any]) -> AddedToken:
-    if isinstance(entry, str):
-        return AddedToken(entry)
-    if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
-        raise ValueError(f"expected an added token with a content, found {entry!r}")
-    if entry.get("single_word"):
-        raise ValueError(
-            f"added token {entry['content']!r}: single_word is unsupported"
-        )
-    flags = {name: bool(entry.get(name)) for name in AddedToken._fields[1:4]}
-    return AddedToken(entry["content"], **flags, special=entry.get("special", True))
+    whole = {"content": entry} if isinstance(entry, str) else entry
+    content = whole.get("content") if isinstance(whole, dict) else None
+    if not isinstance(content, str) or not content:
+        found = excerpt(repr(entry))
+        raise ValueError(f"expected an added token with a content, found {found}")
+    if whole.get("single_word"):
+        what = f"added token {excerpt(repr(content))}"
+        raise ValueError(f"{what}: single_word is unsupported")
+    flags = {name: bool(whole.get(name)) for name in AddedToken._fields[1:4]}
+    return AddedToken(content, **flags, special=bool(whole.get("special", True)))
 
 
 def write_settings(
@@ -242,30 +271,61 @@ def read_bpe(
     It holds tokenizer.json, or vocab.json and merges.txt.
     """
     path = first_file(folder, "tokenizer.json", "vocab.json")
-    content = read_json(path)
+    content = read_json(path, LONGEST_TABLE)
     if path.name == "tokenizer.json":
+        check_normalizer(path, content, BPE_STEPS)
         model = content.get("model")
         model = model if isinstance(model, dict) else {}
         vocab, lines = model.get("vocab"), model.get("merges", [])
     else:
-        text = read_text(first_file(folder, "merges.txt"))
+        text = read_text(first_file(folder, "merges.txt"), LONGEST_TABLE)
         vocab, lines = content, text.removesuffix("\n").split("\n")
         lines = [line for line in lines if not line.startswith("#version")]
-    if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):
-        raise ValueError(f"{path}: expected a BPE vocabulary of pieces and ids")
-    merges = []
-    for number, line in enumerate(lines if isinstance(lines, list) else [lines]):
-        pair = line.split(" ") if isinstance(line, str) else line
-        if not isinstance(pair, list) or [*map(type, pair)] != [str, str]:
-            raise ValueError(
-                f"{folder}: merge {number} is {pair}, expected two symbols"
-            )
-        if not {*pair, "".join(pair)} <= vocab.keys():
-            raise ValueError(
-                f"{folder}: merge {number} {pair} has symbols not in the vocabulary"
-            )
-        merges.append(tuple(pair))
+    vocab = checked_vocabulary(path, vocab)
+    lines = lines if isinstance(lines, list) else [lines]
+    merges = [_merge(folder, n, line, vocab) for n, line in enumerate(lines)]
     return vocab, merges, read_settings(folder, CLIP_SETTINGS)
+
+
+def checked_vocabulary(path: Path, vocab: Any) -> dict[str, int]:
+    """``vocab``, ValueError unless each piece has an id of its own."""
+    ids = vocab.values() if isinstance(vocab, dict) else [None]
+    if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+        raise ValueError(f"{path}: expected a BPE vocabulary of pieces and ids")
+    if len(set(ids)) < len(ids):
+        twice = next(i for i, times in Counter(ids).items() if times > 1)
+        raise ValueError(f"{path}: two pieces have the id {twice}")
+    return dict(vocab)
+
+
+def _merge(
+    folder: str | Path, number: int, line: Any, vocab: dict[str, int]
+) -> tuple[str, str]:
+    """The two symbols of merge ``number``, a line or a list."""
+    pair = line.split(" ") if isinstance(line, str) else line
+    found = f"{folder}: merge {number}"
+    if not isinstance(pair, list) or [*map(type, pair)] != [str, str]:
+        raise ValueError(f"{found} is {excerpt(pair)}, expected two symbols")
+    if not {*pair, "".join(pair)} <= vocab.keys():
+        what = f"{found} {excerpt(pair)}"
+        raise ValueError(f"{what} has symbols not in the vocabulary")
+    return pair[0], pair[1]
+
+
+def check_normalizer(path: Path, content: dict[str, Any], known: Sequence[str]) -> None:
+    """Raise ValueError for a step of tokenizer.json's normalizer that is not taken."""
+    other = [s.get("type") for s in _steps(content) if s.get("type") not in known]
+    if other:
+        what = f"{path} has the normalizer {excerpt(repr(other[0]))}"
+        raise ValueError(f"{what}; expected {', '.join(known)}")
+
+
+def _steps(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The steps of tokenizer.json's normalizer, each with its type."""
+    whole = content.get("normalizer")
+    whole = whole if isinstance(whole, dict) else {}
+    steps = whole.get("normalizers", [whole] if whole else [])
+    return [step for step in steps if isinstance(step, dict)]
 
 
 def write_bpe(
@@ -299,26 +359,37 @@ def read_unigram(folder: str | Path) -> tuple[dict[str, float], bytes, Settings]
         pieces, charsmap = _parse_unigram(path)
     if len(scores := dict(pieces)) < len(pieces):
         raise ValueError(f"{path}: the vocabulary lists a piece twice")
-    if not scores:
-        raise ValueError(f"{path}: the vocabulary is empty")
-    return scores, charsmap, settings
+    if not scores or "" in scores:
+        raise ValueError(f"{path}: the vocabulary is empty, or has an empty piece")
+    if bad := [text for text, score in pieces if not math.isfinite(score)]:
+        found = f"{path}: the score of {excerpt(repr(bad[0]))} is {scores[bad[0]]}"
+        raise ValueError(f"{found}; expected a finite number")
+    return scores, _checked_map(path, charsmap), settings
+
+
+def _checked_map(path: Path, charsmap: bytes) -> bytes:
+    try:
+        return charsmap if not charsmap or CharacterMap(charsmap) else b""
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _parse_unigram(path: Path) -> tuple[list[Piece], bytes]:
-    content = read_json(path)
+    content = read_json(path, LONGEST_TABLE)
     try:
         model = content["model"]
         if model["type"] != "Unigram":
             raise ValueError(f"model type {model['type']!r}")
         pieces = [Piece(str(text), float(score)) for text, score in model["vocab"]]
-        steps = content.get("normalizer") or {}
         maps = [
-            base64.b64decode(step["precompiled_charsmap"])
-            for step in steps.get("normalizers", [steps])
+            base64.b64decode(step["precompiled_charsmap"], validate=True)
+            for step in _steps(content)
             if step.get("type") == "Precompiled"
         ]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: expected a Unigram model, found {error}") from error
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        found = excerpt(error)
+        raise ValueError(f"{path}: expected a Unigram model, found {found}") from error
+    check_normalizer(path, content, UNIGRAM_STEPS)
     return pieces, maps[0] if maps else b""
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -187,14 +187,14 @@ Place = Callable[[str, Read], Tensor | None]
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Prepared(Generic[Model]):
     """A model on the meta device and its files, checked but not yet read.
 
     Called with a device and a dtype it reads them. ``place(name, read)``, if given,
     decides for each tensor itself; where it returns None the tensor stays out.
     """
 
-    model: nn.Module
+    model: Model
     sources: Mapping[str, Source]
     found: Mapping[str, TensorFile]
 
@@ -203,7 +203,7 @@ class Prepared:
         device: torch.device | str,
         dtype: torch.dtype | None,
         place: Place | None = None,
-    ) -> nn.Module:
+    ) -> Model:
         expected = self.model.state_dict()
 
         def stored(name: str) -> Tensor:
@@ -220,11 +220,11 @@ class Prepared:
 
 
 def prepare_weights(
-    model: nn.Module,
+    model: Model,
     files: Iterable[Path | TensorFile],
     rename: Rename | None = None,
     prefix: str = "",
-) -> Prepared:
+) -> Prepared[Model]:
     """Check safetensors files against ``model``, built on the meta device.
 
     ``rename`` says where the files keep each tensor; of them only those whose names
@@ -332,7 +332,7 @@ def prepare_component(
     config_class: type[Config],
     folder: Path | str,
     variant: str | None = None,
-) -> Prepared:
+) -> Prepared[Model]:
     """The two halves of :func:`load_component`: check now, read when called."""
     model = _build(model_class, config_class, folder)
     rename = RENAMES.get(component_class(folder))
@@ -363,9 +363,9 @@ def stored_tensors(
     state: Mapping[str, Tensor], rename: Rename | None = None
 ) -> dict[str, Tensor]:
     """``state`` under the names and in the form in which the hub's folders keep it."""
-    stored = {}
+    stored: dict[str, Tensor] = {}
     for ours, source in (rename or same_names)(state).items():
-        parts = state[ours].chunk(len(source.names))  # (3·D, D) → 3 × (D, D)
+        parts = [*state[ours].chunk(len(source.names))]  # (3·D, D) → 3 × (D, D)
         if source.how == "swap":
             parts = [torch.cat(state[ours].chunk(2)[::-1])]
         elif source.how == "conv":
@@ -380,7 +380,12 @@ def save_weights(
     rename: Rename | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write ``model``'s tensors to one safetensors file, in ``dtype`` (None: as is)."""
+    """Write ``model``'s tensors to one safetensors file, in ``dtype`` (None: as is).
+
+    ValueError for a dtype of whole numbers, which would cut the weights off.
+    """
+    if dtype and not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}; expected one of floating point")
     tensors = {
         name: t.detach().to("cpu", dtype).contiguous()
         for name, t in stored_tensors(model.state_dict(), rename).items()

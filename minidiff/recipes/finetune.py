@@ -4,6 +4,7 @@ In full, or by LoRA: then only small corrections learn, and the file that comes 
 one that diffusers loads.
 """
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -14,27 +15,27 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minidiff.data import rng
-from minidiff.data.captioned import captions_of, read_folder
+from minidiff.data.captioned import captions_of, read_pictures
 from minidiff.engine.loading import blueprint, load
 from minidiff.engine.memory import StreamedEmbedding, StreamedLinear, free_memory, weigh
 from minidiff.files.pictures import from_bytes, save_sheet
-from minidiff.flow_matching import shift_sigma
 from minidiff.interface.checks import check_range
 from minidiff.interface.terminal import tell
 from minidiff.learning import parallel, trainer
 from minidiff.learning.trainer import Run, cached, fingerprint, lasting
 from minidiff.lora import ATTENTION, FILE, LowRank, add_lora, save_lora
-from minidiff.sampling import Pipeline
-from minidiff.training import (
-    Batch,
-    Task,
-    TrainingConfig,
-    fit,
-    loss_by_level,
-    noise_and_levels,
-    transformer_loss,
+from minidiff.recipes.features import (
+    Features,
+    FlowBatches,
+    collect,
+    encode_latents,
+    validation,
 )
+from minidiff.recipes.order import shuffled
+from minidiff.sampling import Pipeline
+from minidiff.training import Batch, Task, TrainingConfig, fit, transformer_loss
+
+MOST_HELD_OUT = 32  # pictures: each costs eight looks at a validation
 
 
 @dataclass(frozen=True)
@@ -46,87 +47,66 @@ class LoraConfig:
     targets: tuple[str, ...] = tuple(ATTENTION)
 
 
-@torch.no_grad()
-def encode(pipe: Pipeline, images: Tensor, captions: list[str]) -> Batch:
-    """Latents (N, C, h, w), float32, and what the encoders make of the captions.
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """``minidiff train --from``: 500 steps of one picture unless told otherwise.
 
-    ``images`` are uint8 (N, 3, H, W). ``context`` and ``pooled`` have one more row, the
-    last: the empty prompt's. All is in main memory: megabytes for each picture.
+    Args:
+        model: what ``load`` takes.
+        pictures: a folder of pictures with captions.
+        output: the folder of the run and of its result.
+        steps, batch_size, learning_rate: how long and how fast.
+        lora: the corrections that learn; None lets all weights of the transformer.
+        device: "cpu", "cuda", …
+        compile: the step.
+        recompute: less memory for more time.
+        crop: the pictures' middle, or all of them squeezed.
     """
-    latents, contexts, texts = [], [], [*captions, ""]
-    for image in images.split(1):
-        image = from_bytes(image).to(pipe.device, pipe.dtype)
-        mode = pipe.vae.encode(image).mode()
-        latents.append(pipe.vae.scale(mode.float()).cpu())
-    for start in range(0, len(texts), 32):  # a streamed T5 comes once for each
-        pair = pipe.encode_prompt(texts[start : start + 32])
-        contexts.append([part.cpu() for part in pair])
-    context, pooled = (torch.cat(part) for part in zip(*contexts, strict=True))
-    return {"x0": torch.cat(latents), "context": context, "pooled": pooled}
+
+    model: str
+    pictures: Path
+    output: Path
+    steps: int = 500
+    batch_size: int = 1
+    learning_rate: float = 1e-4
+    lora: LoraConfig | None = None
+    device: str = "cpu"
+    compile: bool = False
+    recompute: bool = False
+    crop: bool = True
+
+    def config(self) -> TrainingConfig:
+        """How the pictures are learned from."""
+        if not 0 < self.learning_rate < math.inf:
+            found = f"--learning-rate is {self.learning_rate}"
+            raise ValueError(f"{found}; expected a finite number above 0")
+        return TrainingConfig(
+            self.steps,
+            self.batch_size,
+            self.learning_rate,
+            warmup_steps=min(100, self.steps // 10 + 1),
+            bfloat16=self.device.startswith("cuda"),
+            compile=self.compile,
+            save_every=100,
+            validate_every=max(100, self.steps // 5),
+        )
 
 
-def all_weights(model: nn.Module) -> list[Tensor]:
-    """The tensors of ``model`` by name, those that stay in their file among them."""
-    found = dict(model.state_dict())
-    for name, layer in model.named_modules():
-        if isinstance(layer, StreamedLinear):
-            pairs = zip(("weight", "bias"), layer.stored, strict=True)
-            found |= {f"{name}.{k}": x for k, x in pairs if x is not None}
-        elif isinstance(layer, StreamedEmbedding):
-            found[f"{name}.weight"] = layer.stored
-    return [found[name] for name in sorted(found)]
+def finetune_pictures(options: FinetuneOptions) -> Path:
+    """Fine-tune as ``options`` say; the file or folder that it wrote."""
+    o = options
+    config = o.config()
+    how = {"crop": o.crop, "recompute": o.recompute}
+    return finetune(o.model, o.pictures, o.output, config, o.lora, o.device, **how)
 
 
-def encoding_name(pipe: Pipeline, images: Tensor, captions: list[str]) -> str:
-    """A name for what ``encode`` returns, made of all that goes into it."""
-    parts = (pipe.vae, *filter(None, pipe.text_encoders))
-    weights = [fingerprint(x.to(pipe.dtype)) for p in parts for x in all_weights(p)]
-    ids = [tokenizer(captions) for tokenizer in filter(None, pipe.tokenizers)]
-    return fingerprint(images, captions, pipe.vae.config, *ids, *weights)
-
-
-def finetuning_task(
-    pipe: Pipeline,
-    encoded: Batch,
-    model: nn.Module,
-    seed: int,
-    drop: float,
-    config: TrainingConfig,
-    draw: Callable[[], None],
-) -> Task:
-    """Learn ``model`` (the transformer, or its corrections) on encoded pictures.
-
-    Validation looks at a batch of pictures at a time, then calls ``draw``, while the
-    averaged weights are in place.
-    """
-    n, shape = len(encoded["x0"]), tuple(encoded["x0"].shape[1:])
-    shift = pipe.scheduler.shift
-
-    def batch(indices: Tensor) -> Batch:
-        numbers = indices.cpu()  # as the encodings are in main memory
-        place = numbers % n
-        dropped = rng.uniform(seed + 1, numbers, 1)[:, 0] < drop
-        row = torch.where(dropped, n, place)  # the last is the empty prompt
-        known = {"x0": encoded["x0"][place]}
-        known |= {k: encoded[k][row] for k in ("context", "pooled")}
-        known = {k: x.to(indices.device) for k, x in known.items()}
-        noise, sigma = noise_and_levels(indices, shape, seed)
-        sigma = shift_sigma(sigma, shift)
-        return known | {"noise": noise.to(known["x0"]), "sigma": sigma}
-
-    def loss(_: nn.Module, batch: Batch) -> Tensor:
-        return transformer_loss(pipe.transformer, batch)
-
-    @torch.autocast(pipe.device.type, torch.bfloat16, enabled=config.bfloat16)
-    def validate(averaged: nn.Module) -> dict:
-        learned = {k: v.clone() for k, v in model.state_dict().items()}
-        model.load_state_dict(averaged.state_dict())
-        losses = level_losses(pipe, encoded, seed, config.batch_size)
-        draw()
-        model.load_state_dict(learned)
-        return {"validation": sum(losses) / len(losses), "by_level": losses}
-
-    return Task(model, loss, batch, validate)
+def lora_config(rank: int, alpha: float | None, names: str | None) -> LoraConfig:
+    """Of --rank, --alpha and --targets; ValueError for numbers that cannot be."""
+    check_range("--rank", rank, 1)
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise ValueError(f"--alpha is {alpha}; expected a finite number above 0")
+    chosen = names.split(",") if names else ATTENTION
+    return LoraConfig(rank, alpha, tuple(name.strip() for name in chosen))
 
 
 def finetune(
@@ -143,51 +123,66 @@ def finetune(
 ) -> Path:
     """Train ``model`` on the folder ``pictures``; the file or folder it wrote.
 
-    With ``lora`` the result is ``output``/pytorch_lora_weights.safetensors, else a
-    whole model in ``output``/model. A stopped run goes on when called again.
+    The last tenth of the pictures, 1 to 32, is not learned from: it says which weights
+    are the best. With ``lora`` the file is ``output``/pytorch_lora_weights.safetensors,
+    else ``output``/model holds a whole model. A stopped run goes on when called again.
     ``recompute`` saves memory: see ``trainer.recompute``. With ``lora`` and
     ``config.bfloat16`` the model's own weights, which do not learn, are in bfloat16.
     """
     device, output = parallel.start(device), Path(output)
-    check(config, Path(pictures), output)
-    parts = blueprint(model)
-    side = parts["transformer"].config.sample_size * parts["vae"].config.factor
-    if lora:  # a rank or names that these layers do not have
-        add_lora(parts["transformer"], lora.rank, lora.alpha, lora.targets)
+    captions = captions_of(Path(pictures))
+    check_run(config, output)
     dtype = torch.bfloat16 if lora and config.bfloat16 else torch.float32
-    check_card(parts, lora, dtype, device)
+    side = check_model(model, lora, dtype, device)
     known = str(model) != "tiny" and Path(model).exists()  # no name of a model
     settings = {"base": str(Path(model).resolve() if known else model)}
     settings |= {"folder": str(Path(pictures).resolve()), "lora": str(lora)}
     settings |= {"drop": drop, "seed": seed, **lasting(config)}
     with Run(output / "run", settings) as run:
-        images, captions = read_folder(pictures, side, crop)
-        pipe, trained, updates = begin(model, lora, device, dtype, seed, recompute)
-        name = encoding_name(pipe, images, captions)
+        images, texts = read_pictures(Path(pictures), captions, side, crop)
+        tuned = begin_tuning(model, lora, device, dtype, seed, recompute)
+        pipe = tuned.pipe
+        name = encoding_name(pipe, images, texts)
         began = fingerprint(*all_weights(pipe.transformer), pipe.scheduler.shift)
         run.add(encodings=name, began=began)
         path = output / "cache" / f"{name}.safetensors"
-        encoded = cached(path, lambda: encode(pipe, images, captions), "cpu")
-        grids = output / "grids"
+        kept = cached(path, lambda: vars(encode_pictures(pipe, images, texts)), "cpu")
+        features = Features(**kept)
 
         def draw() -> None:
-            save_samples(pipe, encoded, seed, grids / f"{run.step:06}.png")
+            save_samples(pipe, features, seed, output / "grids" / f"{run.step:06}.png")
 
-        task = finetuning_task(pipe, encoded, trained, seed, drop, config, draw)
+        task = finetuning_task(tuned, features, config, draw, seed, drop)
         averaged = fit(task, config, run, device)
-    trained.load_state_dict(averaged.state_dict())
-    return output if parallel.rank() else export(model, pipe, updates, output)
+    tuned.trained.load_state_dict(averaged.state_dict())
+    return output if parallel.rank() else export_tuned(model, tuned, output)
 
 
-def check(config: TrainingConfig, pictures: Path, output: Path) -> None:
-    """Raise ValueError or OSError for what can be told before anything is read."""
+# Before anything is read
+
+
+def check_run(config: TrainingConfig, output: Path) -> None:
+    """Raise ValueError or OSError for a run that cannot be."""
     if config.sharded:
         raise ValueError("sharded is True; fine-tuning expects False")
     shares = config.accumulation * parallel.size()
     trainer.check_batch(config.steps, config.batch_size, shares)
-    captions_of(pictures)
     trainer.check_folder(output)
     trainer.check_other(output, "run", "runs")
+
+
+def check_model(
+    model: Path | str, lora: LoraConfig | None, dtype: torch.dtype, device: str
+) -> int:
+    """The side in pixels of the pictures that ``model`` draws.
+
+    ValueError for corrections that do not fit, and for a card that is too small.
+    """
+    parts = blueprint(model)
+    if lora:  # a rank or names that these layers do not have
+        add_lora(parts["transformer"], lora.rank, lora.alpha, lora.targets)
+    check_card(parts, lora, dtype, device)
+    return parts["transformer"].config.sample_size * parts["vae"].config.factor
 
 
 def check_card(
@@ -213,15 +208,27 @@ def check_card(
         )
 
 
-def begin(
+# What learns, and from what
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A pipeline, what of it learns, and with LoRA the corrections by layer."""
+
+    pipe: Pipeline
+    trained: nn.Module
+    updates: dict[str, LowRank] | None
+
+
+def begin_tuning(
     model: Path | str,
     lora: LoraConfig | None,
     device: str,
     dtype: torch.dtype,
     seed: int,
     recompute: bool,
-) -> tuple[Pipeline, nn.Module, dict[str, LowRank] | None]:
-    """The pipeline, what of it learns, and with ``lora`` the corrections by layer."""
+) -> Tuned:
+    """Load the model, and make of it what learns."""
     cuda = device.startswith("cuda")  # the encoders visit the card while they encode
     streamed = {"t5": "streamed", "clip": "streamed"} if cuda else {}
     with redirect_stdout(sys.stderr):  # stdout is for the result's name
@@ -238,53 +245,109 @@ def begin(
         trained.requires_grad_(True)
     if recompute:
         trainer.recompute(pipe.transformer.joint_blocks)
-    return pipe, trained, updates
+    return Tuned(pipe, trained, updates)
 
 
-def export(
-    model: Path | str, pipe: Pipeline, updates: dict[str, LowRank] | None, output: Path
-) -> Path:
-    """Write the corrections, or the whole model: the file or folder it wrote."""
-    if updates is None:
-        whole = load(model, "cpu", torch.float32)
-        whole.transformer = pipe.transformer.cpu()
-        whole.save_pretrained(output / "model")
-        return output / "model"
-    save_lora({"transformer": updates}, output / FILE)
-    return output / FILE
+def encode_pictures(pipe: Pipeline, images: Tensor, captions: list[str]) -> Features:
+    """Pictures, uint8 (N, 3, H, W), and captions as ``pipe``'s encoders make them.
+
+    All is in main memory: megabytes for each picture.
+    """
+    pictures = (from_bytes(x).to(pipe.device, pipe.dtype) for x in images.split(1))
+    latents = encode_latents(pipe.vae, pictures, len(images), torch.empty(0))
+    rows = {text: i for i, text in enumerate(dict.fromkeys(["", *captions]))}
+    texts = list(rows)  # each once
+    parts = (texts[i : i + 32] for i in range(0, len(texts), 32))  # T5 may be streamed
+    pairs = (tuple(x.cpu() for x in pipe.encode_prompt(part)) for part in parts)
+    place = torch.tensor([rows[caption] for caption in captions])
+    return Features(latents, place, *collect(len(texts), pairs))
 
 
-def level_losses(
-    pipe: Pipeline, encoded: Batch, seed: int = 0, at_once: int = 32
-) -> list[float]:
-    """The loss on the first 32 pictures by noise level, with fixed noise."""
-    n = min(32, len(encoded["x0"]))
-    noise = rng.normal(seed, torch.arange(n), tuple(encoded["x0"].shape[1:]))
-    fixed = {k: encoded[k][:n] for k in ("x0", "context", "pooled")}
-    fixed["noise"] = noise.to(fixed["x0"])
-    losses = torch.zeros(8)
-    for part in torch.arange(n).split(at_once):
-        batch = {k: x[part].to(pipe.device) for k, x in fixed.items()}
-        found = loss_by_level(pipe.transformer, batch)
-        losses += torch.tensor(found) * len(part) / n
-    return losses.tolist()
+def all_weights(model: nn.Module) -> list[Tensor]:
+    """The tensors of ``model`` by name, those that stay in their file among them."""
+    found = dict(model.state_dict())
+    for name, layer in model.named_modules():
+        if isinstance(layer, StreamedLinear):
+            pairs = zip(("weight", "bias"), layer.stored, strict=True)
+            found |= {f"{name}.{k}": x for k, x in pairs if x is not None}
+        elif isinstance(layer, StreamedEmbedding):
+            found[f"{name}.weight"] = layer.stored
+    return [found[name] for name in sorted(found)]
+
+
+def encoding_name(pipe: Pipeline, images: Tensor, captions: list[str]) -> str:
+    """A name for what ``encode_pictures`` returns, made of all that goes into it."""
+    parts = (pipe.vae, *filter(None, pipe.text_encoders))
+    weights = [fingerprint(x.to(pipe.dtype)) for p in parts for x in all_weights(p)]
+    ids = [tokenizer(captions) for tokenizer in filter(None, pipe.tokenizers)]
+    return fingerprint("", images, captions, pipe.vae.config, *ids, *weights)
+
+
+def split_pictures(features: Features) -> tuple[Features, Features]:
+    """What is learned from, and the last tenth (1 to 32 pictures), which is not.
+
+    One picture alone is learned from.
+    """
+    n = len(features)
+    held = min(MOST_HELD_OUT, max(1, n // 10)) if n > 1 else 0
+    return features.select(slice(0, n - held)), features.select(slice(n - held, n))
+
+
+def finetuning_task(
+    tuned: Tuned,
+    features: Features,
+    config: TrainingConfig,
+    draw: Callable[[], None],
+    seed: int = 0,
+    drop: float = 0.1,
+) -> Task:
+    """Learn the transformer, or its corrections, on encoded pictures.
+
+    Validation looks at the pictures that are held out, a batch at a time, then calls
+    ``draw``, while the averaged weights are in place.
+    """
+    pipe, model = tuned.pipe, tuned.trained
+    learned, held = split_pictures(features)
+    order = functools.partial(shuffled, n=len(learned), seed=seed + 2)
+    shift = pipe.scheduler.shift
+    batch = FlowBatches(learned, order, seed, seed + 1, drop, shift=shift)
+    fixed = held.fixed(seed)
+
+    def loss(_: nn.Module, batch: Batch) -> Tensor:
+        return transformer_loss(pipe.transformer, batch)
+
+    @torch.autocast(pipe.device.type, torch.bfloat16, enabled=config.bfloat16)
+    def validate(averaged: nn.Module) -> dict[str, object]:
+        now = {k: v.clone() for k, v in model.state_dict().items()}
+        model.load_state_dict(averaged.state_dict())
+        found: dict[str, object] = {"held_out": len(held)}
+        if len(held):
+            size = config.batch_size
+            found |= validation(pipe.transformer, fixed, pipe.device, size)
+        draw()
+        model.load_state_dict(now)
+        return found
+
+    return Task(model, loss, batch, validate)
 
 
 @torch.no_grad()
-def save_samples(pipe: Pipeline, encoded: Batch, seed: int, file: Path) -> None:
+def save_samples(pipe: Pipeline, features: Features, seed: int, file: Path) -> None:
     """Draw the first four captions with the model's usual settings, as one picture.
 
     Where the memory does not hold a drawing, a line on stderr takes its place.
     """
     if parallel.rank():
         return
-    guided = [-1] if pipe.defaults.guidance_scale > 1 else []  # the empty prompt
-    height, width = (side * pipe.vae.config.factor for side in encoded["x0"].shape[2:])
+    guided = [0] if pipe.defaults.guidance_scale > 1 else []  # the empty prompt
+    factor = pipe.vae.config.factor
+    height, width = (side * factor for side in features.latents.shape[2:])
     pictures = []
     try:
-        for i in range(min(4, len(encoded["x0"]))):
-            text = (encoded[k][[*guided, i]] for k in ("context", "pooled"))
+        for i, row in enumerate(features.place[:4].tolist()):
+            rows = [*guided, row]
             noise = pipe.prepare_latents(1, height, width, seed + i)
+            text = features.context[rows], features.pooled[rows]
             pictures.append(pipe.decode(pipe.denoise(noise, *text)))
         save_sheet(torch.cat(pictures), len(pictures), file)
     except (ValueError, RuntimeError) as error:
@@ -293,48 +356,12 @@ def save_samples(pipe: Pipeline, encoded: Batch, seed: int, file: Path) -> None:
         tell(f"{file.name} is not drawn: {error}")
 
 
-def train(
-    model: str,
-    pictures: Path | None,
-    output: Path,
-    steps: int | None,
-    batch_size: int | None,
-    learning_rate: float,
-    lora: tuple[int, float | None, str | None] | None,
-    device: str,
-    compile: bool | None,
-    recompute: bool,
-    crop: bool = True,
-) -> Path:
-    """``minidiff train --from``: 500 steps of one picture unless told otherwise.
-
-    ``lora``: rank, alpha and the layers' names, by commas.
-    """
-    if pictures is None:
-        raise ValueError("--from needs --data: a folder of pictures with captions")
-    if not 0 < learning_rate < math.inf:
-        found = f"--learning-rate is {learning_rate}"
-        raise ValueError(f"{found}; expected a finite number above 0")
-    steps = 500 if steps is None else steps
-    config = TrainingConfig(
-        steps,
-        1 if batch_size is None else batch_size,
-        learning_rate,
-        warmup_steps=min(100, steps // 10 + 1),
-        bfloat16=device.startswith("cuda"),
-        compile=bool(compile),
-        save_every=100,
-        validate_every=max(100, steps // 5),
-    )
-    settings = lora_config(*lora) if lora else None
-    how = {"crop": crop, "recompute": recompute}
-    return finetune(model, pictures, output, config, settings, device, **how)
-
-
-def lora_config(rank: int, alpha: float | None, names: str | None) -> LoraConfig:
-    """Of --rank, --alpha and --targets; ValueError for numbers that cannot be."""
-    check_range("--rank", rank, 1)
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise ValueError(f"--alpha is {alpha}; expected a finite number above 0")
-    chosen = names.split(",") if names else ATTENTION
-    return LoraConfig(rank, alpha, tuple(name.strip() for name in chosen))
+def export_tuned(model: Path | str, tuned: Tuned, output: Path) -> Path:
+    """Write the corrections, or the whole model: the file or folder it wrote."""
+    if tuned.updates is None:
+        whole = load(model, "cpu", torch.float32)
+        whole.transformer = tuned.pipe.transformer.cpu()
+        whole.save_pretrained(output / "model")
+        return output / "model"
+    save_lora({"transformer": tuned.updates}, output / FILE)
+    return output / FILE

@@ -1,0 +1,88 @@
+"""A job: where a model's stages read and write, on what, and from which seeds."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minidiff.data import rng
+from minidiff.data.captioned import Pictures
+from minidiff.data.garments import SCENES, Scenes
+from minidiff.engine import loading
+from minidiff.files.weights import load_component
+from minidiff.interface.terminal import printable
+from minidiff.learning import parallel
+from minidiff.learning.trainer import Run
+from minidiff.recipes.recipe import Recipe
+from minidiff.training import TrainingConfig
+
+LENGTH = 32  # tokens of a prompt, for each encoder
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where a stage reads and writes, and on what it runs."""
+
+    output: Path
+    recipe: Recipe
+    data: str | None = None
+    device: str = "cpu"
+    cache: Path | None = None
+    seed: int = 0
+    start: Path | None = None  # a model whose weights are the beginning
+    recompute: bool = False  # the transformer's blocks: see ``trainer.recompute``
+    crop: bool = True  # pictures of a folder: their middle, or all of them squeezed
+    run: Run | None = None  # of the stage that learns now
+
+    @property
+    def model(self) -> Path:
+        """The exported model, in the hub's layout."""
+        return self.output / "model"
+
+    @property
+    def runs(self) -> Path:
+        """The folder of the stages' runs."""
+        return self.output / "runs"
+
+    @property
+    def composed(self) -> bool:
+        """Whether the scenes come from this package, not from a folder."""
+        return self.recipe.scenes in SCENES
+
+    def config(self, stage: str) -> TrainingConfig | None:
+        """How a stage learns; None for one that does not learn by steps."""
+        return getattr(self.recipe, stage, None)
+
+    def seed_for(self, purpose: str) -> int:
+        """A seed for one purpose."""
+        return rng.fold_in(self.seed, sum(map(ord, purpose)))
+
+    def scenes(
+        self, two_garments: float = 0.5, split: str = "train"
+    ) -> Scenes | Pictures:
+        """Scenes, or the pictures of a folder, of one split on this job's device."""
+        name = self.recipe.scenes
+        if not self.composed:
+            return Pictures(split, name, self.device, self.seed, self.crop)
+        return SCENES[name](split, self.data, self.device, self.seed, two_garments)
+
+    def load_part(self, name: str) -> torch.nn.Module:
+        """The exported component of that name."""
+        kind, config = loading.PARTS[name]
+        return load_component(kind, config, self.model / name, self.device)
+
+    def begin_part(self, name: str) -> torch.nn.Module:
+        """A part to train: its tiny configuration, or what ``start`` has learned."""
+        kind, config = loading.PARTS[name]
+        if self.start is None:
+            return kind(config.tiny())
+        model = load_component(kind, config, self.start / name)
+        for parameter in model.parameters():  # it may be a read-only memory map
+            parameter.data = parameter.data.clone()
+        return model
+
+
+def say(line: str) -> None:
+    """Print ``line`` once, however many processes train."""
+    if parallel.rank() == 0:
+        print(printable(line), flush=True)
