@@ -30,6 +30,16 @@ FLAGS = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is not slow and needs no built book, browser or server is quick."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            needs = {"book", "chromium", "jupyterlab"} & set(item.fixturenames)
+            if not needs and not item.get_closest_marker("slow"):
+                item.add_marker("quick")
+
+
 @pytest.fixture(autouse=True)
 def settings() -> None:
     """One thread and a fixed seed for every test."""

@@ -1,7 +1,7 @@
-"""Train every stage for 20 steps at the smallest size, alone or under torchrun.
+"""Train every stage for ten steps at the smallest size, alone or under torchrun.
 
-Saves the averaged weights of all stages into the file named by the first argument;
-with a second one the weights are sharded.
+Saves the averaged weights of all stages into the folder named by the first argument: as
+"whole", and as "sharded" what sharded weights learned.
 """
 
 import sys
@@ -39,7 +39,7 @@ from minidiff.training import (
 )
 from minidiff.vae import VAE, VAEConfig
 
-CONFIG = TrainingConfig(20, 8, 1e-3, warmup_steps=3, ema_decay=0.9)
+CONFIG = TrainingConfig(10, 8, 1e-3, warmup_steps=3, ema_decay=0.9)
 
 
 def normal(seed: int, indices: Tensor, *shape: int) -> Tensor:
@@ -110,37 +110,44 @@ def judge() -> Task:
     return Task(Judge(JudgeConfig((8, 8, 8), (1, 1, 1), 12)), judge_loss, batch)
 
 
-def learned(task: Task, config: TrainingConfig) -> nn.Module:
-    """What a run learns; in several processes it stops after the first step, once."""
-    if parallel.size() == 1:
+def learned(task: Task, config: TrainingConfig, folder: Path | None) -> nn.Module:
+    """What a run in a folder learns: it is stopped after the first step, once."""
+    if folder is None:
         return fit(task, config)
-    with Run(
-        Path(f"{sys.argv[1]} {type(task.model).__name__} {config.muon}"), {}
-    ) as run:
+    name = f"{type(task.model).__name__} {config.muon} {config.sharded}"
+    with Run(folder / name, {}) as run:
         with suppress(TimeoutError):
             fit(deepcopy(task), config, run, deadline=1.0)
         return fit(task, config, run)
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    parallel.start("cpu")
+def train(sharded: bool, folder: Path | None = None) -> dict[str, Tensor]:
+    """The averaged weights of all stages, and how far they moved; in float64."""
     weights = {}
     for stage in (clip, t5, vae, judge, transformer, muon):
         torch.manual_seed(0)
         task = stage()
+        task.model.double()
         before = {k: v.clone() for k, v in task.model.state_dict().items()}
-        config = replace(CONFIG, sharded=len(sys.argv) > 2, muon=stage is muon)
+        config = replace(CONFIG, sharded=sharded, muon=stage is muon)
         if stage in (vae, transformer):  # contrastive losses need whole batches
             config = replace(config, accumulation=2)
-        for name, value in learned(task, config).state_dict().items():
+        for name, value in learned(task, config, folder).state_dict().items():
             value = parallel.whole(value)
             weights[f"{stage.__name__}/{name}"] = value.contiguous()
             weights[f"moved/{stage.__name__}/{name}"] = value - before[name]
-    if parallel.rank() == 0:
-        save_file(weights, sys.argv[1])
+    return weights
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    parallel.start("cpu")
+    for name in ("whole", "sharded"):
+        weights = train(name == "sharded", folder)
+        if parallel.rank() == 0:
+            save_file(weights, folder / name)
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

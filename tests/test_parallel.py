@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import parallel_worker
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,33 +17,37 @@ from minidiff.lora import FILE
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 LAUNCH += ["--nproc-per-node", "2", "--local-addr", "127.0.0.1"]
-WORKER = Path(__file__).with_name("parallel_worker.py")
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+def alone() -> dict[str, Tensor]:
     """What one process learns."""
-    return learned(tmp_path_factory.mktemp("alone") / "weights", [sys.executable])
+    torch.set_default_dtype(torch.float64)
+    weights = parallel_worker.train(sharded=False)
+    torch.set_default_dtype(torch.float32)
+    return weights
 
 
-def learned(file: Path, command: list[str], *options: str) -> dict[str, Tensor]:
-    """The weights that the worker learns when ``command`` runs it."""
-    run([*command, WORKER, file, *options])
-    return load_file(file)
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what two processes learn."""
+    folder = tmp_path_factory.mktemp("two")
+    launch(parallel_worker.__file__, folder)
+    return folder
 
 
-def run(command: list) -> str:
-    """What ``command`` prints; it must succeed."""
-    done = subprocess.run(command, capture_output=True, text=True)
+def launch(*words: str | Path) -> str:
+    """What two processes print; they must succeed."""
+    done = subprocess.run([*LAUNCH, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
-@pytest.mark.parametrize("options", [(), ("sharded",)])
+@pytest.mark.parametrize("weights", ["whole", "sharded"])
 def test_two_processes_give_the_weights_of_one(
-    tmp_path: Path, alone: dict[str, Tensor], options: tuple[str, ...]
+    alone: dict[str, Tensor], two: Path, weights: str
 ) -> None:
-    together = learned(tmp_path / "w", LAUNCH, *options)
+    together = load_file(two / weights)
     assert alone.keys() == together.keys()
     for name in alone:
         assert (alone[name] - together[name]).abs().max() <= 1e-9, name
@@ -53,7 +59,9 @@ def test_the_stage_learned(alone: dict[str, Tensor], stage: str) -> None:
     assert max(moved) > 1e-3
 
 
-def test_sharded_stages_export_the_model_of_one(fashion: Path, tmp_path: Path) -> None:
+def test_sharded_stages_export_the_model_of_one(
+    fashion: Path, tmp_path: Path, run: Callable[..., tuple]
+) -> None:
     """And draw grids, and keep the best: all that needs the whole of each weight."""
     quick = {"steps": 2, "batch_size": 4, "warmup_steps": 2, "learning_rate": 1e-3}
     quick |= {"save_every": 1, "validate_every": 2, "bfloat16": False, "sharded": True}
@@ -63,10 +71,10 @@ def test_sharded_stages_export_the_model_of_one(fashion: Path, tmp_path: Path) -
     recipe |= {"pictures": 16, "latents": 16}
     file = tmp_path / "recipe.json"
     file.write_text(json.dumps(recipe | {"held": 8}))
-    train = ["minidiff", "train", "--data", fashion, "--recipe", file]
+    train = ["train", "--data", fashion, "--recipe", file]
     train += ["--start", "tiny", "--scenes", "plain", "--device", "cpu", "--output"]
-    run([sys.executable, "-m", *train, tmp_path / "alone"])
-    run([*LAUNCH, "-m", "--", *train, tmp_path / "together"])
+    assert run(*train, tmp_path / "alone")[0] == 0
+    launch("-m", "--", "minidiff", *train, tmp_path / "together")
     for stage in ("vae", "transformer"):
         models = TINY, tmp_path / "alone" / "model", tmp_path / "together" / "model"
         old, alone, together = (weights(model / stage) for model in models)
@@ -76,15 +84,18 @@ def test_sharded_stages_export_the_model_of_one(fashion: Path, tmp_path: Path) -
         assert (tmp_path / "together" / name).exists()
 
 
-def test_fine_tuning_in_two_processes(pictures: Path, tmp_path: Path) -> None:
-    train = ["minidiff", "train", "--from", "tiny", "--lora", "--data", pictures]
+def test_fine_tuning_in_two_processes(
+    pictures: Path, tmp_path: Path, run: Callable[..., tuple]
+) -> None:
+    train = ["train", "--from", "tiny", "--lora", "--data", pictures]
     train += ["--steps", "3", "--batch-size", "2", "--learning-rate", "1e-2"]
     train = list(map(str, [*train, "--device", "cpu", "--output"]))
     made = [tmp_path / "alone", tmp_path / "together"]
-    for launch, output in zip(([sys.executable], LAUNCH), made, strict=True):
-        option = ["--"] if launch is LAUNCH else []
-        printed = run([*launch, "-m", *option, *train, output])
-        assert printed == f"{output / FILE}\n"
+    printed = [
+        run(*train, made[0])[1],
+        launch("-m", "--", "minidiff", *train, made[1]),
+    ]
+    assert printed == [f"{output / FILE}\n" for output in made]
     alone, together = (load_file(output / FILE) for output in made)
     learned = [name for name in alone if "lora_B" in name]
     old, new = (torch.cat([x[n].flatten() for n in learned]) for x in (alone, together))
