@@ -21,9 +21,10 @@ from minidiff.dit import MMDiT
 from minidiff.engine import memory
 from minidiff.engine.fast import FastMMDiT
 from minidiff.engine.kernels import quantize
-from minidiff.engine.loading import blueprint, check_whole
+from minidiff.engine.loading import blueprint
 from minidiff.engine.memory import StreamedLinear
 from minidiff.engine.precision import Float8Linear
+from minidiff.files.layout import check_whole
 from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder
 
 BOUND = 1e-5
