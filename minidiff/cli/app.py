@@ -9,7 +9,7 @@ from typing import Annotated, TextIO
 import typer
 
 from minidiff.cli import INTERRUPTED, download, evaluate, info, sample, train
-from minidiff.interface.terminal import brief, is_refused_memory, tell
+from minidiff.interface.terminal import brief, cut, is_refused_memory, tell
 
 app = typer.Typer(
     epilog='Begin with: [bold]minidiff sample "a red dress on a blue background"[/]',
@@ -53,7 +53,8 @@ def run(arguments: list[str]) -> tuple[int, str]:
         return INTERRUPTED, ""
     except OSError as error:
         named = error.filename and error.strerror
-        return 2, one_line(f"{error.filename}: {error.strerror}" if named else error)
+        found = f"{cut(str(error.filename))}: {error.strerror}"
+        return 2, one_line(found if named else error)
     except ValueError as error:
         return 2, one_line(error)
     except Exception as error:

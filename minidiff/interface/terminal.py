@@ -19,10 +19,15 @@ LONG = re.compile(r"(?<!\w)'[^']{99,}'(?!\w)|\"[^\"]{99,}\"|\S{101,}")
 CLEAR = "\r\033[K"  # a terminal's line
 
 
-def brief(text: str, most: int = 1000) -> str:
-    """``text`` on a line of its own, with … in what it quotes at length."""
-    text = LONG.sub(lambda found: f"{found[0][:60]}…{found[0][-30:]}", text)
-    return text if len(text) <= most else f"{text[: most - 250]}…{text[-249:]}"
+def cut(text: str, most: int = 100) -> str:
+    """``text`` with … in its middle where it has over ``most`` characters."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]}…{text[1 - half :]}"
+
+
+def brief(text: str) -> str:
+    """What may be told in one line of a ``text`` that quotes at length."""
+    return cut(LONG.sub(lambda found: cut(found[0]), text), 600)
 
 
 def is_refused_memory(error: BaseException | None) -> bool:
