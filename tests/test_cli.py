@@ -39,6 +39,7 @@ def folder(tmp_path_factory):
     return path / "saved"
 
 
+@pytest.mark.slow
 def test_sample_takes_free_names(run, folder, tmp_path):
     arguments = ("sample", "a red dress", "--model", folder, "--steps", 2)
     for names in (["picture.png"], ["picture-1.png"]):
@@ -75,6 +76,7 @@ def test_output_is_kept_unless_told(run, folder, tmp_path):
     assert run(*arguments, "--num-images", 2)[1].split() == ["a-0.png", "a-1.png"]
 
 
+@pytest.mark.slow
 def test_options_reach_the_pipeline(run, folder, tmp_path):
     plain = ("sample", "a bag", "--model", folder, "--steps", 2, "--output")
     run(*plain, "plain.png")
@@ -153,6 +155,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_of_load(run, folder, tmp_path, name):
     options, wanted = SETTINGS[name]
@@ -170,6 +173,7 @@ def test_settings_of_load(run, folder, tmp_path, name):
     assert name == "fast" or (plain == drawn) == (name in ("memory", "knobs"))
 
 
+@pytest.mark.slow
 def test_without_t5_its_weights_need_not_be_there(run, folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     shutil.rmtree(copy / "text_encoder_3")
@@ -179,6 +183,7 @@ def test_without_t5_its_weights_need_not_be_there(run, folder, tmp_path):
     assert run(*call, "--t5", "none")[:2] == (0, "picture.png\n")
 
 
+@pytest.mark.slow
 def test_compile_compiles_the_blocks(run, folder, monkeypatch):
     compiled = []
     monkeypatch.setattr(nn.Module, "compile", lambda m, **_: compiled.append(m))
@@ -186,6 +191,7 @@ def test_compile_compiles_the_blocks(run, folder, monkeypatch):
     assert {type(block) for block in compiled} == {JointBlock}
 
 
+@pytest.mark.slow
 def test_lora_beside_weights_that_are_not_held_in_full(run, folder, tmp_path):
     update = randomize(LowRank(32, 32, 2))
     layers = {"transformer": {"transformer_blocks.0.attn.to_q": update}}
@@ -312,6 +318,7 @@ def test_tokenizers_of_another_shape_are_one_line(run, tmp_path, change):
     assert "tokenizer" in err.replace(str(copy), "")
 
 
+@pytest.mark.slow
 def test_a_length_may_be_written_with_a_point(run, tmp_path):
     copy = shutil.copytree(TINY, tmp_path / "copy")
     setting(copy, TOKENS, "model_max_length", 32.0)
@@ -395,6 +402,7 @@ def test_a_file_that_is_not_there_is_named(run):
     assert err == "minidiff: none.txt is missing\n"
 
 
+@pytest.mark.slow
 def test_info_and_sample_know_a_model_by_the_same_name(run, folder, tmp_path):
     """The one that its folder remembers; not that of a folder around it."""
     copy = shutil.copytree(folder, tmp_path / "turbo" / "copy")
@@ -411,6 +419,7 @@ def test_the_first_cpu_is_the_cpu():
     assert find_device("cpu:0") == "cpu"
 
 
+@pytest.mark.slow
 def test_info(run, folder):
     code, out, _ = run("info", folder)
     assert code == 0 and "32×32 pixels" in out
@@ -422,6 +431,7 @@ def test_info(run, folder):
     assert "8,056,627,520" in out and "4 steps, guidance 1.0" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [["download"], ["sample", "a bag", "--model"]])
 def test_no_network(tmp_path, command):
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_secret"}
@@ -454,6 +464,7 @@ def imported(statement):
     return set(run.stdout.split())
 
 
+@pytest.mark.slow
 def test_load_imports_little_beside_torch():
     """What `import minidiff; minidiff.load` adds to `import torch`."""
     extra = imported("import minidiff; minidiff.load") - imported("import torch")
@@ -491,6 +502,7 @@ def test_a_judge_that_is_not_there(run, tmp_path):
     assert "no judge in" in run("evaluate", "--judge", tmp_path)[2]
 
 
+@pytest.mark.slow
 def test_a_folder_goes_before_a_published_name(run, tmp_path):
     shutil.copytree(TINY, tmp_path / "sd3.5-medium")
     assert "64×64 pixels" in run("info", "sd3.5-medium")[1]

@@ -22,6 +22,7 @@ def pairs(attributes: data.Attributes) -> list[list[tuple[str, str]]]:
     ]
 
 
+@pytest.mark.slow
 def test_fashion_mnist(fashion):
     images, labels = data.fashion_mnist("test", fashion)
     assert images.shape == (10_000, 28, 28) and images.dtype == torch.uint8
@@ -85,6 +86,7 @@ def test_digits_are_no_garments(tmp_path):
         data.fashion_mnist("test", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_linked_folder_is_looked_into(fashion, tmp_path):
     (tmp_path / "linked").symlink_to(fashion, target_is_directory=True)
     assert len(data.fashion_mnist("test", tmp_path)[1]) == 10_000
@@ -183,6 +185,7 @@ def test_captions():
     )
 
 
+@pytest.mark.slow
 def test_caption_ids_number_the_grammar():
     texts = data.all_captions()
     assert len(texts) == data.NUM_CAPTIONS == len(set(texts))
@@ -224,6 +227,7 @@ def test_token_table_notices_a_tokenizer_that_looks_across_words(every_hundredth
         data.token_table(Length(), data.all_captions())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", data.SCENES.values())
 def test_a_scene_has_two_captions_that_say_the_same(fashion, kind):
     scenes, indices = kind("test", fashion), torch.arange(300)

@@ -229,6 +229,7 @@ PUBLISHED = {  # config, weights, TFLOP of one step by text tokens: FACTS, secti
 }
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes_and_flops(name: str) -> None:
@@ -298,6 +299,7 @@ def test_a_fresh_model_is_the_identity() -> None:
             assert torch.equal(new_context, context)
 
 
+@pytest.mark.slow
 def test_every_parameter_learns() -> None:
     model = MMDiT(DUAL)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -339,6 +341,7 @@ def test_bfloat16_keeps_time_in_float32() -> None:
         assert relative_error(model.float()(**given), expected) < 0.03
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks_once_per_kind_of_block() -> None:
     model, given = randomize(MMDiT(DUAL)), inputs(DUAL)
     expected = model(**given)

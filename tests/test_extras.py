@@ -241,6 +241,7 @@ def test_each_step_is_shown(both):
 # Files
 
 
+@pytest.mark.slow
 def test_previews_show_the_estimate_within_range():
     eye, seen = Preview(torch.eye(3, 16), torch.zeros(3)), []
     state = {"latents": torch.zeros(1, 16, 4, 4)}
@@ -377,6 +378,7 @@ def pixels(file):
     return Image.open(file).tobytes()
 
 
+@pytest.mark.slow
 def test_prompts_from_a_file_carry_their_settings(run, tmp_path):
     (tmp_path / "prompts.txt").write_text("a bag\na coat\na red dress\n")
     call = ("sample", "--prompts", "prompts.txt", "--batch-size", 2, "--seed", 5)
@@ -393,6 +395,7 @@ def test_prompts_from_a_file_carry_their_settings(run, tmp_path):
     assert read_settings("alone.png") == read_settings("p-3.png")
 
 
+@pytest.mark.slow
 def test_every_option_changes_the_picture(run, tmp_path, model):
     update = randomize(LowRank(32, 32, 2))
     layers = {"transformer": {"transformer_blocks.0.attn.to_q": update}}
@@ -434,6 +437,7 @@ def test_every_option_changes_the_picture(run, tmp_path, model):
     assert Image.open("step.png").size == (32, 32)
 
 
+@pytest.mark.slow
 def test_a_name_that_is_taken_meanwhile_costs_no_picture(run, monkeypatch):
     """Two runs in one folder: the later picture goes to the next free name."""
     decode = sampling.Pipeline.decode
@@ -524,6 +528,7 @@ CUDA = "CUDA out of memory. Tried to allocate 9 GiB. …"
 TRITON = "Failed to find C compiler. Please specify via CC environment variable."
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "message"),
     [

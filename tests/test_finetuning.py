@@ -227,6 +227,7 @@ def test_settings_that_need_another_are_refused(tmp_path: Path) -> None:
         command.train(tmp_path / "out", from_model="tiny", rank=4, device="cpu")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_same_settings_and_pictures_only(
     model: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -272,6 +273,7 @@ def test_sharded_fine_tuning_is_refused(pictures: Path, tmp_path: Path) -> None:
 STREAMED = {"t5": "streamed", "clip": "streamed"}  # as on a card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{}, STREAMED], ids=["resident", "streamed"])
 def test_encodings_are_named_after_all_that_makes_them(model: Path, how: dict) -> None:
     plain, pipe = minidiff.load(model), minidiff.load(model, **how)
@@ -289,6 +291,7 @@ def test_encodings_are_named_after_all_that_makes_them(model: Path, how: dict) -
     assert len(names) == 7
 
 
+@pytest.mark.slow
 def test_recomputed_blocks_give_the_same_lora(
     model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,6 +310,7 @@ def test_recomputed_blocks_give_the_same_lora(
     assert all(torch.equal(a[k], b[k]) for k in a) and len(asked) == 1
 
 
+@pytest.mark.slow
 def test_validation_leaves_alone_what_learns(
     model: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -361,6 +365,7 @@ def mean_loss(pipe: Pipeline, features: Features, at_once: int = 32) -> float:
     return validation(pipe.transformer, fixed, "cpu", at_once)["validation"]
 
 
+@pytest.mark.slow
 def test_lora_learns_and_diffusers_loads_it(
     model: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -383,11 +388,13 @@ def test_lora_learns_and_diffusers_loads_it(
     assert relative_error(a, b) <= 1e-5
 
 
+@pytest.mark.slow
 def test_a_whole_model_learns(model: Path, pictures: Path, tmp_path: Path) -> None:
     folder = finetune.finetune(model, pictures, tmp_path / "full", CONFIG)
     assert gain(model, pictures, lambda _: minidiff.load(folder)) < 0.95
 
 
+@pytest.mark.slow
 def test_lora_learns_beside_weights_in_bfloat16(
     model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -413,6 +420,7 @@ def test_lora_learns_beside_weights_in_bfloat16(
     assert gain(model, pictures, lambda pipe: load_lora(pipe, file).pipe) < 0.98
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [ValueError, RuntimeError])
 def test_a_grid_that_does_not_fit_is_told_and_the_run_goes_on(
     model: Path,
@@ -441,6 +449,7 @@ def test_validation_in_parts_is_the_same(model: Path, pictures: Path) -> None:
     assert whole == pytest.approx(parts, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_streamed_encoders_learn_the_same_and_are_saved_whole(
     model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -457,6 +466,7 @@ def test_streamed_encoders_learn_the_same_and_are_saved_whole(
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 def test_a_stopped_fine_tuning_goes_on(
     model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -495,6 +505,7 @@ def tall_garments(split: str, folder: Path, n: int) -> tuple[Tensor, Tensor, lis
     return images, striped, [batch.captions[i] for i in tall.nonzero()[:n]]
 
 
+@pytest.mark.slow
 def test_a_lora_learns_a_style_from_twenty_pictures(
     fashion: Path, tmp_path: Path
 ) -> None:
@@ -603,6 +614,7 @@ def test_how_many_pictures_are_held_out(n: int, held: int) -> None:
     assert [len(part) for part in split_pictures(features)] == [n - held, held]
 
 
+@pytest.mark.slow
 def test_the_average_and_alpha_are_exported(
     model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -623,6 +635,7 @@ def test_the_average_and_alpha_are_exported(
     assert notes["transformer.lora_alpha"] == 6 and notes["transformer.r"] == 2
 
 
+@pytest.mark.slow
 def test_a_grid_is_what_the_pipeline_draws(
     model: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -637,6 +650,7 @@ def test_a_grid_is_what_the_pipeline_draws(
         assert (shown[..., 32 * i : 32 * i + 32] - x).abs().max() < 2 / 255
 
 
+@pytest.mark.slow
 def test_every_layer_that_is_named_learns_or_is_told(
     model: Path, pictures: Path
 ) -> None:
@@ -651,6 +665,7 @@ def test_every_layer_that_is_named_learns_or_is_told(
     assert names == {"to_q", "to_k"}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_by_another_name_of_its_pictures(
     model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -660,6 +675,7 @@ def test_a_run_goes_on_by_another_name_of_its_pictures(
         finetune.finetune(model, given, tmp_path / "a", config, LoraConfig(2))
 
 
+@pytest.mark.slow
 def test_another_base_is_told(model: Path, pictures: Path, tmp_path: Path) -> None:
     """A LoRA belongs to the weights that it was learned on, not to their folder."""
     base, config = shutil.copytree(model, tmp_path / "base"), replace(CONFIG, steps=2)
@@ -672,6 +688,7 @@ def test_another_base_is_told(model: Path, pictures: Path, tmp_path: Path) -> No
         finetune.finetune(base, pictures, tmp_path / "out", config, LoraConfig(2))
 
 
+@pytest.mark.slow
 def test_options_of_fine_tuning_arrive(
     model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,6 +62,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plan", "share"),
     [({}, 0.13), ({"modulation": "streamed"}, 0.13), ({"fp8": True}, 0.3)],

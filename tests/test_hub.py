@@ -129,6 +129,7 @@ def download(server, tmp_path, monkeypatch, run):
     return call
 
 
+@pytest.mark.slow
 def test_only_what_is_needed_at_the_pinned_revision(server, download):
     code, folder, message = download()
     assert (code, message) == (0, "")
@@ -143,12 +144,14 @@ def test_only_what_is_needed_at_the_pinned_revision(server, download):
     assert not fetched
 
 
+@pytest.mark.slow
 def test_the_full_name_stands_for_the_same_revision(server, download):
     code, folder, _ = download(words=("download", REPOSITORY))
     assert code == 0 and folder.endswith(f"snapshots/{COMMIT}")
     assert all("main" not in path for _, path, _ in server.requests)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "message"),
     [(REPOSITORY, "height is 1000; expected"), ("some/one", "is a None; expected a")],
@@ -160,6 +163,7 @@ def test_a_call_is_checked_before_weights_come(server, download, model, message)
     assert not gets(server, "safetensors")
 
 
+@pytest.mark.slow
 def test_t5_can_be_left_out(server, download):
     code, folder, _ = download("--without-t5")
     assert code == 0 and not gets(server, "text_encoder_3/model.safetensors")
@@ -214,6 +218,7 @@ def test_a_corrupted_file_is_named(server, download):
     assert code == 0 and Path(folder, name).read_bytes() == WEIGHTS
 
 
+@pytest.mark.slow
 def test_sample_too_checks_what_it_fetches(server, download, tmp_path):
     name = "text_encoder/model.safetensors"
     server.changed[name] = FILES[name][:-1] + bytes([FILES[name][-1] ^ 1])

@@ -89,6 +89,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_import_prints_draws_and_reads_nothing() -> None:
     names = [*(module(path).stem for path in NOTEBOOKS), "viz"]
     command = [sys.executable, "-W", "error", "-c", IMPORT, *names]
@@ -99,6 +100,7 @@ def test_import_prints_draws_and_reads_nothing() -> None:
 # Saving in JupyterLab
 
 
+@pytest.mark.slow
 def test_saving_in_jupyterlab_changes_the_module(
     tmp_path: Path, jupyterlab: Callable[[Path], AbstractContextManager[str]]
 ) -> None:

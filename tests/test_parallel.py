@@ -17,6 +17,7 @@ from minidiff.lora import FILE
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 LAUNCH += ["--nproc-per-node", "2", "--local-addr", "127.0.0.1"]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

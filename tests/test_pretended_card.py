@@ -22,7 +22,10 @@ SETTINGS = {
     "streamed": {"fast": True, "vae_slicing": True, **STREAMED},
 }
 PROMPT = "a red dress on a blue background"
-pytestmark = pytest.mark.filterwarnings("ignore:Skip Layer Guidance was published for")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Skip Layer Guidance was published for"),
+]
 
 
 @pytest.fixture(autouse=True)

@@ -361,6 +361,7 @@ def compiles(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_blocks_of_a_kind_share_what_is_compiled(compiles):
     config = replace(TRANSFORMER, num_layers=5, dual_attention_layers=(0, 1))
@@ -373,6 +374,7 @@ def test_blocks_of_a_kind_share_what_is_compiled(compiles):
         assert len(compiles) == kinds  # with dual attention, without, and the last
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:T5 reads")
 def test_each_kind_of_block_is_compiled_once_for_all_sizes(folder, compiles):
     expected = minidiff.load(folder)
@@ -390,6 +392,7 @@ def test_each_kind_of_block_is_compiled_once_for_all_sizes(folder, compiles):
     assert torch.fx.experimental._config.use_duck_shape  # as it was for others
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_compiled_model_has_weights_of_its_own(compiles):
     model, given = transformer(), inputs(TRANSFORMER)
     fast.compile_blocks(model)
@@ -415,11 +418,13 @@ def run_with_triton(script, *given, **environment):
     subprocess.run(command, env=environment, check=True)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_triton_kernels_compute_the_plain_forms():
     run_with_triton("interpreted_kernels.py", TRITON_INTERPRET="1")
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("capability", ["80", "90"], ids=["A100", "H100"])
 def test_triton_kernels_become_machine_code(tmp_path, capability):
@@ -449,6 +454,7 @@ def test_the_gpu_benchmark_lets_tokenizers_read_more(tmp_path):
         assert again(["a"]).shape == tokenizer(["a"]).shape == (1, 77)
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_and_goes_on(tmp_path):
     output = tmp_path / "results.jsonl"
     command = [sys.executable, "benchmarks/gpu.py", "--tiny", "--no-compile"]

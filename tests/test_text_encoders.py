@@ -374,6 +374,7 @@ def outputs(model: nn.Module, ids: Tensor) -> tuple[Tensor, ...]:
     return found if isinstance(found, tuple) else (found,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, config",
     [(CLIPTextEncoder, CLIP_CONFIGS[0]), (T5Encoder, T5_CONFIGS[0])],

@@ -80,6 +80,7 @@ def test_ids_equal_the_reference(folders, references, texts, name):
     assert not differences(ours(folders, name), references[name], texts)[:3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OURS)
 def test_decoded_text_equals_the_reference(folders, references, texts, name):
     tokenizer, reference = ours(folders, name), references[name]
@@ -420,6 +421,7 @@ def test_expected_counts_equal_enumeration():
 # Speed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer_3"])
 def test_time_grows_with_the_length_of_a_word_not_its_square(folders, name):
     tokenizer = ours(folders, name)

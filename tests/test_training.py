@@ -161,6 +161,7 @@ def test_learning_rate_warms_up_and_falls_to_zero() -> None:
     assert rates[55] == pytest.approx(1.0) and rates[100] == pytest.approx(0)
 
 
+@pytest.mark.slow
 def test_schedule_is_that_of_transformers() -> None:
     from transformers import get_cosine_schedule_with_warmup
 
@@ -270,6 +271,7 @@ def losses(job: Job, stage: str) -> list[float]:
     return [r["loss"] for r in records if "loss" in r]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["clip", "t5", "vae"])
 def test_stage_learns(job: Job, tmp_path: Path, stage: str) -> None:
     if stage == "vae":
@@ -301,6 +303,7 @@ def test_a_stage_is_done_with_its_settings_only(
     run_stages(job, "vae")
 
 
+@pytest.mark.slow
 def test_the_transformer_belongs_to_its_encoders(job: Job, made: Path) -> None:
     name = stages.encoders_name(job)
     assert stages.encoders_name(job) == name
@@ -316,6 +319,7 @@ def test_the_transformer_belongs_to_its_encoders(job: Job, made: Path) -> None:
         file.write_bytes(whole)
 
 
+@pytest.mark.slow
 def test_a_compiled_decoder_learns_in_bfloat16() -> None:
     """Also the layers in front of an upsampling: ``vae_stage.compilable``."""
     if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
@@ -701,6 +705,7 @@ def test_a_deadline_is_one_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not trainer.is_late(None, cpu)
 
 
+@pytest.mark.slow
 def test_plain_fashion_mnist_trains_every_stage(fashion: Path, tmp_path: Path) -> None:
     quick = {"steps": 2, "batch_size": 4, "validate_every": 0, "bfloat16": False}
     recipe = {name: quick for name in ("clip", "t5", "vae", "transformer")}
@@ -995,6 +1000,7 @@ def in_child(action, kill_after: float | None = None) -> int:
     return os.waitpid(child, 0)[1]
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_time_ends_with_the_same_weights(tmp_path: Path) -> None:
     """20 times while it runs; one that ends before its time is followed by another."""
     whole = trained(tmp_path / "whole")
@@ -1018,6 +1024,7 @@ def test_a_run_killed_at_any_time_ends_with_the_same_weights(tmp_path: Path) -> 
     assert a == b
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["fsync", "replace", "unlink"])
 def test_a_run_killed_while_it_saves(
     tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch

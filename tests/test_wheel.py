@@ -13,6 +13,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+pytestmark = pytest.mark.slow
 
 
 def files(folder: Path) -> set[str]:
