@@ -143,7 +143,7 @@ def names_in(content: Any, path: str) -> list[str] | None:
         key, listed = "rfilename", content.get("siblings") or []
     if not isinstance(listed, list):
         return None
-    names = [file.get(key) for file in listed if isinstance(file, dict)]
+    names: list[Any] = [f.get(key) if isinstance(f, dict) else None for f in listed]
     return names if all(isinstance(name, str) for name in names) else None
 
 

@@ -30,7 +30,7 @@ LIMITS: dict[Any, Limits] = {
     "num_layers": Limits(1, 128),
     "num_hidden_layers": Limits(1, 128),
     "dual_attention_layers": Limits(0, 127),
-    "layers_per_block": Limits(1, 16),
+    "layers_per_block": Limits(1, 8),
     "block_out_channels": Limits(1, 2**20, 8),
     "blocks": Limits(1, 16, 8),
     "widths": Limits(1, 2**20, 8),

@@ -57,6 +57,9 @@ def read_updates(path: Path | str) -> dict[str, Update]:
             found = f"{path}: α of {name} is {excerpt(repr(alpha))}"
             raise ValueError(f"{found}; expected a number")
         updates[name] = Update(file, a, b, alpha)
+    read = {key for update in updates.values() for key in (update.a, update.b)}
+    if more := sorted(file.entries.keys() - read):
+        raise ValueError(f"{path} has {excerpt(more[0])}; expected {KEYS}")
     return updates
 
 

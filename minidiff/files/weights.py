@@ -85,7 +85,7 @@ def _shards(index: Path) -> list[str]:
     if not files or not isinstance(files, dict):
         raise ValueError(f"{index} names no files; expected them in its weight_map")
     names = sorted(set(map(str, files.values())))
-    if outside := [name for name in names if Path(name).name != name]:
+    if outside := [n for n in names if not n or Path(n).name != n]:
         found = excerpt(repr(outside[0]))
         raise ValueError(f"{index} names {found}; expected files beside it")
     return names
