@@ -517,6 +517,7 @@ class TrainingConfig:
     beta2: float = 0.99
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
+    plateau: float = 0.0
     muon: bool = False
     accumulation: int = 1
     bfloat16: bool = False
@@ -529,7 +530,9 @@ class TrainingConfig:
 
 # %% [markdown]
 # The learning rate climbs while Adam's averages are still young, then falls along half
-# a cosine, so that the noise of the steps dies out at the end.
+# a cosine, so that the noise of the steps dies out at the end. With a `plateau` it stays
+# at its peak for that share of the steps first: how long such a run lasts may be
+# decided late.
 #
 # `muon` chooses another optimiser for the matrices inside transformer and autoencoder
 # (of a convolution: a row for each output channel). The singular value decomposition
@@ -542,10 +545,14 @@ class TrainingConfig:
 
 # %%
 def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Linear warm-up, then half a cosine to zero; Loshchilov & Hutter 2017, eq. 5."""
+    """Linear warm-up, then half a cosine to zero; Loshchilov & Hutter 2017, eq. 5.
+
+    It begins to fall after ``plateau``, a share of the steps.
+    """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    start = max(config.warmup_steps, config.plateau * config.steps)
+    done = max(0, step - start) / max(1, config.steps - start)
     return config.learning_rate * (1 + math.cos(math.pi * done)) / 2
 
 

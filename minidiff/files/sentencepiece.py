@@ -158,3 +158,19 @@ class CharacterMap:
     @staticmethod
     def _children(node: int, unit: int) -> int:
         return node ^ (unit >> 10) << ((unit & 512) >> 6)
+
+
+def case_folding() -> bytes:
+    """A character map that makes the capitals A to Z small.
+
+    In the trie the root's children stand at 256 + their byte, and what they hold, the
+    places of "a", "b", … among the replacements, behind them.
+    """
+    units = [0] * 512
+    units[0] = 256 << 10
+    for number in range(26):
+        byte, leaf = ord("A") + number, 384 + number
+        units[256 + byte] = ((256 + byte) ^ leaf) << 10 | 1 << 8 | byte
+        units[leaf] = 1 << 31 | 2 * number
+    letters = b"".join(bytes([ord("a") + i, 0]) for i in range(26))
+    return struct.pack("<I512I", 4 * len(units), *units) + letters

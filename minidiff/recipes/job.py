@@ -1,22 +1,29 @@
 """A job: where a model's stages read and write, on what, and from which seeds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from minidiff.data import rng
 from minidiff.data.captioned import Pictures
 from minidiff.data.garments import SCENES, Scenes
+from minidiff.data.told import ToldScenes
+from minidiff.dit import MMDiTConfig
 from minidiff.engine import loading
 from minidiff.files.weights import load_component
 from minidiff.interface.terminal import printable
 from minidiff.learning import parallel
 from minidiff.learning.trainer import Run
-from minidiff.recipes.recipe import Recipe
+from minidiff.recipes.recipe import WORLD, Recipe
+from minidiff.text_encoders import T5Config
 from minidiff.training import TrainingConfig
 
 LENGTH = 32  # tokens of a prompt, for each encoder
+# What the world needs more than garments alone: words, and one block
+VOCABULARY = 1536
+LARGER = {T5Config: {"vocab_size": VOCABULARY}, MMDiTConfig: {"num_layers": 6}}
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,15 @@ class Job:
         """Whether the scenes come from this package, not from a folder."""
         return self.recipe.scenes in SCENES
 
+    @property
+    def world(self) -> bool:
+        """Whether the scenes are those of garments and everyday things."""
+        return self.recipe.scenes == WORLD
+
+    def tiny(self, config: type) -> Any:
+        """The tiny configuration of this kind, as large as the scenes need it."""
+        return replace(config.tiny(), **LARGER.get(config, {}) if self.world else {})
+
     def config(self, stage: str) -> TrainingConfig | None:
         """How a stage learns; None for one that does not learn by steps."""
         return getattr(self.recipe, stage, None)
@@ -59,9 +75,12 @@ class Job:
 
     def scenes(
         self, two_garments: float = 0.5, split: str = "train"
-    ) -> Scenes | Pictures:
+    ) -> Scenes | ToldScenes | Pictures:
         """Scenes, or the pictures of a folder, of one split on this job's device."""
-        name = self.recipe.scenes
+        name, r = self.recipe.scenes, self.recipe
+        if self.world:
+            told = max(r.pictures, r.latents, r.captions)
+            return ToldScenes(split, self.data, self.device, self.seed, told, r.held)
         if not self.composed:
             return Pictures(split, name, self.device, self.seed, self.crop)
         return SCENES[name](split, self.data, self.device, self.seed, two_garments)
@@ -75,7 +94,7 @@ class Job:
         """A part to train: its tiny configuration, or what ``start`` has learned."""
         kind, config = loading.PARTS[name]
         if self.start is None:
-            return kind(config.tiny())
+            return kind(self.tiny(config))
         model = load_component(kind, config, self.start / name)
         for parameter in model.parameters():  # it may be a read-only memory map
             parameter.data = parameter.data.clone()

@@ -19,6 +19,7 @@ LIMITS = {
     "hold_latents": (0, MOST),
     "ema_decay": (0, 1),
     "two_garments": (0, 1),
+    "plateau": (0, 1),
     "beta2": (0, 0.999999),  # Adam would divide by 0 at 1
 }
 
@@ -41,10 +42,11 @@ class Recipe:
     keep_latents: bool = False  # of the autoencoder only the decoder learns
     hold_latents: float = 0.0  # how strongly, where both learn: see ``held_loss``
     shift: float = 1.0  # moves noise levels towards 1
-    scenes: str = "composed"  # or "plain" (garments as they are), or a folder
+    scenes: str = "composed"  # or "plain" (garments as they are), "world", a folder
 
 
 LEARNED = tuple(f.name for f in fields(Recipe) if f.type is TrainingConfig)
+WORLD = "world"  # scenes of garments and everyday things, told in free sentences
 MUON = ("vae", "transformer")  # the stages that Muon may serve
 
 
@@ -133,6 +135,70 @@ RECIPES = {
         latents=1024,
         captions=2000,
         held=32,
+    ),
+    # The small world of garments and things, on two CPU cores, all from nothing
+    "world": Recipe(
+        clip=TrainingConfig(
+            3000,
+            128,
+            1.5e-3,
+            100,
+            ema_decay=0.995,
+            save_every=250,
+            bfloat16=True,
+            compile=True,
+        ),
+        t5=TrainingConfig(
+            4000,
+            64,
+            1.5e-3,
+            100,
+            ema_decay=0.995,
+            save_every=250,
+            bfloat16=True,
+            compile=True,
+        ),
+        vae=TrainingConfig(
+            12_000,
+            12,
+            3e-3,
+            100,
+            ema_decay=0.998,
+            muon=True,
+            save_every=250,
+            validate_every=500,
+            bfloat16=True,
+            compile=True,
+        ),
+        judge=TrainingConfig(
+            10_000,
+            128,
+            3e-3,
+            200,
+            weight_decay=0.05,
+            save_every=250,
+            validate_every=1000,
+            bfloat16=True,
+            compile=True,
+        ),
+        transformer=TrainingConfig(
+            50_000,
+            64,
+            1e-2,
+            300,
+            ema_decay=0.9995,
+            plateau=0.7,
+            muon=True,
+            save_every=250,
+            validate_every=2000,
+            bfloat16=True,
+            compile=True,
+        ),
+        pictures=2**15,
+        latents=2**17,
+        captions=40_000,
+        shift=1.5,
+        scenes=WORLD,
     ),
 }
 

@@ -16,14 +16,15 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minidiff.data.fashion_mnist import fashion_mnist
+from minidiff.data.scenes import layers
 from minidiff.files.layout import ENCODERS, TOKENIZERS
 from minidiff.files.writing import write_text
 from minidiff.learning import parallel
 from minidiff.learning.trainer import Run, check_batch, fingerprint, lasting
 from minidiff.recipes.job import Job, say
-from minidiff.recipes.judge_stage import judge_lesson
+from minidiff.recipes.judge_stage import judge_lesson, witness_lesson
 from minidiff.recipes.lesson import Stage
-from minidiff.recipes.recipe import LEARNED, Recipe
+from minidiff.recipes.recipe import LEARNED, WORLD, Recipe
 from minidiff.recipes.text_stages import clip_lesson, t5_lesson, train_tokenizers
 from minidiff.recipes.transformer_stage import transformer_lesson
 from minidiff.recipes.vae_stage import vae_lesson
@@ -36,6 +37,7 @@ STAGES = (  # in the order in which one needs another
     Stage("t5", t5_lesson, needs=tuple(TOKENIZERS), makes=(T5,)),
     Stage("vae", vae_lesson, makes=("vae",), goes_on=True),
     Stage("judge", judge_lesson, only="composed"),
+    Stage("judge", witness_lesson, only=WORLD),
     Stage(
         "transformer",
         transformer_lesson,
@@ -124,8 +126,10 @@ def samples(job: Job) -> dict[str, object]:
     passing = {*LEARNED, "held"}  # validation's scenes are not learned from
     values = {f.name: getattr(job.recipe, f.name) for f in fields(Recipe)}
     values = {k: v for k, v in values.items() if k not in passing}
-    if job.composed:
-        return values | {"data": fingerprint(*fashion_mnist("train", job.data))}
+    if job.composed or job.world:
+        things = (layers(),) if job.world else ()
+        data = fingerprint(*fashion_mnist("train", job.data), *things)
+        return values | {"data": data}
     content = job.scenes().content
     return values | {"scenes": "pictures", "data": fingerprint(*content)}
 
@@ -137,7 +141,7 @@ def choose_stages(name: str, start: Path | None, scenes: str) -> tuple[Stage, ..
     """The stages that ``name`` names: one, or "all" that there are."""
     possible = [s for s in STAGES if s.only in (None, scenes)]
     case = " with plain scenes" if scenes == "plain" else " with your pictures"
-    case = "" if scenes == "composed" else case
+    case = "" if scenes in ("composed", WORLD) else case
     if start:
         possible, case = [s for s in STAGES if s.goes_on], " with --start"
     chosen = tuple(s for s in possible if name in (s.name, "all"))

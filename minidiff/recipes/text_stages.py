@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from minidiff.data import rng
 from minidiff.data.captioned import Pictures
 from minidiff.data.garments import Scenes, token_table
+from minidiff.data.told import ToldScenes
 from minidiff.engine import loading
 from minidiff.files.layout import ENCODERS, TOKENIZERS
 from minidiff.files.pictures import from_bytes, to_bytes
+from minidiff.files.sentencepiece import case_folding
+from minidiff.learning.trainer import cached, fingerprint
 from minidiff.recipes.exporting import export_part
 from minidiff.recipes.features import collect
-from minidiff.recipes.job import LENGTH, Job, say
+from minidiff.recipes.job import LENGTH, VOCABULARY, Job, say
 from minidiff.recipes.lesson import Lesson
 from minidiff.recipes.order import place_in_pool
 from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
@@ -40,24 +43,41 @@ def train_tokenizers(job: Job) -> None:
     T5 has room for 250 letters: rarer ones it will read as unknown.
     """
     indices = torch.arange(job.recipe.captions, device=job.device)
-    captions = job.scenes().batch(indices).captions
+    scenes = job.scenes()
+    world = isinstance(scenes, ToldScenes)  # its captions need no pictures
+    captions = scenes.describe(indices)[0] if world else scenes.batch(indices).captions
     for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
-        clip = CLIPTokenizer.train(captions, CLIP_VOCABULARY, LENGTH, pad)
+        clip = CLIPTokenizer.train(captions, clip_vocabulary(job), LENGTH, pad)
         clip.save_pretrained(job.model / name)
     letters = {c for c, _ in Counter("".join(captions)).most_common(250)}
     known = ["".join(c if c in letters else " " for c in text) for text in captions]
-    t5 = T5Tokenizer.train(known, T5Config.tiny().vocab_size, 32, LENGTH)
+    known = [text.lower() for text in known] if job.world else known
+    t5 = T5Tokenizer.train(known, job.tiny(T5Config).vocab_size, 32, LENGTH)
+    if job.world:  # capitals are read as small letters, as CLIP reads them
+        t5 = T5Tokenizer(t5.scores, case_folding(), t5.settings)
     t5.save_pretrained(job.model / "tokenizer_3")
 
 
 def token_tables(job: Job) -> list[Tensor]:
     """Ids of every caption by each tokenizer, (captions + 1, L); the last row is ""."""
-    texts, tables = job.scenes().all_captions(), []
+    tokenizers, scenes = loading.read_tokenizers(job.model, TOKENIZERS), job.scenes()
     encode = token_table if job.composed else encode_all
-    for tokenizer in loading.read_tokenizers(job.model, TOKENIZERS):
-        empty = tokenizer([""]).int()
-        tables.append(torch.cat([encode(tokenizer, texts), empty]).to(job.device))
-    return tables
+
+    def make() -> dict[str, Tensor]:
+        texts = scenes.all_captions()
+        tables = [torch.cat([encode(t, texts), t([""]).int()]) for t in tokenizers]
+        return {str(i): table for i, table in enumerate(tables)}
+
+    path = None
+    if job.world and job.cache:  # many captions: they take minutes
+        pieces = [list(tokenizer.vocab) for tokenizer in tokenizers]
+        path = job.cache / f"{fingerprint(*scenes.content, *pieces)}.safetensors"
+    return [x for _, x in sorted(cached(path, make, job.device).items())]
+
+
+def clip_vocabulary(job: Job) -> int:
+    """Rows of a CLIP's table."""
+    return VOCABULARY if job.world else CLIP_VOCABULARY
 
 
 def encode_all(tokenizer: CLIPTokenizer | T5Tokenizer, texts: list[str]) -> Tensor:
@@ -69,7 +89,7 @@ def encode_all(tokenizer: CLIPTokenizer | T5Tokenizer, texts: list[str]) -> Tens
 
 @torch.no_grad()
 def picture_pool(
-    scenes: Scenes | Pictures, n: int, chunk: int = 4096
+    scenes: Scenes | ToldScenes | Pictures, n: int, chunk: int = 64
 ) -> tuple[Tensor, ...]:
     """Scenes 0 … n − 1: pictures uint8 (n, 3, 64, 64), captions and meanings (n,)."""
 
@@ -108,7 +128,11 @@ def clip_configs(job: Job) -> list[CLIPTextConfig]:
     """The tiny configurations with the trained tokenizers' end tokens."""
     tokenizers = loading.read_tokenizers(job.model, TOKENIZERS)
     return [
-        replace(config, vocab_size=CLIP_VOCABULARY, eos_token_id=tokenizer.eos_token_id)
+        replace(
+            config,
+            vocab_size=clip_vocabulary(job),
+            eos_token_id=tokenizer.eos_token_id,
+        )
         for config, tokenizer in zip(
             (CLIPTextConfig.tiny_l(), CLIPTextConfig.tiny_g()), tokenizers, strict=False
         )
@@ -142,4 +166,5 @@ def t5_lesson(job: Job) -> Lesson:
     def export(model: nn.Module) -> None:
         export_part(job, model.encoder, "text_encoder_3")
 
-    return Lesson(Task(T5Training(T5Encoder(T5Config.tiny())), t5_loss, batch), export)
+    encoder = T5Encoder(job.tiny(T5Config))
+    return Lesson(Task(T5Training(encoder), t5_loss, batch), export)

@@ -12,6 +12,7 @@ from minidiff.learning.trainer import check_folder, check_other
 from minidiff.recipes.job import Job
 from minidiff.recipes.recipe import (
     LEARNED,
+    WORLD,
     Recipe,
     changed,
     check_latents,
@@ -39,14 +40,15 @@ class TrainOptions:
         device: "cpu", "cuda", …
         recipe: "gpu" (large batches, for a large GPU), "shipped" (what began the
             shipped model, an hour and a half of two CPU cores), "trial" (a few steps of
-            everything), a name of ``minidiff.recipes.history`` (with ``start``) or a
-            JSON file (see ``find_recipe``); by default "gpu" on a GPU, else "shipped".
+            everything), "world" (garments and things), a name of
+            ``minidiff.recipes.history`` (with ``start``) or a JSON file (see
+            ``find_recipe``); by default "gpu" on a GPU, else "shipped".
         steps, batch_size: of the one stage named, for the recipe's.
         compile: for the recipe's.
         start: a model to go on from, "tiny" or its folder: its tokenizers and text
             encoders stay, its autoencoder and transformer learn on.
-        scenes: "composed", "plain" or a folder of pictures with captions, for the
-            recipe's; ``crop`` takes their middle, or squeezes them.
+        scenes: "composed", "plain", "world" or a folder of pictures with captions,
+            for the recipe's; ``crop`` takes their middle, or squeezes them.
         recompute: the transformer needs less memory, and more time.
         seed: decides what is drawn by chance: other scenes, another order, other noise.
     """
@@ -100,10 +102,11 @@ def chosen_recipe(o: TrainOptions) -> Recipe:
     cuda = o.device.startswith("cuda")
     recipe = find_recipe(o.recipe or ("gpu" if cuda else "shipped"), cuda)
     recipe = replace(recipe, scenes=o.scenes or recipe.scenes)
-    if recipe.scenes not in SCENES and not Path(recipe.scenes).is_dir():
-        known = ", ".join(SCENES)
+    known = (*SCENES, WORLD)
+    if recipe.scenes not in known and not Path(recipe.scenes).is_dir():
         raise ValueError(
-            f"scenes is {recipe.scenes!r}; expected {known}, or a folder of pictures"
+            f"scenes is {recipe.scenes!r}; expected {', '.join(known)}, or a folder of "
+            "pictures"
         )
     size = {"steps": o.steps, "batch_size": o.batch_size}
     size = {name: value for name, value in size.items() if value is not None}
@@ -116,7 +119,7 @@ def chosen_recipe(o: TrainOptions) -> Recipe:
 
 def limited(recipe: Recipe, o: TrainOptions) -> Recipe:
     """The recipe with no more samples than there are; the data must be there."""
-    if recipe.scenes in SCENES:
+    if recipe.scenes in (*SCENES, WORLD):
         for split in ("train", "test"):
             fashion_mnist(split, o.data)
         return recipe

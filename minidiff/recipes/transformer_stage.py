@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from minidiff.attention import Heads, JointAttention
 from minidiff.data import rng
 from minidiff.data.captioned import Pictures
 from minidiff.data.garments import Scenes
+from minidiff.data.told import ToldScenes
 from minidiff.dit import MMDiT
 from minidiff.files.layout import ENCODERS
 from minidiff.files.pictures import save_sheet
@@ -33,6 +35,9 @@ from minidiff.recipes.vae_stage import chunk_size
 from minidiff.text_encoders import assemble
 from minidiff.training import Task, transformer_loss
 from minidiff.vae import VAE
+
+AnyScenes = Scenes | ToldScenes | Pictures
+NAME = "transformer"  # of the part
 
 
 class PlainAttention(JointAttention):
@@ -72,21 +77,21 @@ class SceneEncoder:
         self.vae: VAE = job.load_part("vae")
         self.encoders = [job.load_part(name) for name in ENCODERS]
 
-    def features(self, scenes: Scenes | Pictures, n: int, keep: bool) -> Features:
+    def features(self, scenes: AnyScenes, n: int, keep: bool) -> Features:
         """Of n scenes; ``keep`` uses the job's cache, if it has one."""
         kept = self.job.cache if keep else None
         path = kept and kept / self.file_name(scenes, n)
         made = cached(path, lambda: vars(self.encode(scenes, n)), self.job.device)
         return Features(**made)
 
-    def file_name(self, scenes: Scenes | Pictures, n: int) -> str:
+    def file_name(self, scenes: AnyScenes, n: int) -> str:
         """The file of these models' encodings of n scenes."""
         parts = (self.vae, *self.encoders)
         weights = [x for part in parts for x in part.state_dict().values()]
         made_of = (*weights, *self.tables, *scenes.content, n)
         return f"{fingerprint(*made_of)}.safetensors"
 
-    def encode(self, scenes: Scenes | Pictures, n: int) -> Features:
+    def encode(self, scenes: AnyScenes, n: int) -> Features:
         """Latents, places, contexts and pooled vectors, float16."""
         device, half = scenes.device, torch.empty(0, dtype=torch.float16)
         half = half.to(device)
@@ -140,10 +145,14 @@ def transformer_lesson(job: Job) -> Lesson:
     def validate(model: MMDiT) -> dict:
         found = validation(model, fixed, job.device, len(held))
         draw(model, file=job.output / "grids" / f"{job.run.step:06}.png")
+        if job.world:  # what each stretch of the run bought can be measured later
+            export_part(
+                replace(job, output=job.output / f"at/{job.run.step}"), model, NAME
+            )
         return found
 
     def export(model: nn.Module) -> None:
-        export_part(job, model, "transformer")
+        export_part(job, model, NAME)
         export_index(job)
         draw(model, file=job.output / "grid.png")
 
@@ -154,7 +163,7 @@ def transformer_lesson(job: Job) -> Lesson:
 
 def begin_transformer(job: Job) -> MMDiT:
     """The MMDiT that learns, in the form that is the fastest here."""
-    model = job.begin_part("transformer")
+    model = job.begin_part(NAME)
     if job.device == "cpu" and job.recipe.transformer.bfloat16:
         plain_attention(model)
     if job.recompute:

@@ -1,0 +1,109 @@
+"""Scenes of the small model's world with their captions, as training asks for them.
+
+A fixed number of scenes is told, each in two ways that mean the same, so that captions
+have numbers: see ``ToldScenes.all_captions``.
+"""
+
+import functools
+import zlib
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minidiff.data.language import RANDOM, Dice, Meaning, captions, say
+from minidiff.data.rng import fold_in, uniform
+from minidiff.data.scenes import SceneBatch, World
+
+TEST = 1  # folded into the seed: test scenes are other scenes than training's
+PHRASING, OTHER = 2, 3  # seeds of the words
+
+
+@dataclass(frozen=True)
+class ToldBatch(SceneBatch):
+    """A batch of scenes with their captions, these captions' numbers and meanings."""
+
+    captions: list[str]
+    caption_ids: Tensor  # (B,)
+    meanings: Tensor  # (B,): equal where captions mean the same
+
+
+class ToldScenes(World):
+    """The first scenes of the world, told in words.
+
+    Args:
+        told: how many training scenes have captions. ``held``: how many test scenes.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        folder: str | Path | None = None,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+        told: int = 2**17,
+        held: int = 512,
+    ) -> None:
+        super().__init__(
+            split, folder, device, fold_in(seed, TEST) if split == "test" else seed
+        )
+        self.root, self.told, self.held = seed, told, held
+        self.first = 2 * told if split == "test" else 0
+
+    @property
+    def content(self) -> tuple:
+        """All that decides what ``batch`` returns."""
+        return (*super().content, self.told, self.held)
+
+    def describe(self, indices: Tensor) -> tuple[list[str], list[Meaning]]:
+        """Captions of the scenes ``indices`` (B,) and what they mean."""
+        attributes = self.attributes(indices)
+        return captions(attributes, fold_in(self.seed, PHRASING), indices)
+
+    def batch(self, indices: Tensor) -> ToldBatch:
+        """The scenes with these numbers, each below ``told`` (of a test ``held``)."""
+        scenes = super().batch(indices)
+        texts, meanings = self.describe(indices)
+        known = {f.name: getattr(scenes, f.name) for f in fields(scenes)}
+        numbers = torch.tensor([number(m) for m in meanings], device=self.device)
+        return ToldBatch(
+            **known,
+            captions=texts,
+            caption_ids=self.first + indices.to(self.device),
+            meanings=numbers,
+        )
+
+    def all_captions(self) -> list[str]:
+        """Those of the training scenes, once and in other words, then of the tests."""
+        first, other = [], []
+        for part in torch.arange(self.told).split(2**14):
+            seed = fold_in(self.root, PHRASING)
+            texts, meanings = captions(self._trained.attributes(part), seed, part)
+            numbers = uniform(fold_in(self.root, OTHER), part, RANDOM).tolist()
+            pairs = zip(meanings, numbers, strict=True)
+            first += texts
+            other += [say(meaning, Dice(u)) for meaning, u in pairs]
+        return first + other + self._tests.describe(torch.arange(self.held))[0]
+
+    @functools.cached_property
+    def _trained(self) -> World:
+        return self._with_seed(self.root)
+
+    @functools.cached_property
+    def _tests(self) -> "ToldScenes":
+        return self._with_seed(fold_in(self.root, TEST))
+
+    def _with_seed(self, seed: int) -> "ToldScenes":
+        copy = object.__new__(ToldScenes)
+        copy.__dict__ |= self.__dict__ | {"seed": seed}
+        return copy
+
+    def caption_pairs(self, indices: Tensor) -> Tensor:
+        """The numbers of two captions of each scene that mean the same, (B, 2)."""
+        return torch.stack([indices, indices + self.told], 1)
+
+
+def number(meaning: Meaning) -> int:
+    """One number for all captions that mean the same."""
+    return zlib.crc32(repr(meaning.canonical()).encode())
