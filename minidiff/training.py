@@ -530,8 +530,8 @@ class TrainingConfig:
 
 # %% [markdown]
 # The learning rate climbs while Adam's averages are still young, then falls along half
-# a cosine, so that the noise of the steps dies out at the end. With a `plateau` it stays
-# at its peak for that share of the steps first: how long such a run lasts may be
+# a cosine, so that the noise of the steps dies out at the end. With a `plateau` it
+# stays at its peak for that share of the steps first: how long such a run lasts may be
 # decided late.
 #
 # `muon` chooses another optimiser for the matrices inside transformer and autoencoder
