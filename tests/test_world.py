@@ -216,7 +216,9 @@ def test_captions_say_what_scenes_show(world):
         assert said.ground in ("", true.ground)
         pairs = list(zip(said.groups, true.groups, strict=True))
         assert all(a.kind == b.kind and a.color in ("", b.color) for a, b in pairs)
-        assert all(a.count == b.count or (a.count == 0 < 1 < b.count) for a, b in pairs)
+        assert all(
+            a.number == b.number or (a.number == 0 < 1 < b.number) for a, b in pairs
+        )
         known = {"", true.place}
         known |= {"beside"} if true.place in ("left", "right") else set()
         known |= {"corner"} if " " in true.place else set()

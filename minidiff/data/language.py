@@ -8,7 +8,7 @@ one can measure whether the model follows sentences of a new shape.
 import functools
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -31,16 +31,8 @@ GARMENT_NAMES = (
 )
 NAMES = tuple(forms(entry) for entry in GARMENT_NAMES) + THING_NAMES
 # Words that have no singular; most come in pairs.
-PAIRS = (
-    "trousers",
-    "pants",
-    "jeans",
-    "headphones",
-    "scissors",
-    "glasses",
-    "sunglasses",
-)
-PAIRS += ("gloves", "socks")
+PAIRS = "trousers pants jeans headphones scissors glasses sunglasses".split()
+PAIRS += ["gloves", "socks"]
 PLURAL_ONLY = (*PAIRS, "grapes", "fries")
 NUMBERS = {1: ("a", "one"), 2: ("two", "2"), 3: ("three", "3")}
 SEVERAL = ("some", "several", "many", "")  # more than one: two or three
@@ -51,14 +43,17 @@ OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"
 RANDOM = 48  # uniform numbers that one caption takes
 
 
+Choice = TypeVar("Choice")
+
+
 class Group(NamedTuple):
     """Items of one kind as a caption asks for them; "" for what it does not say.
 
-    ``count`` 0 asks for more than one.
+    ``number`` 0 asks for more than one.
     """
 
     kind: str  # in KINDS
-    count: int = 1
+    number: int = 1
     color: str = ""  # in COLORS
     size: str = ""  # "small" or "big"
 
@@ -216,8 +211,7 @@ PREFIXES = (
     "there is {S}",
 )
 # How a text begins that takes no prefix.
-FRONT = ("on", "at", "in", "to", "left", "right", "top", "bottom", "center", "below")
-FRONT += ("next", "there")
+FRONT = "on at in to left right top bottom center below next there".split()
 
 
 class Dice:
@@ -230,8 +224,8 @@ class Dice:
         """True in this share of all cases."""
         return next(self.numbers) < share
 
-    def choose(self, options: Sequence[str]) -> str:
-        """One of them."""
+    def choose(self, options: Sequence[Choice]) -> Choice:
+        """One of them, all as likely."""
         return options[int(next(self.numbers) * len(options))]
 
 
@@ -291,7 +285,7 @@ def say(meaning: Meaning, dice: Dice, held_out: bool = False) -> str:
     new = "held" if held_out else "trained"
     named = [noun_phrase(group, dice) for group in meaning.groups]
     if len(named) == 2:
-        text = relate(meaning.place, *named, dice, new)
+        text = relate(meaning.place, named, dice, new)
     elif meaning.place:
         bare = dice.choose(BARE[meaning.place])
         at = dice.choose(AT[meaning.place])
@@ -306,8 +300,9 @@ def say(meaning: Meaning, dice: Dice, held_out: bool = False) -> str:
     return dress(text, dice)
 
 
-def relate(place: str, first: str, second: str, dice: Dice, new: str) -> str:
+def relate(place: str, named: list[str], dice: Dice, new: str) -> str:
     """Two noun phrases with a word for how they lie."""
+    first, second = named
     if place in ("right", "below"):
         place, first, second = OPPOSITE[place], second, first
     if place in ("", "beside") and dice.chance(0.5):
@@ -334,8 +329,8 @@ def noun_phrase(group: Group, dice: Dice) -> str:
         article="{}",
         size=size,
         color=color,
-        noun=noun if group.count == 1 else many,
-        is_="is" if group.count == 1 and noun not in PLURAL_ONLY else "are",
+        noun=noun if group.number == 1 else many,
+        is_="is" if group.number == 1 and noun not in PLURAL_ONLY else "are",
     )
     words = " ".join(words.split())
     return with_number(words, group, noun, dice).strip()
@@ -344,18 +339,18 @@ def noun_phrase(group: Group, dice: Dice) -> str:
 def with_number(words: str, group: Group, noun: str, dice: Dice) -> str:
     """``words``, which begin with "{}", with an article or a number there."""
     rest = words.removeprefix("{} ")
-    if group.count == 0:
+    if group.number == 0:
         return f"{dice.choose(SEVERAL)} {rest}"
     if noun in PLURAL_ONLY:
-        if group.count == 1:
+        if group.number == 1:
             pair = noun in PAIRS and dice.chance(0.4)
             return f"a pair of {rest}" if pair else rest
-        number = dice.choose(NUMBERS[group.count])
+        number = dice.choose(NUMBERS[group.number])
         return f"{number} pairs of {rest}" if noun in PAIRS else f"{number} {rest}"
-    if group.count == 2 and dice.chance(0.15):
+    if group.number == 2 and dice.chance(0.15):
         return f"a pair of {rest}"
-    if group.count > 1:
-        return f"{dice.choose(NUMBERS[group.count])} {rest}"
+    if group.number > 1:
+        return f"{dice.choose(NUMBERS[group.number])} {rest}"
     if dice.chance(0.25):
         return rest
     if dice.chance(0.08):
@@ -403,7 +398,7 @@ class Token(NamedTuple):
     """
 
     sort: str
-    value: object
+    value: Any
 
 
 @functools.cache
@@ -422,10 +417,10 @@ def lexicon() -> dict[tuple[str, ...], Token]:
         add("color", color, color)
     for color, other in OTHER_COLORS.items():
         add("color", color, other)
-    for size, words in SIZE_WORDS.items():
-        add("size", size, *words)
-    for number, words in NUMBERS.items():
-        add("count", number, *words)
+    for size, adjectives in SIZE_WORDS.items():
+        add("size", size, *adjectives)
+    for number, numerals in NUMBERS.items():
+        add("count", number, *numerals)
     add("count", 1, "an", "the")
     add("count", 0, *SEVERAL[:-1])
     add("pair", 0, "pair of", "pairs of")
@@ -508,8 +503,10 @@ class Reader:
     """Walks through a caption's tokens and gathers what they say."""
 
     def __init__(self, found: list[Token]) -> None:
-        self.found, self.groups, self.spots = found, [], []
-        self.pending: dict[str, object] = {}
+        self.found = found
+        self.groups: list[Group] = []
+        self.spots: list[str] = []
+        self.pending: dict[str, Any] = {}
         self.relation, self.ground, self.inverse, self.front = "", "", False, False
         for i, token in enumerate(found):
             if handler := getattr(self, f"on_{token.sort}", None):
@@ -620,7 +617,7 @@ def everything(
     names = [*COLORS, ""]  # −1 is a thing's own colour
     rows = zip(kinds, counts, colors, strict=True)
     groups = tuple(Group(KINDS[k], n, names[c]) for k, n, c in rows if n)
-    lone = len(groups) == 1 and groups[0].count > 1
+    lone = len(groups) == 1 and groups[0].number > 1
     return Meaning(groups, "" if lone else PLACES[place], names[ground])
 
 

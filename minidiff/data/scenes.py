@@ -37,9 +37,9 @@ COLORS = {
 RAMPS = {"white": (140, 255), "black": (0, 90), "gray": (60, 180)}
 KINDS = CLASSES + THINGS  # the first ten are garments
 GARMENTS = len(CLASSES)
-# Of a group beside another the first four places; of one item alone any.
-PLACES = ("left", "right", "above", "below")
-PLACES += ("top left", "top right", "bottom left", "bottom right", "middle")
+# Of a group beside another the sides; of one item alone any place.
+SIDES = ("left", "right", "above", "below")
+PLACES = (*SIDES, "top left", "top right", "bottom left", "bottom right", "middle")
 MIDDLE = PLACES.index("middle")
 SIZES = ("small", "medium", "big")
 GARMENT_SHARE = 0.36  # of groups
@@ -48,8 +48,7 @@ GARMENT_SHARE = 0.36  # of groups
 LAYOUTS = ((1, 0), (1, 1), (2, 0), (3, 0), (1, 2))
 SHARES = (0.52, 0.30, 0.07, 0.05, 0.06)
 # Colours of garments that training never shows, to measure composition.
-HELD_OUT = ("blue", "red", "pink", "green", "cyan")
-HELD_OUT += ("purple", "brown", "yellow", "orange", "white")
+HELD_OUT = "blue red pink green cyan purple brown yellow orange white".split()
 
 
 class Attributes(NamedTuple):

@@ -135,10 +135,11 @@ def cut_out(picture: Image.Image) -> Image.Image:
         raise ValueError(f"{name} is no cut-out: expected a transparent ground")
     cropped = picture.convert("RGBA").crop(alpha.getbbox())
     scale = SIZE / max(cropped.size)
-    size = [max(1, round(side * scale)) for side in cropped.size]
-    small = cropped.convert("RGBa").resize(size, Image.Resampling.BOX).convert("RGBA")
+    width, height = (max(1, round(side * scale)) for side in cropped.size)
+    small = cropped.convert("RGBa").resize((width, height), Image.Resampling.BOX)
     square = Image.new("RGBA", (SIZE, SIZE))
-    square.paste(small, [(SIZE - side) // 2 for side in size])
+    place = (SIZE - width) // 2, (SIZE - height) // 2
+    square.paste(small.convert("RGBA"), place)
     return square
 
 
@@ -156,8 +157,9 @@ def make_sheet(path: Path | None = None) -> Image.Image:
             f"{path} has no pictures of {FONT_SIZE} pixels ({error}); expected "
             f"{FONT_VERSION}"
         ) from None
-    pictures = [draw(font, character) for character in CHARACTERS]
-    missing = [n for n, p in zip(THINGS, pictures, strict=True) if not coloured(p)]
+    drawn = zip(THINGS, (draw(font, c) for c in CHARACTERS), strict=True)
+    pictures = {name: picture for name, picture in drawn if picture}
+    missing = [n for n in THINGS if n not in pictures or not coloured(pictures[n])]
     if missing:
         raise ValueError(
             f"{path} has no coloured picture of {', '.join(missing[:8])}; expected "
@@ -165,17 +167,16 @@ def make_sheet(path: Path | None = None) -> Image.Image:
         )
     rows = -(-len(pictures) // COLUMNS)
     sheet = Image.new("RGBA", (COLUMNS * SIZE, rows * SIZE))
-    for i, picture in enumerate(pictures):
+    for i, picture in enumerate(pictures.values()):
         sheet.paste(cut_out(picture), (i % COLUMNS * SIZE, i // COLUMNS * SIZE))
     return sheet
 
 
-def coloured(picture: Image.Image | None) -> bool:
-    """Whether there is a picture, and it has more than one colour, or one that is not
-    gray."""
-    found = [color for _, color in picture.getcolors(65536)] if picture else []
-    opaque = {color for color in found if color[3] == 255}
-    return len(opaque) > 1 or any(max(c[:3]) - min(c[:3]) > 20 for c in opaque)
+def coloured(picture: Image.Image) -> bool:
+    """Whether its opaque pixels have several colours, or one that is not gray."""
+    pixels = np.array(picture).reshape(-1, 4)
+    inks = np.unique(pixels[pixels[:, 3] == 255, :3].astype(int), axis=0)
+    return len(inks) > 1 or bool((np.ptp(inks, axis=1) > 20).any())
 
 
 # The sheet

@@ -140,12 +140,11 @@ def witness_loss(witness: Witness, batch: dict[str, Tensor]) -> Tensor:
     presence = F.binary_cross_entropy_with_logits(
         reading.presence.float(), batch["trace"]
     )
-    known = {"ignore_index": -1}
     kinds = F.cross_entropy(
-        reading.kinds.float().movedim(-1, 1), batch["kinds"], **known
+        reading.kinds.float().movedim(-1, 1), batch["kinds"], ignore_index=-1
     )
     colors = F.cross_entropy(
-        reading.colors.float().movedim(-1, 1), batch["colors"], **known
+        reading.colors.float().movedim(-1, 1), batch["colors"], ignore_index=-1
     )
     ground = F.cross_entropy(reading.ground.float(), batch["ground"])
     return 20 * presence + kinds + colors + ground
@@ -161,7 +160,7 @@ def find(reading: Reading) -> list[Found]:
     peak = (p == F.max_pool2d(p[:, None], 3, 1, 1)[:, 0]) & (p > 0.5)
     kinds, colors = reading.kinds.argmax(-1), reading.colors.argmax(-1)
     grounds = [list(COLORS)[i] for i in reading.ground.argmax(-1).tolist()]
-    items = [[] for _ in grounds]
+    items: list[list[Item]] = [[] for _ in grounds]
     rows, ys, xs = peak.nonzero(as_tuple=True)
     values = (rows, ys, xs, kinds[peak], colors[peak])
     for row, y, x, kind, color in zip(*(v.tolist() for v in values), strict=True):
@@ -195,7 +194,7 @@ def assignments(
     if not groups:
         return [[]] if not items else []
     first, *rest = groups
-    sizes = range(2, len(items) + 1) if first.count == 0 else (first.count,)
+    sizes = range(2, len(items) + 1) if first.number == 0 else (first.number,)
     ways = []
     for own in itertools.chain(*(itertools.combinations(items, n) for n in sizes)):
         left = tuple(item for item in items if item not in own)
