@@ -34,6 +34,14 @@ def evaluate(
         Path | None,
         option(WHAT, "Folder of a judge.", metavar="FOLDER", usual="the shipped one"),
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        option(
+            WHAT,
+            "Free prompts, JSON lines, instead of rows (see the page on training).",
+            metavar="FILE",
+        ),
+    ] = None,
     inception: Annotated[
         Path | None,
         option(
@@ -76,11 +84,11 @@ def evaluate(
     if garments != "all":
         refuse("--garments all", None, inception=inception)
     with reserved(output, overwrite) if output else nullcontext():
-        from minidiff.judging import evaluation, metrics
+        from minidiff.judging import evaluation
 
         size, files = (n, guidance_scale, steps, garments, seed), (inception, data)
-        asked = model, *size, judge, *files, find_device(device)
+        asked = model, *size, judge, *files, find_device(device), prompts
         result = evaluation.Evaluation(*asked).measure(tell)
         if output:
             write_json(output, result)
-    print(metrics.format_table(result))
+    print(evaluation.table(result))

@@ -50,7 +50,8 @@ def train(
         str | None,
         option(
             WHAT,
-            "composed, plain (grey garments, captioned by class), or a folder of "
+            "composed, world (garments and things), plain (grey garments, "
+            "captioned by class), or a folder of "
             "pictures with captions.",
             metavar="NAME",
             usual="composed",

@@ -9,9 +9,10 @@ import torch
 
 from minidiff.attention import record_attention
 from minidiff.engine.loading import blueprint, load
+from minidiff.files.reading import read_json
 from minidiff.interface import checks
 from minidiff.interface.terminal import status
-from minidiff.judging import metrics
+from minidiff.judging import metrics, witness, world
 from minidiff.judging.inception import load_inception
 from minidiff.judging.judge import JUDGE, load_judge
 
@@ -33,6 +34,7 @@ class Evaluation:
     inception: Path | None = None
     data: Path | None = None
     device: str = "cpu"
+    prompts: Path | None = None
 
     def __post_init__(self) -> None:
         checks.check_range("--seed", self.seed, 0, 2**63 - 1)
@@ -40,11 +42,38 @@ class Evaluation:
         checks.check_range("--steps", self.steps, 1, 1000)
         checks.guidance(self.guidance_scale, 1.0)
         metrics.choose_rows(self.garments)
+        if self.prompts and not self.of_world:
+            raise ValueError(
+                "--prompts needs the judge of the world of things (--judge)"
+            )
         parts = blueprint(self.model)
         metrics.check_side(parts["transformer"], parts["vae"])
 
+    @property
+    def of_world(self) -> bool:
+        """Whether the judge is the one of garments and everyday things."""
+        path = (self.judge or JUDGE) / "config.json"
+        return path.is_file() and read_json(path).get("scenes") == "world"
+
+    def measure_world(self, log: Callable[[str], None]) -> dict[str, Any]:
+        """The same with the judge of garments and everyday things."""
+        free = self.prompts and world.read_prompts(self.prompts)
+        with status(f"loading {self.model}"):
+            judge = witness.load_witness(self.judge or JUDGE, self.device)
+            cpu = self.device == "cpu"
+            pipe = load(self.model, self.device, torch.float32, fast=cpu)
+        pipe.progress = False
+        scale = self.guidance_scale or pipe.defaults.guidance_scale
+        options = {"num_inference_steps": self.steps, "guidance_scale": scale}
+        sizes = self.n, self.seed, self.data, 20 if cpu else 500
+        found = world.WorldEvaluation(pipe, judge, *sizes, log, **options)
+        result = {"prompts": found.free(free)} if free else found.rows()
+        return result | {"model": self.model}
+
     def measure(self, log: Callable[[str], None]) -> dict[str, Any]:
-        """Load the models and measure: what ``format_table`` prints, ready for JSON."""
+        """Load the models and measure: what ``table`` prints, ready for JSON."""
+        if self.of_world:
+            return self.measure_world(log)
         with status(f"loading {self.model}"):
             judge = load_judge(self.judge or JUDGE, self.device)
             weights = self.inception
@@ -68,3 +97,9 @@ class Evaluation:
         data = self.data
         found = metrics.attention_correlation(pipe, record_attention, folder=data)
         return result | {"model": self.model, "attention": found}
+
+
+def table(result: dict[str, Any]) -> str:
+    """What was measured as a Markdown table, with lines beneath it."""
+    of_world = "psnr" in result or "prompts" in result
+    return (world if of_world else metrics).format_table(result)

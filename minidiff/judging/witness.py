@@ -238,7 +238,8 @@ def save_witness(witness: Witness, output: Path, **facts: object) -> None:
     """Write model.safetensors (fp16) and config.json, with ``facts`` about it."""
     output.mkdir(parents=True, exist_ok=True)
     save_weights(witness, output / "model.safetensors", dtype=torch.float16)
-    write_json(output / "config.json", asdict(witness.config) | facts)
+    known = {"scenes": "world"} | facts
+    write_json(output / "config.json", asdict(witness.config) | known)
 
 
 def load_witness(folder: str | Path, device: str | torch.device = "cpu") -> Witness:

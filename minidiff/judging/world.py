@@ -17,14 +17,14 @@ from torch import Tensor
 
 from minidiff.data.language import OPPOSITE, Group, Meaning, captions
 from minidiff.data.rng import fold_in
-from minidiff.data.scenes import COLORS, GARMENT_SHARE, KINDS, SHARES, World
+from minidiff.data.scenes import COLORS, GARMENT_SHARE, KINDS, SHARES, SIDES, World
 from minidiff.judging.judge import EVALUATION_SEED
 from minidiff.judging.metrics import frechet_distance, generate, psnr
 from minidiff.judging.witness import Witness, find, follows, shares
 
+PARTS = ("colors", "places")  # of what is right in free prompts
 ONE, TWO = (1.0, 0.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0, 0.0)
 SEVERAL = (0.0, 0.0, 0.5, 0.5, 0.0)
-SIDES = tuple(OPPOSITE)  # the places that a free prompt may ask for
 
 
 class Row(NamedTuple):
@@ -76,7 +76,7 @@ def row_scenes(row: Row, split: str, folder: Any, device: Any, seed: int) -> Wor
     return World(split, folder, device, seed, row.held_out, row.layouts, row.garments)
 
 
-class Evaluation:
+class WorldEvaluation:
     """Measures a pipeline that draws 64 × 64 pictures of the small world.
 
     Args:
@@ -128,7 +128,9 @@ class Evaluation:
         real = torch.cat([scenes.batch(i).images for i in numbers.split(128)])
         drawn = self.draw(texts)
         pictures = {"real": real, "model": drawn}
-        result = {k: shares(self.judged(v, meanings)[0]) for k, v in pictures.items()}
+        result: dict[str, Any] = {
+            k: shares(self.judged(v, meanings)[0]) for k, v in pictures.items()
+        }
         others = meanings[1:] + meanings[:1]
         result["exchanged"] = shares(self.judged(drawn, others)[0])["all"]
         return result, pictures
@@ -195,8 +197,8 @@ class Evaluation:
 def texture(images: Tensor) -> Tensor:
     """Fine texture of what lies on the ground, for those of (B, 3, 64, 64) with enough.
 
-    The mean square of the grey picture's Laplacian inside the mask of pixels that differ
-    from the ground, the median of the border, eroded by two pixels.
+    The mean square of the grey picture's Laplacian inside the mask of pixels that
+    differ from the ground, the median of the border, eroded by two pixels.
     """
     edges = images[:, :, 0], images[:, :, -1], images[..., 0], images[..., -1]
     ground = torch.cat(edges, 2).median(2).values[..., None, None]
@@ -263,7 +265,9 @@ def check(name: str, value: str | None, known: Sequence[str]) -> str:
 
 
 def format_table(result: dict) -> str:
-    """The result of ``Evaluation.rows`` as a Markdown table with lines beneath it."""
+    """What ``WorldEvaluation`` measured as a Markdown table with lines beneath it."""
+    if "prompts" in result:
+        return format_free(result["prompts"])
     parts = ("all", "things", "colors", "places", "ground")
     lines = ["| right in %, real / model | " + " | ".join(parts) + " | exchanged |"]
     lines.append("|---" * (len(parts) + 2) + "|")
@@ -284,3 +288,12 @@ def format_table(result: dict) -> str:
         lines.append(f"Texture inside garments: {share:.2f} of real scenes'.")
     known = ", ".join(f"{k} {v} dB" for k, v in result["psnr"].items())
     return "\n".join([*lines, f"Autoencoder: {known}."])
+
+
+def format_free(result: dict) -> str:
+    """What free prompts gave: the shares, and the prompts that were drawn wrongly."""
+    kinds = ", ".join(f"{k} {100 * result[k]:.1f} %" for k in ("right", *PARTS))
+    wrong = [row["prompt"] for row in result["rows"] if not row["all"]]
+    return "\n".join(
+        [f"{result['n']} prompts: {kinds}.", *map("wrong: {}".format, wrong)]
+    )
