@@ -64,7 +64,8 @@ class Evaluation:
             pipe = load(self.model, self.device, torch.float32, fast=cpu)
         pipe.progress = False
         scale = self.guidance_scale or pipe.defaults.guidance_scale
-        options = {"num_inference_steps": self.steps, "guidance_scale": scale}
+        options: dict[str, Any] = {"num_inference_steps": self.steps}
+        options["guidance_scale"] = scale
         sizes = self.n, self.seed, self.data, 20 if cpu else 500
         found = world.WorldEvaluation(pipe, judge, *sizes, log, **options)
         result = {"prompts": found.free(free)} if free else found.rows()

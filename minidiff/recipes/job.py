@@ -61,8 +61,8 @@ class Job:
         """Whether the scenes are those of garments and everyday things."""
         return self.recipe.scenes == WORLD
 
-    def tiny(self, config: type) -> Any:
-        """The tiny configuration of this kind, as large as the scenes need it."""
+    def tiny(self, config: Any) -> Any:
+        """The tiny configuration of this class, as large as the scenes need it."""
         return replace(config.tiny(), **LARGER.get(config, {}) if self.world else {})
 
     def config(self, stage: str) -> TrainingConfig | None:
