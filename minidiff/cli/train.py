@@ -130,8 +130,8 @@ def train(
     A JSON file as --recipe changes some of "shipped", for example
     {"vae": {"steps": 5000}, "latents": 4096}. Of clip, t5, vae, judge and transformer:
     steps, batch_size, learning_rate, warmup_steps, weight_decay, beta2, max_grad_norm,
-    ema_decay, muon, accumulation, bfloat16, compile, sharded, log_every, save_every,
-    validate_every. Of all: pictures, latents, captions, held, two_garments,
+    ema_decay, plateau, muon, accumulation, bfloat16, compile, sharded, log_every,
+    save_every, validate_every. Of all: pictures, latents, captions, held, two_garments,
     uniform_levels, keep_latents, hold_latents, shift, scenes. Muon is for vae and
     transformer.
     """
