@@ -475,7 +475,40 @@ def test_load_imports_little_beside_torch():
 
 
 def test_the_command_line_starts_without_torch():
-    assert "torch" not in imported("import minidiff.cli")
+    heavy = {"torch", "numpy", "PIL", "rich", "safetensors"}
+    assert not imported("import minidiff.cli.app") & heavy
+
+
+COMMANDS = ["sample", "train", "evaluate", "download", "info"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_the_terminal(run, monkeypatch, command, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", width)
+    code, out, err = run(*command.split(), "--help")
+    assert (code, err) == (0, "") and "\x1b" not in out and "<list" not in out
+    assert max(map(len, out.splitlines())) <= width
+    assert out.count("minidiff " + command) >= (3 if command else 1)
+
+
+def test_help_is_in_groups(run):
+    """Each option once, and only --help among those without one."""
+    _, out, _ = run("sample", "--help")
+    groups = re.split(r"╭─ (.*?) ─+╮", out)[1:]
+    found = dict(zip(groups[::2], groups[1::2], strict=True))
+    names = [*("Arguments", "Options", "What to draw", "How many, how large")]
+    names += [*("How to draw", "From a picture", "Model", "Memory", "Speed", "Output")]
+    assert list(found) == names
+    assert re.findall("--[a-z0-9-]+", found["Options"]) == ["--help"]
+    listed = re.findall(r"│ +(--[a-z0-9-]+)", out)
+    assert len(listed) == len(set(listed)) > 30
+
+
+def test_the_version(run):
+    code, out, err = run("--version")
+    assert (code, err) == (0, "") and re.fullmatch(r"minidiff \d+\.\d+\.\d+\n", out)
 
 
 def test_an_interruption_is_told(run, monkeypatch):

@@ -319,9 +319,9 @@ def find_lora(files: list[Path] | None) -> Path | None:
     from minidiff.files.weights import read_header
     from minidiff.lora import lora_file
 
-    file, *others = files or [None]
-    if others:
+    if not files:
+        return None
+    if len(files) > 1:
         raise ValueError("--lora is given more than once; expected one file")
-    if file:
-        read_header(lora_file(file))
-    return file
+    read_header(lora_file(files[0]))
+    return files[0]
