@@ -565,7 +565,7 @@ def test_what_a_terminal_would_obey_is_escaped(run, tmp_path):
     lines = run("info", "a.png")[1].splitlines()
     assert lines[:2] == [r"prompt: a\x1b[2J\nseed: 5", "lora: ?.safetensors"]
     code, _, err = run("info", "b\x1b[2J.png")
-    assert code == 2 and r"b\x1b[2J.png: No such file" in err
+    assert code == 2 and r"b\x1b[2J.png is missing" in err
 
 
 def test_a_preview_that_cannot_be_written_costs_no_picture(run, monkeypatch, capsys):
@@ -590,7 +590,7 @@ def test_info_of_what_is_no_picture(run, tmp_path):
     code, _, err = run("info", "a.png")
     assert code == 2 and "a.png is not a picture" in err
     code, _, err = run("info", "b.png")
-    assert code == 2 and "b.png: No such file" in err
+    assert code == 2 and "b.png is missing" in err
 
 
 def test_a_picture_is_a_png(tmp_path):

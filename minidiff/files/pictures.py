@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minidiff.files.reading import file_size
 from minidiff.files.writing import creating, replacing
 
 if TYPE_CHECKING:
@@ -29,10 +30,13 @@ def open_picture(file: Path | str) -> "Image":
     Raises ValueError for what is no picture, damaged, or too large to be drawn from;
     OSError for what is no file.
     """
-    from PIL import ImageOps
+    from PIL import Image, ImageOps
 
+    file_size(file)  # a pipe is not opened
     try:
-        with warnings.catch_warnings(action="ignore"), open_header(file) as picture:
+        with warnings.catch_warnings(action="ignore"):  # of what is refused below
+            picture = Image.open(file, formats=FORMATS)
+        with picture:
             if math.prod(picture.size) <= MOST_PIXELS:
                 ImageOps.exif_transpose(picture, in_place=True)
     except Exception as error:  # of damage PIL tells in a dozen ways
@@ -44,15 +48,6 @@ def open_picture(file: Path | str) -> "Image":
         found = "{} has {}×{} pixels".format(file, *picture.size)
         raise ValueError(f"{found}; expected at most {MOST_PIXELS:,}")
     return picture
-
-
-def open_header(file: Path | str) -> "Image":
-    """A picture of which the header is read; ValueError for a pipe or a device."""
-    from PIL import Image
-
-    if Path(file).exists() and not Path(file).is_file():
-        raise ValueError("it is a folder, a pipe or a device")
-    return Image.open(file, formats=FORMATS)
 
 
 def to_pil(pictures: "Tensor") -> "list[Image]":

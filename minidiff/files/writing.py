@@ -21,6 +21,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from minidiff.files.reading import file_size
+
 if sys.platform != "win32":
     import fcntl
 
@@ -55,7 +57,8 @@ def taken(file: Path | str) -> FileExistsError:
 @contextmanager
 def growing(file: Path, place: Callable[[Path, Path], None]) -> Iterator[Path]:
     """Where to write ``file``, until ``place`` puts it there, in the usual mode."""
-    check_kind(file)
+    if file.exists():
+        file_size(file)  # refuses what is no file
     try:
         with workshop(file.parent, secrets.token_hex(8)) as folder:
             part = folder / file.name
@@ -82,13 +85,6 @@ def give_name(part: Path, file: Path) -> None:
     except OSError:  # a file system without links
         file.touch(exist_ok=False)
         os.replace(part, file)
-
-
-def check_kind(file: Path) -> None:
-    """Raise ValueError where something stands at ``file`` that is no file."""
-    if file.exists() and not file.is_file():
-        kind = "folder" if file.is_dir() else "device or pipe"
-        raise ValueError(f"{file} is a {kind}; expected a file name")
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -118,11 +114,12 @@ def numbered(file: Path) -> Iterator[Path]:
 
 def check_output(file: Path, overwrite: bool = False) -> None:
     """Raise ValueError unless ``file`` is a free name, or may be replaced."""
-    check_kind(file)
     if file.is_symlink() and not file.exists():
-        raise ValueError(f"{file} is a link to what is not there; expected a file name")
-    if file.exists() and not overwrite:
-        raise ValueError(f"{file} exists; expected a free name, or --overwrite")
+        raise ValueError(f"{file} is a link to what is not there; expected a file")
+    if file.exists():
+        file_size(file)  # refuses what is no file
+        if not overwrite:
+            raise ValueError(f"{file} exists; expected a free name, or --overwrite")
     if not file.parent.is_dir():
         raise ValueError(f"{file} cannot be written: {file.parent} is not a folder")
 
