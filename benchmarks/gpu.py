@@ -65,7 +65,7 @@ from minidiff.files.weights import (
     save_component,
 )
 from minidiff.flow_matching import Scheduler
-from minidiff.learning.trainer import read_log
+from minidiff.learning.run import read_log
 from minidiff.sampling import Pipeline
 from minidiff.text_encoders import T5Config, T5Encoder
 from minidiff.tokenizer import Tokenizer

@@ -29,6 +29,7 @@ After it you will be able to
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +38,11 @@ from torch import Tensor, nn
 from minidiff.data import rng
 from minidiff.dit import MMDiT
 from minidiff.flow_matching import interpolate, velocity_target
-from minidiff.learning import parallel, trainer
+from minidiff.learning import parallel
 from minidiff.learning.muon import Muon
+from minidiff.learning.run import Run
+from minidiff.learning.state import restore_state, save_state
+from minidiff.learning.steps import Monitor, check_batch, compiled, due, is_late
 from minidiff.learning.towers import AnswerDecoder, ImageTower
 from minidiff.text_encoders import CLIPTextEncoder, T5Encoder
 from minidiff.vae import VAE
@@ -59,7 +63,7 @@ Batch = dict[str, Tensor]
 # from minidiff.classroom import journey
 # from minidiff.data import garments as data
 # from minidiff.classroom.exercises import check
-# from minidiff.learning.trainer import Run, read_log
+# from minidiff.learning.run import read_log
 #
 # torch.set_num_threads(1)  # the quickest for small tensors
 # viz.show_pipeline("training")
@@ -258,7 +262,7 @@ class CLIPTraining(nn.Module):
         super().__init__()
         self.text = nn.ModuleList([clip_l, clip_g])
         self.tower = ImageTower()
-        widths = [encoder.config.projection_dim for encoder in self.text]
+        widths = [encoder.config.projection_dim for encoder in (clip_l, clip_g)]
         self.heads = nn.ModuleList(nn.Linear(self.tower.features, w) for w in widths)
         self.log_scale = nn.Parameter(torch.full((2,), math.log(1 / 0.07)))
 
@@ -269,11 +273,11 @@ def clip_loss(model: CLIPTraining, batch: Batch) -> Tensor:
     ``batch``: images, ids_l and ids_g (B, L), meaning (B,).
     """
     features = model.tower(batch["images"])
-    scales, loss = model.log_scale.exp().clamp(max=100), 0.0
+    scales, losses = model.log_scale.exp().clamp(max=100), []
     for i, ids in enumerate((batch["ids_l"], batch["ids_g"])):
         text, image = model.text[i](ids)[1], model.heads[i](features)
-        loss += contrastive_loss(text, image, scales[i], batch["meaning"])
-    return loss
+        losses.append(contrastive_loss(text, image, scales[i], batch["meaning"]))
+    return losses[0] + losses[1]
 
 
 # %% [markdown]
@@ -500,9 +504,9 @@ class Task:
     """
 
     model: nn.Module
-    loss: Callable[[nn.Module, Batch], Tensor]
+    loss: Callable[[Any, Batch], Tensor]
     batch: Callable[[Tensor], Batch]
-    validate: Callable[[nn.Module], dict] | None = None
+    validate: Callable[[Any], dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -572,8 +576,8 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Move the averaged weights towards the model's; a young average moves faster."""
     decay = min(decay, (1 + step) / (10 + step))
-    pairs = ([parallel.local(p) for p in m.parameters()] for m in (ema, model))
-    torch._foreach_lerp_(*pairs, 1 - decay)  # all tensors in one call
+    old, new = ([parallel.local(p) for p in m.parameters()] for m in (ema, model))
+    torch._foreach_lerp_(old, new, 1 - decay)  # all tensors in one call
 
 
 # %% [markdown]
@@ -589,11 +593,11 @@ class Objective(nn.Module):
 
     def __init__(self, task: Task, bfloat16: bool) -> None:
         super().__init__()
-        self.model, self.loss, self.bfloat16 = task.model, task.loss, bfloat16
+        self.model, self.loss, self.short = task.model, task.loss, bfloat16
 
     def forward(self, batch: Batch) -> Tensor:
         kind = next(iter(batch.values())).device.type
-        with torch.autocast(kind, torch.bfloat16, enabled=self.bfloat16):
+        with torch.autocast(kind, torch.bfloat16, enabled=self.short):
             return self.loss(self.model, batch)
 
 
@@ -603,14 +607,13 @@ class Learner:
     def __init__(self, task: Task, config: TrainingConfig, device: str) -> None:
         self.task, self.config, self.device = task, config, torch.device(device)
         self.shares = config.accumulation * parallel.size()
-        trainer.check_batch(config.steps, config.batch_size, self.shares)
+        check_batch(config.steps, config.batch_size, self.shares)
         self.model = task.model.to(self.device).train()
         self.ema = parallel.replica(self.model, config.sharded)
-        self.objective = parallel.wrap(Objective(task, config.bfloat16), config.sharded)
-        if config.compile:
-            self.objective = trainer.compiled(self.objective)
-        settings = {"betas": (0.9, config.beta2), "weight_decay": config.weight_decay}
-        settings["fused"] = not config.sharded
+        objective = parallel.wrap(Objective(task, config.bfloat16), config.sharded)
+        self.objective = compiled(objective) if config.compile else objective
+        settings: dict[str, Any] = {"betas": (0.9, config.beta2)}
+        settings |= {"weight_decay": config.weight_decay, "fused": not config.sharded}
         # AdamW: a running mean of each number's gradient over the root of that of its
         # square; and in every step the weights shrink a little (the W)
         kind = Muon if config.muon else torch.optim.AdamW
@@ -643,15 +646,15 @@ class Learner:
 # the weights, their average, what the optimiser remembers of past gradients, and the
 # number of steps. It needs no state of a random generator, because there is none. It is
 # written beside the old one and takes its name when it is complete, so that a run
-# killed while saving still has the one before. (`minidiff.learning.trainer` does the
-# files.)
+# killed while saving still has the one before; a checksum tells a damaged one, and then
+# too the one before is taken. (`minidiff.learning.run` does the files.)
 
 
 # %%
 def fit(
     task: Task,
     config: TrainingConfig,
-    run: trainer.Run | None = None,
+    run: Run | None = None,
     device: str = "cpu",
     deadline: float | None = None,
 ) -> nn.Module:
@@ -662,18 +665,18 @@ def fit(
     whose loss is not a number.
     """
     learner = Learner(task, config, device)
-    start = trainer.restore(run, learner.model, learner.ema, learner.optimizer)
-    monitor = trainer.Monitor(config.steps, start, config.batch_size, run)
+    start = restore_state(run, learner.model, learner.ema, learner.optimizer)
+    monitor = Monitor(config.steps, start, config.batch_size, run)
     for step in range(start, config.steps):
         monitor.add(learner.step(step))
-        done, late = step + 1, trainer.is_late(deadline, learner.device)
-        logs, saves, validates = trainer.due(config, done, late)
+        done, late = step + 1, is_late(deadline, learner.device)
+        logs, saves, validates = due(config, done, late)
         if logs or saves or validates:
             monitor.flush(lr=learning_rate(step, config))
         if task.validate and validates:  # first, or a kill between would lose it
             monitor.validate(task.validate, learner.ema)
         if run and saves:
-            trainer.checkpoint(run, done, learner.model, learner.ema, learner.optimizer)
+            save_state(run, done, learner.model, learner.ema, learner.optimizer)
             monitor.restart()
         if late and done < config.steps:
             raise TimeoutError(f"stopped after step {done} of {config.steps}")

@@ -18,7 +18,7 @@ from minidiff.data import rng
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.judging.judge import Judge, JudgeConfig, judge_loss
 from minidiff.learning import parallel
-from minidiff.learning.trainer import Run
+from minidiff.learning.run import Run
 from minidiff.text_encoders import (
     CLIPTextConfig,
     CLIPTextEncoder,

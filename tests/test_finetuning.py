@@ -23,8 +23,8 @@ from minidiff.data.garments import Scenes
 from minidiff.engine import memory
 from minidiff.engine.memory import weigh
 from minidiff.files.pictures import from_bytes
-from minidiff.learning import trainer
-from minidiff.learning.trainer import read_log
+from minidiff.learning import steps
+from minidiff.learning.run import read_log
 from minidiff.lora import ATTENTION, load_lora
 from minidiff.recipes import finetune
 from minidiff.recipes.features import Features, validation
@@ -295,9 +295,9 @@ def test_encodings_are_named_after_all_that_makes_them(model: Path, how: dict) -
 def test_recomputed_blocks_give_the_same_lora(
     model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, recompute = [], trainer.recompute
+    asked, recompute = [], steps.recompute
     monkeypatch.setattr(
-        trainer, "recompute", lambda blocks: asked.append(recompute(blocks))
+        steps, "recompute", lambda blocks: asked.append(recompute(blocks))
     )
     config = replace(CONFIG, steps=3)
     files = [
@@ -702,7 +702,7 @@ def test_options_of_fine_tuning_arrive(
         configs.append(config)
         return fit(task, replace(config, compile=False), *rest)
 
-    monkeypatch.setattr(trainer, "recompute", asked.append)
+    monkeypatch.setattr(steps, "recompute", asked.append)
     monkeypatch.setattr(finetune, "read_pictures", reading)
     monkeypatch.setattr(finetune, "fit", learning)
     options = FinetuneOptions(str(model), pictures, tmp_path / "out", 1)

@@ -16,7 +16,7 @@ from minidiff.judging.judge import (
     windows,
     with_silhouette,
 )
-from minidiff.learning.trainer import read_log
+from minidiff.learning.run import read_log
 from minidiff.recipes.job import Job
 from minidiff.recipes.recipe import RECIPES
 from minidiff.recipes.stages import STAGES, run_stages

@@ -7,11 +7,10 @@ import torch
 from torch import nn
 
 import minidiff
-from minidiff.attention import record_attention
 from minidiff.data.garments import Attributes, Scenes, prompts
-from minidiff.judging import metrics
+from minidiff.judging import attention_maps, distances, metrics
+from minidiff.judging.distances import correlation, frechet_distance, psnr
 from minidiff.judging.judge import Judge, JudgeConfig, load_judge, score
-from minidiff.judging.metrics import correlation, frechet_distance, psnr
 
 
 def published(a: np.ndarray, b: np.ndarray) -> float:
@@ -66,7 +65,7 @@ def test_frechet_distance_where_the_plain_root_is_unstable():
     a[:, :50], b[:, :50] = 0, 0
     b[:, 99] = b[:, 98]
     found = frechet_distance(a, b)
-    left, right = (metrics._root(x.double().T.cov()) for x in (a, b))
+    left, right = (distances.square_root(x.double().T.cov()) for x in (a, b))
     nuclear = torch.linalg.svdvals(left @ right).sum()  # tr (C₁ C₂)^½, another way
     a, b = a.double(), b.double()
     expected = (a.mean(0) - b.mean(0)).square().sum() + a.var(0).sum() + b.var(0).sum()
@@ -193,6 +192,10 @@ def test_evaluate_with_other_features(fashion):
 def test_evaluate_refuses():
     with pytest.raises(ValueError, match="n is 1"):
         metrics.evaluate(Echo(), Judge(), 1)
+    with pytest.raises(ValueError, match="n is 100001; expected .* 2 to 100000"):
+        metrics.evaluate(Echo(), Judge(), 100_001)
+    with pytest.raises(ValueError, match="seed is 9223372036854775808; expected"):
+        metrics.evaluate(Echo(), Judge(), 2, seed=2**63)
     large = Echo()
     large.vae.config.factor = 8
     with pytest.raises(ValueError, match="draws 128 × 128 pixels"):
@@ -216,7 +219,7 @@ class Words:
 
 def test_rows_of_words_in_the_context():
     pipe = SimpleNamespace(tokenizers=[Words(True), Words(True), Words(False)])
-    rows = metrics._word_rows(pipe, "a red ankle boot on a sea background")
+    rows = attention_maps.word_rows(pipe, "a red ankle boot on a sea background")
     assert rows["T5 color"] == [33, 34, 35] and rows["CLIP color"] == [2, 3, 4]
     assert rows["T5 garment"] == list(range(36, 45))
     assert rows["T5 background"] == [48, 49, 50]
@@ -240,7 +243,7 @@ def test_pictures_that_show_the_prompt_are_right(fashion, monkeypatch):
 
 def test_words_look_where_their_garment_is(fashion):
     pipe = minidiff.load("tiny")
-    found = metrics.attention_correlation(pipe, record_attention, 16, folder=fashion)
+    found = attention_maps.attention_correlation(pipe, 16, folder=fashion)
     assert found.keys() == {
         f"{encoder} {word}"
         for encoder in ("CLIP", "T5")
@@ -250,14 +253,16 @@ def test_words_look_where_their_garment_is(fashion):
     assert best >= 0.8
     pipe.text_encoders = (*pipe.text_encoders[:2], None)
     pipe.tokenizers = (*pipe.tokenizers[:2], None)
-    found = metrics.attention_correlation(pipe, record_attention, 2, folder=fashion)
+    found = attention_maps.attention_correlation(pipe, 2, folder=fashion)
     assert {name.split()[0] for name in found} == {"CLIP"}
 
 
 def test_what_is_compared_with_what(fashion, monkeypatch):
     """Training scenes are the reference, all others are the test set's."""
     seen, real = [], metrics.Scenes
-    monkeypatch.setattr(metrics, "Scenes", lambda s, *a: seen.append(s) or real(s, *a))
+    monkeypatch.setattr(
+        evaluation, "Scenes", lambda s, *a: seen.append(s) or real(s, *a)
+    )
     judge, pipe = Judge(JudgeConfig((8, 8, 8), (1, 1, 1), 12)).eval(), Echo()
     how = {"guidance_scale": 1.0, "folder": fashion}
     every = metrics.evaluate(pipe, judge, 8, **how)

@@ -9,7 +9,7 @@ from torch import nn
 
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.learning.muon import Muon, orthogonal
-from minidiff.learning.trainer import Run
+from minidiff.learning.run import Run
 from minidiff.training import fit
 from minidiff.vae import VAE, VAEConfig
 

@@ -31,7 +31,7 @@ from minidiff.engine.fast import FastDecoder, FastMMDiT, attention_backend
 from minidiff.engine.loading import TOKENIZERS, read_tokenizers
 from minidiff.engine.memory import to_float8
 from minidiff.files.weights import TINY
-from minidiff.learning.trainer import read_log
+from minidiff.learning.run import read_log
 from minidiff.vae import VAE, VAEConfig
 
 CONFIGS = {

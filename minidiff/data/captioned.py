@@ -6,7 +6,6 @@ hub's image folders.
 """
 
 import functools
-import glob
 import json
 from collections.abc import Collection
 from contextlib import suppress
@@ -19,9 +18,10 @@ from torch import Tensor
 
 from minidiff.data.garments import IMAGE_SIZE
 from minidiff.files.pictures import from_bytes, in_rgb, open_picture, to_tensor
-from minidiff.files.reading import read_text
+from minidiff.files.reading import excerpt, read_text
 from minidiff.interface.terminal import tell
 
+LONGEST_CAPTION = 10_000  # bytes, or characters: no encoder reads a fifth of it
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -33,26 +33,37 @@ def captions_of(folder: Path) -> dict[str, str]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder")
-    listed, found = folder / "metadata.jsonl", {}
+    listed = folder / "metadata.jsonl"
+    found: dict[str, str] = {}
     if listed.exists():
         for number, line in enumerate(read_text(listed).split("\n"), 1):
             found |= _entry(listed, number, line)
     pictures = {path.stem: path.name for path in pictures_in(folder)}
     for path in files_in(folder, (".txt",)):
         name = pictures.get(path.stem, f"{path.stem}.png")
-        found.setdefault(name, read_text(path).strip())
+        found.setdefault(name, read_text(path, LONGEST_CAPTION).strip())
     if not found:
         raise FileNotFoundError(
             f"no captions in {folder}: expected a .txt beside each picture, or "
             "metadata.jsonl, which may name those in subfolders"
         )
-    if missing := [name for name in found if not (folder / name).is_file()]:
-        path = folder / missing[0]
-        near = sorted(p.name for p in path.parent.glob(f"{glob.escape(path.stem)}.*"))
-        near = [name for name in near if not name.lower().endswith(".txt")]
-        kinds = f" (found {', '.join(near)})" if near else ""
-        raise ValueError(f"{folder}: the caption of {missing[0]} has no picture{kinds}")
+    for name in found:
+        check_picture(folder, name)
     return found
+
+
+def check_picture(folder: Path, name: str) -> None:
+    """Raise ValueError unless ``folder`` has this picture; what is near is named."""
+    path, shown = folder / name, excerpt(name)
+    with suppress(OSError):  # a name that is too long, say
+        if path.is_file():
+            return
+        if path.exists():
+            raise ValueError(f"{folder}: {shown} is no file; expected a picture")
+    near = [p.name for p in files_in(path.parent) if p.stem == path.stem]
+    near = [name for name in near if not name.lower().endswith(".txt")]
+    kinds = f" (found {', '.join(near)})" if near else ""
+    raise ValueError(f"{folder}: the caption of {shown} has no picture{kinds}")
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -60,15 +71,18 @@ def pictures_in(folder: Path) -> list[Path]:
     return files_in(folder, PICTURES)
 
 
-def files_in(folder: Path, ends: tuple[str, ...]) -> list[Path]:
-    """The files with these ends, in order; hidden ones are left out."""
-    named = (path for path in folder.iterdir() if not path.name.startswith("."))
-    return sorted(path for path in named if path.suffix.lower() in ends)
+def files_in(folder: Path, ends: tuple[str, ...] = ()) -> list[Path]:
+    """What has one of these ends, or any, in order; hidden files are left out."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    named = (path for path in paths if not path.name.startswith("."))
+    return sorted(path for path in named if not ends or path.suffix.lower() in ends)
 
 
 def _entry(path: Path, number: int, line: str) -> dict[str, str]:
+    """The picture and the caption in a line of metadata.jsonl; none in a blank one."""
     if not line.strip():
         return {}
+    place = f"{path}, line {number}"
     try:
         entry = json.loads(line)
         name, text = entry["file_name"], entry["text"]
@@ -77,13 +91,16 @@ def _entry(path: Path, number: int, line: str) -> dict[str, str]:
         text.encode()  # ValueError for half of a surrogate pair
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"{path}, line {number}: expected an object with file_name and text "
+            f"{place}: expected an object with file_name and text "
             f"({type(error).__name__})"
         ) from None
     file = Path(name)
-    if file.anchor or ".." in file.parts:
-        found = f"{path}, line {number}: file_name is {name!r}"
+    if file.anchor or ".." in file.parts or "\0" in name:
+        found = f"{place}: file_name is {excerpt(repr(name))}"
         raise ValueError(f"{found}; expected a file in this folder or below")
+    if len(text) > LONGEST_CAPTION:
+        found = f"{place}: text has {len(text):,} characters"
+        raise ValueError(f"{found}; expected at most {LONGEST_CAPTION:,}")
     return {file.as_posix(): text}
 
 
@@ -124,12 +141,13 @@ def read_pictures(
     A picture that cannot be read or has no caption is named on stderr and left out;
     ValueError if none is left.
     """
-    pictures, captions = [], []
     tell_of_others(folder, found)
+    pictures = torch.empty(len(found), 3, size, size, dtype=torch.uint8)
+    captions: list[str] = []
     for name, caption in found.items():
         try:
             picture = in_rgb(open_picture(folder / name))
-            pictures.append(to_tensor(fitted(picture, size, crop)))
+            pictures[len(captions)] = to_tensor(fitted(picture, size, crop))
         except MemoryError:
             raise
         except Exception as error:  # Pillow has many names for a damaged file
@@ -137,12 +155,12 @@ def read_pictures(
             tell(f"{known}; it is left out")
             continue
         captions.append(caption)
-    if not pictures:
+    if not captions:
         raise ValueError(f"{folder}: none of its pictures can be read")
-    return torch.stack(pictures), captions
+    return pictures[: len(captions)], captions
 
 
-# The trainer's data, in place of ``data.Scenes``
+# What a training learns from, in place of ``garments.Scenes``
 
 
 _read_once = functools.lru_cache(maxsize=1)(read_folder)
@@ -168,7 +186,7 @@ class PictureBatch:
 
 
 class Pictures:
-    """The pictures of a folder, called like ``data.Scenes``.
+    """The pictures of a folder, called like ``garments.Scenes``.
 
     One in ten, but 8 to 512, is kept for the split "test"; which ones, ``seed`` says.
     """

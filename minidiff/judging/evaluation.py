@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from minidiff.attention import record_attention
 from minidiff.engine.loading import blueprint, load
 from minidiff.files.reading import read_json
 from minidiff.interface import checks
 from minidiff.interface.terminal import status
 from minidiff.judging import metrics, witness, world
+from minidiff.judging.attention_maps import attention_correlation
 from minidiff.judging.inception import load_inception
 from minidiff.judging.judge import JUDGE, load_judge
 
@@ -37,8 +37,8 @@ class Evaluation:
     prompts: Path | None = None
 
     def __post_init__(self) -> None:
-        checks.check_range("--seed", self.seed, 0, 2**63 - 1)
-        checks.check_range("-n", self.n, 2, 100_000)
+        checks.check_range("--seed", self.seed, 0, metrics.LARGEST_SEED)
+        checks.check_range("-n", self.n, 2, metrics.MOST_PROMPTS)
         checks.check_range("--steps", self.steps, 1, 1000)
         checks.guidance(self.guidance_scale, 1.0)
         metrics.choose_rows(self.garments)
@@ -95,8 +95,7 @@ class Evaluation:
             log,
             inception,
         )
-        data = self.data
-        found = metrics.attention_correlation(pipe, record_attention, folder=data)
+        found = attention_correlation(pipe, folder=self.data)
         return result | {"model": self.model, "attention": found}
 
 

@@ -18,6 +18,7 @@ from minidiff.files.weights import read_header
 
 Kernel = int | tuple[int, int]
 Layer = tuple[int, Kernel]  # width and kernel; stride 1, the size stays
+Branches = dict[str, list[Layer]]
 ACROSS, DOWN = (1, 7), (7, 1)
 
 
@@ -34,7 +35,7 @@ class Conv(nn.Module):
     ) -> None:
         super().__init__()
         kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-        padding = tuple(k // 2 if pad else 0 for k in kernel)
+        padding = (kernel[0] // 2, kernel[1] // 2) if pad else (0, 0)
         self.conv = nn.Conv2d(width_in, width, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(width, eps=1e-3)
 
@@ -53,13 +54,14 @@ class Mixed(nn.Module):
     def __init__(
         self,
         width: int,
-        branches: dict[str, list[Layer]],
+        branches: Branches,
         pool: int,
         maximum: bool = False,
         forked: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
-        self.branches, self.forked = dict.fromkeys(branches), forked
+        self.branches: dict[str, list[str]] = {}
+        self.forked = forked
         self.halves, self.maximum = pool == 0, maximum
         for name, layers in branches.items():
             self.branches[name] = self.chain(name, width, layers)
@@ -102,22 +104,24 @@ class Mixed(nn.Module):
 
 
 def _mixed_35(width: int, pool: int) -> Mixed:
-    double = [(64, 1), (96, 3), (96, 3)]
-    five = [(48, 1), (64, 5)]
-    branches = {"branch1x1": [(64, 1)], "branch5x5": five, "branch3x3dbl": double}
+    double: list[Layer] = [(64, 1), (96, 3), (96, 3)]
+    five: list[Layer] = [(48, 1), (64, 5)]
+    branches: Branches = {"branch1x1": [(64, 1)]}
+    branches |= {"branch5x5": five, "branch3x3dbl": double}
     return Mixed(width, branches, pool)
 
 
 def _mixed_17(c: int) -> Mixed:
-    seven = [(c, 1), (c, ACROSS), (192, DOWN)]
-    double = [(c, 1), (c, DOWN), (c, ACROSS), (c, DOWN), (192, ACROSS)]
-    branches = {"branch1x1": [(192, 1)], "branch7x7": seven, "branch7x7dbl": double}
+    seven: list[Layer] = [(c, 1), (c, ACROSS), (192, DOWN)]
+    double: list[Layer] = [(c, 1), (c, DOWN), (c, ACROSS), (c, DOWN), (192, ACROSS)]
+    branches: Branches = {"branch1x1": [(192, 1)]}
+    branches |= {"branch7x7": seven, "branch7x7dbl": double}
     return Mixed(768, branches, 192)
 
 
 def _mixed_8(width: int, maximum: bool) -> Mixed:
-    double = [(448, 1), (384, 3)]
-    branches = {"branch1x1": [(320, 1)], "branch3x3": [(384, 1)]}
+    double: list[Layer] = [(448, 1), (384, 3)]
+    branches: Branches = {"branch1x1": [(320, 1)], "branch3x3": [(384, 1)]}
     branches |= {"branch3x3dbl": double}
     return Mixed(width, branches, 192, maximum, ("branch3x3", "branch3x3dbl"))
 
@@ -134,7 +138,7 @@ class InceptionV3(nn.Module):
         self.Conv2d_4a_3x3 = Conv(80, 192, 3, pad=False)
         for name, width, pool in (("5b", 192, 32), ("5c", 256, 64), ("5d", 288, 64)):
             self.add_module(f"Mixed_{name}", _mixed_35(width, pool))
-        halving = {"branch3x3": [(384, 3)]}
+        halving: Branches = {"branch3x3": [(384, 3)]}
         halving["branch3x3dbl"] = [(64, 1), (96, 3), (96, 3)]
         self.Mixed_6a = Mixed(288, halving, pool=0)
         for name, c in (("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192)):

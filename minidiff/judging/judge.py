@@ -9,6 +9,7 @@ hidden layer gives the features of the Fréchet distance.
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from minidiff.files.weights import load_component, save_weights
 from minidiff.files.writing import write_json
 
 JUDGE = Path(__file__).parent.parent / "pretrained" / "judge"
+GROUPS = 8  # of channels, in each normalisation
 EVALUATION_SEED = 2  # scenes that training (seeds 0, 1, 3, 4, 6 to 9) never draws
 
 
@@ -31,6 +33,12 @@ class JudgeConfig:
     blocks: tuple[int, ...] = (1, 2, 2)
     features: int = 96
 
+    def __post_init__(self) -> None:
+        three = len(self.widths) == len(self.blocks) == 3
+        if not three or any(width % GROUPS for width in self.widths):
+            found = f"widths are {self.widths}, blocks {self.blocks}"
+            raise ValueError(f"{found}; expected 3 each, widths in steps of {GROUPS}")
+
 
 class Residual(nn.Module):
     """Two convolutions beside a shortcut (He et al. 2016, section 3.3).
@@ -41,9 +49,9 @@ class Residual(nn.Module):
     def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
-        self.norm1 = nn.GroupNorm(8, width)
+        self.norm1 = nn.GroupNorm(GROUPS, width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.norm2 = nn.GroupNorm(8, width)
+        self.norm2 = nn.GroupNorm(GROUPS, width)
         same = width_in == width and stride == 1
         self.shortcut = None if same else nn.Conv2d(width_in, width, 1, stride)
 
@@ -84,6 +92,10 @@ class Judge(nn.Module):
     def forward(self, images: Tensor) -> Attributes:
         """Logits: (B, 3), (B, 2, 10), (B, 2, 8) and (B, 8)."""
         return self.read(images)[1]
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the Fréchet distance compares: (B, 2·features)."""
+        return self.read(images)[0]
 
     def read(self, images: Tensor) -> tuple[Tensor, Attributes]:
         """Features of both garments side by side (B, 2·features), and the logits."""
@@ -141,7 +153,8 @@ def judge_loss(judge: Judge, batch: dict[str, Tensor]) -> Tensor:
         )
         for name, logit in zip(Attributes._fields, logits, strict=True)
     )
-    return sum(losses) / len(batch["images"])
+    total: Any = sum(losses)
+    return total / len(batch["images"])
 
 
 def score(logits: Attributes, target: Attributes) -> dict[str, Tensor]:
@@ -161,7 +174,8 @@ def score(logits: Attributes, target: Attributes) -> dict[str, Tensor]:
 @torch.no_grad()
 def accuracy(judge: Judge, scenes: Scenes, n: int, batch: int = 500) -> dict:
     """Share of the first ``n`` scenes that the judge reads rightly, by attribute."""
-    device, totals = scenes.gray.device, {}
+    device = scenes.gray.device
+    totals: dict[str, float] = {}
     for chunk in torch.arange(n, device=device).split(batch):
         scene = scenes.batch(chunk)
         for name, right in score(judge(scene.images), scene.attributes).items():

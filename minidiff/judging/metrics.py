@@ -1,21 +1,22 @@
-"""How good is the model: prompts followed, Fréchet distance, PSNR, attention.
+"""How good is a model: prompts followed, Fréchet distance, PSNR, beside real scenes'.
 
 Every figure is set beside the same figure of real test scenes: the judge is no oracle,
 and what it gets wrong on real pictures is the ceiling for generated ones.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from minidiff.data.garments import IMAGE_SIZE, Scenes, captions, prompts
+from minidiff.data.garments import IMAGE_SIZE, Scenes, prompts
 from minidiff.data.rng import fold_in, normal
 from minidiff.interface.checks import check_range
+from minidiff.judging.distances import frechet_distance, psnr
 from minidiff.judging.inception import InceptionV3
 from minidiff.judging.judge import EVALUATION_SEED, Judge, load_judge, score
 
@@ -28,6 +29,9 @@ ROWS = {
     "two garments, seen pairs": ("two", False),
     "two garments, one never trained": ("two", True),
 }
+SEEN = tuple(row for row, (_, held_out) in ROWS.items() if not held_out)
+MOST_PROMPTS = 100_000  # in each row
+LARGEST_SEED = 2**63 - 1
 
 
 def choose_rows(garments: str) -> tuple[str, ...]:
@@ -37,157 +41,7 @@ def choose_rows(garments: str) -> tuple[str, ...]:
     return tuple(r for r, (kind, _) in ROWS.items() if garments in (kind, "all"))
 
 
-# Distances
-
-
-def _root(matrix: Tensor) -> Tensor:
-    """The square root of a symmetric positive semi-definite matrix (D, D)."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-
-
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Fréchet distance of two Gaussians fitted to features (N, D) and (M, D).
-
-    ‖μ₁ − μ₂‖² + tr(C₁ + C₂ − 2 (C₁ C₂)^½), in float64 (Heusel et al. 2017, equation 6;
-    Dowson and Landau 1982). C₁ C₂ has the eigenvalues of the symmetric C₁^½ C₂ C₁^½,
-    whose root is real and stable where that of C₁ C₂ itself need not be. The result
-    depends on the features and on N and M: name all three beside it.
-
-    Raises:
-        ValueError: shapes that do not fit, fewer than two rows, or values not finite.
-    """
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"features are {tuple(a.shape)} and {tuple(b.shape)}")
-    if min(len(a), len(b)) < 2:
-        raise ValueError(f"{len(a)} and {len(b)} rows, expected at least two of each")
-    if not (a.isfinite().all() and b.isfinite().all()):
-        raise ValueError("features are not finite")
-    a, b = a.cpu().double(), b.cpu().double()  # not every GPU can
-    first, second = (torch.atleast_2d(x.T.cov()) for x in (a, b))
-    root = _root(first)
-    product = torch.linalg.eigvalsh(root @ second @ root).clamp(min=0)
-    spread = a.var(0).sum() + b.var(0).sum() - 2 * product.sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + spread).clamp(min=0).item()
-
-
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio (B,) in dB of pictures (B, C, H, W) in [−1, 1]."""
-    difference = (a.clamp(-1, 1) - b.clamp(-1, 1)).cpu().double()  # not every GPU can
-    error = difference.square().mean((1, 2, 3))
-    return 10 * (4 / error).log10()  # peak to peak, 2² = 4
-
-
-def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson's correlation (…) of the last dimension of ``a`` and ``b`` (…, N)."""
-    a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
-    return (F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(-1)
-
-
-# Real scenes and generated ones
-
-
-def _scenes(
-    kind: str,
-    held_out: bool,
-    split: str,
-    folder: Folder,
-    device: torch.device,
-    seed: int,
-) -> Scenes:
-    return Scenes(split, folder, device, seed, float(kind == "two"), held_out)
-
-
-def _average(scores: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Shares of right pictures, by what is asked of them."""
-    names = scores[0]
-    means = {k: torch.cat([s[k] for s in scores]).cpu().double().mean() for k in names}
-    return {k: round(v.item(), 4) for k, v in means.items()}
-
-
-@torch.no_grad()
-def generate(
-    pipe: Any, texts: list[str], indices: Tensor, seed: int, **options: Any
-) -> Tensor:
-    """Pictures (B, 3, H, W) in [−1, 1], the noise of each a function of its index."""
-    config, weight = pipe.transformer.config, next(pipe.transformer.parameters())
-    shape = (config.in_channels, config.sample_size, config.sample_size)
-    latents = normal(fold_in(seed, 1), indices, shape, weight.device)
-    latents = latents.to(weight.dtype)
-    images = pipe(texts, latents=latents, output_type="pt", **options)
-    return images.float() * 2 - 1
-
-
-@torch.no_grad()
-def evaluate_row(
-    pipe: Any,
-    judge: Judge,
-    extract: Extract,
-    row: str,
-    n: int,
-    seed: int,
-    folder: Folder,
-    batch: int,
-    **options: Any,
-) -> tuple[dict, dict[str, Tensor]]:
-    """One row of the table, and the features (n, D) that its pictures gave.
-
-    Real scenes and prompts have the same attributes: those of ``seed``.
-    """
-    device, (kind, held_out) = next(judge.parameters()).device, ROWS[row]
-    texts, wanted = prompts(n, kind, held_out, seed)
-    scenes = _scenes(kind, held_out, "test", folder, device, seed)
-    scores, features = {"real": [], "model": []}, {"real": [], "model": []}
-    for i in torch.arange(n).split(batch):
-        part = [texts[j] for j in i]
-        pictures = {
-            "real": scenes.batch(i).images,
-            "model": generate(pipe, part, i, seed, **options).to(device),
-        }
-        for name, images in pictures.items():
-            scores[name].append(score(judge(images), wanted.select(i).to(device)))
-            features[name].append(extract(images))
-    means = {name: _average(s) for name, s in scores.items()}
-    return means, {name: torch.cat(f) for name, f in features.items()}
-
-
-@torch.no_grad()
-def reconstructions(
-    pipe: Any, extract: Extract, n: int, seed: int, folder: Folder, batch: int
-) -> tuple[float, Tensor]:
-    """Mean PSNR of the VAE on n test scenes, half with one garment, and features."""
-    weight = next(pipe.vae.parameters())
-    ratios, features = [], []
-    for kind in ("one", "two"):
-        scenes = _scenes(kind, False, "test", folder, weight.device, seed)
-        for i in torch.arange(n // 2).split(batch):
-            images = scenes.batch(i).images
-            decoded = pipe.vae.decode(pipe.vae.encode(images.to(weight.dtype)).mode())
-            decoded = decoded.float().clamp(-1, 1)
-            ratios.append(psnr(decoded, images))
-            features.append(extract(decoded))
-    return torch.cat(ratios).mean().item(), torch.cat(features)
-
-
-@torch.no_grad()
-def training_features(
-    extract: Extract,
-    n: int,
-    seed: int,
-    folder: Folder,
-    batch: int,
-    device: torch.device,
-) -> Tensor:
-    """Features of 2·n real training scenes, n with one garment: the reference."""
-    parts = []
-    for kind in ("one", "two"):
-        scenes = _scenes(kind, False, "train", folder, device, fold_in(seed, 2))
-        numbers = torch.arange(n).split(batch)
-        parts += [extract(scenes.batch(i).images) for i in numbers]
-    return torch.cat(parts)
-
-
-def check_side(transformer: nn.Module, vae: nn.Module) -> None:
+def check_side(transformer: Any, vae: Any) -> None:
     """Raise ValueError for a model that draws no scenes, by its pictures' size."""
     side = transformer.config.sample_size * vae.config.factor
     if side != IMAGE_SIZE:
@@ -206,7 +60,7 @@ def evaluate(
     rows: tuple[str, ...] = tuple(ROWS),
     log: Callable[[str], None] = lambda line: None,
     inception: InceptionV3 | None = None,
-) -> dict:
+) -> dict[str, Any]:
     """Measure a pipeline that draws scenes: prompts followed and Fréchet distance.
 
     Args:
@@ -221,7 +75,8 @@ def evaluate(
     Returns:
         What ``format_table`` prints, ready for JSON.
     """
-    check_range("n", n, 2)
+    check_range("n", n, 2, MOST_PROMPTS)
+    check_range("seed", seed, 0, LARGEST_SEED)
     check_side(pipe.transformer, pipe.vae)
     device = next(pipe.transformer.parameters()).device
     judge = load_judge(device=device) if judge is None else judge
@@ -231,51 +86,147 @@ def evaluate(
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
     }
-    result, features = {"n": n, "seed": seed, **options, "rows": {}}, []
-    extract = inception or (lambda images: judge.read(images)[0])
-    size = n, seed, folder, batch
-    whole = set(choose_rows("all")[::2]) <= set(rows)  # both rows with seen pairs
-    reference = training_features(extract, *size, device) if whole else None
+    extract = inception or judge.features
+    measured = Comparison(pipe, judge, extract, n, seed, folder, batch, options)
+    result: dict[str, Any] = {"n": n, "seed": seed, **options, "rows": {}}
+    whole = set(SEEN) <= set(rows)
+    reference = measured.training_features() if whole else None
+    features = {}
     for row in rows:
         start = time.perf_counter()
-        means, found = evaluate_row(pipe, judge, extract, row, *size, **options)
+        means, features[row] = measured.row(row)
         result["rows"][row] = means
-        features += [found] if not ROWS[row][1] else []
         real, model = means["real"]["all"], means["model"]["all"]
         seconds = time.perf_counter() - start
         log(f"{row}: real {real:.3f}, model {model:.3f} ({seconds:.0f} s)")
-    if whole:
-        name = FEATURES[inception is not None]
-        result |= _distances(pipe, extract, name, features, reference, *size)
+    if reference is not None:
+        found = {
+            k: torch.cat([features[r][k] for r in SEEN]) for k in ("model", "real")
+        }
+        result |= measured.distances(found, reference, FEATURES[inception is not None])
     return result
 
 
-def _distances(
-    pipe: Any,
-    extract: Extract,
-    name: str,
-    features: list[dict[str, Tensor]],
-    reference: Tensor,
-    n: int,
-    seed: int,
-    folder: Folder,
-    batch: int,
-) -> dict:
-    """Fréchet distances to training scenes: of pictures, test scenes, the VAE's."""
-    model, real = (torch.cat([f[k] for f in features]) for k in ("model", "real"))
-    ratio, decoded = reconstructions(pipe, extract, 2 * n, seed, folder, batch)
-    distances = {"model": model, "floor": real, "vae": decoded}
-    distances = {
-        k: round(frechet_distance(v, reference), 2) for k, v in distances.items()
-    }
-    facts = {"features": name, "n": 2 * n}
-    return {"frechet": facts | distances, "vae_psnr": round(ratio, 2)}
+@dataclass(frozen=True)
+class Comparison:
+    """What a model draws beside real scenes: who looks, at which, and how many."""
+
+    pipe: Any
+    judge: Judge
+    extract: Extract
+    n: int  # prompts in a row
+    seed: int
+    folder: Folder
+    batch: int
+    options: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the judge is."""
+        return next(self.judge.parameters()).device
+
+    def scenes(
+        self,
+        kind: str,
+        held_out: bool = False,
+        split: str = "test",
+        seed: int | None = None,
+    ) -> Scenes:
+        """Scenes with "one" or "two" garments."""
+        seed = self.seed if seed is None else seed
+        two = float(kind == "two")
+        return Scenes(split, self.folder, self.device, seed, two, held_out)
+
+    def parts(self, n: int) -> Iterator[Tensor]:
+        """The numbers 0 … n − 1, as many as are looked at together."""
+        yield from torch.arange(n).split(self.batch)
+
+    @torch.no_grad()
+    def row(self, row: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """A row of the table, and the features (n, D) that its pictures gave.
+
+        Real scenes and prompts have the same attributes: those of ``seed``.
+        """
+        kind, held_out = ROWS[row]
+        texts, wanted = prompts(self.n, kind, held_out, self.seed)
+        scenes = self.scenes(kind, held_out)
+        scores: dict[str, list[dict[str, Tensor]]] = {"real": [], "model": []}
+        features: dict[str, list[Tensor]] = {"real": [], "model": []}
+        for i in self.parts(self.n):
+            drawn = generate(
+                self.pipe, [texts[j] for j in i], i, self.seed, **self.options
+            )
+            pictures = {"real": scenes.batch(i).images, "model": drawn.to(self.device)}
+            for name, images in pictures.items():
+                right = score(self.judge(images), wanted.select(i).to(self.device))
+                scores[name].append(right)
+                features[name].append(self.extract(images))
+        means = {name: average(s) for name, s in scores.items()}
+        return means, {name: torch.cat(f) for name, f in features.items()}
+
+    @torch.no_grad()
+    def training_features(self) -> Tensor:
+        """Features of 2·n real training scenes, n with one garment: the reference."""
+        parts = []
+        for kind in ("one", "two"):
+            scenes = self.scenes(kind, False, "train", fold_in(self.seed, 2))
+            parts += [self.extract(scenes.batch(i).images) for i in self.parts(self.n)]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def reconstructions(self) -> tuple[float, Tensor]:
+        """The VAE's mean PSNR on 2·n test scenes, n with one garment, and features."""
+        vae = self.pipe.vae
+        weight = next(vae.parameters())
+        ratios, features = [], []
+        for kind in ("one", "two"):
+            scenes = self.scenes(kind)
+            for i in self.parts(self.n):
+                images = scenes.batch(i).images
+                decoded = vae.decode(vae.encode(images.to(weight.dtype)).mode())
+                decoded = decoded.float().clamp(-1, 1)
+                ratios.append(psnr(decoded, images))
+                features.append(self.extract(decoded))
+        return torch.cat(ratios).mean().item(), torch.cat(features)
+
+    def distances(
+        self, features: dict[str, Tensor], reference: Tensor, name: str
+    ) -> dict[str, Any]:
+        """Fréchet distances to training scenes: of pictures, test scenes, the VAE's."""
+        ratio, decoded = self.reconstructions()
+        compared = {"model": features["model"], "floor": features["real"]}
+        compared["vae"] = decoded
+        found = {
+            k: round(frechet_distance(v, reference), 2) for k, v in compared.items()
+        }
+        facts = {"features": name, "n": 2 * self.n}
+        return {"frechet": facts | found, "vae_psnr": round(ratio, 2)}
+
+
+@torch.no_grad()
+def generate(
+    pipe: Any, texts: list[str], indices: Tensor, seed: int, **options: Any
+) -> Tensor:
+    """Pictures (B, 3, H, W) in [−1, 1], the noise of each a function of its index."""
+    config, weight = pipe.transformer.config, next(pipe.transformer.parameters())
+    shape = (config.in_channels, config.sample_size, config.sample_size)
+    latents = normal(fold_in(seed, 1), indices, shape, weight.device)
+    latents = latents.to(weight.dtype)
+    images = pipe(texts, latents=latents, output_type="pt", **options)
+    return images.float() * 2 - 1
+
+
+def average(scores: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Shares of right pictures, by what is asked of them."""
+    joined = {name: torch.cat([s[name] for s in scores]) for name in scores[0]}
+    means = {name: x.cpu().double().mean().item() for name, x in joined.items()}
+    return {name: round(mean, 4) for name, mean in means.items()}
 
 
 def format_table(result: dict) -> str:
     """The result of ``evaluate`` as a Markdown table with two lines beneath it."""
-    parts = ("all", "garments", "colors", "background", "colors and background")
-    parts += ("layout",)
+    parts = ["all", "garments", "colors", "background", "colors and background"]
+    parts.append("layout")
     header = "| right in %, real / model | " + " | ".join(parts) + " |"
     lines = [header, "|---" * (len(parts) + 1) + "|"]
     for row, means in result["rows"].items():
@@ -308,94 +259,3 @@ def _best_block(word: str, found: dict[str, list[float]]) -> str:
         best = max(range(len(values)), key=lambda i: abs(values[i]))
         cells.append(f"{values[best]:+.2f} in block {best} ({direction})")
     return f"Attention of {word} and the garment's mask: " + ", ".join(cells) + "."
-
-
-# Attention
-
-
-def word_positions(tokenizer: Any, text: str, start: int) -> list[list[int]]:
-    """The positions of each word's tokens in ``tokenizer``'s ids of ``text``."""
-    positions = []
-    for word in text.split():
-        length = len(tokenizer.encode(word)) - start - 1
-        first = positions[-1][-1] + 1 if positions else start
-        positions.append(list(range(first, first + length)))
-    return positions
-
-
-@torch.no_grad()
-def attention_correlation(
-    pipe: Any,
-    record_attention: Callable,
-    n: int = 64,
-    sigma: float = 0.6,
-    folder: Folder = None,
-    seed: int = EVALUATION_SEED,
-) -> dict[str, dict[str, list[float]]]:
-    """Does a word look where its garment is? Mean correlation in every block.
-
-    Real one-garment test scenes are noised to ``sigma`` and shown to the transformer
-    with their captions; each word's map over the patches is correlated with the
-    garment's opacity. ``record_attention`` is ``minidiff.attention``'s.
-
-    Returns:
-        For "T5 color", "T5 garment", "T5 background" (if there is T5), "CLIP color", …:
-        lists over the blocks, "image to text" (patches ask, the word answers) and "text
-        to image".
-    """
-    weight = next(pipe.transformer.parameters())
-    batch = _scenes("one", False, "test", folder, weight.device, seed).batch(
-        torch.arange(n)
-    )
-    texts = captions(batch.attributes, torch.zeros(n, dtype=torch.long))
-    context, pooled = pipe.encode_prompt(texts)
-    x0 = pipe.vae.scale(pipe.vae.encode(batch.images.to(weight.dtype)).mode())
-    noise = normal(fold_in(seed, 3), torch.arange(n), x0.shape[1:], weight.device)
-    x = ((1 - sigma) * x0 + sigma * noise).to(weight.dtype)
-    with record_attention(pipe.transformer, average_heads=True) as maps:
-        pipe.transformer(x, torch.full((n,), sigma).to(weight), context, pooled)
-    patch = 64 // int((maps[0][0].shape[-1] - context.shape[1]) ** 0.5)
-    masks = F.avg_pool2d(batch.masks[:, :1], patch).flatten(1).cpu()  # (n, patches)
-    words = {name: [] for name in _word_rows(pipe, texts[0])}
-    for text in texts:
-        for name, row in _word_rows(pipe, text).items():
-            words[name].append(row)
-    return {
-        name: _directions(maps, rows, masks, context.shape[1])
-        for name, rows in words.items()
-    }
-
-
-def _word_rows(pipe: Any, text: str) -> dict[str, list[int]]:
-    """Rows of the context that belong to the colour, the garment, the background."""
-    clip, _, t5 = pipe.tokenizers
-    rows = {"CLIP": word_positions(clip, text, 1)}
-    if t5:
-        behind = clip.model_max_length
-        places = word_positions(t5, text, 0)
-        rows["T5"] = [[behind + i for i in place] for place in places]
-    places = {
-        "color": slice(1, 2),
-        "garment": slice(2, -4),
-        "background": slice(-2, -1),
-    }
-    return {
-        f"{encoder} {name}": sum(positions[place], [])
-        for encoder, positions in rows.items()
-        for name, place in places.items()
-    }
-
-
-def _directions(
-    maps: dict[int, list[Tensor]], rows: list[list[int]], masks: Tensor, length: int
-) -> dict[str, list[float]]:
-    """Correlations in both directions, per block; text comes before ``length``."""
-    found = {"image to text": [], "text to image": []}
-    for block in sorted(maps):
-        (weights,) = maps[block]  # (n, tokens, tokens)
-        asked = [w[length:, r].mean(1) for w, r in zip(weights, rows, strict=True)]
-        asks = [w[r, length:].mean(0) for w, r in zip(weights, rows, strict=True)]
-        for name, picked in zip(found, (asked, asks), strict=True):
-            mean = correlation(torch.stack(picked), masks).mean().item()
-            found[name].append(round(mean, 3))
-    return found

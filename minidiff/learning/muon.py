@@ -7,6 +7,7 @@ looks at each number by itself, follows these. Muon replaces the averaged gradie
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ class Muon(torch.optim.AdamW):
     def __init__(
         self,
         named_parameters: Iterable[tuple[str, Tensor]],
-        **settings: object,
+        **settings: Any,
     ) -> None:
         named = list(named_parameters)
         super().__init__([x for _, x in named], **settings)
@@ -73,7 +74,7 @@ class Muon(torch.optim.AdamW):
         ]
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step along the gradients; those of Muon's matrices are gone after it."""
         matrices = [x for x in self.matrices if x.grad is not None]
         # A convolution is a matrix too: a row for each channel that it gives
@@ -87,6 +88,7 @@ class Muon(torch.optim.AdamW):
     def _average(self, x: Tensor) -> Tensor:
         """The averaged gradient of ``x``, a step ahead (Nesterov 1983); whole."""
         grad, x.grad = x.grad, None  # AdamW leaves what has no gradient
+        assert grad is not None
         state = self.state[x]
         if not state:  # AdamW, which loads it, expects the count
             state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(x))

@@ -8,7 +8,7 @@ import copy
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -61,7 +61,8 @@ def wrap(module: nn.Module, sharded: bool = False) -> nn.Module:
         from torch.distributed.fsdp import fully_shard
 
         # FSDP takes no weights in channels_last
-        return fully_shard(module.to(memory_format=torch.contiguous_format))
+        module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        return cast(nn.Module, fully_shard(module))
     return nn.parallel.DistributedDataParallel(module)
 
 
@@ -109,7 +110,7 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def shard_like(x: Tensor, model: Tensor) -> Tensor:
+def shard_like(x: Tensor, model: Any) -> Tensor:
     """A whole tensor ``x`` cut as ``model`` is."""
     if not hasattr(model, "device_mesh") or x.ndim == 0:
         return x

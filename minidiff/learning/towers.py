@@ -1,5 +1,7 @@
 """Networks that help the text encoders learn and are thrown away afterwards."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,8 @@ class ImageTower(nn.Module):
 
     def __init__(self, widths: tuple[int, ...] = (32, 64, 128, 128)) -> None:
         super().__init__()
-        layers, inputs = [], 3
+        layers: list[nn.Module] = []
+        inputs = 3
         for width in widths:
             layers += [nn.Conv2d(inputs, width, 3, stride=2, padding=1)]
             layers += [nn.GroupNorm(8, width), nn.SiLU()]
@@ -32,8 +35,12 @@ class AnswerDecoder(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(vocab_size, width)
         self.positions = nn.Parameter(torch.randn(length, width) * 0.1)
-        order = {"dropout": 0.0, "batch_first": True, "norm_first": True}
-        layer = nn.TransformerDecoderLayer(width, heads, 2 * width, **order)
+        order: dict[str, Any] = {
+            "dropout": 0.0,
+            "batch_first": True,
+            "norm_first": True,
+        }
+        layer = nn.TransformerDecoderLayer(width, heads, 2 * width, 0.0, **order)
         self.layers = nn.TransformerDecoder(layer, 2, nn.LayerNorm(width))
         self.head = nn.Linear(width, vocab_size)
 

@@ -25,8 +25,7 @@ def export_part(job: Job, model: nn.Module, name: str) -> None:
 
 def state_special_ids(job: Job, name: str) -> None:
     """Add the special ids that transformers' configurations of encoders state."""
-    tokenizers = loading.read_tokenizers(job.model, TOKENIZERS)
-    tokenizer = tokenizers[list(ENCODERS).index(name)]
+    tokenizer = job.read_tokenizers()[list(ENCODERS).index(name)]
     path = job.model / name / "config.json"
     ids = {k: getattr(tokenizer, k) for k in ("bos_token_id", "eos_token_id")}
     ids["pad_token_id"] = tokenizer.pad_token_id

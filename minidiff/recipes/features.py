@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minidiff.data import rng
+from minidiff.dit import MMDiT
 from minidiff.flow_matching import shift_sigma
 from minidiff.training import Batch, drop_encoders, loss_by_level, noise_and_levels
 from minidiff.vae import VAE
@@ -120,7 +121,7 @@ class FlowBatches:
 
 
 def validation(
-    model: nn.Module, fixed: Batch, device: torch.device | str, at_once: int
+    model: MMDiT, fixed: Batch, device: torch.device | str, at_once: int
 ) -> dict[str, object]:
     """The mean loss on a fixed batch, looked at in parts, and the loss by level."""
     n = len(fixed["x0"])

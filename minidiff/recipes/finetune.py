@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,15 @@ from minidiff.engine.memory import StreamedEmbedding, StreamedLinear, free_memor
 from minidiff.files.pictures import from_bytes, save_sheet
 from minidiff.interface.checks import check_range
 from minidiff.interface.terminal import tell
-from minidiff.learning import parallel, trainer
-from minidiff.learning.trainer import Run, cached, fingerprint, lasting
+from minidiff.learning import parallel, steps
+from minidiff.learning.run import (
+    Run,
+    check_folder,
+    check_other,
+    is_out_of_memory,
+    lasting,
+)
+from minidiff.learning.tensors import cached, fingerprint
 from minidiff.lora import ATTENTION, FILE, LowRank, add_lora, save_lora
 from minidiff.recipes.features import (
     Features,
@@ -126,7 +134,7 @@ def finetune(
     The last tenth of the pictures, 1 to 32, is not learned from: it says which weights
     are the best. With ``lora`` the file is ``output``/pytorch_lora_weights.safetensors,
     else ``output``/model holds a whole model. A stopped run goes on when called again.
-    ``recompute`` saves memory: see ``trainer.recompute``. With ``lora`` and
+    ``recompute`` saves memory: see ``steps.recompute``. With ``lora`` and
     ``config.bfloat16`` the model's own weights, which do not learn, are in bfloat16.
     """
     device, output = parallel.start(device), Path(output)
@@ -135,7 +143,7 @@ def finetune(
     dtype = torch.bfloat16 if lora and config.bfloat16 else torch.float32
     side = check_model(model, lora, dtype, device)
     known = str(model) != "tiny" and Path(model).exists()  # no name of a model
-    settings = {"base": str(Path(model).resolve() if known else model)}
+    settings: dict[str, Any] = {"base": str(Path(model).resolve() if known else model)}
     settings |= {"folder": str(Path(pictures).resolve()), "lora": str(lora)}
     settings |= {"drop": drop, "seed": seed, **lasting(config)}
     with Run(output / "run", settings) as run:
@@ -166,9 +174,9 @@ def check_run(config: TrainingConfig, output: Path) -> None:
     if config.sharded:
         raise ValueError("sharded is True; fine-tuning expects False")
     shares = config.accumulation * parallel.size()
-    trainer.check_batch(config.steps, config.batch_size, shares)
-    trainer.check_folder(output)
-    trainer.check_other(output, "run", "runs")
+    steps.check_batch(config.steps, config.batch_size, shares)
+    check_folder(output)
+    check_other(output, "run", "runs")
 
 
 def check_model(
@@ -178,7 +186,7 @@ def check_model(
 
     ValueError for corrections that do not fit, and for a card that is too small.
     """
-    parts = blueprint(model)
+    parts: dict[str, Any] = dict(blueprint(model))
     if lora:  # a rank or names that these layers do not have
         add_lora(parts["transformer"], lora.rank, lora.alpha, lora.targets)
     check_card(parts, lora, dtype, device)
@@ -230,11 +238,12 @@ def begin_tuning(
 ) -> Tuned:
     """Load the model, and make of it what learns."""
     cuda = device.startswith("cuda")  # the encoders visit the card while they encode
-    streamed = {"t5": "streamed", "clip": "streamed"} if cuda else {}
+    streamed: dict[str, Any] = {"t5": "streamed", "clip": "streamed"} if cuda else {}
     with redirect_stdout(sys.stderr):  # stdout is for the result's name
         pipe = load(model, device, dtype, **streamed)
     pipe.progress = False
-    trained, updates = pipe.transformer, None
+    trained: nn.Module = pipe.transformer
+    updates = None
     torch.manual_seed(seed)
     if lora:
         updates = add_lora(pipe.transformer, lora.rank, lora.alpha, lora.targets)
@@ -244,7 +253,7 @@ def begin_tuning(
             parameter.data = parameter.data.clone()
         trained.requires_grad_(True)
     if recompute:
-        trainer.recompute(pipe.transformer.joint_blocks)
+        steps.recompute(pipe.transformer.joint_blocks)
     return Tuned(pipe, trained, updates)
 
 
@@ -351,7 +360,7 @@ def save_samples(pipe: Pipeline, features: Features, seed: int, file: Path) -> N
             pictures.append(pipe.decode(pipe.denoise(noise, *text)))
         save_sheet(torch.cat(pictures), len(pictures), file)
     except (ValueError, RuntimeError) as error:
-        if not (isinstance(error, ValueError) or trainer.is_out_of_memory(error)):
+        if not (isinstance(error, ValueError) or is_out_of_memory(error)):
             raise
         tell(f"{file.name} is not drawn: {error}")
 

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, cast
 
 from minidiff.data import rng
 from minidiff.data.captioned import Pictures
@@ -15,9 +13,10 @@ from minidiff.engine import loading
 from minidiff.files.weights import load_component
 from minidiff.interface.terminal import printable
 from minidiff.learning import parallel
-from minidiff.learning.trainer import Run
+from minidiff.learning.run import Run
 from minidiff.recipes.recipe import WORLD, Recipe
 from minidiff.text_encoders import T5Config
+from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
 from minidiff.training import TrainingConfig
 
 LENGTH = 32  # tokens of a prompt, for each encoder
@@ -37,7 +36,7 @@ class Job:
     cache: Path | None = None
     seed: int = 0
     start: Path | None = None  # a model whose weights are the beginning
-    recompute: bool = False  # the transformer's blocks: see ``trainer.recompute``
+    recompute: bool = False  # the transformer's blocks: see ``steps.recompute``
     crop: bool = True  # pictures of a folder: their middle, or all of them squeezed
     run: Run | None = None  # of the stage that learns now
 
@@ -85,14 +84,19 @@ class Job:
             return Pictures(split, name, self.device, self.seed, self.crop)
         return SCENES[name](split, self.data, self.device, self.seed, two_garments)
 
-    def load_part(self, name: str) -> torch.nn.Module:
+    def read_tokenizers(self) -> list[CLIPTokenizer | T5Tokenizer]:
+        """The three trained tokenizers."""
+        kinds = loading.TOKENIZERS.items()
+        return [kind.from_pretrained(self.model / name) for name, kind in kinds]
+
+    def load_part(self, name: str) -> Any:
         """The exported component of that name."""
         kind, config = loading.PARTS[name]
         return load_component(kind, config, self.model / name, self.device)
 
-    def begin_part(self, name: str) -> torch.nn.Module:
+    def begin_part(self, name: str) -> Any:
         """A part to train: its tiny configuration, or what ``start`` has learned."""
-        kind, config = loading.PARTS[name]
+        kind, config = cast(tuple[Any, Any], loading.PARTS[name])
         if self.start is None:
             return kind(self.tiny(config))
         model = load_component(kind, config, self.start / name)

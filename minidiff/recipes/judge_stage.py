@@ -42,7 +42,7 @@ def judge_lesson(job: Job) -> Lesson:
     def validate(judge: Judge) -> dict[str, float]:
         return {"one garment": accuracy(judge, tests, 4 * job.recipe.held)["all"]}
 
-    model = Judge().to(memory_format=torch.channels_last)
+    model = Judge().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Lesson(
         Task(model, judge_loss, batch, validate), lambda judge: export_judge(job, judge)
     )

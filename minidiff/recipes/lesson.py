@@ -2,8 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from torch import nn
+from typing import Any
 
 from minidiff.recipes.job import Job
 from minidiff.training import Task
@@ -14,7 +13,7 @@ class Lesson:
     """What a stage learns, and what is done with the averaged model at the end."""
 
     task: Task
-    export: Callable[[nn.Module], None]
+    export: Callable[[Any], None]
 
 
 @dataclass(frozen=True)

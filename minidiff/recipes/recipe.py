@@ -1,15 +1,18 @@
 """A recipe: how long each stage learns, and from how much; read, changed, checked."""
 
 import math
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from minidiff.files.reading import read_json
 from minidiff.recipes.history import HISTORY
 from minidiff.training import TrainingConfig
 
-Settings = TypeVar("Settings")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
 MOST = 10**9  # of any number: steps times batch size must fit into 64 bits
 # The least and the greatest value; of what is not listed, above 0 and at most MOST
 LIMITS = {
@@ -251,7 +254,7 @@ def changed(settings: Settings, changes: dict[str, Any], where: str) -> Settings
 
 def changed_value(old: Any, value: Any, name: str, where: str) -> Any:
     """``value`` in the place of ``old``; ValueError unless it is of its kind."""
-    if is_dataclass(old):
+    if isinstance(old, TrainingConfig):
         if not isinstance(value, dict):
             found = f"{where}: {name} is a {type(value).__name__}"
             raise ValueError(f"{found}, expected an object of settings")

@@ -20,7 +20,9 @@ from minidiff.data.scenes import layers
 from minidiff.files.layout import ENCODERS, TOKENIZERS
 from minidiff.files.writing import write_text
 from minidiff.learning import parallel
-from minidiff.learning.trainer import Run, check_batch, fingerprint, lasting
+from minidiff.learning.run import Run, lasting
+from minidiff.learning.steps import check_batch
+from minidiff.learning.tensors import fingerprint
 from minidiff.recipes.job import Job, say
 from minidiff.recipes.judge_stage import judge_lesson, witness_lesson
 from minidiff.recipes.lesson import Stage
@@ -75,11 +77,11 @@ def run_stages(job: Job, stages: Iterable[Stage]) -> None:
 def learn_stage(job: Job, stage: Stage) -> None:
     """Prepare one stage, fit what it learns, and export it."""
     config = job.config(stage.name)
-    if config is None:  # one process does for all what is not learned by steps
-        if parallel.rank() == 0:
-            stage.prepare(job)
-        return
+    if config is None and parallel.rank():
+        return  # one process does for all what is not learned by steps
     lesson = stage.prepare(job)
+    if config is None or lesson is None:
+        return
     with attention_to_train(job.device, config.bfloat16):
         model = fit(lesson.task, config, job.run, job.device)
     lesson.export(model)

@@ -5,17 +5,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minidiff.data import rng
 from minidiff.data.captioned import Pictures
 from minidiff.data.garments import Scenes, token_table
 from minidiff.data.told import ToldScenes
-from minidiff.engine import loading
-from minidiff.files.layout import ENCODERS, TOKENIZERS
+from minidiff.files.layout import ENCODERS
 from minidiff.files.pictures import from_bytes, to_bytes
 from minidiff.files.sentencepiece import case_folding
-from minidiff.learning.trainer import cached, fingerprint
+from minidiff.learning.tensors import cached, fingerprint
 from minidiff.recipes.exporting import export_part
 from minidiff.recipes.features import collect
 from minidiff.recipes.job import LENGTH, VOCABULARY, Job, say
@@ -60,7 +59,7 @@ def train_tokenizers(job: Job) -> None:
 
 def token_tables(job: Job) -> list[Tensor]:
     """Ids of every caption by each tokenizer, (captions + 1, L); the last row is ""."""
-    tokenizers, scenes = loading.read_tokenizers(job.model, TOKENIZERS), job.scenes()
+    tokenizers, scenes = job.read_tokenizers(), job.scenes()
     encode = token_table if job.composed else encode_all
 
     def make() -> dict[str, Tensor]:
@@ -116,7 +115,7 @@ def clip_lesson(job: Job) -> Lesson:
             "meaning": meaning[place],
         }
 
-    def export(model: nn.Module) -> None:
+    def export(model: CLIPTraining) -> None:
         for encoder, folder in zip(model.text, ENCODERS, strict=False):
             export_part(job, encoder, folder)
 
@@ -126,7 +125,6 @@ def clip_lesson(job: Job) -> Lesson:
 
 def clip_configs(job: Job) -> list[CLIPTextConfig]:
     """The tiny configurations with the trained tokenizers' end tokens."""
-    tokenizers = loading.read_tokenizers(job.model, TOKENIZERS)
     return [
         replace(
             config,
@@ -134,7 +132,9 @@ def clip_configs(job: Job) -> list[CLIPTextConfig]:
             eos_token_id=tokenizer.eos_token_id,
         )
         for config, tokenizer in zip(
-            (CLIPTextConfig.tiny_l(), CLIPTextConfig.tiny_g()), tokenizers, strict=False
+            (CLIPTextConfig.tiny_l(), CLIPTextConfig.tiny_g()),
+            job.read_tokenizers(),
+            strict=False,
         )
     ]
 
@@ -163,7 +163,7 @@ def t5_lesson(job: Job) -> Lesson:
             "target": torch.where(restore, target, other),
         }
 
-    def export(model: nn.Module) -> None:
+    def export(model: T5Training) -> None:
         export_part(job, model.encoder, "text_encoder_3")
 
     encoder = T5Encoder(job.tiny(T5Config))

@@ -8,7 +8,7 @@ from minidiff.data.fashion_mnist import fashion_mnist
 from minidiff.data.garments import SCENES
 from minidiff.interface.checks import check_range
 from minidiff.learning import parallel
-from minidiff.learning.trainer import check_folder, check_other
+from minidiff.learning.run import check_folder, check_other
 from minidiff.recipes.job import Job
 from minidiff.recipes.recipe import (
     LEARNED,
@@ -89,7 +89,7 @@ def train_stages(options: TrainOptions) -> None:
     recipe = limited(recipe, o)
     # A GPU encodes as fast as a disk reads
     cache = None if o.device.startswith("cuda") else o.output / "cache"
-    data = o.data and str(o.data)
+    data = str(o.data) if o.data else None
     job = Job(o.output, recipe, data, device, cache, o.seed, start, o.recompute, o.crop)
     if start and parallel.rank() == 0:
         copy_start(job, start)

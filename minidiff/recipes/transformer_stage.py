@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minidiff.attention import Heads, JointAttention
 from minidiff.data import rng
@@ -18,7 +18,8 @@ from minidiff.files.layout import ENCODERS
 from minidiff.files.pictures import save_sheet
 from minidiff.flow_matching import Scheduler, euler, guide
 from minidiff.learning import parallel
-from minidiff.learning.trainer import cached, fingerprint, recompute
+from minidiff.learning.steps import recompute
+from minidiff.learning.tensors import cached, fingerprint
 from minidiff.recipes.exporting import export_index, export_part
 from minidiff.recipes.features import (
     Features,
@@ -130,28 +131,29 @@ def transformer_lesson(job: Job) -> Lesson:
     features = encoder.features(scenes, recipe.latents, keep=True)
     held = encoder.features(job.scenes(split="test"), recipe.held, keep=False)
     fixed = held.fixed(job.seed_for("validation"))
+    clip_l, clip_g, _ = encoder.encoders
     batch = FlowBatches(
         features,
         functools.partial(place_in_pool, n=len(features)),
         noise_seed=job.seed_for("noise"),
         drop_seed=job.seed_for("dropout"),
         drop_encoder=0.05,
-        widths=tuple(e.config.hidden_size for e in encoder.encoders[:2]),
+        widths=(clip_l.config.hidden_size, clip_g.config.hidden_size),
         shift=recipe.shift,
         uniform=recipe.uniform_levels,
     )
     draw = functools.partial(save_grid, held=held, vae=encoder.vae)
+    grids = job.output / "grids"
 
     def validate(model: MMDiT) -> dict:
         found = validation(model, fixed, job.device, len(held))
-        draw(model, file=job.output / "grids" / f"{job.run.step:06}.png")
+        step = job.run.step if job.run else 0
+        draw(model, file=grids / f"{step:06}.png")
         if job.world:  # what each stretch of the run bought can be measured later
-            export_part(
-                replace(job, output=job.output / f"at/{job.run.step}"), model, NAME
-            )
+            export_part(replace(job, output=job.output / f"at/{step}"), model, NAME)
         return found
 
-    def export(model: nn.Module) -> None:
+    def export(model: MMDiT) -> None:
         export_part(job, model, NAME)
         export_index(job)
         draw(model, file=job.output / "grid.png")

@@ -3,13 +3,14 @@
 import functools
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from minidiff.data import rng
 from minidiff.files.pictures import from_bytes
-from minidiff.judging.metrics import psnr
+from minidiff.judging.distances import psnr
 from minidiff.recipes.exporting import export_part
 from minidiff.recipes.features import collect
 from minidiff.recipes.job import Job
@@ -93,7 +94,7 @@ def held_loss(vae: VAE, batch: Batch, weight: float) -> Tensor:
     posterior = vae.encode(batch["images"])  # once, for both terms
     encoded = SimpleNamespace(encode=lambda _: posterior, decode=vae.decode)
     distance = precise(posterior.mean) - batch["known"]
-    return vae_loss(encoded, batch) + weight * distance.square().mean()
+    return vae_loss(cast(VAE, encoded), batch) + weight * distance.square().mean()
 
 
 @torch.no_grad()
