@@ -260,9 +260,7 @@ def test_words_look_where_their_garment_is(fashion):
 def test_what_is_compared_with_what(fashion, monkeypatch):
     """Training scenes are the reference, all others are the test set's."""
     seen, real = [], metrics.Scenes
-    monkeypatch.setattr(
-        evaluation, "Scenes", lambda s, *a: seen.append(s) or real(s, *a)
-    )
+    monkeypatch.setattr(metrics, "Scenes", lambda s, *a: seen.append(s) or real(s, *a))
     judge, pipe = Judge(JudgeConfig((8, 8, 8), (1, 1, 1), 12)).eval(), Echo()
     how = {"guidance_scale": 1.0, "folder": fashion}
     every = metrics.evaluate(pipe, judge, 8, **how)
