@@ -58,9 +58,8 @@ def load_tensors(path: Path) -> tuple[Tensors, dict[str, object]]:
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     if notes.keys() <= {"step", "score"}:  # from before there were checksums
-        return tensors, {
-            k: parse_json(f'{{"{k}": {v}}}', path)[k] for k, v in notes.items()
-        }
+        about = ", ".join(f'"{key}": {value}' for key, value in notes.items())
+        return tensors, parse_json(f"{{{about}}}", f"what {path} says")
     metadata = parse_json(notes.get("about", "{}"), f"what {path} says")
     if metadata.pop("checksum", None) != checksum(tensors, metadata):
         raise ValueError(f"{path} is damaged: it has not the checksum of its tensors")

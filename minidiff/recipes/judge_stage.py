@@ -92,7 +92,7 @@ def witness_lesson(job: Job) -> Lesson:
             witness = witness.half().float()  # measured as it will be read back
             save_witness(witness, job.output / "judge", accuracy=validate(witness))
 
-    model = Witness().to(memory_format=torch.channels_last)
+    model = Witness().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Lesson(Task(model, witness_loss, batch, validate), export)
 
 

@@ -43,8 +43,10 @@ def train_tokenizers(job: Job) -> None:
     """
     indices = torch.arange(job.recipe.captions, device=job.device)
     scenes = job.scenes()
-    world = isinstance(scenes, ToldScenes)  # its captions need no pictures
-    captions = scenes.describe(indices)[0] if world else scenes.batch(indices).captions
+    if isinstance(scenes, ToldScenes):  # its captions need no pictures
+        captions = scenes.describe(indices)[0]
+    else:
+        captions = scenes.batch(indices).captions
     for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
         clip = CLIPTokenizer.train(captions, clip_vocabulary(job), LENGTH, pad)
         clip.save_pretrained(job.model / name)
