@@ -51,12 +51,14 @@ class Watch:
     """Hooks of an HTTP client (httpx's) that follow the answers of one download."""
 
     def __init__(self, patience: float) -> None:
-        self.patience, self.heard = patience, time.monotonic()
+        self.patience = patience
+        self.asked: float | None = None  # when the first request without answer went
 
     def before(self, request: Any) -> None:
         """Give up after a long silence; no request may wait longer than that."""
-        silence = time.monotonic() - self.heard
-        if silence > self.patience:
+        now = time.monotonic()
+        self.asked = self.asked or now
+        if (silence := now - self.asked) > self.patience:
             raise NoAnswer(f"{request.url.host} has been silent for {silence:.0f} s")
         limits = request.extensions.get("timeout") or {}
         kinds = ("connect", "read", "write", "pool")
@@ -66,7 +68,7 @@ class Watch:
 
     def after(self, response: Any) -> None:
         """Refuse long waits, bad names, and answers that are no hub's."""
-        self.heard = time.monotonic()
+        self.asked = None
         host, headers = response.url.host, response.headers
         wait = asked_to_wait(headers)
         if wait > self.patience:
@@ -79,9 +81,9 @@ class Watch:
         if "/api/" in response.request.url.path:
             judge(response, headers)
         if response.request.method == "HEAD":
-            tag = headers.get("x-linked-etag") or headers.get("etag") or ""
-            check_name(host, tag.removeprefix("W/").strip('"'), r"[\w.=+-]*")
-            check_name(host, headers.get("x-repo-commit") or "", "[0-9a-f]*")
+            tag = headers.get("x-linked-etag", headers.get("etag"))
+            check_name(host, tag, r'(W/)?"?[\w=+-][\w.=+-]*"?')
+            check_name(host, headers.get("x-repo-commit"), "[0-9a-f]{40}")
 
     def paced(
         self, host: str, chunks: Callable[[], Iterator[bytes]], limit: int | None
@@ -89,15 +91,15 @@ class Watch:
         """The bytes of an answer, as long as enough of them come, and not too many."""
         began, size, whole = time.monotonic(), 0, 0
         for chunk in chunks():
-            self.heard = time.monotonic()
+            self.asked, now = None, time.monotonic()
             size, whole = size + len(chunk), whole + len(chunk)
             if limit and whole > limit:
                 raise NoAnswer(f"{host} answers more than {limit:,} bytes; no end seen")
-            if self.heard - began > self.patience:
-                if size < SLOWEST * (self.heard - began):
-                    what = f"{size:,} bytes in {self.heard - began:.0f} s"
+            if (passed := now - began) > self.patience:
+                if size < SLOWEST * passed:
+                    what = f"{size:,} bytes in {passed:.0f} s"
                     raise NoAnswer(f"{host} is too slow: {what}")
-                began, size = self.heard, 0
+                began, size = now, 0
             yield chunk
 
 
@@ -153,7 +155,7 @@ def no_hub(host: str, what: str) -> NoAnswer:
     return NoAnswer(f"{found}, which no hub does; a login page of the network, perhaps")
 
 
-def check_name(host: str, name: str, known: str) -> None:
+def check_name(host: str, name: str | None, known: str) -> None:
     """Raise NoAnswer for a name of the hub's that would lead out of the cache."""
-    if not re.fullmatch(known, name):
+    if name is not None and not re.fullmatch(known, name):
         raise NoAnswer(f"{host} names a file {excerpt(repr(name))}; expected its hash")

@@ -38,11 +38,11 @@ def download(
     be reached, refuses, or is silent for ``patience`` seconds.
     """
     began, repository = time.time(), name
+    check_word("revision", revision)
+    check_word("variant", variant)
     if known := named(name):
         name, repository = known.name, known.repository
         revision = revision or known.revision
-    check_word("revision", revision)
-    check_word("variant", variant)
     kinds = KINDS if weights else ["*.json"]
     wanted = [f"{part}/{kind}" for part in COMPONENTS for kind in kinds]
     unwanted = [*LEFT_OUT] if t5 else [*LEFT_OUT, "text_encoder_3/*"]
