@@ -21,6 +21,7 @@ from minidiff.data.scenes import (
     item_groups,
 )
 from minidiff.data.told import ToldScenes
+from minidiff.files import words
 from minidiff.files.sentencepiece import CharacterMap, case_folding
 
 NAMED = (
@@ -40,9 +41,9 @@ def world() -> World:
 def test_things_have_usual_names_and_one_meaning_each():
     assert len(things.THINGS) == len(set(things.CHARACTERS)) == 256
     assert set(NAMED.split()) <= set(things.THINGS)
-    words = [word for names in language.NAMES for pair in names for word in set(pair)]
-    assert len(words) == len(set(words))
-    assert not set(words) & (set(COLORS) | set(language.OTHER_COLORS.values()))
+    nouns = [word for names in language.NAMES for pair in names for word in set(pair)]
+    assert len(nouns) == len(set(nouns))
+    assert not set(nouns) & (set(COLORS) | set(language.OTHER_COLORS.values()))
     assert things.forms("mouse+mice/cherry/box") == (
         ("mouse", "mice"),
         ("cherry", "cherries"),
@@ -236,8 +237,8 @@ def test_held_out_phrasings_are_whole_constructions():
     numbers = torch.arange(3000)
     texts, _ = captions(World("train").attributes(numbers), 1, numbers)
     seen = {word for text in texts for word in language.split(text)}
-    words = {w for form in held for w in language.split(re.sub(r"{\w+}", " ", form))}
-    assert words <= seen
+    forms = [language.split(re.sub(r"{\w+}", " ", form)) for form in held]
+    assert {word for form in forms for word in form} <= seen
 
 
 @pytest.mark.parametrize(
@@ -282,6 +283,18 @@ def test_unknown_words_are_named():
     with pytest.raises(ValueError, match="names nothing"):
         read("hello")
     assert len(language.vocabulary()) < 1000
+
+
+def test_words_that_a_model_has_not_seen_are_named(tmp_path):
+    assert words.seen(tmp_path) == frozenset() and not words.warning(["a b"], set())
+    words.write_words(tmp_path, ["A red T-shirt", "grün"])
+    known = words.seen(tmp_path)
+    assert known == {"a", "red", "t", "shirt", "grün"}
+    assert not words.warning(["A RED t shirt!"], known)
+    texts = ["a lighthouse in a storm", "storm, red"]
+    line = "the small model has not seen: lighthouse, in, storm"
+    assert words.warning(texts, known) == line
+    assert words.warning([" ".join("bcdefghij")], known).endswith("h, i, …")
 
 
 # Told scenes

@@ -19,7 +19,7 @@ from minidiff.cli.options import (
     option,
     refuse,
 )
-from minidiff.interface.terminal import status
+from minidiff.interface.terminal import status, tell
 
 if TYPE_CHECKING:
     import torch
@@ -195,6 +195,7 @@ def sample(
     Their names are printed. Each keeps its settings, which minidiff info shows.
     """
     from minidiff.drawing.series import Outputs, Series, check_preview
+    from minidiff.files import words
     from minidiff.files.reading import read_prompts
 
     if (prompt is None) == (prompts is None):
@@ -233,6 +234,8 @@ def sample(
 
             where = find_device(device), find_dtype(dtype), text_encoders
             pipe = ready(perform, model, where, plan, fast, compile)
+        if line := words.warning(texts, words.seen(model)):
+            tell(line)
         for name in outputs.save(perform(pipe), not no_sheet):
             print(name, flush=True)
 

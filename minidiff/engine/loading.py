@@ -1,5 +1,6 @@
 """Loading a pipeline: hub folders and single files, checked before they are read."""
 
+import textwrap
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from minidiff.files.weights import (
     open_tensors,
     prepare_component,
 )
+from minidiff.files.words import seen
 from minidiff.flow_matching import Scheduler
 from minidiff.interface import checks
 from minidiff.sampling import DEFAULTS, Pipeline, recognize
@@ -316,4 +318,6 @@ def describe(model: Path | str) -> str:
         f"{side}×{side} pixels, {usual.num_inference_steps} steps, "
         f"guidance {usual.guidance_scale}"
     )
+    if words := sorted(seen(model)):
+        rows += textwrap.wrap(f"{len(words)} words: {', '.join(words)}", 79)
     return "\n".join(rows)

@@ -3,11 +3,13 @@
 import torch
 from torch import nn
 
+from minidiff.data.language import vocabulary
 from minidiff.engine import loading
 from minidiff.files import layout
 from minidiff.files.layout import ENCODERS, TOKENIZERS
 from minidiff.files.reading import read_json
 from minidiff.files.weights import save_component
+from minidiff.files.words import write_words
 from minidiff.files.writing import write_json
 from minidiff.flow_matching import Scheduler
 from minidiff.learning import parallel
@@ -34,9 +36,10 @@ def state_special_ids(job: Job, name: str) -> None:
 
 
 def export_index(job: Job) -> None:
-    """The two files that make a folder of components a pipeline."""
+    """What makes a folder of components a pipeline: two files, and the words seen."""
     if parallel.rank():
         return
     layout.save_scheduler(Scheduler(shift=1.0), job.model / "scheduler")
     index = layout.pipeline_index((*loading.PARTS, *TOKENIZERS))
     write_json(job.model / "model_index.json", index)
+    write_words(job.model, vocabulary() if job.world else job.scenes().all_captions())
