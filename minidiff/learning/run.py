@@ -170,7 +170,7 @@ class Run:
     def checkpoints(self) -> list[Path]:
         """The numbered checkpoints, newest first; copies under other names are none."""
         paths = self.folder.glob("step-*.safetensors")
-        numbered = (path for path in paths if path.stem[5:].isdecimal())
+        numbered = (p for p in paths if p.stem[5:].isdecimal() and p.is_file())
         return sorted(numbered, key=number, reverse=True)
 
     def save(self, step: int, tensors: dict[str, Tensor]) -> None:

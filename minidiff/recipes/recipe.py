@@ -5,7 +5,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from minidiff.files.reading import read_json
+from minidiff.files.reading import excerpt, read_json
+from minidiff.learning.steps import MOST_SAMPLES
 from minidiff.recipes.history import HISTORY
 from minidiff.training import TrainingConfig
 
@@ -13,9 +14,11 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Settings = TypeVar("Settings", bound="DataclassInstance")
+LONGEST_NAME = 1000  # of scenes
 MOST = 10**9  # of any number: steps times batch size must fit into 64 bits
 # The least and the greatest value; of what is not listed, above 0 and at most MOST
 LIMITS = {
+    "batch_size": (1, MOST_SAMPLES),
     "warmup_steps": (0, MOST),
     "validate_every": (0, MOST),
     "weight_decay": (0, MOST),
@@ -247,7 +250,7 @@ def changed(settings: Settings, changes: dict[str, Any], where: str) -> Settings
     for name, value in changes.items():
         if name not in known:
             expected = ", ".join(known)
-            raise ValueError(f"{where} sets {name!r}; expected {expected}")
+            raise ValueError(f"{where} sets {excerpt(name)!r}; expected {expected}")
         known[name] = changed_value(known[name], value, name, where)
     return type(settings)(**known)
 
@@ -262,6 +265,9 @@ def changed_value(old: Any, value: Any, name: str, where: str) -> Any:
     kinds = type(value).__name__, type(old).__name__
     if kinds[0] != kinds[1] and kinds != ("int", "float"):
         raise ValueError(f"{where}: {name} is a {kinds[0]}, expected {kinds[1]}")
+    if isinstance(value, str) and len(value) > LONGEST_NAME:
+        found = f"{where}: {name} has {len(value):,} characters"
+        raise ValueError(f"{found}; expected at most {LONGEST_NAME:,}")
     if kinds[0] in ("int", "float"):
         check_setting(name, value, where)
     return value

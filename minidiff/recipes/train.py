@@ -101,7 +101,8 @@ def chosen_recipe(o: TrainOptions) -> Recipe:
     """The recipe with what the options change in it."""
     cuda = o.device.startswith("cuda")
     recipe = find_recipe(o.recipe or ("gpu" if cuda else "shipped"), cuda)
-    recipe = replace(recipe, scenes=o.scenes or recipe.scenes)
+    scenes = {"scenes": o.scenes or recipe.scenes}
+    recipe = changed(recipe, scenes, "the command line")
     known = (*SCENES, WORLD)
     if recipe.scenes not in known and not Path(recipe.scenes).is_dir():
         raise ValueError(
