@@ -134,6 +134,40 @@ def test_evaluations(refused: Callable, there: list, options: list, line: str) -
     assert sorted(os.listdir()) == sorted(there)
 
 
+TUNE = ["--from", "tiny", "--data", "pictures"]
+TRAININGS = [
+    (["--stage", "none"], "--stage is 'none'; expected all, tokenizers, clip, t5"),
+    (["--recipe", "none"], "--recipe is 'none'; expected gpu, shipped"),
+    (["--start", "nowhere"], "--start is nowhere; expected tiny, or a model's folder"),
+    (["--scenes", "nowhere"], "scenes is 'nowhere'; expected composed, plain"),
+    (["--steps", 5], "--steps and --batch-size need a --stage that has them"),
+    (["--stage", "vae", "--steps", 0], "steps is 0; expected above 0"),
+    (["--stage", "vae", "--steps", HUGE], f"steps is {HUGE}; expected above 0"),
+    (["--stage", "vae", "--batch-size", HUGE], f"batch_size is {HUGE}; expected above"),
+    (["--seed", -1], "--seed is -1; expected a whole number, 0 to"),
+    (["--seed", HUGE], f"--seed is {HUGE}; expected a whole number, 0 to"),
+    (["--seed", DIGITS], "Invalid value for '--seed'"),
+    (["--rank", 4], "--rank is 4, which needs --lora"),
+    (["--alpha", 1], "--alpha is 1.0, which needs --lora"),
+    (["--targets", "x"], "--targets is x, which needs --lora"),
+    (["--lora"], "--lora is True, which needs --from"),
+    (["--learning-rate", 1], "--learning-rate is 1.0, which needs --from"),
+    (["--from", "tiny"], "--from needs --data: a folder of pictures with captions"),
+    (["--from", "tiny", "--data", "nowhere"], "nowhere is not a folder"),
+    ([*TUNE, "--lora", "--rank", 0], "--rank is 0; expected a whole number"),
+    ([*TUNE, "--lora", "--alpha", "nan"], "--alpha is nan; expected a finite number"),
+    ([*TUNE, "--steps", 0], "expected at least 1 of each"),
+    ([*TUNE, "--stage", "vae"], "--from has no stages, recipe, start, scenes or seed"),
+    ([*TUNE, "--seed", 1], "--from has no stages, recipe, start, scenes or seed"),
+]
+
+
+@pytest.mark.parametrize(("options", "line"), TRAININGS)
+def test_trainings(refused: Callable, pictures: Path, options: list, line: str) -> None:
+    assert line in refused("train", "--output", "out", "--device", "cpu", *options)
+    assert os.listdir() == ["pictures"]
+
+
 # Options of sample with a prompt, the line
 NUMBERS = [
     (["--num-images", 0], "--num-images is 0; expected a whole number, 1 to 100000"),
