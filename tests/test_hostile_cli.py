@@ -585,9 +585,10 @@ def test_files_have_the_usual_modes(tmp_path: Path, mask: int) -> None:
         with writing.replacing(tmp_path / "a") as part:
             save_file({"a": torch.zeros(1)}, part)
         assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~mask
-        (tmp_path / "a").chmod(0o640)
-        writing.write_text(tmp_path / "a", "anew")
-        assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+        for mode in (0o640, 0o400):
+            (tmp_path / "a").chmod(mode)
+            writing.write_text(tmp_path / "a", "anew")
+            assert (tmp_path / "a").stat().st_mode & 0o777 == mode
     finally:
         os.umask(before)
 

@@ -44,7 +44,8 @@ def program(version: Annotated[bool, Version] = False) -> None:
 
 def run(arguments: list[str]) -> tuple[int, str]:
     """Run a command: its exit status and, where it failed, one line that says why."""
-    warnings.showwarning = lambda message, *_: tell(f"minidiff: {one_line(message)}")
+    told = set[str]()
+    warnings.showwarning = lambda message, *_: tell_once(one_line(message), told)
     allow_all_names(sys.stdout)
     try:
         given = arguments or ["--help"]
@@ -86,6 +87,13 @@ def explain(error: Exception) -> str:
     if "TritonMissing" in found:
         return "--compile needs Triton on a GPU; expected a PyTorch that comes with it"
     raise error
+
+
+def tell_once(line: str, told: set[str]) -> None:
+    """Tell a warning, unless a batch before has ``told`` the same."""
+    if line not in told:
+        tell(f"minidiff: {line}")
+        told.add(line)
 
 
 def one_line(message: object) -> str:

@@ -65,9 +65,9 @@ def growing(file: Path, place: Callable[[Path, Path], None]) -> Iterator[Path]:
             part.touch()
             mode = (file if file.exists() else part).stat().st_mode
             yield part
-            part.chmod(stat.S_IMODE(mode))  # safetensors' own is for one user alone
             with part.open("rb+") as written:
                 os.fsync(written.fileno())
+            part.chmod(stat.S_IMODE(mode))  # safetensors' own is for one user alone
             place(part, file)
     except FileExistsError:
         raise taken(file) from None
