@@ -58,7 +58,8 @@ class Answer(BaseHTTPRequestHandler):
                 {"type": "file", "path": name, "size": len(content), "oid": "0" * 40}
                 for name, content in self.server.files.items()
             ]
-            known = {"id": MEDIUM.repository, "sha": MEDIUM.revision, "siblings": []}
+            names = [{"rfilename": file["path"]} for file in tree]
+            known = {"id": MEDIUM.repository, "sha": MEDIUM.revision, "siblings": names}
             return self.send(json.dumps(tree if "/tree/" in self.path else known))
         name = self.path.split(f"/{MEDIUM.revision}/")[-1]
         content = self.server.files[name]

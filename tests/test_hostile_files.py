@@ -250,6 +250,7 @@ RAW = [
         "is not a sa",
     ),
     (safetensors({"__metadata__": 5} | WEIGHT, bytes(16)), "is not a safetensors file"),
+    (safetensors({"__metadata__": {"a": 5}} | WEIGHT, bytes(16)), "is not a safetens"),
     (safetensors({}), "holds no tensors; expected 1"),
     (safetensors(WEIGHT, bytes(15)), "is damaged: it has .* bytes; expected"),
     (safetensors(WEIGHT, bytes(17)), "is damaged: it has .* bytes; expected"),

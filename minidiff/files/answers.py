@@ -19,7 +19,12 @@ LONGEST = 20_000_000  # bytes, where an answer does not say how many it has
 
 
 class NoAnswer(ConnectionError):
-    """A hub that is silent, too slow or asks to wait, or something that is no hub."""
+    """A hub that is silent, too slow or asks to wait, or something that is no hub.
+
+    ``listing``: the question was which files there are; none has been asked for.
+    """
+
+    listing = False
 
 
 @contextmanager
@@ -35,8 +40,8 @@ def judged(patience: float | None = None) -> Iterator[None]:
         client = usual()
         hooks = client.event_hooks
         client.event_hooks = {
-            "request": [*hooks["request"], watch.before],
-            "response": [*hooks["response"], watch.after],
+            "request": [*hooks["request"], partial(noting, watch.before)],
+            "response": [*hooks["response"], partial(noting, watch.after)],
         }
         return client
 
@@ -45,6 +50,15 @@ def judged(patience: float | None = None) -> Iterator[None]:
         yield
     finally:
         set_client_factory(usual)
+
+
+def noting(hook: Callable[[Any], None], message: Any) -> None:
+    """Call ``hook``; its error knows whether the question was for names."""
+    try:
+        hook(message)
+    except NoAnswer as error:
+        error.listing = "/api/" in message.url.path
+        raise
 
 
 class Watch:

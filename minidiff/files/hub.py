@@ -80,6 +80,8 @@ def fetch(
     try:
         return Path(snapshot_download(repository, **files))
     except NoAnswer as error:
+        if not error.listing:
+            raise
         try:
             return Path(snapshot_download(repository, local_files_only=True, **files))
         except OSError:

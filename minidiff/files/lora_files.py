@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,22 +46,14 @@ def read_updates(path: Path | str) -> dict[str, Update]:
         raise ValueError(f"{path} holds no LoRA: it has no tensors")
     notes = parse_notes(path, file.metadata.get(METADATA, "{}"))
     check_kind(path, [*file.entries, *(k for k, v in notes.items() if v)])
-    names = sorted({key.split(".lora_")[0] for key in file.entries})
-    alphas = {part: alphas_of(path, notes, part) for part in PARTS}
-    updates = {}
-    for name in names:
-        a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
-        check_keys(file, name, a, b)
-        part, _, layer = name.partition(".")
-        alpha = alpha_of(alphas[f"{part}."], layer, notes.get(f"{part}.lora_alpha"))
-        if not (alpha is None or is_number(alpha)):
-            found = f"{path}: α of {name} is {excerpt(repr(alpha))}"
-            raise ValueError(f"{found}; expected a number")
-        updates[name] = Update(file, a, b, alpha)
-    read = {key for update in updates.values() for key in (update.a, update.b)}
-    if more := sorted(file.entries.keys() - read):
+    keys = {n: keys_of(file, n) for n in {k.split(".lora_")[0] for k in file.entries}}
+    if more := sorted(file.entries.keys() - {*chain(*keys.values())}):
         raise ValueError(f"{path} has {excerpt(more[0])}; expected {KEYS}")
-    return updates
+    patterns = {part: patterns_of(path, notes, part) for part in PARTS}
+    return {
+        name: Update(file, *keys[name], alpha_of(path, name, notes, patterns))
+        for name in sorted(keys)
+    }
 
 
 def parse_notes(path: Path | str, text: str) -> dict[str, Any]:
@@ -83,10 +76,11 @@ def check_kind(path: Path | str, names: Sequence[str]) -> None:
         raise ValueError(f"{what}; expected plain LoRA: W + (α/r)·B·A")
 
 
-def check_keys(file: TensorFile, name: str, a: str, b: str) -> None:
-    """Raise ValueError unless ``file`` holds both matrices under diffusers' names."""
+def keys_of(file: TensorFile, name: str) -> tuple[str, str]:
+    """The names of a layer's A and B; ValueError where ``file`` lacks one of floats."""
     if not name.startswith(PARTS):
         raise ValueError(f"{file.path} has {excerpt(name)}; expected {KEYS}")
+    a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
     if a not in file.entries or b not in file.entries:
         what = f"{file.path}: {excerpt(name)} lacks lora_A or lora_B"
         raise ValueError(f"{what}; expected {KEYS}")
@@ -94,15 +88,10 @@ def check_keys(file: TensorFile, name: str, a: str, b: str) -> None:
         if (kind := file.entries[key].dtype) not in FLOATS:
             found = f"{file.path}: {excerpt(key)} is {excerpt(kind)}"
             raise ValueError(f"{found}; expected one of {', '.join(FLOATS)}")
+    return a, b
 
 
-def is_number(value: Any) -> bool:
-    """Whether ``value`` is a finite number that float32 holds."""
-    known = isinstance(value, int | float) and not isinstance(value, bool)
-    return known and abs(value) < LARGEST
-
-
-def alphas_of(
+def patterns_of(
     path: Path | str, notes: Mapping[str, Any], part: str
 ) -> dict[str, tuple[int, Any]]:
     """The part's patterns of α: a layer's name or its end → its place, and α.
@@ -124,9 +113,22 @@ def alphas_of(
     return alphas
 
 
-def alpha_of(alphas: Mapping[str, tuple[int, Any]], layer: str, usual: Any) -> Any:
-    """α of ``layer`` by the first of the patterns that it is or ends in."""
-    words = layer.split(".")
-    ends = (".".join(words[start:]) for start in range(len(words)))
-    known = [alphas[end] for end in ends if end in alphas]
-    return min(known, key=lambda entry: entry[0])[1] if known else usual
+def alpha_of(
+    path: Path | str,
+    name: str,
+    notes: Mapping[str, Any],
+    patterns: Mapping[str, Mapping[str, tuple[int, Any]]],
+) -> float | None:
+    """α of a layer: by the first of the patterns that it is or ends in, or its part's.
+
+    Raises ValueError for what is no finite number that float32 holds.
+    """
+    part, *words = name.split(".")
+    known, ends = patterns[f"{part}."], (".".join(words[i:]) for i in range(len(words)))
+    found = [known[end] for end in ends if end in known]
+    alpha = min(found)[1] if found else notes.get(f"{part}.lora_alpha")
+    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if alpha is not None and not (number and abs(alpha) < LARGEST):
+        what = f"{path}: α of {name} is {excerpt(repr(alpha))}"
+        raise ValueError(f"{what}; expected a number")
+    return alpha

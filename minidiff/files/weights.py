@@ -111,7 +111,7 @@ class TensorFile:
 
     path: Path
     entries: Mapping[str, Entry]
-    metadata: Mapping[str, Any]
+    metadata: Mapping[str, str]
 
     @cached_property
     def handle(self) -> Any:
@@ -153,17 +153,19 @@ def open_tensors(file: Path | str) -> TensorFile:
 
 def _parse_header(
     file: Path, text: bytes
-) -> tuple[dict[str, Entry], dict[str, Any], int]:
+) -> tuple[dict[str, Entry], dict[str, str], int]:
     """A file's tensors, its notes, and how many bytes of data follow."""
     try:
         header = parse_json(text, file)
-        metadata = header.pop("__metadata__", None) or {}
+        metadata = dict(header.pop("__metadata__", None) or {})
+        if not all(isinstance(note, str) for note in metadata.values()):
+            raise ValueError(metadata)
         entries = {
             name: Entry(tuple(map(_whole, found["shape"])), str(found["dtype"]))
             for name, found in header.items()
         }
         ends = [_whole(found["data_offsets"][1]) for found in header.values()]
-        return entries, dict(metadata), max(ends, default=0)
+        return entries, metadata, max(ends, default=0)
     except (ValueError, LookupError, TypeError, AttributeError):
         raise ValueError(f"{file} is not a safetensors file") from None
 
