@@ -9,7 +9,7 @@ from torch import nn
 import minidiff
 from minidiff.data.garments import Attributes, Scenes, prompts
 from minidiff.judging import attention_maps, distances, metrics
-from minidiff.judging.distances import correlation, frechet_distance, psnr
+from minidiff.judging.distances import correlation, frechet_distance, psnr_by_picture
 from minidiff.judging.judge import Judge, JudgeConfig, load_judge, score
 
 
@@ -90,7 +90,7 @@ def test_frechet_distance_refuses():
 def test_psnr_of_known_errors():
     a = torch.zeros(2, 3, 8, 8)
     b = a + torch.tensor([0.02, 0.2])[:, None, None, None]
-    assert psnr(a, b).tolist() == pytest.approx([40, 20])
+    assert psnr_by_picture(a, b).tolist() == pytest.approx([40, 20])
 
 
 def test_correlation():

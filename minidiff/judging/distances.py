@@ -36,7 +36,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return ((a.mean(0) - b.mean(0)).square().sum() + spread).clamp(min=0).item()
 
 
-def psnr(a: Tensor, b: Tensor) -> Tensor:
+def psnr_by_picture(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio (B,) in dB of pictures (B, C, H, W) in [−1, 1]."""
     difference = (a.clamp(-1, 1) - b.clamp(-1, 1)).cpu().double()  # not every GPU can
     error = difference.square().mean((1, 2, 3))

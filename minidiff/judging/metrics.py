@@ -16,7 +16,7 @@ from torch import Tensor
 from minidiff.data.garments import IMAGE_SIZE, Scenes, prompts
 from minidiff.data.rng import fold_in, normal
 from minidiff.interface.checks import check_range
-from minidiff.judging.distances import frechet_distance, psnr
+from minidiff.judging.distances import frechet_distance, psnr_by_picture
 from minidiff.judging.inception import InceptionV3
 from minidiff.judging.judge import EVALUATION_SEED, Judge, load_judge, score
 
@@ -161,7 +161,7 @@ class Comparison:
                 right = score(self.judge(images), wanted.select(i).to(self.device))
                 scores[name].append(right)
                 features[name].append(self.extract(images))
-        means = {name: average(s) for name, s in scores.items()}
+        means = {name: right_shares(s) for name, s in scores.items()}
         return means, {name: torch.cat(f) for name, f in features.items()}
 
     @torch.no_grad()
@@ -185,7 +185,7 @@ class Comparison:
                 images = scenes.batch(i).images
                 decoded = vae.decode(vae.encode(images.to(weight.dtype)).mode())
                 decoded = decoded.float().clamp(-1, 1)
-                ratios.append(psnr(decoded, images))
+                ratios.append(psnr_by_picture(decoded, images))
                 features.append(self.extract(decoded))
         return torch.cat(ratios).mean().item(), torch.cat(features)
 
@@ -216,7 +216,7 @@ def generate(
     return images.float() * 2 - 1
 
 
-def average(scores: list[dict[str, Tensor]]) -> dict[str, float]:
+def right_shares(scores: list[dict[str, Tensor]]) -> dict[str, float]:
     """Shares of right pictures, by what is asked of them."""
     joined = {name: torch.cat([s[name] for s in scores]) for name in scores[0]}
     means = {name: x.cpu().double().mean().item() for name, x in joined.items()}

@@ -19,7 +19,7 @@ from minidiff.data.language import OPPOSITE, Group, Meaning, captions
 from minidiff.data.rng import fold_in
 from minidiff.data.scenes import COLORS, GARMENT_SHARE, KINDS, SHARES, SIDES, World
 from minidiff.judging.judge import EVALUATION_SEED
-from minidiff.judging.metrics import frechet_distance, generate, psnr
+from minidiff.judging.metrics import frechet_distance, generate, psnr_by_picture
 from minidiff.judging.witness import Witness, find, follows, shares
 
 PARTS = ("colors", "places")  # of what is right in free prompts
@@ -180,7 +180,7 @@ class WorldEvaluation:
             for i in torch.arange(n, device=weight.device).split(50):
                 images = scenes.batch(i).images
                 decoded = vae.decode(vae.encode(images.to(weight.dtype)).mode())
-                ratios.append(psnr(decoded.float(), images))
+                ratios.append(psnr_by_picture(decoded.float(), images))
             result[name] = round(torch.cat(ratios).mean().item(), 2)
         return result
 

@@ -71,7 +71,7 @@ def replica(module: nn.Module, sharded: bool = False) -> nn.Module:
 
     Cut, it only keeps weights: ``whole_model`` makes one that computes.
     """
-    return replaced(module, cut if sharded and active() else torch.clone)
+    return replaced(module, shard if sharded and active() else torch.clone)
 
 
 def whole_model(module: nn.Module) -> nn.Module:
@@ -92,7 +92,7 @@ def replaced(module: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module
     return copy.deepcopy(module, known).eval()
 
 
-def cut(x: Tensor) -> Tensor:
+def shard(x: Tensor) -> Tensor:
     """The whole weight ``x`` in equal parts of its rows, one for each process."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor

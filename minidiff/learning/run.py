@@ -171,7 +171,7 @@ class Run:
         """The numbered checkpoints, newest first; copies under other names are none."""
         paths = self.folder.glob("step-*.safetensors")
         numbered = (p for p in paths if p.stem[5:].isdecimal() and p.is_file())
-        return sorted(numbered, key=number, reverse=True)
+        return sorted(numbered, key=step_of, reverse=True)
 
     def save(self, step: int, tensors: dict[str, Tensor]) -> None:
         """Checkpoint after ``step`` steps; older ones than the last ``keep`` go."""
@@ -192,13 +192,13 @@ class Run:
         for path in self.checkpoints():
             try:
                 tensors, metadata = load_tensors(path)
-                if metadata.get("step") != number(path):
+                if metadata.get("step") != step_of(path):
                     raise ValueError(f"{path} is of another step: {metadata}")
             except (ValueError, FileNotFoundError) as error:
                 tell(f"{error}; it is left out")
                 continue
-            self._rewind(number(path))
-            return tensors, number(path)
+            self._rewind(step_of(path))
+            return tensors, step_of(path)
         self._rewind(0)
         return None
 
@@ -229,7 +229,7 @@ class Run:
         self.step = step
         if parallel.rank():
             return
-        for later in (p for p in self.checkpoints() if number(p) > step):
+        for later in (p for p in self.checkpoints() if step_of(p) > step):
             later.unlink()
         if self.log_file.exists():
             kept = [r for r in read_log(self.log_file) if r.get("step", 0) <= step]
@@ -277,7 +277,7 @@ def take_lock(path: Path) -> IO[str]:
     return file
 
 
-def number(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
     """The step after which a run's checkpoint was saved."""
     return int(checkpoint.stem[5:])
 

@@ -105,7 +105,7 @@ class Job:
         return model
 
 
-def say(line: str) -> None:
+def announce(line: str) -> None:
     """Print ``line`` once, however many processes train."""
     if parallel.rank() == 0:
         print(printable(line), flush=True)

@@ -23,7 +23,7 @@ from minidiff.learning import parallel
 from minidiff.learning.run import Run, lasting
 from minidiff.learning.steps import check_batch
 from minidiff.learning.tensors import fingerprint
-from minidiff.recipes.job import Job, say
+from minidiff.recipes.job import Job, announce
 from minidiff.recipes.judge_stage import judge_lesson, witness_lesson
 from minidiff.recipes.lesson import Stage
 from minidiff.recipes.recipe import LEARNED, WORLD, Recipe
@@ -61,7 +61,7 @@ def run_stages(job: Job, stages: Iterable[Stage]) -> None:
         parallel.wait()  # nobody begins before all have looked
         if finished:
             run.check()
-            say(f"{stage.name}: was done before")
+            announce(f"{stage.name}: was done before")
             continue
         torch.manual_seed(job.seed)
         with run:
@@ -70,7 +70,7 @@ def run_stages(job: Job, stages: Iterable[Stage]) -> None:
         if parallel.rank() == 0:
             done.parent.mkdir(parents=True, exist_ok=True)
             write_text(done, json.dumps({"seconds": round(seconds, 1)}))
-        say(f"{stage.name}: done in {seconds:.0f} s")
+        announce(f"{stage.name}: done in {seconds:.0f} s")
         parallel.wait()
 
 

@@ -17,7 +17,7 @@ from minidiff.files.sentencepiece import case_folding
 from minidiff.learning.tensors import cached, fingerprint
 from minidiff.recipes.exporting import export_part
 from minidiff.recipes.features import collect
-from minidiff.recipes.job import LENGTH, VOCABULARY, Job, say
+from minidiff.recipes.job import LENGTH, VOCABULARY, Job, announce
 from minidiff.recipes.lesson import Lesson
 from minidiff.recipes.order import place_in_pool
 from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
@@ -84,7 +84,9 @@ def clip_vocabulary(job: Job) -> int:
 def encode_all(tokenizer: CLIPTokenizer | T5Tokenizer, texts: list[str]) -> Tensor:
     """Token ids of any ``texts`` (N, L); how many had to be cut is told."""
     if cut := sum(len(tokenizer.encode(text)) > LENGTH for text in texts):
-        say(f"{cut} of {len(texts)} captions are cut: they have over {LENGTH} tokens")
+        announce(
+            f"{cut} of {len(texts)} captions are cut: they have over {LENGTH} tokens"
+        )
     return tokenizer(texts).int()
 
 

@@ -61,9 +61,8 @@ class PlainAttention(JointAttention):
 
 def plain_attention(model: MMDiT) -> MMDiT:
     """The same transformer, faster to train on a CPU."""
-    for layer in model.modules():
-        if isinstance(layer, JointAttention):
-            layer.__class__ = PlainAttention
+    for block in model.joint_blocks:
+        block.attention = PlainAttention()  # neither holds weights
     return model
 
 
@@ -131,17 +130,7 @@ def transformer_lesson(job: Job) -> Lesson:
     features = encoder.features(scenes, recipe.latents, keep=True)
     held = encoder.features(job.scenes(split="test"), recipe.held, keep=False)
     fixed = held.fixed(job.seed_for("validation"))
-    clip_l, clip_g, _ = encoder.encoders
-    batch = FlowBatches(
-        features,
-        functools.partial(place_in_pool, n=len(features)),
-        noise_seed=job.seed_for("noise"),
-        drop_seed=job.seed_for("dropout"),
-        drop_encoder=0.05,
-        widths=(clip_l.config.hidden_size, clip_g.config.hidden_size),
-        shift=recipe.shift,
-        uniform=recipe.uniform_levels,
-    )
+    batch = flow_batches(job, features, encoder)
     draw = functools.partial(save_grid, held=held, vae=encoder.vae)
     grids = job.output / "grids"
 
@@ -160,6 +149,21 @@ def transformer_lesson(job: Job) -> Lesson:
 
     return Lesson(
         Task(begin_transformer(job), transformer_loss, batch, validate), export
+    )
+
+
+def flow_batches(job: Job, features: Features, encoder: SceneEncoder) -> FlowBatches:
+    """The transformer's batches, as the recipe and the job's seed say."""
+    clip_l, clip_g, _ = encoder.encoders
+    return FlowBatches(
+        features,
+        functools.partial(place_in_pool, n=len(features)),
+        noise_seed=job.seed_for("noise"),
+        drop_seed=job.seed_for("dropout"),
+        drop_encoder=0.05,
+        widths=(clip_l.config.hidden_size, clip_g.config.hidden_size),
+        shift=job.recipe.shift,
+        uniform=job.recipe.uniform_levels,
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minidiff.data import rng
 from minidiff.files.pictures import from_bytes
-from minidiff.judging.distances import psnr
+from minidiff.judging.distances import psnr_by_picture
 from minidiff.recipes.exporting import export_part
 from minidiff.recipes.features import collect
 from minidiff.recipes.job import Job
@@ -60,7 +60,7 @@ def vae_lesson(job: Job) -> Lesson:
     @torch.no_grad()
     def validate(vae: VAE) -> dict[str, float]:
         decoded = vae.decode(vae.encode(tests).mode())
-        return {"psnr": psnr(decoded, tests).mean().item()}
+        return {"psnr": psnr_by_picture(decoded, tests).mean().item()}
 
     def export(vae: VAE) -> None:
         fixed = recipe.keep_latents or recipe.hold_latents
