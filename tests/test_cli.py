@@ -256,7 +256,7 @@ MISFITS = {
         f, "text_encoder/config.json", "eos_token_id", 5
     ),
     "shift is 'x'; expected float": lambda f: setting(f, *SHIFT, "x"),
-    "Scheduler(shift=0": lambda f: setting(f, *SHIFT, 0),
+    "shift is 0; expected 0.001 to 1000": lambda f: setting(f, *SHIFT, 0),
     "vae/config.json is missing": lambda f: shutil.rmtree(f / "vae"),
     "names no vae": lambda f: setting(f, "model_index.json", "vae", None),
     "merges.txt is not a text": lambda f: (f / "tokenizer/merges.txt").write_bytes(

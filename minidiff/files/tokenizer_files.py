@@ -314,6 +314,9 @@ def _merge(
 
 def check_normalizer(path: Path, content: dict[str, Any], known: Sequence[str]) -> None:
     """Raise ValueError for a step of tokenizer.json's normalizer that is not taken."""
+    if not isinstance(whole := content.get("normalizer") or {}, dict):
+        found = f"{path} has the normalizer {excerpt(repr(whole))}"
+        raise ValueError(f"{found}; expected an object")
     other = [s.get("type") for s in _steps(content) if s.get("type") not in known]
     if other:
         what = f"{path} has the normalizer {excerpt(repr(other[0]))}"
