@@ -6,7 +6,10 @@ import struct
 import time
 import unicodedata
 from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,13 +58,15 @@ def ours(folders: Path, name: str) -> Tokenizer:
     return OURS[name].from_pretrained(folders / name)
 
 
-def differences(tokenizer: Tokenizer, reference, texts: list[str]) -> list[tuple]:
-    """Return (text, our ids, the reference's ids) wherever ids differ."""
-    theirs = reference(texts)["input_ids"]
-    pairs = (
-        (text, tokenizer.encode(text), i) for text, i in zip(texts, theirs, strict=True)
-    )
-    return [case for case in pairs if case[1] != case[2]]
+def differences(
+    tokenizer: Tokenizer, reference: Any, texts: list[str]
+) -> Iterator[tuple[str, list[int], list[int]]]:
+    """The texts whose ids are not the reference's, with both, one after another."""
+    for start in range(0, len(texts), 200):
+        part = texts[start : start + 200]
+        for text, theirs in zip(part, reference(part)["input_ids"], strict=True):
+            if (found := tokenizer.encode(text)) != theirs:
+                yield text, found, theirs
 
 
 # Parity on the published vocabularies
@@ -77,7 +82,7 @@ def test_strings_are_many_and_varied(texts):
 
 @pytest.mark.parametrize("name", OURS)
 def test_ids_equal_the_reference(folders, references, texts, name):
-    assert not differences(ours(folders, name), references[name], texts)[:3]
+    assert not [*islice(differences(ours(folders, name), references[name], texts), 3)]
 
 
 @pytest.mark.slow
@@ -164,7 +169,7 @@ CLIP_MUTANTS = {
 def test_ids_catch_mutants_of_clip(folders, references, texts, mutant, monkeypatch):
     monkeypatch.setattr(chapter, *CLIP_MUTANTS[mutant])
     tokenizer = ours(folders, "tokenizer")
-    assert differences(tokenizer, references["tokenizer"], texts[:3000])
+    assert any(differences(tokenizer, references["tokenizer"], texts[:3000]))
 
 
 def greedy(text: str, trie: dict, unknown: float) -> list[str]:
@@ -204,18 +209,18 @@ T5_MUTANTS = {
 def test_ids_catch_mutants_of_t5(folders, references, texts, mutant, monkeypatch):
     monkeypatch.setattr(*T5_MUTANTS[mutant])
     tokenizer = ours(folders, "tokenizer_3")
-    assert differences(tokenizer, references["tokenizer_3"], texts[:3000])
+    assert any(differences(tokenizer, references["tokenizer_3"], texts[:3000]))
 
 
 def test_ids_catch_merges_in_the_wrong_order(folders, references, texts):
     tokenizer = ours(folders, "tokenizer")
     tokenizer.ranks = {pair: -rank for pair, rank in tokenizer.ranks.items()}
-    assert differences(tokenizer, references["tokenizer"], texts[:3000])
+    assert any(differences(tokenizer, references["tokenizer"], texts[:3000]))
 
 
 def test_ids_catch_a_forgotten_exclamation_mark(folders, references, texts):
     mutant = ours(folders, "tokenizer")
-    assert differences(mutant, references["tokenizer_2"], texts[:2000])
+    assert any(differences(mutant, references["tokenizer_2"], texts[:2000]))
 
 
 def test_decoding_catches_its_mutants(folders, references, texts, monkeypatch):
@@ -282,7 +287,7 @@ def test_reads_what_older_versions_wrote(folders, texts, tmp_path, name):
     folder = without_decoder(copy(folders / name, tmp_path / "old", *names, *SETTINGS))
     reference = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer = OURS[name].from_pretrained(folder)
-    assert not differences(tokenizer, reference, texts[:2000])
+    assert not [*islice(differences(tokenizer, reference, texts[:2000]), 3)]
     assert tokenizer.pad_token_id == reference.pad_token_id
 
 
@@ -290,7 +295,7 @@ def test_reads_what_older_versions_wrote(folders, texts, tmp_path, name):
 def test_reads_what_transformers_writes(references, texts, tmp_path, name):
     references[name].save_pretrained(tmp_path)
     tokenizer = OURS[name].from_pretrained(tmp_path)
-    assert not differences(tokenizer, references[name], texts[:2000])
+    assert not [*islice(differences(tokenizer, references[name], texts[:2000]), 3)]
     assert tokenizer.pad_token_id == references[name].pad_token_id
 
 
@@ -310,7 +315,7 @@ def test_transformers_reads_what_is_saved(folders, texts, tmp_path, name, publis
     kind = "T5TokenizerFast" if name == "tokenizer_3" else "CLIPTokenizer"
     for reader in (transformers.AutoTokenizer, getattr(transformers, kind)):
         reference = reader.from_pretrained(tmp_path)
-        assert not differences(tokenizer, reference, texts[:2000])
+        assert not [*islice(differences(tokenizer, reference, texts[:2000]), 3)]
         length = reference.model_max_length
         ids = pipeline_ids(reference, texts[:300], length)
         assert torch.equal(tokenizer(texts[:300]), ids)

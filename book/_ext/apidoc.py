@@ -1,13 +1,18 @@
-"""Keeps the chapters' prose out of the API reference.
+"""The API reference: a room's modules, and chapters without their prose.
 
-A chapter's module has the chapter's first page as its docstring, in Markdown. The API
-page lists the names of each module and links to the chapter instead.
+``.. room:: files`` stands for the names of every module in `minidiff/files/`. A
+chapter's module has the chapter's first page as its docstring, in Markdown: the API
+page lists its names and links to the chapter instead.
 """
 
+from pathlib import Path
 from typing import Any
 
+from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
 
+PACKAGE = Path(__file__).parents[2] / "minidiff"
 CHAPTERS = {
     "minidiff.tokenizer",
     "minidiff.text_encoders",
@@ -18,6 +23,26 @@ CHAPTERS = {
     "minidiff.training",
     "minidiff.sampling",
 }
+# What minidiff.viz lists under its own name, and what matplotlib adds to its figures
+LEFT_OUT = (
+    "Interactive, attention_explorer, denoising_scrubber, latent_pictures, "
+    "to_frames, to_pictures, set"
+)
+
+
+class Room(SphinxDirective):
+    """The names of every module of a room."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        room = self.arguments[0]
+        options = f"   :members:\n   :exclude-members: {LEFT_OUT}\n"
+        text = "".join(
+            f".. automodule:: minidiff.{room}.{path.stem}\n{options}\n"
+            for path in sorted((PACKAGE / room).glob("[a-z]*.py"))
+        )
+        return self.parse_text_to_nodes(text)
 
 
 def drop_prose(
@@ -28,5 +53,6 @@ def drop_prose(
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
+    app.add_directive("room", Room)
     app.connect("autodoc-process-docstring", drop_prose)
     return {"parallel_read_safe": True}

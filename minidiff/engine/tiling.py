@@ -15,7 +15,7 @@ from minidiff.vae import VAE, Posterior
 
 
 class Tiled(VAE):
-    """An autoencoder that works on ``tile``² latent pixels at a time (None: on all).
+    """An autoencoder that works on squares of ``tile`` latent pixels (None: on all).
 
     With ``slicing`` also on one picture at a time. Its layers are those of ``whole``.
     """
