@@ -35,11 +35,7 @@ class AnswerDecoder(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(vocab_size, width)
         self.positions = nn.Parameter(torch.randn(length, width) * 0.1)
-        order: dict[str, Any] = {
-            "dropout": 0.0,
-            "batch_first": True,
-            "norm_first": True,
-        }
+        order: dict[str, Any] = {"batch_first": True, "norm_first": True}
         layer = nn.TransformerDecoderLayer(width, heads, 2 * width, 0.0, **order)
         self.layers = nn.TransformerDecoder(layer, 2, nn.LayerNorm(width))
         self.head = nn.Linear(width, vocab_size)
