@@ -76,18 +76,18 @@ class Attributes(NamedTuple):
 # Which colours, places and grounds
 
 
-def held_out_colors() -> Tensor:
+def held_out_colors(things: int = len(THINGS)) -> Tensor:
     """The colour in which training never shows each kind, (KINDS,): one of twelve."""
     garments = torch.tensor([list(COLORS).index(name) for name in HELD_OUT])
-    return torch.cat([garments, (5 * torch.arange(len(THINGS)) + 2) % len(COLORS)])
+    return torch.cat([garments, (5 * torch.arange(things) + 2) % len(COLORS)])
 
 
-def held_out_places() -> Tensor:
+def held_out_places(things: int = len(THINGS)) -> Tensor:
     """The place where training never shows a kind, (KINDS,); −1 for two of three.
 
     That is a twelfth of the pairs of kind and place.
     """
-    kinds = torch.arange(len(KINDS))
+    kinds = torch.arange(GARMENTS + things)
     return torch.where(kinds % 3 == 1, kinds // 3 % 4, -1)
 
 
@@ -101,24 +101,71 @@ def ramps() -> Tensor:
     return shades / 255
 
 
-@functools.cache
-def contrast() -> Tensor:
-    """Which grounds may lie behind what: booleans (KINDS, 13, 12).
+@dataclass(frozen=True, eq=False)
+class Things:
+    """Named cut-outs: what scenes show beside garments.
 
-    The second axis counts colours, then a thing's own. Of its own colours six of ten
-    opaque pixels must differ from the ground by a fifth of the range in some channel.
+    ``names`` (N); ``cut_outs`` (N, 4, 48, 48): see ``things.cut_outs``.
     """
-    grounds = torch.tensor(list(COLORS.values())) / 255
-    middles = ramps().mean(1)
-    far = (middles[:, None] - grounds).abs().amax(-1) > 0.2  # (12, 12)
-    far = far & ~torch.eye(len(COLORS), dtype=torch.bool)
-    pixels, alpha = cut_outs()[:, :3], cut_outs()[:, 3] > 0.9
-    pixels = pixels[:, None] - grounds[:, :, None, None]  # → (N, 12, 3, 48, 48)
-    differs = (pixels.abs().amax(2) > 0.2) & alpha[:, None]
-    share = differs.sum((2, 3)) / alpha.sum((1, 2))[:, None]
-    own = torch.cat([torch.zeros(GARMENTS, 12, dtype=torch.bool), share > 0.6])
-    tinted = far.expand(len(KINDS), -1, -1)
-    return torch.cat([tinted, own[:, None]], 1)
+
+    names: tuple[str, ...]
+    cut_outs: Tensor
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @functools.cached_property
+    def contrast(self) -> Tensor:
+        """Which grounds may lie behind what: booleans (KINDS, 13, 12).
+
+        The second axis counts colours, then a thing's own. Of its own colours six of
+        ten opaque pixels must differ from the ground by a fifth of the range in some
+        channel; of a thing that fits no ground so, as many as on the best.
+        """
+        grounds = torch.tensor(list(COLORS.values())) / 255
+        middles = ramps().mean(1)
+        far = (middles[:, None] - grounds).abs().amax(-1) > 0.2  # (12, 12)
+        far = far & ~torch.eye(len(COLORS), dtype=torch.bool)
+        pixels, alpha = self.cut_outs[:, :3], self.cut_outs[:, 3] > 0.9
+        pixels = pixels[:, None] - grounds[:, :, None, None]  # → (N, 12, 3, 48, 48)
+        differs = (pixels.abs().amax(2) > 0.2) & alpha[:, None]
+        share = differs.sum((2, 3)) / alpha.sum((1, 2)).clamp(min=1)[:, None]
+        enough = share >= share.amax(1, keepdim=True).clamp(max=0.6)
+        own = torch.cat([torch.zeros(GARMENTS, 12, dtype=torch.bool), enough])
+        tinted = far.expand(len(own), -1, -1)
+        return torch.cat([tinted, own[:, None]], 1)
+
+    @functools.cached_property
+    def layers(self) -> Tensor:
+        """Of every thing red, green, blue, shade and alpha, float32.
+
+        (N, 48, 5, 48): rows, layers, columns, as ``render_things`` multiplies them. The
+        shade is the luminance, stretched over [0, 1] with a mean near 0.6: where it
+        lies between a tint's darkest and lightest. All are multiplied by alpha.
+        """
+        colors, alpha = self.cut_outs[:, :3], self.cut_outs[:, 3]
+        weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+        gray = (colors * weights).sum(1) / alpha.clamp(min=1e-3)
+        shades = [_stretched(g, a) for g, a in zip(gray, alpha, strict=True)]
+        shade = torch.stack(shades) * alpha
+        whole = torch.cat([colors, torch.stack([shade, alpha], 1)], 1)
+        return whole.transpose(1, 2).contiguous()
+
+
+def _stretched(gray: Tensor, alpha: Tensor) -> Tensor:
+    inside = gray[alpha > 0.9]
+    inside = inside if len(inside) else gray.flatten()
+    low, high = inside.quantile(0.02), inside.quantile(0.98)
+    span = (high - low).clamp(min=0.15)
+    mean = ((inside - low) / span).clamp(0, 1).mean().clamp(0.05, 0.95)
+    power = (torch.tensor(0.6).log() / mean.log()).clamp(0.5, 2)
+    return ((gray - low) / span).clamp(0, 1) ** power
+
+
+@functools.cache
+def shipped() -> Things:
+    """The everyday things that ship with the package."""
+    return Things(THINGS, cut_outs())
 
 
 def _choose(u: Tensor, n: Tensor | int) -> Tensor:
@@ -136,13 +183,14 @@ def draw_attributes(
     held_out: str | None = "",
     layouts: tuple[float, ...] = SHARES,
     garments: float = GARMENT_SHARE,
+    things: Things | None = None,
 ) -> Attributes:
-    """Attributes from uniform numbers (B, 48).
+    """Attributes from uniform numbers (B, 33).
 
     ``held_out``: "" draws no pair that training never shows, "colors" or "places" one
     such pair in the first group, None any pairs.
     """
-    device = u.device
+    device, things = u.device, things or shipped()
     bounds = torch.tensor(layouts, device=device).cumsum(0)[:-1]
     layout = (u[:, :1] >= bounds).sum(1)
     counts = torch.tensor(LAYOUTS, device=device)[layout]
@@ -150,10 +198,10 @@ def draw_attributes(
     kinds = torch.where(
         is_garment,
         _choose(u[:, 3:5], GARMENTS),
-        GARMENTS + _choose(u[:, 3:5], len(THINGS)),
+        GARMENTS + _choose(u[:, 3:5], len(things)),
     )
     if held_out == "places":
-        with_place = (held_out_places() >= 0).nonzero()[:, 0].to(device)
+        with_place = (held_out_places(len(things)) >= 0).nonzero()[:, 0].to(device)
         few = with_place[with_place < GARMENTS]
         many = with_place[with_place >= GARMENTS]
         first = torch.where(
@@ -162,18 +210,20 @@ def draw_attributes(
             many[_choose(u[:, 3], len(many))],
         )
         kinds = torch.stack([first, kinds[:, 1]], 1)
-    colors = _draw_colors(u[:, 5:9], kinds, is_garment, held_out)
+    held = held_out_colors(len(things)).to(device)[kinds]
+    colors = _draw_colors(u[:, 5:9], held, is_garment, held_out)
     same = (kinds[:, 0] == kinds[:, 1]) & (colors[:, 0] == colors[:, 1])
     second = torch.where(kinds[:, 1] < GARMENTS, 0, GARMENTS)  # the first of its sort
-    size = torch.where(kinds[:, 1] < GARMENTS, GARMENTS, len(THINGS))
+    size = torch.where(kinds[:, 1] < GARMENTS, GARMENTS, len(things))
     other = second + (kinds[:, 1] - second + 1) % size
     kinds = torch.stack([kinds[:, 0], torch.where(same, other, kinds[:, 1])], 1)
     if held_out == "":  # the other kind may not be had in this colour
-        banned = held_out_colors().to(device)[kinds] == colors
+        banned = held_out_colors(len(things)).to(device)[kinds] == colors
         colors = torch.where(banned, (colors + 1) % len(COLORS), colors)
     absent = counts == 0
-    place = _draw_places(u[:, 9:19], layout, kinds, held_out)
-    allowed = contrast().to(device)[kinds, colors]  # −1 is the last: (B, 2, 12)
+    held = held_out_places(len(things)).to(device)[kinds]
+    place = _draw_places(u[:, 9:19], layout, held, held_out)
+    allowed = things.contrast.to(device)[kinds, colors]  # −1 is the last: (B, 2, 12)
     allowed = (allowed | absent[:, :, None]).all(1)
     ground = _pick(u[:, 19:31], allowed)
     sizes = _draw_sizes(u[:, 31:33], layout, place)
@@ -182,10 +232,9 @@ def draw_attributes(
 
 
 def _draw_colors(
-    u: Tensor, kinds: Tensor, is_garment: Tensor, held_out: str | None
+    u: Tensor, held: Tensor, is_garment: Tensor, held_out: str | None
 ) -> Tensor:
     """Colours (B, 2) from ``u`` (B, 4); half of the things keep their own, −1."""
-    held = held_out_colors().to(u.device)[kinds]
     if held_out is None:
         colors = _choose(u[:, :2], len(COLORS))
     else:  # eleven colours: those from the held one on are one further
@@ -198,14 +247,13 @@ def _draw_colors(
 
 
 def _draw_places(
-    u: Tensor, layout: Tensor, kinds: Tensor, held_out: str | None
+    u: Tensor, layout: Tensor, held: Tensor, held_out: str | None
 ) -> Tensor:
     """The first group's places (B,) from ``u`` (B, 10).
 
     One item alone lies off the middle in one scene of four; two groups lie left, right,
-    above or below; several of a kind have no place.
+    above or below; several of a kind have no place. ``held`` (B, 2): never trained.
     """
-    held = held_out_places().to(u.device)[kinds]  # (B, 2)
     one, two = layout == 0, (layout == 1) | (layout == 4)
     numbers = torch.arange(4, device=u.device)
     opposite = held[:, 1] ^ 1  # of left right, of above below
@@ -356,47 +404,17 @@ def resampling(centre: Tensor, side: Tensor, n: int) -> Tensor:
     return _cubic(distance / wide) / wide
 
 
-@functools.cache
-def layers() -> Tensor:
-    """Of every thing red, green, blue, shade and alpha, float32.
-
-    (N, 48, 5, 48): rows, layers, columns, as ``render_things`` multiplies them.
-
-    The shade is the luminance, stretched over [0, 1] with a mean near 0.6: where it
-    lies between a tint's darkest and lightest. All are multiplied by alpha.
-    """
-    colors, alpha = cut_outs()[:, :3], cut_outs()[:, 3]
-    weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
-    gray = (colors * weights).sum(1) / alpha.clamp(min=1e-3)
-    shades = [_stretched(g, a) for g, a in zip(gray, alpha, strict=True)]
-    shade = torch.stack(shades) * alpha
-    return (
-        torch.cat([colors, torch.stack([shade, alpha], 1)], 1)
-        .transpose(1, 2)
-        .contiguous()
-    )
-
-
-def _stretched(gray: Tensor, alpha: Tensor) -> Tensor:
-    inside = gray[alpha > 0.9]
-    low, high = inside.quantile(0.02), inside.quantile(0.98)
-    shade = ((gray - low) / (high - low).clamp(min=0.15)).clamp(0, 1)
-    mean = shade[alpha > 0.9].mean().clamp(0.05, 0.95)
-    power = (torch.tensor(0.6).log() / mean.log()).clamp(0.5, 2)
-    return shade**power
-
-
 def render_things(
-    numbers: Tensor, mirrored: Tensor, colors: Tensor, rows: Tensor, columns: Tensor
+    source: Tensor, mirrored: Tensor, colors: Tensor, rows: Tensor, columns: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Colours (N, 3, 64, 64), multiplied by alpha, and alpha (N, 1, 64, 64) of things.
 
     Args:
-        numbers: in THINGS (N,). ``colors``: in COLORS, −1 for their own (N,).
+        source: their ``layers`` (N, 48, 5, 48).
+        colors: in COLORS, −1 for their own (N,).
         rows, columns: (N, 64, 48), see ``resampling``.
     """
     columns = torch.where(mirrored[:, None, None], columns.flip(2), columns)
-    source = layers().to(rows.device)[numbers]
     # (N, 48·5, 48) · (N, 48, 64) → (N, 48, 5·64)
     drawn = (source.flatten(1, 2) @ columns.mT).view(len(source), SIZE, -1)
     # (N, 64, 48) · (N, 48, 5·64) → (N, 64, 5, 64) → (N, 5, 64, 64)
@@ -439,6 +457,7 @@ class World:
         held_out: "" for no pair never trained, "colors" or "places" for one in every
             scene, None for any pairs.
         layouts: how often each of LAYOUTS; ``garments``: their share among groups.
+        things: what to show beside garments; those that ship if None.
     """
 
     def __init__(
@@ -450,6 +469,7 @@ class World:
         held_out: str | None = "",
         layouts: tuple[float, ...] = SHARES,
         garments: float = GARMENT_SHARE,
+        things: Things | None = None,
     ) -> None:
         images, labels = fashion_mnist(split, folder)
         order = labels.argsort(stable=True)
@@ -460,6 +480,8 @@ class World:
         self.starts = self.numbers.cumsum(0) - self.numbers
         self.seed, self.held_out = seed, held_out
         self.layouts, self.garments = layouts, garments
+        self.things = things or shipped()
+        self.layers = self.things.layers.to(device)
 
     @property
     def device(self) -> torch.device:
@@ -471,7 +493,7 @@ class World:
         """All that decides what ``batch`` returns."""
         return (
             self.gray,
-            layers(),
+            self.things.layers,
             self.seed,
             self.held_out,
             self.layouts,
@@ -481,7 +503,8 @@ class World:
     def attributes(self, indices: Tensor) -> Attributes:
         """What the scenes with the numbers ``indices`` (B,) show."""
         u = uniform(self.seed, indices, 33, self.device)
-        return draw_attributes(u, self.held_out, self.layouts, self.garments)
+        how = self.held_out, self.layouts, self.garments, self.things
+        return draw_attributes(u, *how)
 
     @torch.no_grad()
     def batch(self, indices: Tensor) -> SceneBatch:
@@ -521,4 +544,5 @@ class World:
         if is_garment:
             gray = self.gray[self.starts[kinds] + _choose(u, self.numbers[kinds])]
             return render_garments(gray, colors, rows, columns)
-        return render_things(kinds - GARMENTS, u < 0.5, colors, rows, columns)
+        source = self.layers[kinds - GARMENTS]
+        return render_things(source, u < 0.5, colors, rows, columns)
