@@ -1,13 +1,15 @@
 """The small world: its things, scenes and language."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from minidiff.data import language, things
-from minidiff.data.language import Group, Meaning, captions, read, shown
+from minidiff.data import language, reader, things
+from minidiff.data.language import Group, Meaning, captions, shown
+from minidiff.data.reader import read
 from minidiff.data.scenes import (
     COLORS,
     GARMENTS,
@@ -20,7 +22,7 @@ from minidiff.data.scenes import (
     item_groups,
     shipped,
 )
-from minidiff.data.told import ToldScenes
+from minidiff.data.told import ToldScenes, own_things
 from minidiff.files import words
 from minidiff.files.sentencepiece import CharacterMap, case_folding
 
@@ -206,7 +208,7 @@ def test_captions_parse_back_to_their_meanings(held_out):
     for text, other, meaning in zip(texts, again, meanings, strict=True):
         assert read(text).canonical() == meaning.canonical(), text
         assert read(other).canonical() == meaning.canonical(), other
-        assert not language.unseen(text)
+        assert not reader.unseen(text)
 
 
 def test_captions_say_what_scenes_show(world):
@@ -236,8 +238,8 @@ def test_held_out_phrasings_are_whole_constructions():
     assert 0.06 < len(held) / len(trained | held | set(language.PREFIXES)) < 0.14
     numbers = torch.arange(3000)
     texts, _ = captions(World("train").attributes(numbers), 1, numbers)
-    seen = {word for text in texts for word in language.split(text)}
-    forms = [language.split(re.sub(r"{\w+}", " ", form)) for form in held]
+    seen = {word for text in texts for word in reader.split(text)}
+    forms = [reader.split(re.sub(r"{\w+}", " ", form)) for form in held]
     assert {word for form in forms for word in form} <= seen
 
 
@@ -278,11 +280,11 @@ def test_sentences_that_a_person_writes(text, groups, place, ground):
 
 
 def test_unknown_words_are_named():
-    assert language.unseen("A lighthouse in a STORM, red") == ["lighthouse", "storm"]
-    assert language.unseen("a red Cat & two t-shirts!") == []
+    assert reader.unseen("A lighthouse in a STORM, red") == ["lighthouse", "storm"]
+    assert reader.unseen("a red Cat & two t-shirts!") == []
     with pytest.raises(ValueError, match="names nothing"):
         read("hello")
-    assert len(language.vocabulary()) < 1000
+    assert len(reader.vocabulary()) < 1000
 
 
 def test_words_that_a_model_has_not_seen_are_named(tmp_path):
@@ -312,6 +314,55 @@ def test_told_scenes_number_their_captions():
     assert read(texts[first]).canonical() == read(texts[other]).canonical()
     again = ToldScenes("train", told=30, held=8).batch(torch.tensor([9]))
     assert again.meanings.tolist() == batch.meanings[1:].tolist()
+
+
+@pytest.fixture
+def own_cut_outs(tmp_path) -> Path:
+    """Two shapes on transparent grounds, with captions."""
+    for name, caption, ink in (("a", "A wug", "red"), ("b", "blicket", "yellow")):
+        picture = Image.new("RGBA", (60, 40))
+        picture.paste(ink, (10, 5, 50, 35))
+        picture.paste("black", (20, 10, 30, 20))
+        picture.save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(caption + "\n")
+    return tmp_path
+
+
+def test_own_cut_outs_are_composed_like_things(own_cut_outs):
+    own = own_things(str(own_cut_outs))
+    assert own.names == ("wug", "blicket") and len(own) == 2
+    scenes = ToldScenes("train", told=200, held=8, things=own)
+    texts = scenes.all_captions()
+    said = {word for text in texts for word in reader.split(text)}
+    assert {"wug", "wugs", "blicket", "dress"} <= said and "cat" not in said
+    batch = scenes.batch(torch.arange(200))
+    kinds = batch.attributes.kinds
+    assert kinds.max() == GARMENTS + 1
+    alone = (batch.attributes.counts.sum(1) == 1) & (batch.attributes.colors[:, 0] < 0)
+    for name, channels in (("wug", [1, 0, 0]), ("blicket", [1, 1, 0])):
+        shown = alone & (kinds[:, 0] == scenes.kinds.index(name))
+        inside = batch.masks[shown][:, :1] > 0.99
+        pixels = (batch.images[shown] + 1) / 2 * inside
+        brightest = pixels.amax((0, 2, 3))
+        torch.testing.assert_close(
+            brightest, torch.tensor(channels).float(), atol=0.02, rtol=0
+        )
+
+
+@pytest.mark.parametrize(
+    ("caption", "mode", "message"),
+    [
+        ("a wug", "RGB", "c.png is no cut-out: expected a transparent ground"),
+        ("", "RGBA", "the caption of c.png is empty"),
+    ],
+)
+def test_cut_outs_that_cannot_be(own_cut_outs, caption, mode, message):
+    picture = Image.new("RGBA", (60, 40))
+    picture.paste("red", (10, 5, 50, 35))
+    picture.convert(mode).save(own_cut_outs / "c.png")
+    (own_cut_outs / "c.txt").write_text(caption)
+    with pytest.raises(ValueError, match=message):
+        own_things(str(own_cut_outs))
 
 
 def test_captions_fit_the_encoders():

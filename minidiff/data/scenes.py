@@ -489,6 +489,11 @@ class World:
         return self.gray.device
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """What each number of a kind stands for: garments, then things."""
+        return CLASSES + self.things.names
+
+    @property
     def content(self) -> tuple:
         """All that decides what ``batch`` returns."""
         return (

@@ -79,7 +79,7 @@ CHARACTERS = tuple(character for character, _ in ENTRIES)
 
 def plural(noun: str) -> str:
     """The regular plural of an English noun."""
-    if noun.endswith("y") and noun[-2] not in "aeiou":
+    if noun.endswith("y") and noun[-2:-1] not in "aeiou":
         return noun[:-1] + "ies"
     hissing = noun.endswith(("s", "x", "z", "ch", "sh")) or noun in ES
     return noun + ("es" if hissing else "s")
@@ -188,15 +188,20 @@ def cut_outs(path: Path = SHEET) -> Tensor:
 
     The colours are multiplied by alpha. Raises ValueError for another sheet.
     """
-    sheet = Image.open(path).convert("RGBA")
+    sheet = Image.open(path)
     rows = -(-len(THINGS) // COLUMNS)
     if sheet.size != (COLUMNS * SIZE, rows * SIZE):
         raise ValueError(f"{path} is not the sheet of {len(THINGS)} things")
-    pixels = torch.from_numpy(np.array(sheet)).float() / 255
-    # (R·48, 16·48, 4) → (R, 48, 16, 48, 4) → (R, 16, 4, 48, 48) → (N, 4, 48, 48)
-    tiles = pixels.unflatten(1, (COLUMNS, SIZE)).unflatten(0, (rows, SIZE))
-    tiles = tiles.permute(0, 2, 4, 1, 3).flatten(0, 1)[: len(THINGS)]
-    return torch.cat([tiles[:, :3] * tiles[:, 3:], tiles[:, 3:]], 1)
+    # (4, R·48, 16·48) → (4, R, 48, 16, 48) → (R, 16, 4, 48, 48) → (N, 4, 48, 48)
+    tiles = multiplied(sheet).unflatten(2, (COLUMNS, SIZE)).unflatten(1, (rows, SIZE))
+    return tiles.permute(1, 3, 0, 2, 4).flatten(0, 1)[: len(THINGS)].contiguous()
+
+
+def multiplied(picture: Image.Image) -> Tensor:
+    """Red, green, blue and alpha (4, H, W) in [0, 1], the colours times alpha."""
+    pixels = torch.from_numpy(np.array(picture.convert("RGBA"))).float() / 255
+    pixels = pixels.permute(2, 0, 1)  # (H, W, 4) → (4, H, W)
+    return torch.cat([pixels[:3] * pixels[3:], pixels[3:]])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ have numbers: see ``ToldScenes.all_captions``.
 """
 
 import functools
+import re
 import zlib
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,9 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minidiff.data.captioned import captions_of
 from minidiff.data.language import RANDOM, Dice, Meaning, captions, say
 from minidiff.data.rng import fold_in, uniform
-from minidiff.data.scenes import SceneBatch, World
+from minidiff.data.scenes import SceneBatch, Things, World
+from minidiff.data.things import cut_out, multiplied
+from minidiff.files.pictures import open_picture
 
 TEST = 1  # folded into the seed: test scenes are other scenes than training's
 PHRASING, OTHER = 2, 3  # seeds of the words
@@ -34,6 +38,7 @@ class ToldScenes(World):
 
     Args:
         told: how many training scenes have captions. ``held``: how many test scenes.
+        things: what to show beside garments; those that ship if None.
     """
 
     def __init__(
@@ -44,10 +49,10 @@ class ToldScenes(World):
         seed: int = 0,
         told: int = 2**17,
         held: int = 512,
+        things: Things | None = None,
     ) -> None:
-        super().__init__(
-            split, folder, device, fold_in(seed, TEST) if split == "test" else seed
-        )
+        own = fold_in(seed, TEST) if split == "test" else seed
+        super().__init__(split, folder, device, own, things=things)
         self.root, self.told, self.held = seed, told, held
         self.first = 2 * told if split == "test" else 0
 
@@ -59,7 +64,8 @@ class ToldScenes(World):
     def describe(self, indices: Tensor) -> tuple[list[str], list[Meaning]]:
         """Captions of the scenes ``indices`` (B,) and what they mean."""
         attributes = self.attributes(indices)
-        return captions(attributes, fold_in(self.seed, PHRASING), indices)
+        seed = fold_in(self.seed, PHRASING)
+        return captions(attributes, seed, indices, called=self.kinds)
 
     def batch(self, indices: Tensor) -> ToldBatch:
         """The scenes with these numbers, each below ``told`` (of a test ``held``)."""
@@ -79,7 +85,8 @@ class ToldScenes(World):
         first, other = [], []
         for part in torch.arange(self.told).split(2**14):
             seed = fold_in(self.root, PHRASING)
-            texts, meanings = captions(self._trained.attributes(part), seed, part)
+            attributes = self._trained.attributes(part)
+            texts, meanings = captions(attributes, seed, part, called=self.kinds)
             numbers = uniform(fold_in(self.root, OTHER), part, RANDOM).tolist()
             pairs = zip(meanings, numbers, strict=True)
             first += texts
@@ -107,3 +114,20 @@ class ToldScenes(World):
 def number(meaning: Meaning) -> int:
     """One number for all captions that mean the same."""
     return zlib.crc32(repr(meaning.canonical()).encode())
+
+
+@functools.lru_cache(maxsize=1)
+def own_things(folder: str) -> Things:
+    """The cut-outs of a folder, called by their captions.
+
+    Pictures with transparency, with captions as ``captioned`` reads them: "a cat" or
+    "cat". Raises FileNotFoundError or ValueError, naming the file or folder.
+    """
+    found = captions_of(Path(folder))
+    pixels = [multiplied(cut_out(open_picture(Path(folder) / name))) for name in found]
+    names = [
+        re.sub(r"^(an?|the) ", "", text.strip().lower()) for text in found.values()
+    ]
+    if empty := [name for name, text in zip(found, names, strict=True) if not text]:
+        raise ValueError(f"{folder}: the caption of {empty[0]} is empty")
+    return Things(tuple(names), torch.stack(pixels))

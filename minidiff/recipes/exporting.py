@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from minidiff.data.language import vocabulary
+from minidiff.data.reader import vocabulary
+from minidiff.data.told import ToldScenes
 from minidiff.engine import loading
 from minidiff.files import layout
 from minidiff.files.layout import ENCODERS, TOKENIZERS
@@ -42,4 +43,8 @@ def export_index(job: Job) -> None:
     layout.save_scheduler(Scheduler(shift=1.0), job.model / "scheduler")
     index = layout.pipeline_index((*loading.PARTS, *TOKENIZERS))
     write_json(job.model / "model_index.json", index)
-    write_words(job.model, vocabulary() if job.world else job.scenes().all_captions())
+    scenes = job.scenes()
+    if isinstance(scenes, ToldScenes):
+        write_words(job.model, [*vocabulary(), *scenes.kinds])
+    else:
+        write_words(job.model, scenes.all_captions())

@@ -7,14 +7,14 @@ from typing import Any, cast
 from minidiff.data import rng
 from minidiff.data.captioned import Pictures
 from minidiff.data.garments import SCENES, Scenes
-from minidiff.data.told import ToldScenes
+from minidiff.data.told import ToldScenes, own_things
 from minidiff.dit import MMDiTConfig
 from minidiff.engine import loading
 from minidiff.files.weights import load_component
 from minidiff.interface.terminal import printable
 from minidiff.learning import parallel
 from minidiff.learning.run import Run
-from minidiff.recipes.recipe import WORLD, Recipe
+from minidiff.recipes.recipe import Recipe
 from minidiff.text_encoders import T5Config
 from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
 from minidiff.training import TrainingConfig
@@ -58,7 +58,7 @@ class Job:
     @property
     def world(self) -> bool:
         """Whether the scenes are those of garments and everyday things."""
-        return self.recipe.scenes == WORLD
+        return self.recipe.world
 
     def tiny(self, config: Any) -> Any:
         """The tiny configuration of this class, as large as the scenes need it."""
@@ -78,8 +78,9 @@ class Job:
         """Scenes, or the pictures of a folder, of one split on this job's device."""
         name, r = self.recipe.scenes, self.recipe
         if self.world:
-            told = max(r.pictures, r.latents, r.captions)
-            return ToldScenes(split, self.data, self.device, self.seed, told, r.held)
+            sizes = max(r.pictures, r.latents, r.captions), r.held
+            things = own_things(r.things) if r.things else None
+            return ToldScenes(split, self.data, self.device, self.seed, *sizes, things)
         if not self.composed:
             return Pictures(split, name, self.device, self.seed, self.crop)
         return SCENES[name](split, self.data, self.device, self.seed, two_garments)

@@ -50,6 +50,16 @@ class Recipe:
     shift: float = 1.0  # moves noise levels towards 1
     scenes: str = "composed"  # or "plain" (garments as they are), "world", a folder
 
+    @property
+    def world(self) -> bool:
+        """Whether scenes are those of garments and things."""
+        return self.scenes.partition(":")[0] == WORLD
+
+    @property
+    def things(self) -> str:
+        """The folder of own cut-outs, in "world:FOLDER"; "" for those that ship."""
+        return self.scenes.partition(":")[2] if self.world else ""
+
 
 LEARNED = tuple(f.name for f in fields(Recipe) if f.type is TrainingConfig)
 WORLD = "world"  # scenes of garments and everyday things, told in free sentences

@@ -16,7 +16,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minidiff.data.fashion_mnist import fashion_mnist
-from minidiff.data.scenes import shipped
+from minidiff.data.told import ToldScenes
 from minidiff.files.layout import ENCODERS, TOKENIZERS
 from minidiff.files.writing import write_text
 from minidiff.learning import parallel
@@ -129,9 +129,11 @@ def samples(job: Job) -> dict[str, object]:
     values = {f.name: getattr(job.recipe, f.name) for f in fields(Recipe)}
     values = {k: v for k, v in values.items() if k not in passing}
     if job.composed or job.world:
-        things = (shipped().layers,) if job.world else ()
+        scenes = job.scenes()
+        things = (scenes.things.layers,) if isinstance(scenes, ToldScenes) else ()
         data = fingerprint(*fashion_mnist("train", job.data), *things)
-        return values | {"data": data}
+        kind = WORLD if job.world else job.recipe.scenes  # wherever own things are
+        return values | {"scenes": kind, "data": data}
     content = job.scenes().content
     return values | {"scenes": "pictures", "data": fingerprint(*content)}
 

@@ -103,8 +103,8 @@ def chosen_recipe(o: TrainOptions) -> Recipe:
     recipe = find_recipe(o.recipe or ("gpu" if cuda else "shipped"), cuda)
     scenes = {"scenes": o.scenes or recipe.scenes}
     recipe = changed(recipe, scenes, "the command line")
-    known = (*SCENES, WORLD)
-    if recipe.scenes not in known and not Path(recipe.scenes).is_dir():
+    known, folder = (*SCENES, WORLD), recipe.things or recipe.scenes
+    if recipe.scenes not in known and not Path(folder).is_dir():
         raise ValueError(
             f"scenes is {recipe.scenes!r}; expected {', '.join(known)}, or a folder of "
             "pictures"
@@ -120,7 +120,7 @@ def chosen_recipe(o: TrainOptions) -> Recipe:
 
 def limited(recipe: Recipe, o: TrainOptions) -> Recipe:
     """The recipe with no more samples than there are; the data must be there."""
-    if recipe.scenes in (*SCENES, WORLD):
+    if recipe.scenes in SCENES or recipe.world:
         for split in ("train", "test"):
             fashion_mnist(split, o.data)
         return recipe
