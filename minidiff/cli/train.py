@@ -50,9 +50,9 @@ def train(
         str | None,
         option(
             WHAT,
-            "composed, world (garments and things), plain (grey garments, "
-            "captioned by class), or a folder of "
-            "pictures with captions.",
+            "composed, world (garments and things; world:FOLDER with your cut-outs), "
+            "plain (grey garments, captioned by class), or a folder of pictures with "
+            "captions.",
             metavar="NAME",
             usual="composed",
         ),
