@@ -9,6 +9,7 @@ import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from minidiff.data import scenes
 from minidiff.data.fashion_mnist import CLASSES, fashion_mnist
 from minidiff.data.rng import uniform
 from minidiff.files.pictures import from_bytes, save_sheet, to_tensor
@@ -25,19 +27,10 @@ from minidiff.files.writing import write_text
 SAMPLES = Path(__file__).parent.parent / "pretrained" / "scenes"
 IMAGE_SIZE = 64
 
-COLORS = {
-    "red": (215, 35, 40),
-    "green": (40, 160, 60),
-    "blue": (45, 85, 220),
-    "yellow": (245, 215, 50),
-    "purple": (130, 50, 170),
-    "white": (245, 245, 245),
-    "orange": (245, 130, 30),
-    "pink": (250, 150, 190),
-}
+COLORS = dict(islice(scenes.COLORS.items(), 8))
 # The first six colours serve as backgrounds too, under the same numbers.
-BACKGROUNDS = dict(list(COLORS.items())[:6])
-BACKGROUNDS |= {"gray": (128, 128, 128), "black": (18, 18, 18)}
+BACKGROUNDS = dict(islice(COLORS.items(), 6))
+BACKGROUNDS |= {name: scenes.COLORS[name] for name in ("gray", "black")}
 # Pairs that training never shows, to measure composition.
 HELD_OUT = (
     ("blue", "t-shirt"),
