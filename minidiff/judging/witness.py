@@ -33,8 +33,8 @@ EVERYTHING = ("things", "colors", "places", "ground")
 class WitnessConfig:
     """Widths and residual blocks at 32, 16 and 8 pixels; features of a cell."""
 
-    widths: tuple[int, ...] = (32, 64, 128)
-    blocks: tuple[int, ...] = (1, 2, 3)
+    widths: tuple[int, ...] = (24, 48, 96)
+    blocks: tuple[int, ...] = (1, 2, 2)
     features: int = 128
 
 
@@ -82,7 +82,7 @@ class Witness(nn.Module):
                 blocks += [Residual(width, new, 2 if level and i == 0 else 1)]
                 width = new
         self.blocks = nn.Sequential(*blocks)
-        self.around = nn.Conv2d(width, config.features, 5, 1, 2)
+        self.around = nn.Conv2d(width, config.features, 3, 1, 1)
         self.presence = nn.Linear(2 * config.features, 1)
         self.kind = nn.Linear(2 * config.features, len(KINDS))
         self.color = nn.Linear(2 * config.features, len(COLORS))

@@ -187,7 +187,7 @@ RECIPES = {
             compile=True,
         ),
         judge=TrainingConfig(
-            10_000,
+            7000,
             128,
             3e-3,
             200,
@@ -210,10 +210,10 @@ RECIPES = {
             bfloat16=True,
             compile=True,
         ),
-        pictures=2**15,
+        pictures=2**16,
         latents=2**17,
         captions=40_000,
-        shift=1.5,
+        shift=2.0,
         scenes=WORLD,
     ),
 }
