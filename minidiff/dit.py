@@ -608,9 +608,8 @@ class MMDiT(nn.Module):
         self.t_embedder = Embedder(256, width)
         self.y_embedder = Embedder(config.pooled_projection_dim, width)
         self.context_embedder = nn.Linear(config.joint_attention_dim, width)
-        base = config.sample_size // config.patch_size
-        table = position_table(config.pos_embed_max_size, width, base)
-        self.register_buffer("pos_embed", table)
+        places = config.pos_embed_max_size**2
+        self.register_buffer("pos_embed", torch.empty(1, places, width))
         self.joint_blocks = nn.ModuleList(
             JointBlock(
                 config, pre_only=i == last, dual=i in config.dual_attention_layers
@@ -618,10 +617,14 @@ class MMDiT(nn.Module):
             for i in range(config.num_layers)
         )
         self.final_layer = FinalLayer(config)
-        self.initialize()
+        if not self.pos_embed.is_meta:  # there a tensor has a shape and nothing to fill
+            self.initialize()
 
     def initialize(self) -> None:
-        """Initial weights as in DiT (Peebles & Xie 2023): every block an identity."""
+        """Initial weights as in DiT (Peebles & Xie 2023): every block an identity.
+
+        The position table is the formula's.
+        """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 if "adaLN_modulation" in name or name == "final_layer.linear":
@@ -631,6 +634,9 @@ class MMDiT(nn.Module):
                 nn.init.zeros_(module.bias)
         for layer in (0, 2):
             nn.init.normal_(self.t_embedder.mlp[layer].weight, std=0.02)
+        base = self.config.sample_size // self.config.patch_size
+        size = self.config.pos_embed_max_size
+        self.pos_embed.copy_(position_table(size, self.config.width, base))
 
     def positions(self, height: int, width: int) -> Tensor:
         """The middle of the position table, (1, height·width, D), sizes in patches."""

@@ -30,7 +30,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def without_kernels(monkeypatch):
-    monkeypatch.setattr("minidiff.engine.kernels.triton", None)
+    monkeypatch.setattr("minidiff.engine.kernels.TRITON", False)
 
 
 def load(device, dtype=torch.float32, **settings):

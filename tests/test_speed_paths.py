@@ -405,6 +405,21 @@ def test_a_copy_of_a_compiled_model_has_weights_of_its_own(compiles):
 
 # The Triton kernels, interpreted and as machine code
 
+LEAN = """
+import sys
+import minidiff
+pipe = minidiff.load("tiny", fast=True)
+pipe("a bag", num_inference_steps=1)
+print([name for name in ("triton", "torch._dynamo", "sympy") if name in sys.modules])
+"""
+
+
+def test_a_drawing_imports_neither_triton_nor_the_compiler():
+    """They cost seconds, and serve a card or ``compile`` alone."""
+    command = [sys.executable, "-c", LEAN]
+    assert subprocess.check_output(command, text=True).strip() == "[]"
+
+
 needs_triton = pytest.mark.skipif(
     not importlib.util.find_spec("triton"), reason="no Triton here"
 )

@@ -3,28 +3,26 @@
 A matrix product reads and writes far fewer bytes than it computes operations; the
 steps between two products do the opposite, and each separate one costs a pass through
 memory. Here a residual, a gate, a norm and a modulation are one pass. Sums are taken in
-float32 whatever the tensors' dtype. Without Triton, or on a CPU, the plain form runs.
+float32 whatever the tensors' dtype. Without Triton, or on a CPU, the plain form runs;
+``minidiff.engine.triton_kernels`` has the others and is imported where a card is.
 
 Tokens are rows (R, D) with the samples of the batch next to one another: row r belongs
 to sample r mod B. So the tokens of a stream, and the streams of a block, are slices.
 """
 
+import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-try:
-    import triton
-    from triton import language as tl
-except ImportError:  # PyTorch for the CPU comes without it
-    triton = None
-
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
-INTERPRET = triton is not None and triton.knobs.runtime.interpret
+TRITON = find_spec("triton") is not None  # PyTorch for the CPU comes without it
+INTERPRET = TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Rows(NamedTuple):
@@ -36,10 +34,10 @@ class Rows(NamedTuple):
 
 def has_kernels(x: Tensor) -> bool:
     """Whether the Triton kernels can run on ``x``."""
-    return triton is not None and (x.is_cuda or INTERPRET)
+    return TRITON and (x.is_cuda or INTERPRET)
 
 
-# Fused passes, in plain PyTorch
+# In plain PyTorch
 
 
 def quantize(x: Tensor) -> Rows:
@@ -95,139 +93,6 @@ def plain_group_norm_silu(
     return sums, normed.to(x.dtype)
 
 
-# The same in Triton
-
-if triton is not None:
-
-    @triton.jit
-    def _store_row(out, out_scale, row, h, cols, mask, width, FP8: tl.constexpr):
-        if FP8:
-            scale = tl.maximum(tl.max(tl.where(mask, tl.abs(h), 0.0)), 1e-12) / 448.0
-            h = h / scale
-            tl.store(out_scale + row, scale)
-        tl.store(out + row * width + cols, h.to(out.dtype.element_ty), mask=mask)
-
-    @triton.jit
-    def _residual_norm(
-        x, y0, g0, y1, g1, t0, s0, h0, q0, t1, s1, h1, q1,
-        batch, width, gate_stride0, gate_stride1, stride, eps,
-        UPDATES: tl.constexpr, OUTPUTS: tl.constexpr, FP8: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        row = tl.program_id(0).to(tl.int64)
-        sample = row % batch
-        cols = tl.arange(0, BLOCK)
-        mask = cols < width
-        at = row * width + cols
-        v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-        if UPDATES > 0:
-            gate = tl.load(g0 + sample * gate_stride0 + cols, mask=mask, other=0.0)
-            y = tl.load(y0 + at, mask=mask, other=0.0)
-            v += gate.to(tl.float32) * y.to(tl.float32)
-        if UPDATES > 1:
-            gate = tl.load(g1 + sample * gate_stride1 + cols, mask=mask, other=0.0)
-            y = tl.load(y1 + at, mask=mask, other=0.0)
-            v += gate.to(tl.float32) * y.to(tl.float32)
-        if UPDATES > 0:
-            tl.store(x + at, v.to(x.dtype.element_ty), mask=mask)
-        mean = tl.sum(v, 0) / width
-        centred = tl.where(mask, v - mean, 0.0)
-        normed = centred * tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
-        at = sample * stride + cols
-        shift = tl.load(t0 + at, mask=mask, other=0.0).to(tl.float32)
-        scale = tl.load(s0 + at, mask=mask, other=0.0).to(tl.float32)
-        h = normed * (1.0 + scale) + shift
-        _store_row(h0, q0, row, h, cols, mask, width, FP8)
-        if OUTPUTS > 1:
-            shift = tl.load(t1 + at, mask=mask, other=0.0).to(tl.float32)
-            scale = tl.load(s1 + at, mask=mask, other=0.0).to(tl.float32)
-            h = normed * (1.0 + scale) + shift
-            _store_row(h1, q1, row, h, cols, mask, width, FP8)
-
-    @triton.jit
-    def _norm_heads(
-        qkv, weight, boundary, row_stride, heads, eps,
-        WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        row = tl.program_id(0).to(tl.int64)
-        head = tl.arange(0, BLOCK)[:, None]  # queries' heads, then keys'
-        channel = tl.arange(0, COLUMNS)[None, :]
-        inside = channel < WIDTH
-        mask = (head < 2 * heads) & inside
-        at = qkv + row * row_stride + head * WIDTH + channel
-        v = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        power = tl.sum(v * v, 1)[:, None] / WIDTH
-        stream = (row >= boundary).to(tl.int32)
-        kind = (head >= heads).to(tl.int32)
-        w = tl.load(weight + (2 * stream + kind) * WIDTH + channel, mask=inside)
-        v = v * tl.rsqrt(power + eps) * w.to(tl.float32)
-        tl.store(at, v.to(qkv.dtype.element_ty), mask=mask)
-
-    @triton.jit
-    def _quantize(
-        x, out, out_scale, row_stride, width, GELU: tl.constexpr, BLOCK: tl.constexpr
-    ):
-        row = tl.program_id(0).to(tl.int64)
-        cols = tl.arange(0, BLOCK)
-        mask = cols < width
-        h = tl.load(x + row * row_stride + cols, mask=mask, other=0.0).to(tl.float32)
-        if GELU:  # the tanh form; tanh(u) = 2·sigmoid(2u) − 1
-            u = 0.7978845608028654 * (h + 0.044715 * h * h * h)
-            h = h * tl.sigmoid(2.0 * u)
-        _store_row(out, out_scale, row, h, cols, mask, width, True)
-
-    @triton.jit
-    def _group_sums(
-        x, residual, bias, out, partial, pixels, channels,
-        RESIDUAL: tl.constexpr, BIAS: tl.constexpr, WRITE: tl.constexpr,
-        STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        chunk, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
-        cols = tl.arange(0, BLOCK)[None, :]
-        inside = cols < channels
-        total = tl.zeros((ROWS, BLOCK), tl.float32)
-        square = tl.zeros((ROWS, BLOCK), tl.float32)
-        if BIAS:
-            b = tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32)
-        for step in range(STEPS):
-            pixel = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)[:, None]
-            mask = inside & (pixel < pixels)
-            at = (sample * pixels + pixel) * channels + cols
-            v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-            if BIAS:
-                v += b
-            if RESIDUAL:
-                v += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-            if WRITE:
-                tl.store(out + at, v.to(out.dtype.element_ty), mask=mask)
-            v = tl.where(mask, v, 0.0)
-            total += v
-            square += v * v
-        at = (sample * tl.num_programs(0) + chunk) * 2 * channels + cols
-        row_total = tl.sum(total, 0)[None, :]
-        row_square = tl.sum(square, 0)[None, :]
-        tl.store(partial + at, row_total, mask=inside)
-        tl.store(partial + at + channels, row_square, mask=inside)
-
-    @triton.jit
-    def _scale_shift_silu(
-        x, out, scale, shift, pixels, channels,
-        SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        chunk, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
-        cols = tl.arange(0, BLOCK)[None, :]
-        inside = cols < channels
-        a = tl.load(scale + sample * channels + cols, mask=inside, other=0.0)
-        b = tl.load(shift + sample * channels + cols, mask=inside, other=0.0)
-        pixel = chunk * ROWS + tl.arange(0, ROWS)[:, None]
-        mask = inside & (pixel < pixels)
-        at = (sample * pixels + pixel) * channels + cols
-        v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * a + b
-        if SILU:
-            v = v * tl.sigmoid(v)
-        tl.store(out + at, v.to(out.dtype.element_ty), mask=mask)
-
-
 # What the fast models call
 
 
@@ -239,35 +104,15 @@ def residual_norm(
 ) -> list[Rows]:
     """Add gated updates to ``x`` in place; return its norm under each modulation.
 
-    x (R, D); up to two updates (R, D) with gates (B, D); one or two modulations
+    x (R, D); updates (R, D) with gates (B, D); one or two modulations
     (shift, scale), each (B, D), slices of one tensor. x ← x + Σ gate · update, then
     LN(x) · (1 + scale) + shift for each; in fp8 with a scale for each row.
     """
-    if not has_kernels(x):
-        return plain_residual_norm(x, updates, modulations, fp8)
-    rows, width = x.shape
-    dtype = FLOAT8 if fp8 else x.dtype
-    outputs = [
-        Rows(
-            torch.empty(rows, width, dtype=dtype, device=x.device),
-            torch.empty(rows, 1, device=x.device) if fp8 else None,
-        )
-        for _ in modulations
-    ]
-    pairs = [*updates, (x, x), (x, x)][:2]
-    slots = [
-        (*modulation, out.values, x if out.scale is None else out.scale)
-        for modulation, out in zip(modulations, outputs, strict=True)
-    ]
-    _residual_norm[(rows,)](
-        x, *pairs[0], *pairs[1], *slots[0], *slots[-1],
-        len(modulations[0][0]), width, pairs[0][1].stride(0), pairs[1][1].stride(0),
-        modulations[0][0].stride(0), 1e-6,
-        UPDATES=len(updates), OUTPUTS=len(modulations), FP8=fp8,
-        BLOCK=triton.next_power_of_2(width),
-        num_warps=8,
-    )  # fmt: skip
-    return outputs
+    if has_kernels(x):
+        from minidiff.engine import triton_kernels
+
+        return triton_kernels.residual_norm(x, updates, modulations, fp8)
+    return plain_residual_norm(x, updates, modulations, fp8)
 
 
 def norm_heads(qkv: Tensor, weight: Tensor, heads: int, boundary: int = 0) -> None:
@@ -276,30 +121,20 @@ def norm_heads(qkv: Tensor, weight: Tensor, heads: int, boundary: int = 0) -> No
     ``weight`` (2, 2, d): [text, image] × [query, key]; rows before ``boundary`` are
     text.
     """
-    if not has_kernels(qkv):
-        return plain_norm_heads(qkv, weight, heads, boundary)
-    width = weight.shape[-1]
-    _norm_heads[(len(qkv),)](
-        qkv, weight, boundary, qkv.stride(0), heads, 1e-6,
-        WIDTH=width, COLUMNS=triton.next_power_of_2(width),
-        BLOCK=triton.next_power_of_2(2 * heads), num_warps=4,
-    )  # fmt: skip
+    if has_kernels(qkv):
+        from minidiff.engine import triton_kernels
+
+        return triton_kernels.norm_heads(qkv, weight, heads, boundary)
+    return plain_norm_heads(qkv, weight, heads, boundary)
 
 
 def quantize_rows(x: Tensor, gelu: bool = False) -> Rows:
     """Rows (R, D) to fp8, one scale a row, after tanh-GELU where asked for."""
-    if not has_kernels(x):
-        return quantize(F.gelu(x.float(), approximate="tanh") if gelu else x)
-    rows, width = x.shape
-    out = Rows(
-        torch.empty(rows, width, dtype=FLOAT8, device=x.device),
-        torch.empty(rows, 1, device=x.device),
-    )
-    _quantize[(rows,)](
-        x, *out, x.stride(0), width, GELU=gelu, BLOCK=triton.next_power_of_2(width),
-        num_warps=16 if width > 4096 else 8,
-    )  # fmt: skip
-    return out
+    if has_kernels(x):
+        from minidiff.engine import triton_kernels
+
+        return triton_kernels.quantize_rows(x, gelu)
+    return quantize(F.gelu(x.float(), approximate="tanh") if gelu else x)
 
 
 def group_norm_silu(
@@ -317,39 +152,10 @@ def group_norm_silu(
     x and residual (B, C, H, W) in channels-last memory, ``add`` (C,): a convolution's
     bias that has not been added yet. The sum is written over ``x``.
     """
-    if not has_kernels(x):
-        return plain_group_norm_silu(x, groups, weight, bias, add, residual, silu)
-    last = torch.channels_last  # nothing is copied where it is so already
-    x = x.contiguous(memory_format=last)
-    residual = residual if residual is None else residual.contiguous(memory_format=last)
-    batch, channels, height, width = x.shape
-    pixels = height * width
-    block = triton.next_power_of_2(channels)
-    rows = max(1, 4096 // block)
-    steps = 16  # tiles a program
-    chunks = -(-pixels // (rows * steps))
-    partial = torch.empty(batch, chunks, 2, channels, device=x.device)
-    write = residual is not None or (keep and add is not None)
-    _group_sums[(chunks, batch)](
-        x, x if residual is None else residual, x if add is None else add, x, partial,
-        pixels, channels,
-        RESIDUAL=residual is not None, BIAS=add is not None, WRITE=write,
-        STEPS=steps, ROWS=rows, BLOCK=block, num_warps=8,
-    )  # fmt: skip
-    count = pixels * (channels // groups)
-    total, square = (
-        partial.sum(1).unflatten(-1, (groups, -1)).sum(-1).unbind(1)
-    )  # (B, G)
-    mean = (total / count)[..., None]
-    variance = ((square / count)[..., None] - mean * mean).clamp(min=0)
-    rstd = (variance + 1e-6).rsqrt()
-    scale = (rstd * weight.float().view(groups, -1)).flatten(1)  # → (B, C)
-    shift = bias.float() - (mean * scale.unflatten(1, (groups, -1))).flatten(1)
-    if add is not None and not write:
-        shift = shift + scale * add.float()
-    out = torch.empty_like(x)
-    _scale_shift_silu[(-(-pixels // rows), batch)](
-        x, out, scale, shift, pixels, channels,
-        SILU=silu, ROWS=rows, BLOCK=block, num_warps=8,
-    )  # fmt: skip
-    return x, out
+    if has_kernels(x):
+        from minidiff.engine import triton_kernels
+
+        return triton_kernels.group_norm_silu(
+            x, groups, weight, bias, add, residual, keep, silu
+        )
+    return plain_group_norm_silu(x, groups, weight, bias, add, residual, silu)

@@ -17,6 +17,7 @@ from minidiff.files.weights import (
     Prepared,
     count_parameters,
     load_component,
+    on_meta,
     open_tensors,
     prepare_component,
 )
@@ -242,7 +243,7 @@ def blueprint(model: Path | str = "tiny") -> dict[str, nn.Module]:
     """
     known = published.named(model)
     if known and is_published(model):
-        with torch.device("meta"):
+        with on_meta():
             return {
                 name: model_class(getattr(config_class, known.sizes[name])())
                 for name, (model_class, config_class) in PARTS.items()

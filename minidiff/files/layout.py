@@ -89,7 +89,7 @@ def save_folder(
 
 def check_whole(name: str, model: nn.Module) -> None:
     """Raise ValueError for weights in 8 bits, in their file, or beside their layer."""
-    with torch.device("meta"):
+    with weights.on_meta():
         own = type(model)(model.config).state_dict().keys()
     if odd := sorted(own ^ model.state_dict().keys()):
         raise ValueError(

@@ -12,8 +12,6 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from minidiff.files import weights
 from minidiff.files.configurations import make_config
 from minidiff.files.names import Source
@@ -170,7 +168,7 @@ def prepare_part(
     source = f"{file.path} is no {part}"
     try:
         known = sizes(under(shapes, prefix))
-        with torch.device("meta"):
+        with weights.on_meta():
             model = model_class(make_config(config_class, known, "its shapes"))
     except KeyError as missing:
         raise ValueError(f"{source}: it lacks {prefix}{missing.args[0]}") from None

@@ -1,6 +1,7 @@
 """A component's weights on disk, in the hub's folders: read, checked and written."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from minidiff.files.configurations import (
     Config,
@@ -317,13 +319,35 @@ def assemble(
     return tensor.reshape(shape)
 
 
+class _Unfilled(TorchFunctionMode):
+    """Leaves tensors as they are where ``torch.nn.init`` would fill them."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """What is built within has shapes and no weights, and nothing is initialised.
+
+    The meta device's ``normal_`` does nothing, but imports torch's compiler first.
+    """
+    with torch.device("meta"), _Unfilled():
+        yield
+
+
 def _build(
     model_class: type[Model], config_class: type[Config], folder: Path | str
 ) -> Model:
     """The model of a component's folder on the meta device, without weights."""
     config = read_config(config_class, folder)
     try:
-        with torch.device("meta"):
+        with on_meta():
             return model_class(config)
     except (ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{config_file(folder)}: {error}") from None
