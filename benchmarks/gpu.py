@@ -45,10 +45,10 @@ from transformers import T5EncoderModel
 
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.engine.fast import (
+    CompiledMMDiT,
     FastDecoder,
     FastMMDiT,
     attention_backend,
-    compile_blocks,
     has_fp8_products,
     pixel_attention,
 )
@@ -428,7 +428,7 @@ def step(bench: Bench, name: str) -> None:
             with attention_backend(backend):
                 run(f"plain, ahead, {backend}", lambda: ours(*given, modulations=ahead))
                 run(f"diffusers, {backend}", diffusers_step)
-            fast = FastMMDiT(ours, attention=backend)
+            fast = FastMMDiT.of(ours, attention=backend)
             run(f"fast, {backend}", lambda f=fast: f(*given, modulations=ahead))
         profile(bench, f"{name} fast cudnn", lambda: fast(*given, modulations=ahead))
         if bench.compile and bench.left() > 50:
@@ -436,7 +436,7 @@ def step(bench: Bench, name: str) -> None:
                 block.compile()
             run("diffusers compiled", diffusers_step, "each block")
             profile(bench, f"{name} diffusers compiled", diffusers_step)
-            compile_blocks(ours)
+            ours = CompiledMMDiT.of(ours)
             with attention_backend("cudnn"):
                 run("plain compiled, cudnn", lambda: ours(*given, modulations=ahead))
             run("fast, again", lambda: fast(*given, modulations=ahead))
@@ -455,10 +455,10 @@ def step(bench: Bench, name: str) -> None:
             block._compiled_call_impl = None
         to_float8(ours)
         free()
-        fast = FastMMDiT(ours, attention="cudnn")
+        fast = FastMMDiT.of(ours, attention="cudnn")
         run("fast, fp8 weights", lambda: fast(*given, modulations=ahead))
         if bench.float8:
-            fast = FastMMDiT(ours, fp8=True, attention="cudnn")
+            fast = FastMMDiT.of(ours, fp8=True, attention="cudnn")
             run("fast, fp8 products", lambda: fast(*given, modulations=ahead))
             profile(bench, f"{name} fast fp8", lambda: fast(*given, modulations=ahead))
 
@@ -526,7 +526,7 @@ def decode(bench: Bench, models: list[str]) -> None:
         theirs.to(memory_format=torch.channels_last)
         run("diffusers, channels last", diffusers_decode)
         for fold in (False, True):
-            fast = FastDecoder(ours.decoder, fold)
+            fast = FastDecoder.of(ours.decoder, fold)
             run(f"fast, fold={fold}", lambda f=fast: f(latents))
         profile(bench, "decode fast", lambda: fast(latents))
         with torch.backends.cudnn.flags(True, benchmark=True, allow_tf32=False):
@@ -691,7 +691,7 @@ def memory(bench: Bench, name: str) -> None:
         )
         model.requires_grad_(False)
         if fp8 is not None:
-            model.forward = FastMMDiT(model, fp8)
+            model = FastMMDiT.of(model, fp8)
         pipe = pipeline(bench, model, vae)
         steps = 2 if bench.tiny else 28
         seconds = []
@@ -901,13 +901,13 @@ def whole(bench: Bench, name: str) -> None:
     with torch.no_grad():
         ahead = ours.modulations(sigma, pooled)
         given = latents, None, context, None
-        fast = FastMMDiT(ours)
+        fast = FastMMDiT.of(ours)
         compare("diffusers", diffusers_step)
         compare("fast", lambda: fast(*given, modulations=ahead))
         if bench.compile:
             theirs.compile()
             compare(COMPILED, diffusers_step, need=150)
-            compile_blocks(ours)
+            ours = CompiledMMDiT.of(ours)
             with attention_backend("cudnn"):
                 compiled = lambda: ours(*given, modulations=ahead)  # noqa: E731
                 compare("compiled, each block", compiled, need=60)
@@ -982,7 +982,7 @@ def main() -> None:
         options.folder,
         not options.no_compile,
     )
-    torch._dynamo.config.recompile_limit = 64  # for both, as ``compile_blocks`` does
+    torch._dynamo.config.recompile_limit = 64  # for both, as ``CompiledMMDiT`` does
     for rest in bench.folder.rglob(".*.part"):  # of a write that was killed
         rest.unlink()
     for name in waiting(options.output, chosen(options.stages, options.models)):

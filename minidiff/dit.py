@@ -32,7 +32,7 @@ After it you will be able to
 
 # %%
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -422,6 +422,28 @@ class MLP(nn.Module):
 #   reads it afterwards. There it has no gate, no projection, no MLP.
 # - **9 chunks.** In blocks 0 to 12 of Medium (*MMDiT-X*) the patches also attend to
 #   patches alone, in a second attention with its own shift, scale and gate.
+#
+# The order of the chunks is fixed by the weights. It is written down once, as names.
+
+# %%
+NONE = torch.empty(0)
+
+
+class Chunks(NamedTuple):
+    """A stream's modulation in parts, (…, D) each; those it does not have are empty.
+
+    First those of attention, then the MLP's, then those of dual attention.
+    """
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor = NONE
+    shift_mlp: Tensor = NONE
+    scale_mlp: Tensor = NONE
+    gate_mlp: Tensor = NONE
+    shift_dual: Tensor = NONE
+    scale_dual: Tensor = NONE
+    gate_dual: Tensor = NONE
 
 
 # %%
@@ -449,26 +471,30 @@ class StreamBlock(nn.Module):
             self.mlp = MLP(width)
         self.adaLN_modulation = adaln(width, self.chunks)
 
+    def split(self, modulation: Tensor) -> Chunks:
+        """The parts of a modulation (…, chunks·D) by name, (…, D) each."""
+        return Chunks(*modulation.chunk(self.chunks, dim=-1))
+
     def before(self, x: Tensor, modulation: Tensor) -> tuple[Heads, Tensor]:
         """Tokens (B, L, D) → heads for joint attention, and the tokens.
 
         Dual attention has already been added to the tokens: it reads the same
         normalised input as joint attention does.
         """
-        parts = modulation.unsqueeze(1).chunk(self.chunks, dim=-1)  # (B, 1, D) each
+        m = self.split(modulation.unsqueeze(1))  # (B, 1, D) each
         normed = self.norm1(x)
-        heads = self.attn.heads(modulate(normed, parts[0], parts[1]))
+        heads = self.attn.heads(modulate(normed, m.shift, m.scale))
         if self.chunks == 9:
-            shift, scale, gate = parts[6:]
-            x = gated(x, gate, self.attn2(modulate(normed, shift, scale)))
+            read = self.attn2(modulate(normed, m.shift_dual, m.scale_dual))
+            x = gated(x, m.gate_dual, read)
         return heads, x
 
     def after(self, x: Tensor, read: Tensor, modulation: Tensor) -> Tensor:
         """Add to the tokens what attention has read, then the MLP's answer."""
-        parts = modulation.unsqueeze(1).chunk(self.chunks, dim=-1)  # (B, 1, D) each
-        gate_msa, shift, scale, gate_mlp = parts[2:6]
-        x = gated(x, gate_msa, self.attn.proj(read))
-        return gated(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift, scale)))
+        m = self.split(modulation.unsqueeze(1))  # (B, 1, D) each
+        x = gated(x, m.gate, self.attn.proj(read))
+        normed = modulate(self.norm2(x), m.shift_mlp, m.scale_mlp)
+        return gated(x, m.gate_mlp, self.mlp(normed))
 
 
 # %% [markdown]
@@ -580,6 +606,15 @@ class Modulations(NamedTuple):
 # What is left to add is one linear map for the context, from the width of the text
 # encoders' output (192 in Tiny, 4096 in SD3.5) to $D$. Then: embed, walk through the
 # blocks, and write the tokens back as a latent.
+#
+# Behind every block but the last there is a place for something from outside: a
+# *control*, one vector $u$ for each patch, that is added to the image stream,
+#
+# $$x \leftarrow x + u_{\lfloor i \cdot K / N_b \rfloor} \quad \text{behind block } i,$$
+#
+# with $K$ controls for $N_b$ blocks, so that few of them serve for many blocks. A
+# second network can thus say where a line or an edge should be, without a weight of
+# this one changing. Such a network, a ControlNet, is the subject of chapter 11.
 
 
 # %%
@@ -670,21 +705,41 @@ class MMDiT(nn.Module):
         *,
         skip_layers: Collection[int] = (),
         modulations: Modulations | None = None,
+        controls: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Velocity (B, C, h, w); given ``modulations``, ``sigma`` and ``pooled`` are
-        not read. Blocks in ``skip_layers`` are left out. Raises ValueError for sizes
-        that the configuration cannot take."""
+        not read. Blocks in ``skip_layers`` are left out. ``controls`` (B, N, D), at
+        most one a block, are added behind the blocks. Raises ValueError for sizes that
+        the configuration cannot take."""
         height, width = self.check(latents, context, pooled)
+        self.check_controls(controls or (), (len(latents), height * width))
         if modulations is None:
             modulations = self.modulations(sigma, pooled)
         x = self.x_embedder(latents)  # (B, C, h, w) → (B, N, D)
         x = (x + self.positions(height, width)).to(x.dtype)
         context = self.context_embedder(context)  # (B, L, joint) → (B, L, D)
-        for i, block in enumerate(self.joint_blocks):
+        blocks, final_layer = self.layers()
+        for i, block in enumerate(blocks):
             if i not in skip_layers:
                 context, x = block(context, x, modulations.blocks[i])
-        x = self.final_layer(x, modulations.final)  # (B, N, D) → (B, N, p·p·C)
+            if controls and i < len(blocks) - 1:
+                x = x + controls[int(i / (len(blocks) / len(controls)))]
+        x = final_layer(x, modulations.final)  # (B, N, D) → (B, N, p·p·C)
         return unpatchify(x, height, width, self.config.patch_size)
+
+    def layers(self) -> tuple[Sequence[Callable], Callable]:
+        """The blocks and the last layer, as ``forward`` calls them one by one."""
+        return list(self.joint_blocks), self.final_layer
+
+    def check_controls(
+        self, controls: Sequence[Tensor], tokens: tuple[int, int]
+    ) -> None:
+        """Raise ValueError for controls that are too many, or not (B, N, D)."""
+        if len(controls) > len(self.joint_blocks):
+            found, blocks = len(controls), len(self.joint_blocks)
+            raise ValueError(f"controls are {found}: expected at most {blocks}")
+        for i, control in enumerate(controls):
+            expect(f"controls[{i}]", control, (*tokens, self.config.width))
 
     def check(
         self, latents: Tensor, context: Tensor, pooled: Tensor | None

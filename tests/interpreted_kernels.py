@@ -22,7 +22,7 @@ def check_transformer():
     for width in (TRANSFORMER.attention_head_dim, 12):  # no power of two
         model = transformer(replace(TRANSFORMER, attention_head_dim=width))
         given = inputs(TRANSFORMER)
-        assert relative_error(FastMMDiT(model)(*given), model(*given)) < 1e-5
+        assert relative_error(FastMMDiT.of(model)(*given), model(*given)) < 1e-5
 
 
 def check_decoder():
@@ -30,10 +30,10 @@ def check_decoder():
     for size in ((2, 3), (12, 12)):  # one chunk of a group norm's pixels, and several
         latents = torch.randn(2, 16, *size)
         exact = vae.decoder(latents)
-        assert relative_error(FastDecoder(vae.decoder)(latents), exact) < 1e-5
+        assert relative_error(FastDecoder.of(vae.decoder)(latents), exact) < 1e-5
     vae, latents = vae.half(), latents.half()
     plain = relative_error(vae.decoder(latents), exact)
-    assert relative_error(FastDecoder(vae.decoder)(latents), exact) < 1.1 * plain
+    assert relative_error(FastDecoder.of(vae.decoder)(latents), exact) < 1.1 * plain
 
 
 def check_float8():

@@ -1,6 +1,8 @@
 """Chapter 5: the transformer against diffusers', its sizes, and its modulations."""
 
+import inspect
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -71,25 +73,34 @@ def inputs(config: MMDiTConfig, size: tuple[int, int] = (8, 8), batch: int = 2) 
     }
 
 
-def theirs_on(model: SD3Transformer2DModel, given: dict, skip=None) -> Tensor:
+def theirs_on(
+    model: SD3Transformer2DModel, given: dict, skip=None, controls=None
+) -> Tensor:
     return model(
         given["latents"],
         given["context"],
         given["pooled"],
         1000 * given["sigma"],
         skip_layers=skip,
+        block_controlnet_hidden_states=controls,
         return_dict=False,
     )[0]
 
 
 @torch.no_grad()
 def parity(
-    config: MMDiTConfig, size: tuple[int, int] = (8, 8), skip: list[int] | None = None
+    config: MMDiTConfig,
+    size: tuple[int, int] = (8, 8),
+    skip: list[int] | None = None,
+    controls: int = 0,
 ) -> float:
     ours, theirs = pair(config)
     given = inputs(config, size)
-    expected = theirs_on(theirs, given, skip)
-    return relative_error(ours(**given, skip_layers=skip or ()), expected)
+    tokens = size[0] * size[1] // config.patch_size**2
+    extra = [torch.randn(2, tokens, config.width) for _ in range(controls)] or None
+    expected = theirs_on(theirs, given, skip, extra)
+    found = ours(**given, skip_layers=skip or (), controls=extra)
+    return relative_error(found, expected)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -101,6 +112,59 @@ def test_agrees_with_diffusers(name: str, size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("skip", [[1], [0, 2], [3], [0, 1, 2, 3]])
 def test_skipped_layers_agree_with_diffusers(skip: list[int]) -> None:
     assert parity(DUAL, (4, 6), skip) <= BOUND
+
+
+@pytest.mark.parametrize("skip", [[], [2], [0, 1, 2, 3]])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_controls_agree_with_diffusers(count: int, skip: list[int]) -> None:
+    """With fewer than there are blocks, and behind blocks that are left out."""
+    assert parity(DUAL, (4, 6), skip, count) <= BOUND
+
+
+@torch.no_grad()
+def test_every_control_formula_agrees_with_diffusers() -> None:
+    """Block by block, for Large's blocks and any number of controls."""
+    ours, theirs = pair(replace(SMALL, num_layers=38))
+    given = inputs(SMALL, (2, 2), batch=1)
+    for count in (5, 6, 19, 23, 37, 38):
+        extra = [torch.full((1, 1, SMALL.width), 0.1 * n) for n in range(1, count + 1)]
+        expected = theirs_on(theirs, given, controls=extra)
+        assert relative_error(ours(**given, controls=extra), expected) <= BOUND
+
+
+@pytest.mark.parametrize(
+    "line, mutant",
+    [
+        ("controls and i < len(blocks) - 1", "controls"),
+        ("controls and i < len(blocks) - 1", "controls and i not in skip_layers"),
+        ("int(i / (len(blocks) / len(controls)))", "i % len(controls)"),
+        ("int(i / (len(blocks) / len(controls)))", "min(i, len(controls) - 1)"),
+        ("x = x + controls", "x = x - controls"),
+    ],
+)
+def test_controls_catch(monkeypatch, line: str, mutant: str) -> None:
+    source = textwrap.dedent(inspect.getsource(MMDiT.forward))
+    assert source.count(line) == 1
+    scope = dict(vars(dit))
+    exec(source.replace(line, mutant), scope)
+    monkeypatch.setattr(MMDiT, "forward", scope["forward"])
+    assert parity(DUAL, (4, 6), [1], 2) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "shapes, message",
+    [
+        ([(2, 6, 32)] * 5, "controls are 5: expected at most 4"),
+        ([(2, 6, 32), (1, 6, 32)], r"controls\[1\] \(1, 6, 32\): expected \(2, 6, 32"),
+        ([(2, 32)], r"controls\[0\] \(2, 32\): expected \(2, 6, 32\)"),
+        ([(2, 6, 16)], r"controls\[0\] \(2, 6, 16\): expected"),
+    ],
+)
+def test_controls_that_do_not_fit(shapes: list, message: str) -> None:
+    model, given = MMDiT(SMALL), inputs(SMALL, (4, 6))
+    assert SMALL.width == 32
+    with pytest.raises(ValueError, match=message):
+        model(**given, controls=[torch.zeros(shape) for shape in shapes])
 
 
 def swap_scale_and_shift(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

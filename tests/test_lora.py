@@ -165,7 +165,7 @@ def test_layers_in_8_bits_keep_theirs_beside_it(
     lora.load_lora(case.pipe, case.file, fused=True)
     expected = case.pipe.transformer(*case.inputs)
     case.pipe.transformer = stored
-    run = stored if form == "chapters'" else FastMMDiT(stored, "fp8" in form)
+    run = stored if form == "chapters'" else FastMMDiT.of(stored, "fp8" in form)
     bare = run(*case.inputs)
     lora.load_lora(case.pipe, case.file)
     bound = 0.1 if "fp8" in form else BOUND  # the inputs are in 8 bits as well

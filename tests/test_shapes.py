@@ -124,7 +124,7 @@ def go_beyond(pipe: sampling.Pipeline) -> None:
     previews.fit_preview(pipe.vae)(torch.randn(2, 16, 4, 6))
     picture, mask = torch.rand(3, 32, 48), Image.new("L", (48, 32))
     pipe.vae = memory.tile(pipe.vae, memory.Plan(vae_tile=8))
-    fast.accelerate(pipe.transformer, pipe.vae)
+    pipe.transformer = fast.accelerate(pipe.transformer, pipe.vae)
     prompts = ["a red dress", "a bag"]
     for image in (picture, to_pil(picture[None])[0]):
         image_to_image(pipe, prompts, image, mask_image=mask, num_inference_steps=2)

@@ -73,7 +73,7 @@ def transformer(config=TRANSFORMER):
 @torch.no_grad()
 def test_fast_transformer(config, sizes):
     model, given = transformer(config), inputs(config, **sizes)
-    run = FastMMDiT(model)
+    run = FastMMDiT.of(model)
     assert relative_error(run(*given), model(*given)) < 1e-5
     skipped = {"skip_layers": (1,)}
     assert relative_error(run(*given, **skipped), model(*given, **skipped)) < 1e-5
@@ -83,13 +83,41 @@ def test_fast_transformer(config, sizes):
     assert relative_error(out, model(*given)) < 1e-5
 
 
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("skip", [(), (1, 2), (0, 1, 2, 3, 4)])
+@torch.no_grad()
+def test_fast_blocks_take_controls(count, skip):
+    """Behind skipped blocks too, where more than two updates come together."""
+    config = CONFIGS["no dual, five blocks"]
+    model, given = transformer(config), inputs(config)
+    controls = [torch.randn(2, 24, config.width) for _ in range(count)]
+    expected = model(*given, skip_layers=skip, controls=controls)
+    kept = [control.clone() for control in controls]
+    found = FastMMDiT.of(model)(*given, skip_layers=skip, controls=controls)
+    assert relative_error(found, expected) < 1e-5
+    assert relative_error(found, FastMMDiT.of(model)(*given, skip_layers=skip)) > 1e-2
+    assert all(map(torch.equal, kept, controls))
+
+
+@torch.no_grad()
+def test_a_fast_form_shares_the_layers():
+    model, given = transformer(), inputs(TRANSFORMER)
+    quick = FastMMDiT.of(model)
+    assert quick.state_dict().keys() == model.state_dict().keys()
+    quick.final_layer.linear.weight.mul_(2)
+    assert relative_error(quick(*given), model(*given)) < 1e-5
+    with torch.device("meta"):  # as an MMDiT it is built from a configuration too
+        assert FastMMDiT(TRANSFORMER).state_dict().keys() == model.state_dict().keys()
+
+
 @torch.no_grad()
 def test_one_modulation_serves_every_sample():
     model, (x, sigma, context, pooled) = transformer(), inputs(TRANSFORMER)
     ahead = model.modulations(sigma[:1], pooled[:1])
     call = (x, None, context, None)
     expected = model(*call, modulations=ahead)
-    assert relative_error(FastMMDiT(model)(*call, modulations=ahead), expected) < 1e-5
+    found = FastMMDiT.of(model)(*call, modulations=ahead)
+    assert relative_error(found, expected) < 1e-5
 
 
 @torch.no_grad()
@@ -99,7 +127,7 @@ def test_fast_in_bfloat16_is_as_exact_as_the_chapters():
     low = x.bfloat16(), sigma, context.bfloat16(), pooled.bfloat16()
     model.bfloat16()
     plain = relative_error(model(*low), exact)
-    assert relative_error(FastMMDiT(model)(*low), exact) < 1.3 * plain
+    assert relative_error(FastMMDiT.of(model)(*low), exact) < 1.3 * plain
 
 
 @torch.no_grad()
@@ -108,7 +136,7 @@ def test_the_fast_decoder_in_bfloat16_is_as_exact_as_the_chapters():
     exact, low = vae.decoder(latents), latents.bfloat16()
     vae.bfloat16()
     plain = relative_error(vae.decoder(low), exact)
-    assert relative_error(FastDecoder(vae.decoder)(low), exact) < 1.03 * plain
+    assert relative_error(FastDecoder.of(vae.decoder)(low), exact) < 1.03 * plain
 
 
 @torch.no_grad()
@@ -122,7 +150,8 @@ def test_faint_tokens_are_normed_as_others():
         weight *= 1e-3
     model.pos_embed *= 1e-3
     expected = model(x, sigma, context, pooled)
-    assert relative_error(FastMMDiT(model)(x, sigma, context, pooled), expected) < 1e-5
+    found = FastMMDiT.of(model)(x, sigma, context, pooled)
+    assert relative_error(found, expected) < 1e-5
 
 
 def swapped(x, updates, modulations, fp8=False):
@@ -150,19 +179,19 @@ def one_stream(qkv, weight, heads, boundary=0):
 def test_a_mistake_would_show(monkeypatch, name, mutant):
     model, given = transformer(), inputs(TRANSFORMER)
     monkeypatch.setattr(fast, name, mutant)
-    assert relative_error(FastMMDiT(model)(*given), model(*given)) > 1e-3
+    assert relative_error(FastMMDiT.of(model)(*given), model(*given)) > 1e-3
 
 
 def test_gradients_and_recording_take_the_models_own_way():
     model, given = transformer(), inputs(TRANSFORMER)
     with torch.no_grad(), record_attention(model) as expected:
         model(*given)
-    model.forward = FastMMDiT(model)
-    with torch.no_grad(), record_attention(model) as maps:
-        model(*given)
+    quick = FastMMDiT.of(model)
+    with torch.no_grad(), record_attention(quick) as maps:
+        quick(*given)
     assert all(torch.equal(maps[i][0], expected[i][0]) for i in range(3))
     given[0].requires_grad_()
-    model(*given).sum().backward()
+    quick(*given).sum().backward()
     assert given[0].grad.abs().sum() > 0
 
 
@@ -171,11 +200,11 @@ def test_lora_that_is_not_fused_runs():
     from minidiff import lora
 
     model, given = transformer(), inputs(TRANSFORMER)
-    before = FastMMDiT(model)(*given)
+    before = FastMMDiT.of(model)(*given)
     updates = lora.add_lora(model, rank=2, names=("to_q", "ff.net.0.proj"))
     for update in updates.values():
         randomize(update)
-    after = FastMMDiT(model)(*given)
+    after = FastMMDiT.of(model)(*given)
     assert relative_error(after, before) > 1e-3
     assert relative_error(after, model(*given)) < 1e-5
 
@@ -187,8 +216,8 @@ def test_fp8_products_stay_close():
     to_float8(model)
     stored = model(*given)
     assert fast.multiplies_in_fp8(model)
-    assert relative_error(FastMMDiT(model)(*given), stored) < 1e-5
-    error = relative_error(FastMMDiT(model, fp8=True)(*given), exact)
+    assert relative_error(FastMMDiT.of(model)(*given), stored) < 1e-5
+    error = relative_error(FastMMDiT.of(model, fp8=True)(*given), exact)
     assert relative_error(stored, exact) < error < 0.15
 
 
@@ -274,7 +303,7 @@ def test_quantization_keeps_a_sixteenth():
 
 def test_models_without_head_norms_are_refused():
     with pytest.raises(ValueError, match="qk_norm None; fast expects 'rms_norm'"):
-        FastMMDiT(MMDiT(replace(TRANSFORMER, qk_norm=None)))
+        FastMMDiT.of(MMDiT(replace(TRANSFORMER, qk_norm=None)))
     with pytest.raises(ValueError, match="backend is 'quick'; expected one of cudnn"):
         with attention_backend("quick"):
             pass
@@ -289,7 +318,7 @@ def test_models_without_head_norms_are_refused():
 def test_fast_decoder(config, fold):
     vae, latents = randomize(VAE(config)), torch.randn(2, 16, 3, 5)
     expected = vae.decode(latents)
-    assert relative_error(FastDecoder(vae.decoder, fold)(latents), expected) < 1e-5
+    assert relative_error(FastDecoder.of(vae.decoder, fold)(latents), expected) < 1e-5
 
 
 @torch.no_grad()
@@ -298,7 +327,7 @@ def test_a_wrong_fold_would_show(monkeypatch):
     expected = vae.decode(latents)
     right = fast.folded_kernel
     monkeypatch.setattr(fast, "folded_kernel", lambda u: right(u).flip(0))
-    assert relative_error(FastDecoder(vae.decoder)(latents), expected) > 1e-2
+    assert relative_error(FastDecoder.of(vae.decoder)(latents), expected) > 1e-2
 
 
 @torch.no_grad()
@@ -306,7 +335,7 @@ def test_a_wrong_fold_would_show(monkeypatch):
 def test_weights_that_change_later_are_seen(how):
     model, given = transformer(), inputs(TRANSFORMER)
     vae, latents = randomize(VAE(AUTOENCODER)), torch.randn(1, 16, 4, 4)
-    quick, decode = FastMMDiT(model), FastDecoder(vae.decoder)
+    quick, decode = FastMMDiT.of(model), FastDecoder.of(vae.decoder)
     for part in (model, vae):
         if how == "loaded":
             part.load_state_dict({n: 1.5 * x for n, x in part.state_dict().items()})
@@ -336,8 +365,8 @@ def test_fast_pictures(folder, knobs):
     sizes = {"height": 48, "width": 32}
     expected = draw(minidiff.load(folder, **knobs), **sizes)
     pipe = minidiff.load(folder, fast=True, **knobs)
-    assert isinstance(pipe.transformer.forward, FastMMDiT)
-    assert isinstance(pipe.vae.decoder.forward, FastDecoder)
+    assert isinstance(pipe.transformer, FastMMDiT)
+    assert isinstance(pipe.vae.decoder, FastDecoder)
     assert relative_error(draw(pipe, **sizes), expected) < 1e-5
 
 
@@ -368,7 +397,7 @@ def test_blocks_of_a_kind_share_what_is_compiled(compiles):
     model = transformer(config)
     given = {batch: inputs(config, batch) for batch in (2, 1)}
     expected = {batch: model(*given[batch]) for batch in given}
-    fast.compile_blocks(model)
+    model = fast.CompiledMMDiT.of(model)
     for batch, kinds in ((2, 3), (1, 6)):
         assert relative_error(model(*given[batch]), expected[batch]) < 1e-5
         assert len(compiles) == kinds  # with dual attention, without, and the last
@@ -395,7 +424,7 @@ def test_each_kind_of_block_is_compiled_once_for_all_sizes(folder, compiles):
 @pytest.mark.slow
 def test_a_copy_of_a_compiled_model_has_weights_of_its_own(compiles):
     model, given = transformer(), inputs(TRANSFORMER)
-    fast.compile_blocks(model)
+    model = fast.CompiledMMDiT.of(model)
     copied, before = copy.deepcopy(model), model(*given)
     copied.final_layer.linear.weight.mul_(2)
     copied.final_layer.linear.bias.mul_(2)
@@ -511,16 +540,16 @@ def test_the_gpu_benchmark_measures_nothing_twice(tmp_path):
 
 def test_what_load_turns_on(folder, compiles):
     pipe = minidiff.load(folder, fast=True, fp8=True)
-    assert isinstance(pipe.transformer.forward, FastMMDiT)
+    assert isinstance(pipe.transformer, FastMMDiT)
     assert pipe.transformer.forward.fp8
     pipe = minidiff.load(folder, fast=True, compile=True)
-    assert not isinstance(pipe.transformer.forward, FastMMDiT)
-    assert isinstance(pipe.vae.decoder.forward, FastDecoder)
+    assert not isinstance(pipe.transformer, FastMMDiT)
+    assert isinstance(pipe.vae.decoder, FastDecoder)
 
 
 @torch.no_grad()
 def test_pixels_are_read_in_several_parts():
     vae, latents = randomize(VAE(VAEConfig.tiny())), torch.randn(1, 16, 48, 44)
     assert latents[0, 0].numel() > 2048  # at a time
-    found = FastDecoder(vae.decoder)(latents)
+    found = FastDecoder.of(vae.decoder)(latents)
     assert relative_error(found, vae.decode(latents)) < 1e-5

@@ -12,10 +12,11 @@ the convolution behind it.
 import ctypes
 import platform
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.fx.experimental._config
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minidiff.attention import Attention
-from minidiff.dit import MLP, MMDiT, Modulations, unpatchify
+from minidiff.dit import MLP, Chunks, FinalLayer, JointBlock, MMDiT
 from minidiff.engine.kernels import (
     FLOAT8,
     Rows,
@@ -38,6 +39,7 @@ from minidiff.engine.precision import Float8Linear, has_fp8
 from minidiff.interface.checks import check_choice, check_fast
 from minidiff.vae import VAE, AttentionBlock, Decoder, ResnetBlock, Upsample
 
+Module = TypeVar("Module", bound=nn.Module)
 LAST = torch.channels_last
 ONEDNN = torch.backends.mkldnn.is_available()  # for float32 products on a CPU
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names of malloc.h; values in bytes
@@ -117,127 +119,138 @@ def head_norms(*attentions: Attention) -> Tensor:
     return torch.stack(pairs)
 
 
-class FastMMDiT:
-    """An ``MMDiT``'s forward pass with interleaved samples and fused passes.
+def share(form: type[Module], model: nn.Module) -> Module:
+    """A ``form`` made of the layers of ``model``: what changes in one does in both."""
+    shared = form.__new__(form)
+    shared.__dict__.update(model.__dict__)
+    return shared
 
-    Works on the model's own layers and has its ``forward``'s interface. With ``fp8``
-    the products of the blocks take 8-bit inputs, scaled for each row of tokens and
-    each output channel; those layers must then be ``Float8Linear``. ``attention`` is
-    the backend to try first, by default the card's (``preferred_attention``). Where
-    gradients are wanted or attention is recorded, the model's own forward pass runs.
-    Raises ValueError for a model without q/k norms.
+
+class FastMMDiT(MMDiT):
+    """An ``MMDiT`` whose blocks run with interleaved samples and in fused passes.
+
+    With ``fp8`` the products of the blocks take 8-bit inputs, scaled for each row of
+    tokens and each output channel; those layers must then be ``Float8Linear``.
+    ``attention`` is the backend to try first. Where gradients are wanted or attention
+    is recorded, the blocks run as they are.
     """
 
-    def __init__(
-        self, model: MMDiT, fp8: bool = False, attention: str | None = None
-    ) -> None:
-        check_fast(model.config)
-        self.model, self.heads = model, model.config.num_attention_heads
-        weight = model.x_embedder.proj.weight
-        self.fp8, self.attention = fp8, attention or preferred_attention(weight)
+    fp8: bool = False
+    attention: str | None = None
 
-    def __call__(self, *given: Any, **options: Any) -> Tensor:
-        """As ``MMDiT.forward``: velocity (B, C, h, w)."""
-        blocks = self.model.joint_blocks
-        recorded = any(b.attention._forward_pre_hooks for b in blocks)
-        if recorded or torch.is_grad_enabled():
-            return MMDiT.forward(self.model, *given, **options)
-        weight = self.model.x_embedder.proj.weight
-        with torch.cuda.device_of(weight):  # Triton starts its kernels there
-            return self.forward(*given, **options)
+    @classmethod
+    def of(
+        cls, model: MMDiT, fp8: bool = False, attention: str | None = None
+    ) -> "FastMMDiT":
+        """``model``'s own layers in this form; None: ``preferred_attention``.
 
-    def forward(
-        self,
-        latents: Tensor,
-        sigma: Tensor | None,
-        context: Tensor,
-        pooled: Tensor | None,
-        *,
-        skip_layers: Collection[int] = (),
-        modulations: Modulations | None = None,
-    ) -> Tensor:
-        """Velocity (B, C, h, w), by the fused passes."""
-        model = self.model
-        height, width = model.check(latents, context, pooled)
-        if modulations is None:
-            modulations = model.modulations(sigma, pooled)
-        x = model.x_embedder(latents)  # (B, C, h, w) → (B, N, D)
-        x = (x + model.positions(height, width)).to(x.dtype)
-        with attention_backend(self.attention):
-            out = self.run(
-                interleave(x),
-                interleave(model.context_embedder(context)),
-                modulations,
-                skip_layers,
-                len(latents),
-            )
-        out = out.unflatten(0, (-1, len(latents))).transpose(0, 1)  # → (B, N, p·p·C)
-        return unpatchify(out, height, width, model.config.patch_size)
-
-    def run(
-        self,
-        x: Tensor,
-        c: Tensor,
-        tables: Modulations,
-        skip: Collection[int],
-        batch: int,
-    ) -> Tensor:
-        """Image rows (N·B, D), text rows (L·B, D) → image rows (N·B, p·p·C).
-
-        ``x`` and ``c`` are overwritten. An update (y, gate) is added by the norm that
-        comes next: the lists hold what is still to be added.
+        Raises ValueError for a model without q/k norms.
         """
-        to_x: list[tuple[Tensor, Tensor]] = []
-        to_c: list[tuple[Tensor, Tensor]] = []
-        for i, block in enumerate(self.model.joint_blocks):
-            if i in skip:
-                continue
-            text, image = block.context_block, block.x_block
-            cm = tables.blocks[i][0].chunk(text.chunks, dim=-1)
-            xm = tables.blocks[i][1].chunk(image.chunks, dim=-1)
-            read, dual = self.attend(x, c, to_x, to_c, i, cm, xm, batch)
-            to_x = [(self.product(read[-len(x) :], image.attn.proj), xm[2])]
-            if dual is not None:
-                to_x.append((self.product(dual, image.attn2.proj), xm[8]))
-            to_x = [(self.mlp(x, to_x, image.mlp, xm), xm[5])]
-            if not block.pre_only:
-                to_c = [(self.product(read[: len(c)], text.attn.proj), cm[2])]
-                to_c = [(self.mlp(c, to_c, text.mlp, cm), cm[5])]
-        shift, scale = tables.final.chunk(2, dim=-1)  # (B, D) each
-        rows = residual_norm(x, to_x, [(shift, scale)])[0]
-        return self.model.final_layer.linear(rows.values)
+        check_fast(model.config)
+        fast = share(cls, model)
+        weight = model.x_embedder.proj.weight
+        fast.fp8, fast.attention = fp8, attention or preferred_attention(weight)
+        return fast
+
+    @property
+    def runs_fast(self) -> bool:
+        """Whether a call now takes the fused passes."""
+        recorded = any(b.attention._forward_pre_hooks for b in self.joint_blocks)
+        return not (recorded or torch.is_grad_enabled())
+
+    def forward(self, *given: Any, **options: Any) -> Tensor:
+        """As ``MMDiT.forward``: velocity (B, C, h, w)."""
+        if not self.runs_fast:
+            return super().forward(*given, **options)
+        card = torch.cuda.device_of(self.x_embedder.proj.weight)
+        with card, attention_backend(self.attention):  # Triton starts its kernels there
+            return super().forward(*given, **options)
+
+    def layers(self) -> tuple[Sequence[Callable], Callable]:
+        """The same blocks and last layer, for tokens in rows."""
+        if not self.runs_fast:
+            return super().layers()
+        heads = self.config.num_attention_heads
+        blocks = [FastBlock(block, heads, self.fp8) for block in self.joint_blocks]
+        return blocks, partial(read_out, self.final_layer)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A stream's tokens as rows (L·B, D), the samples of the batch interleaved.
+
+    ``updates`` (y, gate), (L·B, D) and (B, D), are still to be added to the rows: the
+    norm that comes next does it, and overwrites them.
+    """
+
+    rows: Tensor
+    batch: int
+    updates: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    @classmethod
+    def of(cls, x: "Tensor | Stream") -> "Stream":
+        """Tokens (B, L, D) as a stream; a stream as it is."""
+        return cls(interleave(x), len(x)) if isinstance(x, Tensor) else x
+
+    def __add__(self, control: Tensor) -> "Stream":
+        """The stream with ``control`` (B, L, D) to be added."""
+        control = control.to(self.rows.dtype)
+        update = interleave(control), torch.ones_like(control[:, 0])  # gate (B, D)
+        return replace(self, updates=(*self.updates, update))
+
+
+@dataclass(frozen=True)
+class FastBlock:
+    """A ``JointBlock`` on two streams. Takes and gives what a ``JointBlock`` does."""
+
+    block: JointBlock
+    heads: int
+    fp8: bool = False
+
+    def __call__(
+        self,
+        context: "Tensor | Stream",
+        x: "Tensor | Stream",
+        modulation: tuple[Tensor, Tensor],
+    ) -> tuple[Stream | None, Stream]:
+        """The streams one block on; tokens (B, L, D) become streams first."""
+        c, x = Stream.of(context), Stream.of(x)
+        text, image = self.block.context_block, self.block.x_block
+        of_c, of_x = text.split(modulation[0]), image.split(modulation[1])
+        read, dual = self.attend(c, x, of_c, of_x)
+        updates = [(self.product(read[-len(x.rows) :], image.attn.proj), of_x.gate)]
+        if dual is not None:
+            updates.append((self.product(dual, image.attn2.proj), of_x.gate_dual))
+        x = self.mlp(x, updates, image.mlp, of_x)
+        if self.block.pre_only:
+            return None, x
+        read = self.product(read[: len(c.rows)], text.attn.proj)
+        return self.mlp(c, [(read, of_c.gate)], text.mlp, of_c), x
 
     def attend(
-        self,
-        x: Tensor,
-        c: Tensor,
-        to_x: list[tuple[Tensor, Tensor]],
-        to_c: list[tuple[Tensor, Tensor]],
-        index: int,
-        cm: Sequence[Tensor],
-        xm: Sequence[Tensor],
-        batch: int,
+        self, c: Stream, x: Stream, of_c: Chunks, of_x: Chunks
     ) -> tuple[Tensor, Tensor | None]:
         """What all tokens read, (L·B + N·B, D), and dual attention's (N·B, D).
 
         In the last block, where the text is dropped, only the image reads.
         """
-        block = self.model.joint_blocks[index]
-        text, image = block.context_block, block.x_block
-        pairs = [(xm[i], xm[i + 1]) for i in range(0, len(xm), 6)]  # chunks 0, 1; 6, 7
-        hx = residual_norm(x, to_x, pairs, self.fp8)
-        hc = residual_norm(c, to_c, [(cm[0], cm[1])], self.fp8)
-        qkv = x.new_empty(len(c) + len(x), 3 * x.shape[1])
-        linear(hc[0], text.attn.qkv, out=qkv[: len(c)])
-        linear(hx[0], image.attn.qkv, out=qkv[len(c) :])
-        norm_heads(qkv, head_norms(text.attn, image.attn), self.heads, len(c))
-        first = len(c) // batch if block.pre_only else 0
-        read = self_attention(qkv, batch, self.heads, first)
-        if image.chunks == 6:
+        text, image = self.block.context_block, self.block.x_block
+        dual = image.chunks == 9
+        pairs = [(of_x.shift, of_x.scale), (of_x.shift_dual, of_x.scale_dual)]
+        hx = residual_norm(x.rows, x.updates, pairs[: 1 + dual], self.fp8)
+        hc = residual_norm(c.rows, c.updates, [(of_c.shift, of_c.scale)], self.fp8)
+        words, width = c.rows.shape
+        qkv = c.rows.new_empty(words + len(x.rows), 3 * width)
+        linear(hc[0], text.attn.qkv, out=qkv[:words])
+        linear(hx[0], image.attn.qkv, out=qkv[words:])
+        norm_heads(qkv, head_norms(text.attn, image.attn), self.heads, words)
+        first = words // c.batch if self.block.pre_only else 0
+        read = self_attention(qkv, c.batch, self.heads, first)
+        if not dual:
             return read, None
         qkv = linear(hx[1], image.attn2.qkv)
         norm_heads(qkv, head_norms(image.attn2, image.attn2), self.heads)
-        return read, self_attention(qkv, batch, self.heads)
+        return read, self_attention(qkv, x.batch, self.heads)
 
     def product(self, read: Tensor, layer: nn.Module) -> Tensor:
         """Rows (R, D) through one linear layer."""
@@ -245,17 +258,27 @@ class FastMMDiT:
 
     def mlp(
         self,
-        x: Tensor,
-        updates: list[tuple[Tensor, Tensor]],
+        stream: Stream,
+        updates: Sequence[tuple[Tensor, Tensor]],
         layers: MLP,
-        modulation: Sequence[Tensor],
-    ) -> Tensor:
-        """Add the updates to ``x``, then its normalised rows through the MLP."""
-        (rows,) = residual_norm(x, updates, [modulation[3:5]], self.fp8)
-        if not self.fp8:
-            return linear(Rows(linear(rows, layers.fc1, gelu=True)), layers.fc2)
-        hidden = quantize_rows(linear(rows, layers.fc1), gelu=True)
-        return linear(hidden, layers.fc2)
+        m: Chunks,
+    ) -> Stream:
+        """Add the updates; what the MLP answers is the stream's next update."""
+        modulations = [(m.shift_mlp, m.scale_mlp)]
+        (rows,) = residual_norm(stream.rows, updates, modulations, self.fp8)
+        hidden = linear(rows, layers.fc1, gelu=not self.fp8)
+        given = quantize_rows(hidden, gelu=True) if self.fp8 else Rows(hidden)
+        update = linear(given, layers.fc2), m.gate_mlp
+        return replace(stream, updates=(update,))
+
+
+def read_out(layer: FinalLayer, x: "Tensor | Stream", modulation: Tensor) -> Tensor:
+    """A ``FinalLayer`` on a stream: its tokens → (B, N, p·p·C)."""
+    x = Stream.of(x)
+    shift, scale = modulation.chunk(2, dim=-1)  # (B, D) each
+    (rows,) = residual_norm(x.rows, x.updates, [(shift, scale)])
+    out = layer.linear(rows.values).unflatten(0, (-1, x.batch))
+    return out.transpose(0, 1)  # (N·B, p·p·C) → (N, B, p·p·C) → (B, N, p·p·C)
 
 
 def interleave(x: Tensor) -> Tensor:
@@ -277,46 +300,52 @@ def self_attention(qkv: Tensor, batch: int, heads: int, first: int = 0) -> Tenso
 
 def accelerate(
     transformer: MMDiT, vae: VAE, fast: bool = True, compile: bool = False
-) -> None:
-    """Let a transformer and an autoencoder's decoder run in the forms of this module.
+) -> MMDiT:
+    """The transformer in a form of this module; the autoencoder's decoder, in place.
 
     A transformer whose blocks are in fp8 then also multiplies in fp8, where the device
     can. With ``compile`` the chapters' own blocks are compiled instead, each kind of
     block once for all sizes; ``fast`` then serves the decoder alone.
     """
-    if compile:
-        compile_blocks(transformer)
-    elif fast:
-        transformer.forward = FastMMDiT(transformer, multiplies_in_fp8(transformer))
     if fast:
-        vae.decoder.forward = FastDecoder(vae.decoder)
+        vae.decoder = FastDecoder.of(vae.decoder)
         if not transformer.x_embedder.proj.weight.is_cuda:
             keep_freed_memory()
+    if compile:
+        return CompiledMMDiT.of(transformer)
+    return FastMMDiT.of(transformer, multiplies_in_fp8(transformer))
 
 
-def compile_blocks(transformer: MMDiT) -> None:
-    """Compile each kind of block once: for all blocks of the kind, and for all sizes.
+class CompiledMMDiT(MMDiT):
+    """An ``MMDiT`` of which each kind of block is compiled once, for all sizes.
 
     Two samples and one are two sizes to the compiler, all other numbers are one.
     """
-    # Past its limit dynamo compiles no more, and the eight forms that it allows are for
-    # all models of the process: three kinds with and without guidance are six of them
-    config = torch._dynamo.config
-    config.recompile_limit = max(64, config.recompile_limit)
-    for block in transformer.joint_blocks:
-        block.compile(dynamic=True)
-    # Else the first block, whose text is a view, would be a kind of its own
-    transformer.context_embedder.register_forward_hook(lambda *given: given[2].clone())
-    transformer.forward = partial(told_apart, transformer.forward)
 
+    @classmethod
+    def of(cls, model: MMDiT) -> "CompiledMMDiT":
+        """``model``'s own layers, its blocks compiled."""
+        # Past its limit dynamo compiles no more, and the eight forms that it allows are
+        # for all models of the process: three kinds with and without guidance are six
+        config = torch._dynamo.config
+        config.recompile_limit = max(64, config.recompile_limit)
+        for block in model.joint_blocks:
+            block.compile(dynamic=True)
+        return share(cls, model)
 
-def told_apart(forward: Callable[..., Tensor], *given: Any, **options: Any) -> Tensor:
-    """``forward``; a length that happens to equal the width is compiled as no constant.
+    def forward(self, *given: Any, **options: Any) -> Tensor:
+        """As ``MMDiT.forward``; no length that equals the width is taken for it."""
+        with torch.fx.experimental._config.patch(use_duck_shape=False):
+            return super().forward(*given, **options)
 
-    A function of the module, for a copy of the model to call its own ``forward``.
-    """
-    with torch.fx.experimental._config.patch(use_duck_shape=False):
-        return forward(*given, **options)
+    def layers(self) -> tuple[Sequence[Callable], Callable]:
+        """The blocks; a copy of the text, for a view would be of another kind."""
+        first, *others = self.joint_blocks
+
+        def begin(context: Tensor, *given: Any) -> tuple[Tensor | None, Tensor]:
+            return first(context.clone(), *given)
+
+        return [begin, *others], self.final_layer
 
 
 def keep_freed_memory() -> None:
@@ -389,43 +418,47 @@ class Pending(NamedTuple):
         return x if self.bias is None else x.add_(self.bias.view(1, -1, 1, 1))
 
 
-class FastDecoder:
-    """A ``Decoder``'s forward pass in channels-last memory with fused norms.
+class FastDecoder(Decoder):
+    """A ``Decoder`` in channels-last memory with fused norms.
 
-    Moves the decoder's weights to channels-last memory, in place; with ``fold`` each
-    doubling is part of the convolution behind it: latents (B, C, h, w) → images.
+    With ``fold`` each doubling is part of the convolution behind it.
     """
 
-    def __init__(self, decoder: Decoder, fold: bool = True) -> None:
-        self.decoder = decoder.to(memory_format=LAST)
-        self.groups, self.fold = decoder.norm_out.num_groups, fold
+    fold: bool = True
 
-    def __call__(self, latents: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return Decoder.forward(self.decoder, latents)
-        with torch.cuda.device_of(latents):
-            return self.forward(latents)
+    @classmethod
+    def of(cls, decoder: Decoder, fold: bool = True) -> "FastDecoder":
+        """``decoder``'s own layers, their weights moved to channels-last memory."""
+        fast = share(cls, decoder.to(memory_format=LAST))
+        fast.fold = fold
+        return fast
 
     def forward(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) → images, by the fused passes but for gradients."""
+        if torch.is_grad_enabled():
+            return super().forward(latents)
+        with torch.cuda.device_of(latents):
+            return self.fused(latents)
+
+    def fused(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) → images, by the fused passes."""
-        d = self.decoder
         x = latents.contiguous(memory_format=LAST)
-        x = self.resnet(Pending(d.conv_in(x)), d.mid["block_1"])
-        x = self.attention(x, d.mid["attn_1"])
-        x = self.resnet(x, d.mid["block_2"])
-        for level in reversed(d.up):
+        x = self.resnet(Pending(self.conv_in(x)), self.mid["block_1"])
+        x = self.attention(x, self.mid["attn_1"])
+        x = self.resnet(x, self.mid["block_2"])
+        for level in reversed(self.up):
             for block in level["block"]:
                 x = self.resnet(x, block)
             if "upsample" in level:
                 x = self.upsample(x.settle(), level["upsample"])
-        _, h = self.norm(x, d.norm_out)
-        return F.conv2d(h, d.conv_out.weight, d.conv_out.bias, padding=1)
+        _, h = self.norm(x, self.norm_out)
+        return F.conv2d(h, self.conv_out.weight, self.conv_out.bias, padding=1)
 
     def norm(
         self, x: Pending, layer: nn.GroupNorm, keep: bool = False, silu: bool = True
     ) -> tuple[Tensor, Tensor]:
         """The settled features, and SiLU of their norm."""
-        weights = (self.groups, layer.weight, layer.bias)
+        weights = (layer.num_groups, layer.weight, layer.bias)
         return group_norm_silu(x.x, *weights, x.bias, x.residual, keep, silu)
 
     def resnet(self, x: Pending, block: ResnetBlock) -> Pending:

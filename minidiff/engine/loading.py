@@ -91,7 +91,7 @@ def load(
     if fast or compile:
         from minidiff.engine.fast import accelerate
 
-        accelerate(transformer, vae, fast, compile)
+        transformer = accelerate(transformer, vae, fast, compile)
     given = opened.scheduler, opened.known_as
     pipe = Pipeline(opened.tokenizers, encoders, transformer, vae, *given)
     pipe.plan, pipe.room = plan, room
