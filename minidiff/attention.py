@@ -252,6 +252,9 @@ class Attention(nn.Module):
     self-attention and returns (B, L, D).
     """
 
+    ln_q: RMSNorm | nn.Identity
+    ln_k: RMSNorm | nn.Identity
+
     def __init__(
         self,
         dim: int,

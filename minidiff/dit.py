@@ -558,10 +558,9 @@ class FinalLayer(nn.Module):
 
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
+        channels = config.out_channels or config.in_channels
         self.norm_final = layer_norm(config.width)
-        self.linear = nn.Linear(
-            config.width, config.patch_size**2 * config.out_channels
-        )
+        self.linear = nn.Linear(config.width, config.patch_size**2 * channels)
         self.adaLN_modulation = adaln(config.width, 2)
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
@@ -635,6 +634,9 @@ class MMDiT(nn.Module):
     the velocity (B, C, h, w). Parameters are named as in the official single files.
     """
 
+    joint_blocks: Sequence[JointBlock]
+    pos_embed: Tensor
+
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
         self.config = config
@@ -645,7 +647,7 @@ class MMDiT(nn.Module):
         self.context_embedder = nn.Linear(config.joint_attention_dim, width)
         places = config.pos_embed_max_size**2
         self.register_buffer("pos_embed", torch.empty(1, places, width))
-        self.joint_blocks = nn.ModuleList(
+        self.joint_blocks = nn.ModuleList(  # type: ignore[assignment]
             JointBlock(
                 config, pre_only=i == last, dual=i in config.dual_attention_layers
             )
@@ -666,9 +668,11 @@ class MMDiT(nn.Module):
                     nn.init.zeros_(module.weight)
                 else:
                     nn.init.xavier_uniform_(module.weight.flatten(1))
-                nn.init.zeros_(module.bias)
-        for layer in (0, 2):
-            nn.init.normal_(self.t_embedder.mlp[layer].weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for layer in self.t_embedder.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
         base = self.config.sample_size // self.config.patch_size
         size = self.config.pos_embed_max_size
         self.pos_embed.copy_(position_table(size, self.config.width, base))
@@ -714,6 +718,8 @@ class MMDiT(nn.Module):
         height, width = self.check(latents, context, pooled)
         self.check_controls(controls or (), (len(latents), height * width))
         if modulations is None:
+            if sigma is None or pooled is None:
+                raise ValueError("expected sigma and pooled, or modulations")
             modulations = self.modulations(sigma, pooled)
         x = self.x_embedder(latents)  # (B, C, h, w) → (B, N, D)
         x = (x + self.positions(height, width)).to(x.dtype)

@@ -27,7 +27,7 @@ After it you will be able to
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -601,15 +601,16 @@ def dpmpp_2m(
     Lu et al. 2022 (DPM-Solver++), algorithm 2, in the logarithm of σ as the reference
     code of SD3.5 has it. ``sigmas`` must fall.
     """
-    last, h_last = None, None
+    past: tuple[Tensor, Tensor] | None = None  # the last estimate, and its step
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         x0_hat = denoised(x, velocity(x, sigma), sigma)
         h, x0 = (sigma / sigma_next).log(), x0_hat
-        if last is not None and sigma_next > 0:
+        if past is not None and sigma_next > 0:
+            last, h_last = past
             x0 = x0_hat + h / (2 * h_last) * (x0_hat - last)
         shrink = sigma_next / sigma
         x = end_step(callback, step, sigma, shrink * x + (1 - shrink) * x0, x0_hat)
-        last, h_last = x0_hat, h
+        past = x0_hat, h
     return x
 
 
@@ -726,7 +727,10 @@ class Guidance:
     state of 2·B rows is theirs and then the prompts', one of B rows the prompts' alone.
     """
 
-    negative: ClassVar[bool] = False
+    @property
+    def negative(self) -> bool:
+        """Whether negative prompts are asked."""
+        return False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -753,7 +757,10 @@ class ClassifierFree(Guidance):
     """:func:`guide` with ``scale``, both prompts in one batch."""
 
     scale: float
-    negative: ClassVar[bool] = True
+
+    @property
+    def negative(self) -> bool:
+        return True
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -761,8 +768,8 @@ class ClassifierFree(Guidance):
 
     def __call__(self, velocity: Callable[..., Tensor], sigmas: Tensor) -> Velocity:
         def guided(x: Tensor, sigma: Tensor) -> Tensor:
-            v = velocity(torch.cat([x, x]), sigma)  # (2·B, …)
-            return guide(*v.chunk(2), self.scale)
+            v_neg, v_pos = velocity(torch.cat([x, x]), sigma).chunk(2)  # 2 × (B, …)
+            return guide(v_neg, v_pos, self.scale)
 
         return guided
 

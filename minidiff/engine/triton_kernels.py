@@ -14,7 +14,7 @@ from minidiff.engine.kernels import FLOAT8, Rows
 
 
 @triton.jit
-def _store_row(out, out_scale, row, h, cols, mask, width, FP8: tl.constexpr):
+def _store_row(out, out_scale, row, h, cols, mask, width, FP8: tl.constexpr):  # type: ignore[no-untyped-def]
     if FP8:
         scale = tl.maximum(tl.max(tl.where(mask, tl.abs(h), 0.0)), 1e-12) / 448.0
         h = h / scale
@@ -23,7 +23,7 @@ def _store_row(out, out_scale, row, h, cols, mask, width, FP8: tl.constexpr):
 
 
 @triton.jit
-def _residual_norm(
+def _residual_norm(  # type: ignore[no-untyped-def]
     x, y0, g0, y1, g1, t0, s0, h0, q0, t1, s1, h1, q1,
     batch, width, gate_stride0, gate_stride1, stride, eps,
     UPDATES: tl.constexpr, OUTPUTS: tl.constexpr, FP8: tl.constexpr,
@@ -61,7 +61,7 @@ def _residual_norm(
 
 
 @triton.jit
-def _norm_heads(
+def _norm_heads(  # type: ignore[no-untyped-def]
     qkv, weight, boundary, row_stride, heads, eps,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -81,7 +81,7 @@ def _norm_heads(
 
 
 @triton.jit
-def _quantize(
+def _quantize(  # type: ignore[no-untyped-def]
     x, out, out_scale, row_stride, width, GELU: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -95,7 +95,7 @@ def _quantize(
 
 
 @triton.jit
-def _group_sums(
+def _group_sums(  # type: ignore[no-untyped-def]
     x, residual, bias, out, partial, pixels, channels,
     RESIDUAL: tl.constexpr, BIAS: tl.constexpr, WRITE: tl.constexpr,
     STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -129,7 +129,7 @@ def _group_sums(
 
 
 @triton.jit
-def _scale_shift_silu(
+def _scale_shift_silu(  # type: ignore[no-untyped-def]
     x, out, scale, shift, pixels, channels,
     SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
