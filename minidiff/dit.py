@@ -730,7 +730,7 @@ class MMDiT(nn.Module):
                 context, x = block(context, x, modulations.blocks[i])
             if controls and i < len(blocks) - 1:
                 x = x + controls[int(i / (len(blocks) / len(controls)))]
-        x = final_layer(x, modulations.final)  # (B, N, D) → (B, N, p·p·C)
+        x = final_layer(x, modulations.final)  # → (B, N, p·p·C)
         return unpatchify(x, height, width, self.config.patch_size)
 
     def layers(self) -> tuple[Sequence[Callable], Callable]:

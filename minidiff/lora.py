@@ -8,17 +8,15 @@ in its header.
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from minidiff.dit import MMDiT
-from minidiff.engine.memory import StreamedLinear
-from minidiff.engine.precision import Float8Linear
 from minidiff.files.lora_files import FILE, METADATA, Update, read_updates
 from minidiff.files.names import Source, same_names, transformer_sources
 from minidiff.files.reading import excerpt
@@ -54,11 +52,60 @@ class LowRank(nn.Module):
         return self.up.weight @ self.down.weight * self.scale
 
 
+@runtime_checkable
+class Linear(Protocol):
+    """A layer (…, in) → (…, out) that can be adapted, wherever its weights are."""
+
+    in_features: int
+    out_features: int
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class Beside(nn.Module):
+    """An update and the rows of its layer's output to which it is added."""
+
+    rows: Tensor
+
+    def __init__(self, rows: Tensor, update: LowRank) -> None:
+        super().__init__()
+        self.update = update
+        self.register_buffer("rows", rows, persistent=False)
+
+    def forward(self, x: Tensor, out: Tensor) -> Tensor:
+        return out.index_add(-1, self.rows, self.update(x))
+
+
+class AdaptedLinear(nn.Module):
+    """A linear layer with updates beside it; it stands where the layer stood.
+
+    ``layer`` is PyTorch's, or one whose weights are in 8 bits or stay in their file.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.updates = layer, nn.ModuleList()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.adapt(x, self.layer(x))
+
+    def adapt(self, x: Tensor, out: Tensor) -> Tensor:
+        """What the layer makes of ``x`` (…, in), ``out`` (…, out), and the updates."""
+        for beside in self.updates:
+            out = beside(x, out)
+        return out
+
+
 @dataclass(frozen=True)
 class Target:
-    """A linear layer, or the rows of one of ours that diffusers calls a layer."""
+    """A linear layer ``name`` of a model, or the rows of it that have a name of theirs.
 
-    layer: nn.Linear | Float8Linear | StreamedLinear
+    ``layer`` is the layer itself, without the updates beside it.
+    """
+
+    name: str
+    layer: Linear
     rows: Tensor
 
     @property
@@ -69,8 +116,7 @@ class Target:
 
 def targets(model: nn.Module) -> dict[str, Target]:
     """The linear layers of an MMDiT or a text encoder, under diffusers' names."""
-    kinds = nn.Linear, Float8Linear, StreamedLinear
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
+    layers = linear_layers(model)
     sources = {name: Source((name,)) for name in layers}
     if isinstance(model, MMDiT):
         sources = transformer_sources(layers)
@@ -78,10 +124,27 @@ def targets(model: nn.Module) -> dict[str, Target]:
     for ours, source in sources.items():
         rows = torch.arange(layers[ours].out_features).chunk(len(source.names))
         if source.how == "swap":
-            rows = [torch.cat(rows[0].chunk(2)[::-1])]
+            rows = (torch.cat(rows[0].chunk(2)[::-1]),)
         for name, part in zip(source.names, rows, strict=True):
-            found[name] = Target(layers[ours], part)
+            found[name] = Target(ours, layers[ours], part)
     return found
+
+
+def linear_layers(model: nn.Module) -> dict[str, Linear]:
+    """The layers of ``model`` by name; of an adapted one the layer alone."""
+    adapted = dict(adapted_layers(model))
+    inside = tuple(f"{name}." for name in adapted)
+    return {
+        name: adapted[name].layer if name in adapted else layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, Linear) and not name.startswith(inside)
+    }
+
+
+def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLinear]]:
+    """The layers that have updates beside them, with their names."""
+    named = model.named_modules()
+    return [(name, m) for name, m in named if isinstance(m, AdaptedLinear)]
 
 
 # Attaching
@@ -94,24 +157,26 @@ def bring(updates: Mapping[str, LowRank], model: nn.Module) -> None:
         update.to(first)
 
 
-def attach(updates: Mapping[str, LowRank], model: nn.Module) -> list:
-    """Let each layer named in ``updates`` add its own; returns the hooks' handles."""
-    layers, handles = targets(model), []
+def attach(updates: Mapping[str, LowRank], model: nn.Module) -> None:
+    """Put each of ``updates`` beside the layer that it is named for."""
+    found = targets(model)
     for name, update in updates.items():
-        target = layers[name]
-        rows = target.rows.to(update.up.weight.device)
+        layer = model.get_submodule(found[name].name)
+        if not isinstance(layer, AdaptedLinear):
+            layer = AdaptedLinear(layer)
+            model.set_submodule(found[name].name, layer)
+        rows = found[name].rows.to(update.up.weight.device)
+        layer.updates.append(Beside(rows, update))
 
-        def hook(
-            _: Any,
-            args: tuple,
-            out: Tensor,
-            rows: Tensor = rows,
-            update: LowRank = update,
-        ) -> Tensor:
-            return out.index_add(-1, rows, update(args[0]))
 
-        handles.append(target.layer.register_forward_hook(hook))
-    return handles
+def detach(updates: Iterable[LowRank], model: nn.Module) -> None:
+    """Take ``updates`` off; a layer without any more stands where it stood before."""
+    gone = set(updates)
+    for name, layer in adapted_layers(model):
+        kept = [beside for beside in layer.updates if beside.update not in gone]
+        layer.updates = nn.ModuleList(kept)
+        if not kept:
+            model.set_submodule(name, layer.layer)
 
 
 @torch.no_grad()
@@ -120,6 +185,7 @@ def fuse(updates: Mapping[str, LowRank], model: nn.Module) -> None:
     layers = targets(model)
     for name, update in updates.items():
         layer, rows = layers[name].layer, layers[name].rows
+        assert isinstance(layer, nn.Linear)  # ``check_fusable``
         weight = layer.weight.clone()  # the weight may be a read-only memory map
         wide = torch.promote_types(weight.dtype, torch.float32)
         change = update.to(weight.device, wide).matrix()
@@ -242,21 +308,30 @@ def check_target(file: Path | str, name: str, update: Update, target: Target) ->
 
 
 class LoRA:
-    """The updates of one file on a pipeline; ``remove`` takes them off again."""
+    """The updates of one file on a pipeline; ``remove`` takes them off again.
+
+    ``attached`` are those beside the layers of each model, none where they are fused.
+    """
 
     def __init__(
-        self, pipe: "Pipeline", handles: list, file: Path | str, scale: float
+        self,
+        pipe: "Pipeline",
+        attached: list[tuple[dict[str, LowRank], nn.Module]],
+        file: Path | str,
+        scale: float,
     ) -> None:
-        self.pipe, self.handles, self.file, self.scale = pipe, handles, file, scale
+        self.pipe: Pipeline | None = pipe
+        self.attached, self.file, self.scale = attached, file, scale
         record(pipe, [*pipe.adapters, self])
 
     def remove(self) -> None:
         """Take the updates off the pipeline; without effect where they are fused."""
-        for handle in self.handles:
-            handle.remove()
-        if self.handles:
-            record(self.pipe, [a for a in self.pipe.adapters if a is not self])
-            self.handles, self.pipe = [], None  # it keeps no pipeline alive
+        if not (self.pipe and self.attached):
+            return
+        for updates, model in self.attached:
+            detach(updates.values(), model)
+        record(self.pipe, [a for a in self.pipe.adapters if a is not self])
+        self.attached, self.pipe = [], None  # it keeps no pipeline alive
 
 
 def record(pipe: "Pipeline", loras: list[LoRA]) -> None:
@@ -303,7 +378,9 @@ def load_lora(
     if not fused:
         for pair in pairs:  # all, before the first layer changes: memory may not do
             bring(*pair)
-        return LoRA(pipe, [h for pair in pairs for h in attach(*pair)], file, scale)
+        for pair in pairs:
+            attach(*pair)
+        return LoRA(pipe, pairs, file, scale)
     try:
         for pair in pairs:
             fuse(*pair)

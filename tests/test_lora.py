@@ -100,7 +100,9 @@ def case(request, tmp_path: Path) -> SimpleNamespace:
     notes = {"transformer_lora_adapter_metadata": metadata(theirs)} if medium else {}
     StableDiffusion3Pipeline.save_lora_weights(tmp_path, layers, text, **notes)
     return SimpleNamespace(
-        pipe=SimpleNamespace(transformer=ours, text_encoders=[clip], settings={}),
+        pipe=SimpleNamespace(
+            transformer=ours, text_encoders=[clip], settings={}, adapters=[]
+        ),
         inputs=x,
         ids=ids,
         bare=bare,
@@ -122,7 +124,7 @@ def test_agrees_with_diffusers(case: SimpleNamespace, fused: bool) -> None:
     if fused:
         check_whole("transformer", case.pipe.transformer)
     else:
-        with pytest.raises(ValueError, match="has a LoRA beside it; expected"):
+        with pytest.raises(ValueError, match="or beside its layer; expected"):
             check_whole("transformer", case.pipe.transformer)
         loaded.remove()
         check_whole("transformer", case.pipe.transformer)
@@ -185,7 +187,7 @@ def test_nothing_is_fused_into_weights_that_are_not_there(case, small: bool) -> 
 
 
 def test_compiled_blocks_take_an_update_in_their_weights_only(case) -> None:
-    """torch.compile does not look again at a layer's hooks, nor at another block's."""
+    """torch.compile does not look again at a block's layers, nor at another block's."""
     case.pipe.transformer.joint_blocks[1].compile()
     with pytest.raises(ValueError, match="transformer is compiled .* a fused LoRA or"):
         lora.load_lora(case.pipe, case.file)
@@ -208,11 +210,11 @@ def test_a_scale_of_zero_is_none(case: SimpleNamespace) -> None:
 @torch.no_grad()
 def test_half_a_scale_is_half_an_update(case: SimpleNamespace) -> None:
     layers = case.pipe.text_encoders[0].text_model.encoder.layers
-    layer, x = layers[0].self_attn.q_proj, torch.randn(3, 16)
-    bare, found = layer(x), []
+    layer, x = layers[0].self_attn, torch.randn(3, 16)
+    bare, found = layer.q_proj(x), []
     for how in ({}, {"scale": 0.5}, {"scale": 0.5, "fused": True}):
         loaded = lora.load_lora(case.pipe, case.file, **how)
-        found.append(layer(x) - bare)
+        found.append(layer.q_proj(x) - bare)
         loaded.remove()
     for half in found[1:]:
         assert relative_error(half, found[0] / 2) < 1e-5
@@ -245,9 +247,54 @@ def test_reading_a_file_draws_no_random_numbers(case: SimpleNamespace) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def names(model: torch.nn.Module) -> list[str]:
+    return [name for name, _ in model.named_modules()]
+
+
+def test_a_layer_stands_again_where_it_stood(case: SimpleNamespace, tmp_path) -> None:
+    """When its last update is taken off, whatever the order."""
+    models = lora.components(case.pipe).values()
+    before = [names(model) for model in models]
+    other = tmp_path / "other.safetensors"
+    other.write_bytes((case.file / lora.FILE).read_bytes())
+    first, second = (
+        lora.load_lora(case.pipe, case.file),
+        lora.load_lora(case.pipe, other),
+    )
+    for loaded in (first, second):
+        assert all(lora.adapted_layers(model) for model in models)
+        loaded.remove()
+    assert [names(model) for model in models] == before and not case.pipe.adapters
+
+
+@torch.no_grad()
+def test_an_update_moves_and_is_copied_with_its_model(case: SimpleNamespace) -> None:
+    """It is a part of the model, not something that hangs on it."""
+    lora.load_lora(case.pipe, case.file)
+    model = case.pipe.transformer
+    copied, before = copy.deepcopy(model).double(), model(*case.inputs)
+    given = [x.double() for x in case.inputs]
+    assert relative_error(copied(*given).float(), before) < BOUND
+    for _, layer in lora.adapted_layers(model):
+        for beside in layer.updates:
+            beside.update.up.weight.zero_()
+    assert relative_error(model(*case.inputs), case.bare) <= BOUND
+    assert relative_error(copied(*given).float(), before) < BOUND
+
+
+def test_what_is_beside_a_layer_is_no_layer_to_adapt(case: SimpleNamespace) -> None:
+    models = lora.components(case.pipe)
+    before = {part: list(lora.targets(model)) for part, model in models.items()}
+    lora.load_lora(case.pipe, case.file)
+    for part, model in models.items():
+        assert list(lora.targets(model)) == before[part]
+        kinds = {type(target.layer) for target in lora.targets(model).values()}
+        assert kinds == {torch.nn.Linear}
+
+
 def test_8_bits_come_before_the_lora(case: SimpleNamespace) -> None:
     lora.load_lora(case.pipe, case.file)
-    with pytest.raises(ValueError, match="a hook, perhaps a LoRA, .* 8 bits first"):
+    with pytest.raises(ValueError, match="has a LoRA beside it; expected 8 bits first"):
         memory.to_float8(case.pipe.transformer)
     assert not any(isinstance(m, Float8Linear) for m in case.pipe.transformer.modules())
 
@@ -304,7 +351,7 @@ def test_the_second_encoder_takes_a_file_too(tmp_path: Path) -> None:
         text_encoder_2_lora_adapter_metadata=metadata(theirs),
     )
     parts = {"text_encoders": [first, second], "transformer": MMDiT(SMALL)}
-    pipe = SimpleNamespace(**parts, settings={})
+    pipe = SimpleNamespace(**parts, settings={}, adapters=[])
     ids = torch.randint(3, 50, (2, 12))
     ids[:, -1] = 2
     lora.load_lora(pipe, tmp_path)
@@ -317,7 +364,8 @@ def test_what_we_save_diffusers_loads(tmp_path: Path) -> None:
     updates = lora.add_lora(ours, rank=2, alpha=3)
     for update in updates.values():
         torch.nn.init.normal_(update.up.weight, std=0.2)
-    assert not any(p.requires_grad for p in ours.parameters())
+    learning = [n for n, p in ours.named_parameters() if p.requires_grad]
+    assert learning and all(".updates." in name for name in learning)
     lora.save_lora({"transformer": updates}, tmp_path / lora.FILE)
     state, notes = StableDiffusion3Pipeline.lora_state_dict(
         str(tmp_path), return_lora_metadata=True
@@ -346,7 +394,7 @@ def test_patterns_of_alpha_match_as_in_peft(tmp_path: Path, pattern: dict) -> No
         str(tmp_path), return_lora_metadata=True
     )
     theirs.load_lora_adapter(state, prefix="transformer", metadata=notes)
-    pipe = SimpleNamespace(transformer=ours, text_encoders=[], settings={})
+    pipe = SimpleNamespace(transformer=ours, text_encoders=[], settings={}, adapters=[])
     lora.load_lora(pipe, tmp_path)
     reference = their_velocity(theirs, *x)
     assert relative_error(ours(*x), reference) <= BOUND
@@ -413,7 +461,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_updates_in_half_precision_are_added_too(tmp_path: Path) -> None:
     ours, x = pair(SMALL)[0], inputs()
-    pipe = SimpleNamespace(transformer=ours, text_encoders=[], settings={})
+    pipe = SimpleNamespace(transformer=ours, text_encoders=[], settings={}, adapters=[])
     file, before = tmp_path / "half.safetensors", ours(*x)
     a, b = (torch.randn(shape).half() for shape in GOOD)
     save_file({f"{LAYER}.lora_A.weight": a, f"{LAYER}.lora_B.weight": b}, file)

@@ -37,6 +37,7 @@ from minidiff.engine.kernels import (
 )
 from minidiff.engine.precision import Float8Linear, has_fp8
 from minidiff.interface.checks import check_choice, check_fast
+from minidiff.lora import AdaptedLinear
 from minidiff.vae import VAE, AttentionBlock, Decoder, ResnetBlock, Upsample
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -70,32 +71,48 @@ def linear(
     x: Rows, layer: nn.Module, gelu: bool = False, out: Tensor | None = None
 ) -> Tensor:
     """Rows (R, in) → (R, out), then tanh-GELU where asked for; written to ``out``."""
-    if layer._forward_hooks:  # LoRA that is not fused
-        y = layer(x.values if x.scale is None else restore(x, layer.bias.dtype))
+    if isinstance(layer, AdaptedLinear):
+        y = linear(x, layer.layer)
+        y = layer.adapt(x.values if x.scale is None else restore(x, y.dtype), y)
         y = y if out is None else out.copy_(y)
         return F.gelu(y, approximate="tanh") if gelu else y
     if x.scale is not None:
         return float8_product(x, layer, out)
-    matrix, dtype = layer.weight, x.values.dtype
+    return multiply(x.values, *weights(layer, x.values.dtype), gelu, out)
+
+
+def weights(layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The matrix (out, in) of a block's layer in ``dtype``, and its bias (out,)."""
+    assert isinstance(layer, nn.Linear | Float8Linear) and layer.bias is not None
     if isinstance(layer, Float8Linear):
-        matrix = matrix.to(dtype) * layer.scale.to(dtype)
-    if gelu and x.values.is_cuda:  # cuBLAS applies it before writing the result
-        return torch._addmm_activation(layer.bias, x.values, matrix.t(), use_gelu=True)
-    if dtype == torch.float32 and not x.values.is_cuda and ONEDNN:
-        kind = ("gelu", [], "tanh") if gelu else ("none", [], "")
-        y = torch.ops.mkldnn._linear_pointwise(x.values, matrix, layer.bias, *kind)
+        return layer.weight.to(dtype) * layer.scale.to(dtype), layer.bias
+    return layer.weight, layer.bias
+
+
+def multiply(
+    x: Tensor, matrix: Tensor, bias: Tensor, gelu: bool, out: Tensor | None
+) -> Tensor:
+    """x (R, in) · matrixᵀ + bias → (R, out), then tanh-GELU where asked for."""
+    if gelu and x.is_cuda:  # cuBLAS applies it before writing the result
+        return torch._addmm_activation(bias, x, matrix.t(), use_gelu=True)
+    if x.dtype == torch.float32 and not x.is_cuda and ONEDNN:
+        kind = ("gelu", [], "tanh") if gelu else ("none", list[float](), "")
+        y = torch.ops.mkldnn._linear_pointwise(x, matrix, bias, *kind)
         return y if out is None else out.copy_(y)
-    y = torch.addmm(layer.bias, x.values, matrix.t(), out=out)
+    y = torch.addmm(bias, x, matrix.t(), out=out)
     return F.gelu(y, approximate="tanh") if gelu else y
 
 
 def restore(x: Rows, dtype: torch.dtype) -> Tensor:
     """The rows that an fp8 form stands for."""
+    assert x.scale is not None
     return (x.values.float() * x.scale).to(dtype)
 
 
 def float8_product(x: Rows, layer: nn.Module, out: Tensor | None = None) -> Tensor:
     """Product of fp8 rows and a ``Float8Linear``, scales applied to float32 sums."""
+    assert isinstance(layer, Float8Linear) and layer.bias is not None
+    assert x.scale is not None
     dtype = layer.bias.dtype
     if x.values.is_cuda:
         return torch._scaled_mm(

@@ -26,6 +26,7 @@ from minidiff.engine.precision import Float8Linear, has_fp8
 from minidiff.engine.tiling import Tiled
 from minidiff.files.weights import Prepared, Read
 from minidiff.interface.checks import check_choice, count_levels
+from minidiff.lora import adapted_layers
 from minidiff.text_encoders import T5Encoder
 from minidiff.vae import VAE
 
@@ -461,17 +462,15 @@ def stand_in(model: nn.Module, plan: Plan) -> None:
 def to_float8(model: MMDiT) -> MMDiT:
     """Store a model's blocks in 8 bits, in place, as ``place`` does while it reads.
 
-    Raises ValueError for a layer with a hook, such as a LoRA's: it would be lost.
+    Raises ValueError for a model with a LoRA beside its layers.
     """
     chosen = [
         (name, layer)
         for name, layer in model.named_modules()
         if is_float8(Plan(fp8=True), model, name)
     ]
-    for name, layer in chosen:
-        if layer._forward_hooks:
-            found = f"{name} has a hook, perhaps a LoRA, that 8 bits would lose"
-            raise ValueError(f"{found}; expected 8 bits first")
+    for name, _ in adapted_layers(model):
+        raise ValueError(f"{name} has a LoRA beside it; expected 8 bits first")
     for name, layer in chosen:
         swap(model, name, Float8Linear(quantize(layer.weight), layer.bias))
     return model

@@ -22,6 +22,10 @@ class Float8Linear(nn.Module):
     Called, it brings the matrix back to the dtype of its input and multiplies.
     """
 
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
     def __init__(self, rows: Rows, bias: Tensor | None) -> None:
         super().__init__()
         self.register_buffer("weight", rows.values)
