@@ -59,8 +59,6 @@ class Linear(Protocol):
     in_features: int
     out_features: int
 
-    def __call__(self, x: Tensor) -> Tensor: ...
-
 
 class Beside(nn.Module):
     """An update and the rows of its layer's output to which it is added."""
@@ -84,14 +82,17 @@ class AdaptedLinear(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
+        assert isinstance(layer, Linear)
         self.layer, self.updates = layer, nn.ModuleList()
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.adapt(x, self.layer(x))
+    @property
+    def dtype(self) -> torch.dtype:
+        """In what the updates compute."""
+        return next(self.updates.parameters()).dtype
 
-    def adapt(self, x: Tensor, out: Tensor) -> Tensor:
-        """What the layer makes of ``x`` (…, in), ``out`` (…, out), and the updates."""
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(x)
         for beside in self.updates:
             out = beside(x, out)
         return out
@@ -132,13 +133,13 @@ def targets(model: nn.Module) -> dict[str, Target]:
 
 def linear_layers(model: nn.Module) -> dict[str, Linear]:
     """The layers of ``model`` by name; of an adapted one the layer alone."""
-    adapted = dict(adapted_layers(model))
-    inside = tuple(f"{name}." for name in adapted)
-    return {
-        name: adapted[name].layer if name in adapted else layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, Linear) and not name.startswith(inside)
-    }
+    inside = tuple(f"{name}." for name, _ in adapted_layers(model))
+    found: dict[str, Linear] = {}
+    for name, module in model.named_modules():
+        layer = module.layer if isinstance(module, AdaptedLinear) else module
+        if isinstance(layer, Linear) and not name.startswith(inside):
+            found[name] = layer
+    return found
 
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLinear]]:
@@ -241,7 +242,7 @@ def components(pipe: "Pipeline") -> dict[str, nn.Module]:
     """What a file can adapt, under the names that it uses."""
     names = ("text_encoder", "text_encoder_2")
     encoders = zip(names, pipe.text_encoders, strict=False)
-    return {"transformer": pipe.transformer, **dict(encoders)}
+    return {"transformer": pipe.transformer} | {n: e for n, e in encoders if e}
 
 
 def lora_file(file: Path | str) -> Path:
@@ -392,7 +393,8 @@ def load_lora(
 
 def save_lora(updates: Mapping[str, Mapping[str, LowRank]], file: Path | str) -> None:
     """Write updates, by component and layer, as a file that diffusers loads."""
-    tensors, metadata = {}, {}
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, object] = {}
     for part, layers in updates.items():
         first = next(iter(layers.values()))
         metadata[f"{part}.r"] = first.down.out_features

@@ -492,7 +492,8 @@ def test_new_updates_change_nothing_yet() -> None:
 
 def test_another_model_is_refused(case: SimpleNamespace) -> None:
     small = MMDiT(SMALL.__class__.tiny())
-    pipe = SimpleNamespace(transformer=small, text_encoders=case.pipe.text_encoders)
+    parts = {"transformer": small, "text_encoders": case.pipe.text_encoders}
+    pipe = SimpleNamespace(**parts, adapters=[])
     with pytest.raises(
         ValueError, match="another model: it updates transformer.*expected"
     ):

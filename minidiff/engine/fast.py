@@ -42,6 +42,7 @@ from minidiff.vae import VAE, AttentionBlock, Decoder, ResnetBlock, Upsample
 
 Module = TypeVar("Module", bound=nn.Module)
 LAST = torch.channels_last
+PATCH = torch.fx.experimental._config.patch  # type: ignore[attr-defined]
 ONEDNN = torch.backends.mkldnn.is_available()  # for float32 products on a CPU
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names of malloc.h; values in bytes
 BACKENDS = {
@@ -72,8 +73,7 @@ def linear(
 ) -> Tensor:
     """Rows (R, in) → (R, out), then tanh-GELU where asked for; written to ``out``."""
     if isinstance(layer, AdaptedLinear):
-        y = linear(x, layer.layer)
-        y = layer.adapt(x.values if x.scale is None else restore(x, y.dtype), y)
+        y = layer(x.values if x.scale is None else restore(x, layer.dtype))
         y = y if out is None else out.copy_(y)
         return F.gelu(y, approximate="tanh") if gelu else y
     if x.scale is not None:
@@ -132,8 +132,9 @@ def float8_product(x: Rows, layer: nn.Module, out: Tensor | None = None) -> Tens
 
 def head_norms(*attentions: Attention) -> Tensor:
     """Weights of the query's and the key's norm of each, (A, 2, d)."""
-    pairs = [torch.stack([a.ln_q.weight, a.ln_k.weight]) for a in attentions]
-    return torch.stack(pairs)
+    layers = [layer for a in attentions for layer in (a.ln_q, a.ln_k)]
+    norms = tuple(layer.get_parameter("weight") for layer in layers)
+    return torch.stack(norms).unflatten(0, (-1, 2))  # (2·A, d) → (A, 2, d)
 
 
 def share(form: type[Module], model: nn.Module) -> Module:
@@ -352,7 +353,7 @@ class CompiledMMDiT(MMDiT):
 
     def forward(self, *given: Any, **options: Any) -> Tensor:
         """As ``MMDiT.forward``; no length that equals the width is taken for it."""
-        with torch.fx.experimental._config.patch(use_duck_shape=False):
+        with PATCH(use_duck_shape=False):
             return super().forward(*given, **options)
 
     def layers(self) -> tuple[Sequence[Callable], Callable]:
@@ -442,11 +443,13 @@ class FastDecoder(Decoder):
     """
 
     fold: bool = True
+    mid: Any  # a ModuleDict
 
     @classmethod
     def of(cls, decoder: Decoder, fold: bool = True) -> "FastDecoder":
         """``decoder``'s own layers, their weights moved to channels-last memory."""
-        fast = share(cls, decoder.to(memory_format=LAST))
+        decoder.to(memory_format=LAST)  # type: ignore[call-overload]
+        fast = share(cls, decoder)
         fast.fold = fold
         return fast
 
@@ -459,8 +462,8 @@ class FastDecoder(Decoder):
 
     def fused(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) → images, by the fused passes."""
-        x = latents.contiguous(memory_format=LAST)
-        x = self.resnet(Pending(self.conv_in(x)), self.mid["block_1"])
+        first = self.conv_in(latents.contiguous(memory_format=LAST))
+        x = self.resnet(Pending(first), self.mid["block_1"])
         x = self.attention(x, self.mid["attn_1"])
         x = self.resnet(x, self.mid["block_2"])
         for level in reversed(self.up):
@@ -484,10 +487,11 @@ class FastDecoder(Decoder):
         h = F.conv2d(h, block.conv1.weight, padding=1)
         _, h = self.norm(Pending(h, block.conv1.bias), block.norm2)
         h = F.conv2d(h, block.conv2.weight, padding=1)
-        bias = block.conv2.bias
+        bias = block.conv2.get_parameter("bias")
         if hasattr(block, "nin_shortcut"):
             settled = F.conv2d(settled, block.nin_shortcut.weight)
-            bias = bias + block.nin_shortcut.bias
+            own = block.nin_shortcut.get_parameter("bias")
+            return Pending(h, bias + own, settled)
         return Pending(h, bias, settled)
 
     def attention(self, x: Pending, block: AttentionBlock) -> Pending:
