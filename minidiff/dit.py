@@ -607,7 +607,7 @@ class Modulations(NamedTuple):
 # blocks, and write the tokens back as a latent.
 #
 # Behind every block but the last there is a place for something from outside: a
-# *control*, one vector $u$ for each patch, that is added to the image stream,
+# *control* $u$ (one of `controls`, a vector for each patch) that is added to the image,
 #
 # $$x \leftarrow x + u_{\lfloor i \cdot K / N_b \rfloor} \quad \text{behind block } i,$$
 #

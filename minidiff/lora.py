@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -339,12 +339,13 @@ def record(pipe: "Pipeline", loras: list[LoRA]) -> None:
     """Let pictures say which ``loras`` act on the pipeline that draws them."""
     pipe.adapters = loras
     ours = ("lora", "lora_scale")
-    pipe.settings = {k: v for k, v in pipe.settings.items() if k not in ours}
+    said: dict[str, Any] = {k: v for k, v in pipe.settings.items() if k not in ours}
     if loras:
-        pipe.settings["lora"] = ", ".join(str(one.file) for one in loras)
+        said["lora"] = ", ".join(str(one.file) for one in loras)
         scales = [one.scale for one in loras]
         several = ", ".join(map(str, scales))
-        pipe.settings["lora_scale"] = several if len(scales) > 1 else scales[0]
+        said["lora_scale"] = several if len(scales) > 1 else scales[0]
+    pipe.settings = said
 
 
 def load_lora(
