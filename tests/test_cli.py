@@ -364,6 +364,7 @@ def test_an_evaluation_that_cannot_be(run, monkeypatch, arguments, message):
     assert (code, out) == (2, "") and message in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_an_evaluation_from_the_command_line(run, fashion, tmp_path):
     how = ("-n", 2, "--steps", 1, "--guidance-scale", 2, "--seed", 7, "--data", fashion)
     code, out, err = run("evaluate", *how, "--output", "found.json", "--device", "cpu")

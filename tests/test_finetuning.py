@@ -555,6 +555,7 @@ def draw_striped(lora: Path | None) -> float:
     return (stripes(2 * images - 1) > STRIPED).float().mean().item()
 
 
+@pytest.mark.slow
 def test_what_a_batch_holds(model: Path, pictures: Path) -> None:
     pipe = minidiff.load(model)
     images, captions = read_folder(pictures, 32)

@@ -109,6 +109,7 @@ def test_same_pil_pictures(folders):
     assert abs(found - wanted).max() <= 1  # a value may lie on the edge of rounding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 @pytest.mark.parametrize("model", [{}, {"dual": (0, 2)}, {"t5": False}])
 def test_diffusers_draws_the_same_from_what_we_save(folders, tmp_path, model, dtype):
@@ -131,6 +132,7 @@ def test_diffusers_draws_the_same_from_what_we_save(folders, tmp_path, model, dt
         assert torch.equal(ours(pipe, call, noise), ours(again, call, noise))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resaved", [False, True])
 def test_the_real_tokenizers_as_published_and_as_saved_again(shared, tmp_path, resaved):
     """The hub's files are of 2024; transformers writes others today."""

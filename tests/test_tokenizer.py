@@ -100,6 +100,7 @@ def pipeline_ids(reference, texts: list[str], length: int) -> torch.Tensor:
     return reference(texts, max_length=length, **options).input_ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OURS)
 def test_padding_and_truncation_equal_the_reference(folders, references, texts, name):
     tokenizer, reference = ours(folders, name), references[name]
@@ -212,6 +213,7 @@ def test_ids_catch_mutants_of_t5(folders, references, texts, mutant, monkeypatch
     assert any(differences(tokenizer, references["tokenizer_3"], texts[:3000]))
 
 
+@pytest.mark.slow
 def test_ids_catch_merges_in_the_wrong_order(folders, references, texts):
     tokenizer = ours(folders, "tokenizer")
     tokenizer.ranks = {pair: -rank for pair, rank in tokenizer.ranks.items()}
@@ -223,6 +225,7 @@ def test_ids_catch_a_forgotten_exclamation_mark(folders, references, texts):
     assert any(differences(mutant, references["tokenizer_2"], texts[:2000]))
 
 
+@pytest.mark.slow
 def test_decoding_catches_its_mutants(folders, references, texts, monkeypatch):
     def decoded_alike(name: str) -> bool:
         tokenizer, reference = ours(folders, name), references[name]
@@ -259,6 +262,7 @@ def copy(folder: Path, target: Path, *names: str) -> Path:
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 
 
+@pytest.mark.slow
 def test_t5_reads_the_same_from_either_file(folders, texts, tmp_path):
     folder = folders / "tokenizer_3"
     proto = T5Tokenizer.from_pretrained(
@@ -280,6 +284,7 @@ def without_decoder(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OURS)
 def test_reads_what_older_versions_wrote(folders, texts, tmp_path, name):
     """Without added_tokens_decoder, special_tokens_map.json says what is special."""
@@ -291,6 +296,7 @@ def test_reads_what_older_versions_wrote(folders, texts, tmp_path, name):
     assert tokenizer.pad_token_id == reference.pad_token_id
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OURS)
 def test_reads_what_transformers_writes(references, texts, tmp_path, name):
     references[name].save_pretrained(tmp_path)
@@ -307,6 +313,7 @@ def trained() -> dict[str, Tokenizer]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("published", [False, True])
 def test_transformers_reads_what_is_saved(folders, texts, tmp_path, name, published):

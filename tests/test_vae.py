@@ -235,6 +235,7 @@ def test_channels_last_gives_the_same_without_changing_layout():
     assert relative_error(found, expected) <= 1e-5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiles_without_a_graph_break():
     model = randomize(VAE(CONFIGS[0]))

@@ -91,6 +91,7 @@ def test_figure_is_drawn_on_a_transparent_ground(
     assert "matplotlib.pyplot" not in sys.modules
 
 
+@pytest.mark.slow
 def test_a_figure_says_what_is_written_in_it() -> None:
     figure = viz.show_curves({"fast": [2, 1], "slow": [2, 2]}, "step", "loss")
     assert repr(figure) == "Figure (curves): loss, step, fast, slow"
