@@ -546,6 +546,9 @@ def test_an_interruption_at_any_time(
     plain = app.run
 
     def interrupted(arguments: list[str]) -> tuple[int, str]:
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # a shell may ignore it
         if os.fork() == 0:
             time.sleep(moment)
             os.kill(os.getppid(), signal.SIGINT)

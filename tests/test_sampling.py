@@ -470,7 +470,7 @@ def test_another_scheduler_is_refused(folders, tmp_path):
             "FlowMatchHeunDiscreteScheduler",
             "asks for the scheduler Flow",
         ),
-        ("shift", float("nan"), "shift is nan; expected float"),
+        ("shift", float("nan"), "shift is nan; expected 0.001 to 1000"),
     ):
         config.write_text(json.dumps(found | {name: value}))
         with pytest.raises(ValueError, match=message):
