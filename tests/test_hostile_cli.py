@@ -31,7 +31,7 @@ from minidiff.files.pictures import (
     save_picture,
 )
 from minidiff.files.weights import Prepared
-from minidiff.judging import metrics
+from minidiff.judging import evaluation
 
 LONG = "x" * 5000
 HUGE = 10**30
@@ -686,7 +686,7 @@ def test_results_stay_when_they_cannot_be_replaced(
     Path("old.json").write_text(json.dumps({"kept": 1}))
     monkeypatch.setattr(os, "replace", lambda *_: os.open("no/where", os.O_RDONLY))
     how = ("-n", 2, "--steps", 1, "--garments", "one", "--data", fashion)
-    monkeypatch.setattr(metrics, "attention_correlation", lambda *_, **__: {})
+    monkeypatch.setattr(evaluation, "attention_correlation", lambda *_, **__: {})
     code, _, err = run("evaluate", *how, "--output", "old.json", "--overwrite")
     assert code == 2 and "cannot write old.json" in err
     assert json.loads(Path("old.json").read_text()) == {"kept": 1}
