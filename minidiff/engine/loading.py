@@ -295,7 +295,7 @@ def read_scheduler(folder: Path) -> Scheduler:
     """The schedule of a folder; ValueError for settings that would draw otherwise."""
     content = reading.read_json(configurations.config_file(folder))
     if (name := content.get("_class_name", SCHEDULER)) != SCHEDULER:
-        found = f"{folder} asks for the scheduler {name}"
+        found = f"{folder} asks for the scheduler {reading.excerpt(name)}"
         raise ValueError(f"{found}; expected {SCHEDULER} (solvers: sampler=…)")
     if used := [name for name in DYNAMIC if content.get(name)]:
         raise ValueError(f"{folder} asks for {used[0]}, which minidiff does not have")
