@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import minidiff
 from minidiff.cli import train as command
+from minidiff.data import captioned
 from minidiff.data.captioned import captions_of, read_folder, read_pictures
 from minidiff.data.fashion_mnist import CLASSES
 from minidiff.data.garments import Scenes
@@ -674,6 +675,19 @@ def test_a_run_goes_on_by_another_name_of_its_pictures(
     monkeypatch.chdir(pictures.parent)
     for given in ("pictures", pictures):
         finetune.finetune(model, given, tmp_path / "a", config, LoraConfig(2))
+
+
+@pytest.mark.slow
+def test_captions_are_read_once(
+    model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, read_text = [], captioned.read_text
+    monkeypatch.setattr(
+        captioned, "read_text", lambda *how: read.append(how) or read_text(*how)
+    )
+    config = replace(CONFIG, steps=1)
+    finetune.finetune(model, pictures, tmp_path / "out", config, LoraConfig(2))
+    assert len(read) == 4
 
 
 @pytest.mark.slow

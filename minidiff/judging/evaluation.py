@@ -85,15 +85,15 @@ class Evaluation:
         result = metrics.evaluate(
             pipe,
             judge,
-            self.n,
-            self.guidance_scale,
-            self.steps,
-            self.data,
-            self.seed,
-            20 if cpu else 500,
-            metrics.choose_rows(self.garments),
-            log,
-            inception,
+            n=self.n,
+            guidance_scale=self.guidance_scale,
+            num_inference_steps=self.steps,
+            folder=self.data,
+            seed=self.seed,
+            batch=20 if cpu else 500,
+            rows=metrics.choose_rows(self.garments),
+            log=log,
+            inception=inception,
         )
         found = attention_correlation(pipe, folder=self.data)
         return result | {"model": self.model, "attention": found}

@@ -121,7 +121,7 @@ def chosen_recipe(o: TrainOptions) -> Recipe:
 def limited(recipe: Recipe, o: TrainOptions) -> Recipe:
     """The recipe with no more samples than there are; the data must be there."""
     if recipe.scenes in SCENES or recipe.world:
-        for split in ("train", "test"):
+        for split in ("test", "train"):  # the small one first
             fashion_mnist(split, o.data)
         return recipe
     seen, held = (
