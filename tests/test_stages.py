@@ -150,12 +150,12 @@ def go_on(job: Job, made: Path, tmp_path: Path) -> Callable[..., Path]:
     small = {"latents": 32, "pictures": 4, "held": 8, "keep_latents": True}
     recipe.write_text(json.dumps({"transformer": quick, "vae": quick, **small}))
 
-    def train(stage: str, output: Path, start: Path = made, **flags) -> Path:
+    def go(stage: str, output: Path, start: Path = made, **flags) -> Path:
         TABLES[output / "model"] = TABLES[job.model]
         train(stage, output, job.data, recipe=str(recipe), start=start, **flags)
         return output / "model"
 
-    return train
+    return go
 
 
 @pytest.mark.parametrize("stage", ["transformer", "vae"])
