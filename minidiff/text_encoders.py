@@ -795,13 +795,11 @@ class T5Encoder(nn.Module):
 def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
     """Join the hidden states of the three encoders into one context.
 
-    clip_l (B, L, D_l), clip_g (B, L, D_g), t5 (B, L_t, D) → (B, L + L_t, D); ValueError
-    where D < D_l + D_g. Esser et al. 2024, figure 2.
+    clip_l (B, L, D_l), clip_g (B, L, D_g), t5 (B, L_t, D) → (B, L + L_t, D). Where D is
+    less than D_l + D_g, the rest of CLIP-G is cut off. Esser et al. 2024, figure 2.
     """
     clip = torch.cat([clip_l, clip_g], dim=-1)  # → (B, L, D_l + D_g)
-    width, missing = clip.shape[-1], t5.shape[-1] - clip.shape[-1]
-    if missing < 0:
-        raise ValueError(f"CLIP states of width {width} exceed T5's {t5.shape[-1]}")
+    missing = t5.shape[-1] - clip.shape[-1]  # below zero, ``pad`` cuts
     clip = F.pad(clip, (0, missing))  # (B, L, D_l + D_g) → (B, L, D)
     return torch.cat([clip, t5], dim=1)  # → (B, L + L_t, D)
 
