@@ -9,9 +9,10 @@ and what CUDA itself takes. Attention counts its output only, as in a fused kern
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.engine.loading import blueprint
 from minidiff.engine.memory import GIB, Plan, place
-from minidiff.files.weights import Prepared
+from minidiff.files.weights import Prepared, Read
 from minidiff.flow_matching import ClassifierFree, Scheduler
 from minidiff.sampling import Pipeline
 from minidiff.text_encoders import T5Config, T5Encoder
@@ -81,19 +82,13 @@ def fused_attention() -> Iterator[None]:
 class MetaFile(Prepared):
     """Reads every tensor of its model as an empty one of the stored dtype."""
 
-    def __call__(self, device: Any, dtype: torch.dtype, put: Any = None) -> nn.Module:
-        expected = self.model.state_dict()
+    def tensors(self) -> Iterator[tuple[str, Read]]:
+        for name, like in self.model.state_dict().items():
+            yield name, partial(self.read, like)
 
-        def read(name: str) -> Callable[[Any, torch.dtype | None], Tensor]:
-            shape = expected[name].shape
-            return lambda device, dtype: torch.empty(
-                shape, dtype=dtype or torch.float16, device="meta"
-            )
-
-        state = {n: put(n, read(n)) if put else read(n)(None, dtype) for n in expected}
-        kept = {n: t for n, t in state.items() if t is not None}
-        self.model.load_state_dict(kept, assign=True, strict=put is None)
-        return self.model.eval()
+    @staticmethod
+    def read(like: Tensor, device: Any, dtype: torch.dtype | None) -> Tensor:
+        return torch.empty(like.shape, dtype=dtype or torch.float16, device="meta")
 
 
 def on_meta(model_class: type, config: Any, plan: Plan) -> nn.Module:

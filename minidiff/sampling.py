@@ -26,14 +26,15 @@ After it you will be able to
 import math
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from minidiff.dit import MMDiT, MMDiTConfig
-from minidiff.files import layout
+from minidiff.dit import MMDiT
+from minidiff.files import layout, published
 from minidiff.files.pictures import to_pil
 from minidiff.flow_matching import (
     ClassifierFree,
@@ -46,13 +47,16 @@ from minidiff.flow_matching import (
     heun,
 )
 from minidiff.interface import checks, output
+from minidiff.interface.request import Callback, Request, takes
 from minidiff.text_encoders import CLIPTextEncoder, T5Encoder, assemble
 from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
 from minidiff.vae import VAE
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
 
+Drawn: TypeAlias = "list[Image] | Tensor | np.ndarray"
 SAMPLERS = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
 
 
@@ -110,6 +114,7 @@ SAMPLERS = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
 # First without any pipeline. Each part is loaded into the class of its own chapter.
 
 # %% tags=["active-ipynb"]
+# from minidiff.dit import MMDiTConfig
 # from minidiff.text_encoders import CLIPTextConfig, T5Config
 # from minidiff.vae import VAEConfig
 #
@@ -242,43 +247,317 @@ class Defaults(NamedTuple):
 
 
 DEFAULTS = {
-    "tiny": Defaults(28, 2.5),
-    "sd3.5-medium": Defaults(40, 4.5),
-    "sd3.5-large": Defaults(28, 3.5),
-    "sd3.5-large-turbo": Defaults(4, 1.0),
+    name: Defaults(model.num_inference_steps, model.guidance_scale)
+    for name, model in published.PUBLISHED.items()
 }
-
-
-def recognize(name: str, config: MMDiTConfig) -> str:
-    """The key of ``DEFAULTS`` for a model, by its name and its transformer.
-
-    A hub id or a path is known by its last part, and by the hub's folder in it.
-    """
-    parts = Path(name).parts
-    named = parts[-1:] + tuple(p for p in parts if p.startswith("models--"))
-    if "turbo" in " ".join(named).lower():  # Large and Turbo are configured alike
-        return "sd3.5-large-turbo"
-    if config == MMDiTConfig.tiny():
-        return "tiny"
-    return "sd3.5-medium" if config.dual_attention_layers else "sd3.5-large"
+OTHERS = Defaults(28, 7.0)  # what diffusers takes where nothing is said
 
 
 # %% [markdown]
-# A model is recognised by its configuration: dual attention means Medium. Large and
-# Large Turbo have one and the same configuration, so only a name tells them apart;
-# folders that we save remember it.
+# A model is recognised by its configuration: Medium's first blocks have a second
+# attention, Large's do not. Large and Large Turbo have one and the same configuration,
+# so there the hub's name decides; folders that we save remember it.
 #
-# The pipeline holds the parts, and has three steps that can also be used alone:
-# `encode_prompt`, `denoise` and `decode`. Calling it runs all three. It computes in the
-# precision of the weights but keeps the state of the solver in float32, and it refuses
-# what cannot be drawn before any work begins: a wrong size costs a line, not a minute.
-# The class is the longest of the book, and most of it is names and checks. Read
-# `encode_prompt`, `velocity`, `denoise` and `decode`, four methods whose work you have
-# just done by hand; in `__call__`, what follows the checks.
+# A pipeline holds the parts. What may be set on it is declared at the top, and any
+# other name is refused: a wrong one would do nothing, and tell nobody.
 
 
 # %%
-class Pipeline:
+class Parts:
+    """What a pipeline is made of, and what may be set on it."""
+
+    tokenizers: tuple[Any, ...]
+    text_encoders: tuple[Any, ...]
+    transformer: MMDiT
+    vae: VAE
+    scheduler: Scheduler
+    name: str  # of the published model that it is, or "sd3"
+    defaults: Defaults
+    settings: dict[str, Any]  # what every picture notes
+    progress: bool | str = True  # a bar on a terminal
+    plan: Any = None  # set by the engine: how the weights are placed,
+    room: float = math.inf  # how many bytes of a budget are left beside them,
+    adapters: Sequence[Any] = ()  # and which LoRAs act
+    _interrupt: bool = False  # set by a callback, it ends the drawing
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        checks.check_attribute(self, name)
+        super().__setattr__(name, value)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        return self.transformer.x_embedder.proj.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In what the transformer computes."""
+        return self.transformer.x_embedder.proj.weight.dtype
+
+    @property
+    def max_sequence_length(self) -> int:
+        """T5 tokens of a prompt unless told otherwise: 256, or as many as T5 takes."""
+        t5 = self.tokenizers[2]
+        return min(256, t5.model_max_length) if t5 else 256
+
+
+# %% [markdown]
+# Three steps do the work, each usable alone. You have just taken them by hand; as
+# functions they take the parts first. *Words to numbers*: three tokenizers, three
+# encoders, one context.
+
+
+# %%
+@torch.no_grad()
+def encode_texts(
+    pipe: Parts,
+    prompt: str | Sequence[str | tuple[str, str, str]],
+    max_sequence_length: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What the transformer reads: context (B, L, D) and pooled (B, P).
+
+    A prompt is one text, or three: for CLIP-L, CLIP-G and T5. L counts CLIP's tokens
+    and then T5's; without T5 its rows are zeros. Warns of what is cut off.
+    """
+    texts = checks.for_encoders(prompt)
+    lengths = [pipe.tokenizers[0].model_max_length] * 2
+    lengths.append(max_sequence_length or pipe.max_sequence_length)
+    checks.warn_of_cuts(pipe, texts, lengths)
+    clips = []
+    for i in range(2):
+        ids = pipe.tokenizers[i](texts[i], max_length=lengths[i])  # (B, L)
+        clips.append(pipe.text_encoders[i](ids.to(pipe.device)))
+    hidden, pooled = zip(*clips, strict=True)
+    context = assemble(hidden[0], hidden[1], encode_t5(pipe, texts[2], lengths[2]))
+    checks.warn_of_overflow("the prompt's encoding", context.to(pipe.dtype))
+    return context.to(pipe.dtype), torch.cat(pooled, dim=-1).to(pipe.dtype)
+
+
+def encode_t5(pipe: Parts, texts: Sequence[str], length: int) -> Tensor:
+    """T5's states (B, L, D); zeros where the pipeline goes without T5."""
+    tokenize, t5 = pipe.tokenizers[2], pipe.text_encoders[2]
+    if tokenize is None or t5 is None:
+        size = len(texts), length, pipe.transformer.config.joint_attention_dim
+        return torch.zeros(size, device=pipe.device, dtype=pipe.dtype)
+    return t5(tokenize(texts, max_length=length).to(pipe.device))
+
+
+# %% [markdown]
+# *Noise to latents*: what the solver follows is the transformer, with all computed
+# ahead that does not depend on $x$. Guidance is an object of chapter 6; it makes of
+# this velocity the guided one. The state of the solver stays in float32, whatever the
+# weights compute in.
+
+
+# %%
+@torch.no_grad()
+def velocity_of(
+    pipe: Parts, context: Tensor, pooled: Tensor, sigmas: Tensor
+) -> Callable[..., Tensor]:
+    """The transformer as a function ``v(x, sigma, skip_layers=())``.
+
+    ``sigma`` is one of ``sigmas``, for which all modulations are computed here. A state
+    ``x`` of fewer rows than the text is asked with the last of the text: with guidance
+    the negative prompts come first, then the prompts. Blocks in ``skip_layers`` are
+    left out.
+    """
+    context, pooled = (x.to(pipe.device, pipe.dtype) for x in (context, pooled))
+    levels = {sigma: i for i, sigma in enumerate(sigmas.tolist())}
+    times = sigmas[:, None].to(pipe.device)  # (S,) → (S, 1)
+    modulations = pipe.transformer.modulations(times, pooled)
+
+    @torch.no_grad()
+    def ask(x: Tensor, sigma: Tensor, skip_layers: Sequence[int] = ()) -> Tensor:
+        now = modulations.step(levels[sigma.item()]).last(len(x))
+        how = {"modulations": now, "skip_layers": skip_layers}
+        text = context[-len(x) :]
+        return pipe.transformer(x.to(pipe.dtype), None, text, None, **how).float()
+
+    return ask
+
+
+def choose_guidance(
+    pipe: Parts, scale: float | None = None, guidance: Guidance | None = None
+) -> Guidance:
+    """``guidance``, or else the classifier-free one of ``scale``; none for ≤ 1.
+
+    Without either it is the model's own. Raises ValueError for both.
+    """
+    if guidance is None:
+        scale = checks.guidance(scale, pipe.defaults.guidance_scale)
+        return ClassifierFree(scale) if scale > 1 else NoGuidance()
+    if not isinstance(guidance, Guidance):
+        known = "an object of chapter 6, such as ClassifierFree(4.5)"
+        raise ValueError(f"guidance is {guidance!r}; expected {known}")
+    if scale is not None:
+        found = f"guidance_scale is {scale} and guidance {guidance}"
+        raise ValueError(f"{found}; expected one of the two")
+    return guidance
+
+
+# %%
+@torch.no_grad()
+def solve(
+    pipe: Parts,
+    latents: Tensor,
+    context: Tensor,
+    pooled: Tensor,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    sampler: str = "euler",
+    callback_on_step_end: Callback | None = None,
+    sigmas: Tensor | None = None,
+    guidance: Guidance | None = None,
+) -> Tensor:
+    """Noise ``latents`` (B, C, h, w) to data, scaled latents of the same shape.
+
+    ``context`` (B, L, D) and ``pooled`` (B, P); with guidance twice as many rows, the
+    negative prompts first. ``callback_on_step_end(pipe, step, timestep, {"latents": …,
+    "denoised": x̂₀})`` may return {"latents": …} to replace them, or raise StopIteration
+    to end here. ``sigmas`` replaces the schedule, and ``guidance`` the one that
+    ``guidance_scale`` stands for.
+    """
+    checks.check_choice("sampler", sampler, SAMPLERS)
+    checks.check_sigmas(sigmas)
+    steps = checks.given(num_inference_steps, pipe.defaults.num_inference_steps)
+    sigmas = checks.given(sigmas, pipe.scheduler.sigmas(steps))
+    guidance = choose_guidance(pipe, guidance_scale, guidance)
+    follow = guidance(velocity_of(pipe, context, pooled, sigmas), sigmas)
+    start, pipe._interrupt = latents.to(pipe.device, torch.float32), False
+    with output.Watch(pipe, start, sigmas, callback_on_step_end) as watch:
+        watch.latents = SAMPLERS[sampler](follow, start, sigmas, watch)
+    return watch.latents
+
+
+# %% [markdown]
+# *Latents to pictures*:
+
+
+# %%
+@torch.no_grad()
+def to_pictures(pipe: Parts, latents: Tensor) -> Tensor:
+    """Scaled latents (B, C, h, w) → pictures (B, 3, H, W) in [0, 1]."""
+    latents = pipe.vae.unscale(latents).to(pipe.device, pipe.dtype)
+    pictures = pipe.vae.decode(latents).float()
+    checks.warn_of_overflow("the picture", pictures)
+    return (pictures / 2 + 0.5).clamp(0, 1)
+
+
+# %% [markdown]
+# What is to be drawn comes as one `Request` of `minidiff.interface`. It holds all that
+# a call is given and has checked itself: texts that are texts, steps from 1 to 1000.
+# What hangs on the model is settled here, before any work begins: a wrong size costs a
+# line, not a minute.
+
+
+# %%
+def settle(pipe: Parts, request: Request) -> Request:
+    """``request`` with the model's own settings where it leaves the choice.
+
+    Raises ValueError for what this model cannot draw, or its memory not hold.
+    """
+    checks.check_choice("sampler", request.sampler, SAMPLERS)
+    checks.check_dtypes(pipe.transformer, pipe.vae)
+    guidance = choose_guidance(pipe, request.guidance_scale, request.guidance)
+    guidance.check(pipe)
+    height, width = sides(pipe, request)
+    request = replace(
+        request,
+        num_inference_steps=request.steps or pipe.defaults.num_inference_steps,
+        guidance_scale=None,
+        guidance=guidance,
+        height=height,
+        width=width,
+        seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
+    )
+    length = checks.check_texts(pipe, request)
+    request = replace(request, max_sequence_length=length)
+    size = latents_size(pipe, request)
+    if request.latents is not None and request.latents.shape != size:
+        found = tuple(request.latents.shape)
+        raise ValueError(f"latents have shape {found}; expected {size}")
+    if pipe.plan:
+        pipe.plan.check_room(pipe, size, request.levels)
+    return request
+
+
+def sides(pipe: Parts, request: Request) -> list[int]:
+    """Height and width in pixels; ValueError for a size that the model cannot make."""
+    config, factor = pipe.transformer.config, pipe.vae.config.factor
+    given = request.latents
+    own = [config.sample_size] * 2 if given is None else given.shape[2:]
+    asked = {"height": request.height, "width": request.width}
+    grid, found = factor * config.patch_size, []
+    for (name, side), n in zip(asked.items(), own, strict=True):
+        found.append(checks.given(side, n * factor))
+        checks.check_size(name, found[-1], grid, config.pos_embed_max_size * grid)
+    return found
+
+
+def latents_size(pipe: Parts, request: Request) -> tuple[int, int, int, int]:
+    """(B, C, h, w) of a checked request's latents."""
+    height, width = (side // pipe.vae.config.factor for side in request.size)
+    return request.count, pipe.transformer.config.in_channels, height, width
+
+
+# %% [markdown]
+# The whole: read, denoise, decode.
+
+
+# %%
+@torch.no_grad()
+def run(pipe: "Pipeline", request: Request) -> Drawn:
+    """The pictures of a request that ``check`` has returned."""
+    start = noise_of(pipe, request) if request.latents is None else request.latents
+    latents = pipe.denoise(
+        start,
+        *read_texts(pipe, request),
+        num_inference_steps=request.num_inference_steps,
+        sampler=request.sampler,
+        callback_on_step_end=request.callback_on_step_end,
+        sigmas=request.sigmas,
+        guidance=request.guidance,
+    )
+    if request.output_type == "latent":
+        return latents
+    pictures = pipe.decode(latents)
+    if request.output_type == "pt":
+        return pictures
+    if request.output_type == "np":
+        return pictures.permute(0, 2, 3, 1).cpu().numpy()  # (B, 3, H, W) → (B, H, W, 3)
+    return output.noted(to_pil(pictures), pipe, request)
+
+
+def noise_of(pipe: Parts, request: Request) -> Tensor:
+    """The noise (B, C, h, w) of a checked request's seeds."""
+    return starting_noise(request.seeds, latents_size(pipe, request)[1:])
+
+
+def read_texts(pipe: "Pipeline", request: Request) -> tuple[Tensor, Tensor]:
+    """Context (B, L, D) and pooled (B, P) of each picture, the negative ones before."""
+    asked = [(request.prompts, request.embeds())]
+    if request.guidance.negative:
+        asked.insert(0, (request.negatives, request.embeds("negative_")))
+    unique = list(dict.fromkeys(text for texts, _ in asked for text in texts))
+    found = pipe.encode_prompt(unique, request.max_sequence_length) if unique else ()
+    parts = []
+    for texts, embeds in asked:
+        rows = [unique.index(text) for text in texts]
+        parts.append([x[rows] for x in found] if texts else embeds)
+    context, pooled = (
+        torch.cat([x.to(pipe.device, pipe.dtype) for x in both])
+        for both in zip(*parts, strict=True)
+    )
+    n = request.num_images_per_prompt  # rows (P, …) → (n·P, …)
+    return context.repeat_interleave(n, dim=0), pooled.repeat_interleave(n, dim=0)
+
+
+# %% [markdown]
+# The class puts the functions under the names that diffusers gave them.
+
+
+# %%
+class Pipeline(Parts):
     """A text-to-picture pipeline of the SD3 family, made of the chapters' parts.
 
     ``tokenizers`` and ``text_encoders``: CLIP-L, CLIP-G and T5 (None where the model
@@ -298,208 +577,20 @@ class Pipeline:
     ) -> None:
         self.tokenizers, self.text_encoders = tuple(tokenizers), tuple(text_encoders)
         self.transformer, self.vae, self.scheduler = transformer, vae, scheduler
-        self.name = recognize(name, transformer.config)
-        self.defaults = DEFAULTS[self.name]
-        self.progress, self.settings = True, {"model": name or self.name}
-        # What the engine may set: how the weights are placed, how many bytes are left
-        # beside them, and the LoRAs that act
-        self.plan: Any = None
-        self.room, self.adapters = math.inf, list[Any]()
+        known = published.recognize(transformer.config, name)
+        self.name = known.name if known else "sd3"
+        self.defaults = DEFAULTS.get(self.name, OTHERS)
+        self.settings = {"model": name or self.name}
         checks.check_parts(self.text_encoders, transformer, vae)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the transformer is."""
-        return self.transformer.x_embedder.proj.weight.device
+    encode_prompt, velocity, guidance = encode_texts, velocity_of, choose_guidance
+    denoise, decode = solve, to_pictures
+    check, draw = settle, run
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """In what the transformer computes."""
-        return self.transformer.x_embedder.proj.weight.dtype
-
-    @property
-    def max_sequence_length(self) -> int:
-        """T5 tokens of a prompt unless told otherwise: 256, or as many as T5 takes."""
-        t5 = self.tokenizers[2]
-        return min(256, t5.model_max_length) if t5 else 256
-
-    # Three steps, each usable alone
-
-    @torch.no_grad()
-    def encode_prompt(
-        self,
-        prompt: str | Sequence[str | tuple[str, str, str]],
-        max_sequence_length: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """What the transformer reads: context (B, L, D) and pooled (B, P).
-
-        A prompt is one text, or three: for CLIP-L, CLIP-G and T5. L counts CLIP's
-        tokens and then T5's; without T5 its rows are zeros. Warns of what is cut off.
-        """
-        texts = checks.for_encoders(prompt)
-        lengths = [self.tokenizers[0].model_max_length] * 2
-        lengths.append(max_sequence_length or self.max_sequence_length)
-        checks.warn_of_cuts(self, texts, lengths)
-        clips = []
-        for i in range(2):
-            ids = self.tokenizers[i](texts[i], max_length=lengths[i])  # (B, L)
-            clips.append(self.text_encoders[i](ids.to(self.device)))
-        hidden, pooled = zip(*clips, strict=True)
-        context = assemble(*hidden, self._encode_t5(texts[2], lengths[2]))
-        checks.warn_of_overflow("the prompt's encoding", context)
-        return context.to(self.dtype), torch.cat(pooled, dim=-1).to(self.dtype)
-
-    def _encode_t5(self, prompts: Sequence[str], length: int) -> Tensor:
-        tokenize, encode = self.tokenizers[2], self.text_encoders[2]
-        if encode is None:
-            size = len(prompts), length, self.transformer.config.joint_attention_dim
-            return torch.zeros(size, device=self.device, dtype=self.dtype)
-        return encode(tokenize(prompts, max_length=length).to(self.device))
-
-    @torch.no_grad()
-    def velocity(
-        self, context: Tensor, pooled: Tensor, sigmas: Tensor
-    ) -> Callable[..., Tensor]:
-        """The transformer as a function ``v(x, sigma, skip_layers=())``.
-
-        ``sigma`` is one of ``sigmas``, for which all modulations are computed here. A
-        state ``x`` of fewer rows than the text is asked with the last of the text: with
-        guidance the negative prompts come first, then the prompts. Blocks in
-        ``skip_layers`` are left out.
-        """
-        context, pooled = (x.to(self.device, self.dtype) for x in (context, pooled))
-        levels = {sigma: i for i, sigma in enumerate(sigmas.tolist())}
-        times = sigmas[:, None].to(self.device)  # (S,) → (S, 1)
-        modulations = self.transformer.modulations(times, pooled)
-
-        @torch.no_grad()
-        def velocity(
-            x: Tensor, sigma: Tensor, skip_layers: Sequence[int] = ()
-        ) -> Tensor:
-            now = modulations.step(levels[sigma.item()]).last(len(x))
-            how = {"modulations": now, "skip_layers": skip_layers}
-            text = context[-len(x) :]
-            return self.transformer(x.to(self.dtype), None, text, None, **how).float()
-
-        return velocity
-
-    def guidance(
-        self, scale: float | None = None, guidance: Guidance | None = None
-    ) -> Guidance:
-        """``guidance``, or else the classifier-free one of ``scale``; none for ≤ 1.
-
-        Without either it is the model's own. Raises ValueError for both.
-        """
-        if guidance is None:
-            scale = checks.guidance(scale, self.defaults.guidance_scale)
-            return ClassifierFree(scale) if scale > 1 else NoGuidance()
-        if scale is not None:
-            found = f"guidance_scale is {scale} and guidance {guidance}"
-            raise ValueError(f"{found}; expected one of the two")
-        return guidance
-
-    @torch.no_grad()
-    def denoise(
-        self,
-        latents: Tensor,
-        context: Tensor,
-        pooled: Tensor,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        sampler: str = "euler",
-        callback_on_step_end: output.Callback | None = None,
-        sigmas: Tensor | None = None,
-        guidance: Guidance | None = None,
-    ) -> Tensor:
-        """Noise ``latents`` (B, C, h, w) to data, scaled latents of the same shape.
-
-        ``context`` (B, L, D) and ``pooled`` (B, P); with guidance twice as many rows,
-        the negative prompts first. ``callback_on_step_end(pipe, step, timestep,
-        {"latents": …, "denoised": x̂₀})`` may return {"latents": …} to replace them,
-        or raise StopIteration to end here. ``sigmas`` replaces the schedule, and
-        ``guidance`` the one that ``guidance_scale`` stands for.
-        """
-        checks.check_solver(sampler, SAMPLERS, sigmas)
-        steps = checks.given(num_inference_steps, self.defaults.num_inference_steps)
-        guidance = self.guidance(guidance_scale, guidance)
-        sigmas = checks.given(sigmas, self.scheduler.sigmas(steps))
-        velocity = guidance(self.velocity(context, pooled, sigmas), sigmas)
-        start = latents.to(self.device, torch.float32)
-        with output.Watch(self, start, sigmas, callback_on_step_end) as watch:
-            watch.latents = SAMPLERS[sampler](velocity, start, sigmas, watch)
-        return watch.latents
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) → pictures (B, 3, H, W) in [0, 1]."""
-        latents = self.vae.unscale(latents).to(self.device, self.dtype)
-        pictures = self.vae.decode(latents).float()
-        checks.warn_of_overflow("the picture", pictures)
-        return (pictures / 2 + 0.5).clamp(0, 1)
-
-    # All three
-
-    @output.described
-    def __call__(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        prompt_2: str | Sequence[str] | None = None,
-        prompt_3: str | Sequence[str] | None = None,
-        negative_prompt: str | Sequence[str] = "",
-        negative_prompt_2: str | Sequence[str] | None = None,
-        negative_prompt_3: str | Sequence[str] | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_images_per_prompt: int = 1,
-        seed: int | None = 0,
-        latents: Tensor | None = None,
-        max_sequence_length: int | None = None,
-        sampler: str = "euler",
-        callback_on_step_end: output.Callback | None = None,
-        sigmas: Tensor | None = None,
-        guidance: Guidance | None = None,
-        output_type: str = "pil",
-    ) -> "list[Image] | Tensor":
-        """Draw ``num_images_per_prompt`` pictures for each prompt, prompt by prompt.
-
-        Sizes are in pixels. Picture i of the call starts from the noise of seed + i,
-        whatever else is drawn with it; ``seed`` None takes a random one. ``latents``
-        (B, C, h, w) replace that noise. Guidance ≤ 1 ignores the negative prompt.
-        ``prompt_2`` and ``prompt_3`` are read by CLIP-G and T5 in place of ``prompt``,
-        likewise the negative ones. ``sigmas`` (S + 1,) replaces the model's schedule.
-        ``guidance`` is an object in place of ``guidance_scale``.
-
-        Returns a list of PIL pictures; with ``output_type`` "pt" a tensor (B, 3, H, W)
-        in [0, 1]; with "latent" the scaled latents. Raises ValueError or TypeError,
-        before any work, for what cannot be drawn.
-        """
-        prompts = checks.as_prompts(self, "prompt", prompt, prompt_2, prompt_3)
-        no = negative_prompt, negative_prompt_2, negative_prompt_3
-        negatives = checks.as_prompts(self, "negative_prompt", *no, count=len(prompts))
-        steps = checks.given(num_inference_steps, self.defaults.num_inference_steps)
-        guidance = self.guidance(guidance_scale, guidance)
-        guidance.check(self)
-        how = SAMPLERS, sampler, output_type, max_sequence_length, sigmas
-        checks.check_call(self, steps, num_images_per_prompt, *how)
-        count = len(prompts) * num_images_per_prompt
-        n = checks.count_levels(guidance.negative, steps, sigmas)
-        latents = self.prepare_latents(count, height, width, seed, latents, levels=n)
-
-        texts = checks.to_encode(prompts, negatives, guidance)
-        unique = list(dict.fromkeys(texts))
-        context, pooled = self.encode_prompt(unique, max_sequence_length)
-        rows = [unique.index(t) for t in texts for _ in range(num_images_per_prompt)]
-        # (unique, L, D) → (B or 2·B, L, D)
-        given = context[rows], pooled[rows], steps, None, sampler
-        how = callback_on_step_end, sigmas, guidance
-        latents = self.denoise(latents, *given, *how)
-        if output_type == "latent":
-            return latents
-        pictures = self.decode(latents)
-        return pictures if output_type == "pt" else to_pil(pictures)
+    @takes(Request)
+    def __call__(self, request: Request) -> Drawn:
+        """Draw the pictures that a ``Request`` of these arguments asks for."""
+        return self.draw(self.check(request))
 
     def prepare_latents(
         self,
@@ -507,35 +598,12 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
         seed: int | None = 0,
-        latents: Tensor | None = None,
-        levels: int | None = None,
     ) -> Tensor:
-        """The noise to start from, (count, C, h, w), for a picture of height × width.
-
-        Raises ValueError for a size that the model cannot make, or that memory is too
-        small for where ``levels`` (steps + 1, twice with guidance) have modulations.
-        """
-        config, factor = self.transformer.config, self.vae.config.factor
-        if latents is not None and latents.ndim != 4:
-            found = tuple(latents.shape)
-            raise ValueError(f"latents have shape {found}; expected (B, C, h, w)")
-        own = [None] * 2 if latents is None else [n * factor for n in latents.shape[2:]]
-        usual = config.sample_size * factor
-        sizes = list(map(checks.given, (height, width), [n or usual for n in own]))
-        grid = factor * config.patch_size
-        for name, size in zip(("height", "width"), sizes, strict=True):
-            checks.check_size(name, size, grid, config.pos_embed_max_size * grid)
-        shape = (config.in_channels, *(size // factor for size in sizes))
-        if self.plan:
-            levels = levels or checks.count_levels(*self.defaults[::-1])
-            self.plan.check_room(self, (count, *shape), levels)
-        if latents is None:
-            first = secrets.randbelow(2**32) if seed is None else seed
-            return starting_noise(range(first, first + count), shape)
-        found, expected = tuple(latents.shape), (count, *shape)
-        if found != expected:
-            raise ValueError(f"latents have shape {found}; expected {expected}")
-        return latents
+        """The noise (count, C, h, w) from which a call with ``seed`` starts."""
+        request = Request(
+            "", height=height, width=width, num_images_per_prompt=count, seed=seed
+        )
+        return noise_of(self, self.check(request))
 
     def save_pretrained(
         self, folder: Path | str, dtype: torch.dtype | None = None
@@ -549,20 +617,21 @@ class Pipeline:
 
 
 # %% [markdown]
-# Four details of the class deserve a second look.
+# Four details deserve a second look.
 #
 # - *Texts are encoded once.* `dict.fromkeys` drops the doubles and keeps the order; the
-#   list `rows` then picks, for every sample of the batch, the row of its text. Eight
-#   pictures of one prompt cost two encodings, not sixteen.
-# - *The solver does not know steps, only levels.* `velocity` therefore keeps a
+#   list `rows` then picks the row of each text, and `repeat_interleave` gives it to
+#   every picture of its prompt. Eight pictures of one prompt cost two encodings, not
+#   sixteen.
+# - *The solver does not know steps, only levels.* `velocity_of` therefore keeps a
 #   dictionary from level to position, and finds the modulations that belong to the
 #   level it is asked for. Heun asks for levels of the same list, so it needs no more.
 # - *The length of the context is a choice.* T5 pads or cuts to `max_sequence_length`,
 #   256 for SD3.5, and the padding is read like words. Another length gives a slightly
 #   different picture; to repeat a picture, repeat the length.
 # - *A solver's callback does the rest.* `output.Watch` moves the progress bar, calls
-#   your own callback, and keeps the latents if yours ends the drawing early. The
-#   decorator `output.described` writes the settings into each picture's `info`.
+#   your own callback, and keeps the latents if yours ends the drawing early.
+#   `output.noted` then writes what was asked for into each picture's `info`.
 #
 # ### Loading
 #
@@ -944,8 +1013,6 @@ class Pipeline:
 #     assert abs(middle.std() - 1) < 0.02, "half-way it is no longer noise"
 
 # %% tags=["active-ipynb", "hide-cell", "solution"]
-# import math
-#
 # def between(a: Tensor, b: Tensor, t: float) -> Tensor:
 #     return math.cos(t * math.pi / 2) * a + math.sin(t * math.pi / 2) * b
 #

@@ -407,13 +407,13 @@ def test_a_file_that_is_not_there_is_named(run):
 def test_info_and_sample_know_a_model_by_the_same_name(run, folder, tmp_path):
     """The one that its folder remembers; not that of a folder around it."""
     copy = shutil.copytree(folder, tmp_path / "turbo" / "copy")
-    for origin, steps in ((None, 28), ("a/large-turbo", 4)):
+    for origin, steps in ((None, 28), ("a/sd3.5-large-turbo", 4)):
         setting(copy, "model_index.json", "_name_or_path", origin)
         assert f"{steps} steps" in run("info", copy)[1]
         name = run("sample", "a bag", "--model", copy)[1].strip()
         found = read_settings(name)
         assert found["num_inference_steps"] == str(steps)
-    assert found["model"] == f"{copy} (a/large-turbo)"
+    assert found["model"] == f"{copy} (a/sd3.5-large-turbo)"
 
 
 def test_the_first_cpu_is_the_cpu():

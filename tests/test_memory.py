@@ -19,16 +19,17 @@ from benchmarks.memory_count import (
     vae_peak,
 )
 from minidiff.dit import MMDiT, MMDiTConfig
-from minidiff.drawing.image_to_image import image_to_image
+from minidiff.drawing import image_to_image
 from minidiff.engine import memory, tiling
-from minidiff.engine.loading import blueprint
+from minidiff.engine.loading import Given, blueprint, open_model
 from minidiff.engine.memory import GIB, Call, Plan, choose, estimate
 from minidiff.engine.precision import Float8Linear
-from minidiff.engine.rehearsal import rehearse
 from minidiff.engine.tiling import Tiled
 from minidiff.files import configurations, names, weights
+from minidiff.interface.checks import check_target
+from minidiff.interface.request import Request
 from minidiff.lora import load_lora
-from minidiff.sampling import DEFAULTS, Pipeline
+from minidiff.sampling import Pipeline
 from minidiff.vae import VAE, Posterior, VAEConfig
 
 PAGE = Path(__file__).parents[1] / "book" / "performance.md"
@@ -44,6 +45,22 @@ CALL = {
 @pytest.fixture
 def folder(small):
     return small
+
+
+def rehearse(check, model, device="cpu", dtype=None, budget=None, **knobs):
+    """As the command line does it: how what is checked fits."""
+    wanted = memory.requested(budget, **knobs)
+    given = Given(model, t5=wanted.t5 != "none")
+    opened = open_model(given, *check_target(device, dtype), weights=False)
+    fit = opened.fit(budget, check(opened.rehearsal(wanted)), **knobs)
+    if fit.plan != wanted:
+        check(opened.rehearsal(fit.plan))
+    return fit
+
+
+def asks(prompt="a red dress", **call):
+    """What checks one request."""
+    return lambda pipe: [pipe.check(Request(prompt, **call))]
 
 
 def draw(folder, **settings):
@@ -334,20 +351,13 @@ def test_a_rehearsal_weighs_the_call(card):
     """Before weights are read: the tiny model on a card of 2 GB, 0.6 of it CUDA's."""
     card(2)
 
-    def draw(n):
-        return lambda pipe: pipe("a red dress", num_images_per_prompt=n)
-
-    rehearse(draw(1), "tiny", "cuda")
+    rehearse(asks(), "tiny", "cuda")
     with pytest.raises(ValueError, match="so many pixels at once needs about"):
-        rehearse(draw(10_000), "tiny", "cuda")
-
-
-def small(pipe):
-    pipe("a red dress", height=512, width=512)
+        rehearse(asks(num_images_per_prompt=10_000), "tiny", "cuda")
 
 
 @pytest.mark.parametrize(
-    ("size", "how"), [(21, {"t5": "none"}), (99, {"memory": "6.9GB"})], ids=str
+    ("size", "how"), [(21, {"t5": "none"}), (99, {"budget": "6.9GB"})], ids=str
 )
 def test_what_was_rehearsed_is_what_is_loaded(calls, monkeypatch, card, size, how):
     """A picture of 1024² would not fit; loading does not ask for one."""
@@ -356,18 +366,18 @@ def test_what_was_rehearsed_is_what_is_loaded(calls, monkeypatch, card, size, ho
     monkeypatch.setattr(memory, "place", lambda part, plan, *_: plan)
     monkeypatch.setattr(memory, "tile", lambda vae, _: vae)
     with pytest.raises(ValueError, match="needs about"):
-        memory.load_parts(parts, "cuda", torch.bfloat16, **how)
-    plan = rehearse(small, "sd3.5-large", "cuda", **how).plan
-    loaded = memory.load_parts(parts, "cuda", torch.bfloat16, plan)
-    assert set(loaded[0].values()) == {plan} and loaded[1] == plan
+        rehearse(lambda _: (), "sd3.5-large", "cuda", **how)
+    plan = rehearse(asks(height=512, width=512), "sd3.5-large", "cuda", **how).plan
+    loaded = memory.load_parts(parts, plan, torch.device("cuda"), torch.bfloat16)
+    assert set(loaded.values()) == {plan}
     card(3)
     with pytest.raises(ValueError, match="card has 2.4GB free; this model needs"):
-        memory.load_parts(parts, "cuda", torch.bfloat16, plan)
+        memory.load_parts(parts, plan, torch.device("cuda"), torch.bfloat16)
 
 
 def test_a_rehearsal_weighs_what_its_plan_leaves_in_the_files(calls):
-    how = {"dtype": torch.bfloat16, "memory": "12GB"}
-    plan, room = rehearse(lambda pipe: pipe("a bag"), "sd3.5-large", "cpu", **how)
+    how = {"dtype": torch.bfloat16, "budget": "12GB"}
+    plan, room = rehearse(asks(), "sd3.5-large", **how)
     assert plan == choose("12GB", calls["large"]) != Plan()
     assert memory.working(plan, calls["large"]) <= room <= 12e9
 
@@ -379,14 +389,14 @@ def test_a_rehearsal_tries_a_lora_on_its_plan(tmp_path):
     pair = {"A": torch.zeros(2, width), "B": torch.zeros(6 * width, 2)}
     save_file({f"{name}_{k}.weight": v for k, v in pair.items()}, tmp_path / "a")
 
-    def perform(pipe):
+    def check(pipe):
         load_lora(pipe, tmp_path / "a", fused=True)
-        pipe("a bag")
+        return asks()(pipe)
 
     how = {"dtype": torch.bfloat16, "device": "cpu"}
-    rehearse(perform, "sd3.5-large", memory="99GB", **how)
+    rehearse(check, "sd3.5-large", budget="99GB", **how)
     with pytest.raises(ValueError, match="a LoRA cannot be added to the weights"):
-        rehearse(perform, "sd3.5-large", memory="12GB", **how)
+        rehearse(check, "sd3.5-large", budget="12GB", **how)
 
 
 def test_settings_that_do_not_fit_are_named(calls, card):
@@ -408,12 +418,12 @@ def test_a_rehearsal_counts_the_pictures(monkeypatch):
     monkeypatch.setattr(
         memory, "estimate", lambda plan, call: seen.append(call) or plain(plan, call)
     )
-    image = torch.rand(2, 3, 32, 48)
+    start = image_to_image.Start(torch.rand(2, 3, 32, 48))
 
-    def perform(pipe):
-        image_to_image(pipe, ["a bag", "a coat"], image)
+    def check(pipe):
+        return [image_to_image.check(pipe, Request(["a bag", "a coat"]), start)]
 
-    rehearse(perform, "tiny", "cpu", memory="8GB")
+    rehearse(check, "tiny", "cpu", budget="8GB")
     assert {call.size for call in seen} == {(2, 16, 8, 12)}
 
 
@@ -440,9 +450,10 @@ def test_a_budget_holds_for_later_calls(folder):
         assert 7.2e9 < pipe.room < 8e9 - memory.RESERVE
         one = Call({"transformer": pipe.transformer}, (1, 16, 8, 8), 4, 82)
         pipe.room = memory.working(Plan(), one)
-        pipe.prepare_latents(1, levels=82)
+        how = {"num_inference_steps": 40, "guidance_scale": 4.0}
+        pipe.check(Request("a bag", **how))
         with pytest.raises(ValueError, match=r"take about .* memory has 0.0GB left"):
-            pipe.prepare_latents(2, levels=82)
+            pipe.check(Request("a bag", num_images_per_prompt=2, **how))
 
 
 def test_an_interruption_leaves_no_other_sizes_crop(folder, monkeypatch):
@@ -533,12 +544,15 @@ def test_modulations_of_many_small_pictures_are_counted(calls):
         ahead = model.modulations(torch.empty(29, 1), torch.empty(128, 2048))
     held = sum(x.numel() for x in (ahead.final, *sum(ahead.blocks, ())))
     assert 4 * held > memory.working(Plan(vae_slicing=True), call) > 2 * held
-    turbo = SimpleNamespace(defaults=DEFAULTS["sd3.5-large-turbo"])
-    assert memory.usual_levels(turbo) == 5
-    usual = [
-        memory.usual_levels(SimpleNamespace(defaults=d)) for d in DEFAULTS.values()
-    ]
-    assert call.levels == max(usual) == 82
+
+
+@pytest.mark.parametrize("name, levels", [("medium", 82), ("large", 58), ("turbo", 5)])
+def test_levels_of_usual_pictures(calls, name, levels):
+    """Those of each model's own steps, twice with guidance; the most are assumed."""
+    model = f"sd3.5-{name}" if name != "turbo" else "sd3.5-large-turbo"
+    opened = open_model(Given(model), *check_target("cpu", None), weights=False)
+    request = opened.rehearsal().check(Request("a bag"))
+    assert request.levels == levels <= calls["medium"].levels == 82
 
 
 def test_what_a_plan_leaves_in_the_file_never_meets_the_device(folder):
@@ -552,13 +566,11 @@ def test_what_a_plan_leaves_in_the_file_never_meets_the_device(folder):
 
 def test_every_level_with_modulations_is_counted(monkeypatch, card):
     """Of the steps that are asked for, twice with guidance."""
-    usual = SimpleNamespace(defaults=DEFAULTS["sd3.5-large"])
-    assert memory.usual_levels(usual) == 58
     seen = []
     monkeypatch.setattr(
         memory, "estimate", lambda _, call: seen.append(call.levels) or 0.0
     )
     for steps, scale in ((100, 4.0), (10, 1.0), (None, None)):
         how = {"num_inference_steps": steps, "guidance_scale": scale}
-        rehearse(lambda pipe, how=how: pipe("a bag", **how), "tiny", memory="8GB")
+        rehearse(asks(**how), "tiny", budget="8GB")
     assert list(dict.fromkeys(seen)) == [202, 11, 58]

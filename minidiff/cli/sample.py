@@ -1,8 +1,9 @@
 """``minidiff sample``: pictures of prompts."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,8 +24,9 @@ from minidiff.interface.terminal import status, tell
 
 if TYPE_CHECKING:
     import torch
-    from PIL.Image import Image
 
+    from minidiff.drawing.image_to_image import Start
+    from minidiff.drawing.series import Series
     from minidiff.sampling import Pipeline
 
 EXAMPLES = examples(
@@ -197,6 +199,7 @@ def sample(
     from minidiff.drawing.series import Outputs, Series, check_preview
     from minidiff.files import words
     from minidiff.files.reading import read_prompts
+    from minidiff.interface.request import Request
 
     if (prompt is None) == (prompts is None):
         raise ValueError("expected a prompt, or --prompts with a file, and not both")
@@ -217,50 +220,53 @@ def sample(
         "width": width,
     }
     texts = read_prompts(prompts) if prompts else [str(prompt)]
-    series = Series(texts, num_images, batch_size, seed, call)
+    series = Series(texts, num_images, batch_size, seed)
     outputs = Outputs(output, len(series), overwrite)
     check_preview(preview, outputs)
     plan = chosen(memory=memory, t5=t5, clip=clip, modulation=modulation, fp8=fp8)
     plan |= chosen(vae_tile=vae_tile, vae_slicing=vae_slicing)
     with outputs.held():
         with status(f"loading {model}"):
-            call |= begun_from(image, mask, strength) | followed_by(preview)
+            request = Request("", **call, **followed_by(preview))
+            start = begun_from(image, mask, strength)
+            series = replace(series, request=request, start=start)
             blocks, file = find_blocks(skip_layers), find_lora(lora)
 
-            def perform(pipe: "Pipeline") -> "Iterator[Image]":
+            def asked(pipe: "Pipeline") -> Series:
                 attach(pipe, file, given(lora_scale, 1.0), fused=compile)
-                call.update(skipping(pipe, blocks, skip_layer_scale, guidance_scale))
-                return series.draw(pipe)
+                return skipping(series, pipe, blocks, skip_layer_scale)
 
             where = find_device(device), find_dtype(dtype), text_encoders
-            pipe = ready(perform, model, where, plan, fast, compile)
+            pipe = ready(asked, model, where, plan, fast, compile)
         if line := words.warning(texts, words.seen(model)):
             tell(line)
-        for name in outputs.save(perform(pipe), not no_sheet):
+        for name in outputs.save(asked(pipe).draw(pipe), not no_sheet):
             print(name, flush=True)
 
 
 def ready(
-    perform: "Callable[[Pipeline], Iterator[Image]]",
+    asked: "Callable[[Pipeline], Series]",
     model: str,
     where: tuple[str, "torch.dtype | None", Path | None],
     plan: dict[str, Any],
     fast: bool,
     compile: bool,
 ) -> "Pipeline":
-    """The pipeline, loaded once a rehearsal of its first picture has passed."""
-    from minidiff.engine.loading import load
-    from minidiff.engine.rehearsal import rehearse
+    """The pipeline, loaded once its first pictures are checked without weights."""
+    from minidiff.engine.loading import Given, open_model
+    from minidiff.engine.memory import requested
+    from minidiff.interface.checks import find_target
 
-    *target, encoders = where
+    device, dtype, encoders = where
+    wanted = requested(**plan)
+    source = Given(model, encoders, t5=wanted.t5 != "none")
     with redirect_stdout(sys.stderr):  # stdout is for the names
-        fit = rehearse(lambda pipe: next(perform(pipe)), model, *where, **plan)
-        how = {"text_encoders": encoders, "fast": fast, "compile": compile}
-        pipe = load(model, *target, memory=fit.plan, **how)
-    pipe.room = fit.room
-    del pipe.settings["memory"]
-    pipe.settings |= plan  # as it was asked for
-    return pipe
+        opened = open_model(source, *find_target(device, dtype), weights=False)
+        pipe = opened.rehearsal(wanted)
+        fit = opened.fit(requests=[asked(pipe).check(pipe)], **plan)
+        if fit.plan != wanted:  # weights may be away that a LoRA would be added to
+            asked(opened.rehearsal(fit.plan))
+        return opened.load(fit, fast=fast, compile=compile, **plan)
 
 
 def attach(pipe: "Pipeline", lora: Path | None, scale: float, fused: bool) -> None:
@@ -272,16 +278,17 @@ def attach(pipe: "Pipeline", lora: Path | None, scale: float, fused: bool) -> No
 
 
 def skipping(
-    pipe: "Pipeline", blocks: list[int], scale: float | None, guidance: float | None
-) -> dict[str, Any]:
-    """The arguments with which ``pipe`` draws with Skip Layer Guidance, if any."""
+    series: "Series", pipe: "Pipeline", blocks: list[int], scale: float | None
+) -> "Series":
+    """The series with Skip Layer Guidance, where there are ``blocks``."""
     if not blocks:
-        return {}
+        return series
     from minidiff.drawing.guidance import SkipLayer
 
-    strength = chosen(scale=scale)
-    beneath = pipe.guidance(guidance)
-    return {"guidance": SkipLayer(beneath, blocks, **strength), "guidance_scale": None}
+    beneath = pipe.guidance(series.request.guidance_scale)
+    guidance = SkipLayer(beneath, blocks, **chosen(scale=scale))
+    request = replace(series.request, guidance=guidance, guidance_scale=None)
+    return replace(series, request=request)
 
 
 def chosen(**settings: Any) -> dict[str, Any]:
@@ -289,14 +296,15 @@ def chosen(**settings: Any) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def begun_from(image: Path | None, mask: Path | None, strength: float | None) -> dict:
-    """The picture to begin from with its mask, opened; empty without one."""
+def begun_from(
+    image: Path | None, mask: Path | None, strength: float | None
+) -> "Start | None":
+    """The picture to begin from with its mask, opened, if there is one."""
     if not image:
-        return {}
-    from minidiff.drawing.image_to_image import open_file
+        return None
+    from minidiff.drawing.image_to_image import Start
 
-    opened = {"image": open_file(image), "mask_image": open_file(mask)}
-    return opened | chosen(strength=strength)
+    return Start(image, given(strength, 0.6), mask)
 
 
 def followed_by(preview: Path | None) -> dict[str, Any]:

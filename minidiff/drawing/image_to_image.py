@@ -5,8 +5,8 @@ and only the rest of the schedule is solved; with a mask, everything outside of 
 put back after each step. Steps, numbers and random draws are those of diffusers.
 """
 
-import warnings
-from inspect import signature
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,106 +18,132 @@ from torch.nn import functional as F
 from minidiff.files.pictures import in_gray, in_rgb, is_transparent, open_picture
 from minidiff.flow_matching import interpolate
 from minidiff.interface import checks, output
-from minidiff.sampling import SAMPLERS, Pipeline
+from minidiff.interface.request import Callback, Request, check_names
+from minidiff.sampling import Drawn, Pipeline, sides
 from minidiff.vae import Posterior
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    Picture = Image | Tensor | Path | str
+    Single = Image | Tensor | np.ndarray | Path | str
+    Picture = Single | Sequence[Single]
 
-# What a pipeline's call is given here: it follows from the picture and the strength.
-OWN = {"self", "latents", "sigmas"}
+# Of a pipeline's call, all but what follows from the picture and the strength here
+KNOWN = [n for n in Request.__dataclass_fields__ if n not in ("_", "latents", "sigmas")]
 
 
-@output.described
-@torch.no_grad()
 def image_to_image(
     pipe: Pipeline,
     prompt: checks.Texts,
     image: "Picture",
     strength: float = 0.6,
     mask_image: "Picture | None" = None,
-    *,
-    num_inference_steps: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    num_images_per_prompt: int = 1,
-    seed: int = 0,
-    callback_on_step_end: output.Callback | None = None,
     **call: Any,
-) -> "list[Image] | Tensor":
+) -> Drawn:
     """Draw ``prompt`` over ``image``: of the steps, the last ``strength`` part.
 
-    ``image`` is a PIL picture, a file, or a tensor (3, H, W) or (B, 3, H, W) in [0, 1];
-    a PIL picture or file is resized where ``height`` or ``width`` ask for it.
+    ``image`` is a PIL picture, a file, a tensor (3, H, W) or (B, 3, H, W) in [0, 1], an
+    array (H, W, 3) or (B, H, W, 3) of such numbers or of bytes, or a list of these. PIL
+    pictures and files are resized where ``height`` or ``width`` ask for it.
     ``mask_image``, of the picture's size, is white where to draw and black where to
     keep. Picture i draws first its latent, then its noise from seed + i. All else is as
     in a call of the pipeline. Raises ValueError or TypeError before any work.
     """
-    steps = checks.given(num_inference_steps, pipe.defaults.num_inference_steps)
-    count = check_call(pipe, prompt, steps, num_images_per_prompt, call)
-    sigmas = pipe.scheduler.sigmas(steps)[first_step(steps, strength) :]
-    image, mask = open_pictures(image, mask_image)
-    width, height = map(checks.given, (width, height), size(image))
-    guidance = pipe.guidance(call.get("guidance_scale"), call.get("guidance"))
-    with warnings.catch_warnings(action="ignore"):  # the pipeline's call tells them
-        guidance.check(pipe)
-    levels = checks.count_levels(guidance.negative, steps, sigmas)
-    shape = latent_shape(pipe, count, height, width, levels)
-    pictures = as_tensor("image", image, "RGB", height, width, count) * 2 - 1
-    if mask is not None:
-        mask = as_tensor("mask_image", mask, "L", height, width, count)
+    check_names("image_to_image", call, KNOWN)
+    return draw(pipe, Request(prompt, **call), Start(image, strength, mask_image))
 
-    data, noise = encode(pipe, pictures, range(seed, seed + count))
-    callback = callback_on_step_end
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """A picture to begin from, or one for each drawing, and what of it may change.
+
+    Raises ValueError or TypeError for what are no pictures, or not of one size.
+    """
+
+    image: "Picture"
+    strength: float = 0.6
+    mask_image: "Picture | None" = None
+    images: list[Any] = field(init=False)
+    masks: list[Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        checks.check_strength(self.strength)
+        object.__setattr__(self, "images", open_pictures("image", self.image))
+        mask = self.mask_image
+        masks = [] if mask is None else open_pictures("mask_image", mask)
+        object.__setattr__(self, "masks", masks)
+        width, height = self.size
+        for name, opened in (("picture", self.images), ("mask", self.masks)):
+            for w, h in map(size_of, opened):
+                if (w, h) != (width, height):
+                    found = f"the {name} is {w}×{h} pixels"
+                    raise ValueError(
+                        f"{found}; expected the picture's {width}×{height}"
+                    )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return size_of(self.images[0])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a picture notes of it."""
+        told = {"image": self.image, "strength": self.strength}
+        return told | (
+            {} if self.mask_image is None else {"mask_image": self.mask_image}
+        )
+
+
+def check(pipe: Pipeline, request: Request, start: Start) -> Request:
+    """``request`` as ``pipe.check`` returns it, with the levels left to run."""
+    width, height = map(checks.given, (request.width, request.height), start.size)
+    rest = levels_left(pipe, request, start)
+    request = replace(request, sigmas=rest, width=width, height=height)
+    try:
+        sides(pipe, request)
+    except ValueError as error:
+        known = "height and width resize a PIL picture or a file"
+        raise ValueError(f"{error}; {known}") from None
+    return pipe.check(request)
+
+
+def levels_left(pipe: Pipeline, request: Request, start: Start) -> Tensor:
+    """The noise levels (S + 1,) of the steps that are run."""
+    levels = pipe.scheduler.sigmas(whole_steps(pipe, request))
+    return levels[first_step(len(levels) - 1, start.strength) :]
+
+
+def whole_steps(pipe: Pipeline, request: Request) -> int:
+    """The steps of which the last are run."""
+    return checks.given(request.steps, pipe.defaults.num_inference_steps)
+
+
+@torch.no_grad()
+def draw(pipe: Pipeline, request: Request, start: Start) -> Drawn:
+    """The pictures of a request that begin from ``start``."""
+    steps, sigmas = whole_steps(pipe, request), levels_left(pipe, request, start)
+    request = check(pipe, request, start)
+    size = *request.size, request.count
+    pictures = as_tensors("image", start.images, "RGB", *size) * 2 - 1
+    mask = as_tensors("mask_image", start.masks, "L", *size) if start.masks else None
+    data, noise = encode(pipe, pictures, request.seeds)
+    callback = request.callback_on_step_end
     if mask is not None:
         mask = (mask >= 0.5).float()
-        small = F.interpolate(mask, shape[2:])  # (M, 1, H, W) → (M, 1, h, w)
-        callback = Keep(data, noise, small.to(data), sigmas, callback_on_step_end)
-    return pipe(
-        prompt,
-        num_inference_steps=steps,
-        num_images_per_prompt=num_images_per_prompt,
-        latents=interpolate(data, noise, sigmas[0].item()),
-        sigmas=sigmas,
-        callback_on_step_end=callback,
-        **call,
-    )
-
-
-def latent_shape(pipe: Pipeline, count: int, h: int, w: int, levels: int) -> torch.Size:
-    """(count, C, h, w) of the latents; ValueError for a size that cannot be drawn."""
-    try:
-        return pipe.prepare_latents(count, h, w, levels=levels).shape
-    except ValueError as error:
-        raise ValueError(
-            f"{error}; height and width resize a PIL picture or a file"
-        ) from None
-
-
-def check_call(
-    pipe: Pipeline, prompt: checks.Texts, steps: int, num: int, call: dict[str, Any]
-) -> int:
-    """What the pipeline would check, before the first work; how many pictures."""
-    known = signature(Pipeline.__call__).parameters.keys() - OWN
-    if unknown := call.keys() - known:
-        found = f"image_to_image() takes no argument {min(unknown)!r}"
-        raise TypeError(f"{found}; expected {', '.join(sorted(known))}")
-    usual = {"sampler": "euler", "output_type": "pil", "max_sequence_length": None}
-    how = (call.get(name, value) for name, value in usual.items())
-    checks.check_call(pipe, steps, num, SAMPLERS, *how)
-    others = call.get("prompt_2"), call.get("prompt_3")
-    prompts = checks.as_prompts(pipe, "prompt", prompt, *others)
-    no = (call.get(f"negative_prompt{end}") for end in ("", "_2", "_3"))
-    checks.as_prompts(pipe, "negative_prompt", next(no) or "", *no, count=len(prompts))
-    return len(prompts) * num
+        small = F.interpolate(mask, data.shape[2:])  # (M, 1, H, W) → (M, 1, h, w)
+        callback = Keep(data, noise, small.to(data), sigmas, callback)
+    latents = interpolate(data, noise, sigmas[0].item())
+    drawn = pipe.draw(replace(request, latents=latents, callback_on_step_end=callback))
+    if isinstance(drawn, list):
+        told = replace(request, sigmas=None, num_inference_steps=steps)
+        output.noted(drawn, pipe, told, **start.settings)
+    return drawn
 
 
 def first_step(steps: int, strength: float) -> int:
     """The first of ``steps`` to run, by diffusers' rule; ValueError if none is left."""
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength is {strength}; expected above 0, at most 1")
+    checks.check_strength(strength)
     first = int(steps - min(steps * strength, steps))
     if first >= steps:
         raise ValueError(f"strength {strength} of {steps} steps leaves none to run")
@@ -127,24 +153,29 @@ def first_step(steps: int, strength: float) -> int:
 # Pictures
 
 
-def open_pictures(image: "Picture", mask: "Picture | None") -> tuple[Any, Any]:
-    """A picture and its mask, or None, opened: each a PIL picture or a tensor.
+def open_pictures(name: str, value: Any) -> list[Any]:
+    """One picture or several, opened: each a PIL picture, or a tensor (…, H, W).
 
-    Raises ValueError where the mask has another size than the picture.
+    Raises ValueError or TypeError for what is none.
     """
-    image, mask = open_file(image), open_file(mask)
-    check_kind("image", image)
-    if mask is not None:
-        check_kind("mask_image", mask)
-        (w, h), (x, y) = size(mask), size(image)
-        if (w, h) != (x, y):
-            found = f"the mask is {w}×{h} pixels"
-            raise ValueError(f"{found}; expected the picture's {x}×{y}")
-    return image, mask
+    if isinstance(value, list | tuple):
+        if not value:
+            raise ValueError(f"{name} is an empty list; expected at least one picture")
+        return [picture for one in value for picture in open_pictures(name, one)]
+    opened = from_array(name, value) if isinstance(value, np.ndarray) else value
+    opened = open_file(opened)
+    if isinstance(opened, Tensor) and (opened.ndim < 2 or not opened.numel()):
+        found = f"{name} has shape {tuple(opened.shape)}"
+        raise ValueError(f"{found}; expected (…, H, W)")
+    if not isinstance(opened, Tensor) and not hasattr(opened, "convert"):
+        found = f"{name} is a {type(opened).__name__}"
+        known = "a PIL picture, a file, a tensor, an array, or a list of these"
+        raise TypeError(f"{found}; expected {known}")
+    return [opened]
 
 
-def open_file(image: "Picture | None") -> Any:
-    """The picture in a file; pictures, tensors and None come back as they are.
+def open_file(image: Any) -> Any:
+    """The picture in a file; all else comes back as it is.
 
     Warns of what is transparent: a picture is laid on white, a mask seen without it.
     """
@@ -157,42 +188,42 @@ def open_file(image: "Picture | None") -> Any:
     return picture
 
 
-def check_kind(name: str, value: Any) -> None:
-    """Raise TypeError or ValueError for what is no picture at all."""
-    if isinstance(value, Tensor):
-        if value.ndim < 2:
-            raise ValueError(
-                f"{name} has shape {tuple(value.shape)}; expected (…, H, W)"
-            )
-    elif not hasattr(value, "convert"):
-        kind = type(value).__name__
-        raise TypeError(
-            f"{name} is a {kind}; expected a PIL picture, a file or a tensor"
-        )
+def from_array(name: str, array: np.ndarray) -> Tensor:
+    """An array (H, W) or (…, H, W, C), bytes or in [0, 1] → (H, W) or (…, C, H, W)."""
+    if array.dtype.kind not in "uf" or array.dtype.kind == "u" and array.itemsize > 1:
+        found = f"{name} is an array of {array.dtype}"
+        raise TypeError(f"{found}; expected uint8, or fractions from 0 to 1")
+    values = torch.from_numpy(array.astype(np.float32))
+    values = values / 255 if array.dtype == np.uint8 else values
+    return values if values.ndim < 3 else values.movedim(-1, -3)
 
 
-def size(image: Any) -> tuple[int, int]:
+def size_of(image: Any) -> tuple[int, int]:
     """(width, height) of a PIL picture or a tensor (…, H, W)."""
     if isinstance(image, Tensor):
         return image.shape[-1], image.shape[-2]
     return image.size
 
 
-def as_tensor(
-    name: str, image: Any, mode: str, height: int, width: int, count: int
+def as_tensors(
+    name: str, images: Sequence[Any], mode: str, height: int, width: int, count: int
 ) -> Tensor:
-    """A picture in [0, 1] as (1 or ``count``, C, H, W): C is 3 for "RGB", 1 for "L"."""
+    """Pictures in [0, 1] as (1 or ``count``, C, H, W): C is 3 for "RGB", 1 for "L"."""
+    found = torch.cat([as_tensor(name, x, mode, height, width) for x in images])
+    if len(found) not in (1, count):
+        raise ValueError(f"{name} has {len(found)} pictures; expected 1 or {count}")
+    return found
+
+
+def as_tensor(name: str, image: Any, mode: str, height: int, width: int) -> Tensor:
+    """One of them as (B, C, H, W); a tensor may hold several."""
     channels = len(mode)
     if isinstance(image, Tensor):
-        image = image.float()
-        found = image[None] if mode == "L" and image.ndim == 2 else image
-        found = found[None] if found.ndim == 3 else found
-        if found.ndim != 4 or found.shape[1] != channels:
-            shape = tuple(image.shape)
-            raise ValueError(
-                f"{name} has shape {shape}; expected (B, {channels}, H, W)"
-            )
-        check_tensor(name, found, height, width, count)
+        found = image.float()[(None,) * (4 - image.ndim)]
+        if found.ndim != 4 or found.shape[1] != channels or image.ndim == 2 < channels:
+            wanted = f"expected (B, {channels}, H, W)"
+            raise ValueError(f"{name} has shape {tuple(image.shape)}; {wanted}")
+        check_values(name, found, height, width)
         return found
     image = in_rgb(image) if mode == "RGB" else in_gray(image)
     if image.size != (width, height):
@@ -202,11 +233,8 @@ def as_tensor(
     return values.reshape(*values.shape[:2], channels).permute(2, 0, 1)[None]
 
 
-def check_tensor(name: str, image: Tensor, height: int, width: int, count: int) -> None:
+def check_values(name: str, image: Tensor, height: int, width: int) -> None:
     """Raise ValueError unless ``image`` is in [0, 1], and as large as asked for."""
-    if len(image) not in (1, count):
-        found = f"{name} has {len(image)} pictures"
-        raise ValueError(f"{found}; expected 1 or {count}")
     (h, w), (low, high) = image.shape[2:], image.aminmax()
     if not 0 <= low <= high <= 1:
         raise ValueError(f"{name} has values from {low:g} to {high:g}; expected 0 to 1")
@@ -241,7 +269,7 @@ class Keep:
         noise: Tensor,
         mask: Tensor,
         sigmas: Tensor,
-        then: output.Callback | None,
+        then: Callback | None,
     ) -> None:
         self.data, self.noise, self.mask = data, noise, mask
         self.sigmas, self.then = sigmas, then

@@ -1,19 +1,22 @@
 """Many pictures of one command: drawn as memory holds them, saved as they come."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minidiff.files.pictures import contact_sheet, save_picture, thumbnail
 from minidiff.files.writing import check_output, numbered, reserved
+from minidiff.interface.request import Request
 from minidiff.interface.terminal import tell
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from minidiff.drawing.image_to_image import Start
     from minidiff.sampling import Pipeline
 
 MOST = 100_000  # pictures of one command
@@ -27,15 +30,15 @@ class Series:
     """``num_images`` pictures of each of ``texts``; picture i starts from seed + i.
 
     ``batch_size`` prompts are drawn at once (None: one, and at most 64 pictures), or
-    as many as memory holds. ``call`` is what a call of the pipeline, or of
-    ``image_to_image`` where there is an image, is given besides.
+    as many as memory holds. ``request`` says all else, ``start`` what to begin from.
     """
 
     texts: Sequence[str]
     num_images: int = 1
     batch_size: int | None = None
     seed: int = 0
-    call: Mapping[str, Any] = field(default_factory=dict)
+    request: Request = field(default_factory=lambda: Request(""))
+    start: "Start | None" = None
 
     def __post_init__(self) -> None:
         for name in ("num_images", "batch_size"):
@@ -54,6 +57,21 @@ class Series:
             return min(self.num_images, AT_ONCE)
         return self.batch_size * self.num_images
 
+    def batch(self, rows: range) -> Request:
+        """The request for the pictures of these numbers."""
+        prompts = [self.texts[i // self.num_images] for i in rows]
+        return replace(self.request, prompt=prompts, seed=self.seed + rows.start)
+
+    def check(self, pipe: "Pipeline") -> Request:
+        """The first batch's request, as ``pipe`` would draw it; nothing is told."""
+        request = self.batch(range(min(self.at_once, len(self))))
+        with warnings.catch_warnings(action="ignore"):  # told when it is drawn
+            if self.start is None:
+                return pipe.check(request)
+            from minidiff.drawing import image_to_image
+
+            return image_to_image.check(pipe, request, self.start)
+
     def draw(self, pipe: "Pipeline") -> "Iterator[Image]":
         """The pictures, batch by batch; one that memory does not hold is halved."""
         from minidiff.engine.memory import NoRoom
@@ -71,17 +89,16 @@ class Series:
             yield from pictures
             first = rows.stop
 
-    def draw_batch(self, pipe: "Pipeline", rows: range) -> "list[Image]":
+    def draw_batch(self, pipe: "Pipeline", rows: range) -> Any:
         """The pictures of these numbers."""
         if pipe.progress and len(self) > 1:
             pipe.progress = f"{rows.stop} of {len(self)}"
-        prompts = [self.texts[i // self.num_images] for i in rows]
-        call = {"seed": self.seed + rows.start, **self.call}
-        if "image" not in call:
-            return pipe(prompts, **call)
-        from minidiff.drawing.image_to_image import image_to_image
+        request = self.batch(rows)
+        if self.start is None:
+            return pipe.draw(pipe.check(request))
+        from minidiff.drawing import image_to_image
 
-        return image_to_image(pipe, prompts, **call)
+        return image_to_image.draw(pipe, request, self.start)
 
 
 def check_number(option: str, number: int | None) -> None:

@@ -2,14 +2,32 @@
 
 import textwrap
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from minidiff.dit import MMDiT, MMDiTConfig
+from minidiff.engine.memory import (
+    NOTHING,
+    Call,
+    Fit,
+    Plan,
+    asked_by,
+    check_speed,
+    fit,
+    load_parts,
+    requested,
+    room_for_more,
+    room_left,
+    stand_in,
+    usual_size,
+    working,
+)
 from minidiff.files import configurations, hub, published, reading, single_file
 from minidiff.files.layout import ENCODERS, SCHEDULER, read_index
 from minidiff.files.weights import (
@@ -24,13 +42,11 @@ from minidiff.files.weights import (
 from minidiff.files.words import seen
 from minidiff.flow_matching import Scheduler
 from minidiff.interface import checks
-from minidiff.sampling import DEFAULTS, Pipeline, recognize
+from minidiff.interface.request import Request
+from minidiff.sampling import OTHERS, Pipeline
 from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
 from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
 from minidiff.vae import VAE, VAEConfig
-
-if TYPE_CHECKING:
-    from minidiff.engine.memory import Plan
 
 PARTS: dict[str, tuple[type, type]] = {
     "text_encoder": (CLIPTextEncoder, CLIPTextConfig),
@@ -62,7 +78,9 @@ def load(
     dtype: torch.dtype | None = None,
     *,
     text_encoders: Path | str | None = None,
-    memory: "str | Plan | None" = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    memory: str | Plan | None = None,
     fast: bool = False,
     compile: bool = False,
     **knobs: Any,
@@ -71,8 +89,11 @@ def load(
 
     ``model``: "tiny", "sd3.5-medium", "sd3.5-large", "sd3.5-large-turbo", a hub id, a
     folder in the hub's diffusers layout, or an official single file; then
-    ``text_encoders`` is the folder with the encoders and the tokenizers. ``device``
-    None is the CPU; ``dtype`` None is float32 on a CPU and bfloat16 elsewhere.
+    ``text_encoders`` is the folder with the encoders and the tokenizers. ``variant``,
+    such as "fp16", chooses weights of that name where a folder has them, ``revision`` a
+    commit, tag or branch on the hub. ``device`` None is the CPU; ``dtype`` None is
+    float32 on a CPU and bfloat16 elsewhere (in float16 T5, which would overflow,
+    computes in bfloat16).
 
     ``memory``: "8GB", "12GB", … picks a plan by which one picture of the model's usual
     size fits, says so, and refuses a call that needs more; ``knobs`` are settings of
@@ -81,117 +102,202 @@ def load(
     Every file is checked before the first weight is read: ValueError and
     FileNotFoundError name what does not fit.
     """
-    from minidiff.engine.memory import load_parts
-
-    device, dtype = checks.find_target(device, dtype)
-    opened = open_model(model, text_encoders, memory, knobs, fast, compile)
-    prepared = opened.parts
-    parts, plan, room = load_parts(prepared, device, dtype, memory, compile, **knobs)
-    *encoders, transformer, vae = (parts.get(name) for name in PARTS)
-    if fast or compile:
-        from minidiff.engine.fast import accelerate
-
-        transformer = accelerate(transformer, vae, fast, compile)
-    given = opened.scheduler, opened.known_as
-    pipe = Pipeline(opened.tokenizers, encoders, transformer, vae, *given)
-    pipe.plan, pipe.room = plan, room
-    how = {"memory": memory, "fast": fast, "compile": compile, **knobs}
-    pipe.settings |= checks.chosen(model=opened.name, **how)
-    return pipe
+    t5 = requested(memory, **knobs).t5 != "none"
+    given = Given(model, text_encoders, variant, revision, t5)
+    opened = open_model(given, *checks.find_target(device, dtype))
+    fit = opened.fit(memory, **knobs)
+    return opened.load(fit, memory, fast, compile, **knobs)
 
 
-class Opened(NamedTuple):
+class Given(NamedTuple):
+    """Where a pipeline's files are, as ``load`` is told; ``t5``: whether T5 counts."""
+
+    model: Path | str
+    text_encoders: Path | str | None = None
+    variant: str | None = None
+    revision: str | None = None
+    t5: bool = True
+
+
+class Files(NamedTuple):
     """A pipeline's files, checked; of the models nothing has been read yet.
 
-    ``name`` is for people, ``known_as`` for ``recognize``.
+    ``name`` is for people, ``origin`` for ``recognize``. ``models`` are on the meta
+    device. ``prepared`` reads their weights; None where these are still on the hub.
     """
 
     name: str
-    known_as: str
-    parts: dict[str, Prepared]
+    origin: str
+    models: dict[str, nn.Module]
+    prepared: dict[str, Prepared] | None
     tokenizers: list[CLIPTokenizer | T5Tokenizer | None]
     scheduler: Scheduler
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A model whose files are open, and where it is to be placed."""
+
+    given: Given
+    files: Files
+    device: torch.device
+    dtype: torch.dtype
+
+    def pipeline(self, models: Mapping[str, Any]) -> Pipeline:
+        """The pipeline that ``models`` make."""
+        encoders = [models.get(name) for name in ENCODERS]
+        transformer, vae = models["transformer"], models["vae"]
+        readers, how = (self.files.tokenizers, encoders), self.files.scheduler
+        return Pipeline(*readers, transformer, vae, how, self.files.origin)
+
+    def rehearsal(self, plan: Plan | None = None) -> Pipeline:
+        """A pipeline without weights: its ``check`` refuses what the real one would.
+
+        Layers whose weights ``plan`` keeps elsewhere are marked.
+        """
+        models = deepcopy(self.files.models)
+        for model in models.values():
+            stand_in(model, plan or Plan())
+        return self.pipeline(models)
+
+    def fit(
+        self,
+        memory: str | Plan | None = None,
+        requests: Iterable[Request] = (),
+        **knobs: Any,
+    ) -> Fit:
+        """The plan by which the checked ``requests`` fit ``memory`` and the card.
+
+        Without any, one picture of the usual size; with a Plan only the weights.
+        """
+        models, dtype = self.files.models, self.dtype
+        calls = [asked_by(request, models, dtype) for request in requests]
+        if not calls:
+            size = NOTHING if isinstance(memory, Plan) else usual_size(models)
+            usual = Call(models, size, dtype.itemsize)
+            plan = fit(memory, usual, self.device, **knobs)
+            return Fit(plan, room_left(memory, plan, usual))
+        most = max(calls, key=lambda call: working(Plan(), call))
+        plan = fit(memory, most, self.device, **knobs)
+        return Fit(plan, room_for_more(memory, plan, most, self.device))
+
+    def load(
+        self,
+        fit: Fit,
+        memory: str | Plan | None = None,
+        fast: bool = False,
+        compile: bool = False,
+        **knobs: Any,
+    ) -> Pipeline:
+        """The pipeline, its weights read as the plan of ``fit`` says.
+
+        ``memory`` and ``knobs`` are what was asked for, as in ``minidiff.load``.
+        """
+        models, prepared = self.files.models, self.files.prepared
+        if prepared is None:
+            here = open_model(self.given, self.device, self.dtype)
+            return here.load(fit, memory, fast, compile, **knobs)
+        check_speed(fit.plan, models["transformer"].config, self.device, fast, compile)
+        parts: dict[str, Any] = load_parts(prepared, fit.plan, self.device, self.dtype)
+        if fast or compile:
+            from minidiff.engine.fast import accelerate
+
+            made = accelerate(parts["transformer"], parts["vae"], fast, compile)
+            parts["transformer"] = made
+        pipe = self.pipeline(parts)
+        pipe.plan, pipe.room = fit
+        how = {"memory": memory, "fast": fast, "compile": compile, **knobs}
+        pipe.settings |= checks.chosen(model=self.files.name, **how)
+        return pipe
+
+
 def open_model(
-    model: Path | str,
-    text_encoders: Path | str | None,
-    memory: "str | Plan | None" = None,
-    knobs: Mapping[str, Any] | None = None,
-    fast: bool = False,
-    compile: bool = False,
+    given: Given, device: torch.device, dtype: torch.dtype, weights: bool = True
 ) -> Opened:
-    """Check the settings of memory, then the files of ``model``: one, or a folder.
+    """Check the files of a model: one, or a folder.
 
-    With ``fast``, unless blocks are to be compiled, the transformer must be one that
-    ``minidiff.engine.fast`` runs.
+    Without ``weights`` those of a model on the hub need not be here yet: what is wrong
+    with a call is told before the download.
     """
-    from minidiff.engine.memory import requested
-
-    t5 = requested(memory, **(knobs or {})).t5 != "none"
+    model, encoders = given.model, given.text_encoders
+    hub.check_word("variant", given.variant)
     if Path(model).is_file():
-        opened = open_single_file(Path(model), text_encoders, t5)
-    elif text_encoders is not None:
-        raise ValueError(
-            f"text_encoders is {str(text_encoders)!r}, but {model} is no single file "
-            "and has its own"
-        )
+        files = open_single_file(given)
+    elif encoders is not None:
+        found = f"text_encoders is {str(encoders)!r}, but {model} is no single file"
+        raise ValueError(f"{found} and has its own")
+    elif weights or str(model) == "tiny" or Path(model).exists():
+        files = open_folder(given)
     else:
-        opened = open_folder(model, t5)
-    models = {name: part.model for name, part in opened.parts.items()}
-    encoders = [models.get(name) for name in ENCODERS]
-    checks.check_parts(encoders, models["transformer"], models["vae"])
-    checks.check_tokenizers(opened.tokenizers, encoders)
-    if fast and not compile:
-        checks.check_fast(models["transformer"].config)
-    return opened
+        files = outline(given)
+    models = files.models
+    readers = [models.get(name) for name in ENCODERS]
+    checks.check_parts(readers, models["transformer"], models["vae"])
+    checks.check_tokenizers(files.tokenizers, readers)
+    return Opened(given, files, device, dtype)
 
 
-def open_folder(model: Path | str, t5: bool = True) -> Opened:
+def open_folder(given: Given) -> Files:
     """Check a folder in the hub's layout, or a name that stands for one.
 
-    Without ``t5`` its weights need not be there.
+    Where T5 does not count its weights need not be there.
     """
-    folder = find_model(model, t5)
+    folder = find_model(given)
     index, present = read_index(folder)
     scheduler = read_scheduler(folder / "scheduler")
-    parts = {
-        name: prepare_component(*classes, folder / name)
+    parts: dict[str, Prepared] = {
+        name: prepare_component(*classes, folder / name, given.variant)
         for name, classes in PARTS.items()
-        if name in present and (t5 or name != "text_encoder_3")
+        if name in present and (given.t5 or name != "text_encoder_3")
     }
     check_t5(folder, parts, present)
     origin = index.get("_name_or_path")
-    name = f"{model} ({origin})" if origin else str(model)
+    name = f"{given.model} ({origin})" if origin else str(given.model)
     tokenizers = read_tokenizers(folder, present)
-    return Opened(name, with_origin(folder, index), parts, tokenizers, scheduler)
+    return prepared_files(name, known_as(given), parts, tokenizers, scheduler)
 
 
-def open_single_file(
-    file: Path, text_encoders: Path | str | None, t5: bool = True
-) -> Opened:
+def prepared_files(
+    name: str, origin: str, parts: dict[str, Prepared], *rest: Any
+) -> Files:
+    """The files of ``parts`` and of what comes beside them."""
+    models = {part: prepared.model for part, prepared in parts.items()}
+    return Files(name, origin, models, parts, *rest)
+
+
+def outline(given: Given) -> Files:
+    """What is known of a model on the hub before its weights are here."""
+    models = blueprint(given.model, given.revision)
+    if not given.t5:
+        models.pop("text_encoder_3", None)
+    name, origin = str(given.model), known_as(given)
+    return Files(name, origin, models, None, [None] * 3, Scheduler(3.0))
+
+
+def open_single_file(given: Given) -> Files:
     """Check an official single file, and the folder of its encoders and tokenizers.
 
     The encoders may be single files too, or folders of the hub's layout.
     """
+    file, t5 = Path(given.model), given.t5
     if file.suffix != ".safetensors":
         raise ValueError(
             f"{file} is a file; expected a folder in the hub's layout, or an official "
             "single file, *.safetensors"
         )
-    if text_encoders is None:
+    if given.text_encoders is None:
         raise ValueError(
             f"{file}: text encoders are not read from it; expected text_encoders="
             "folder, with clip_l.safetensors, clip_g.safetensors, … and the tokenizers"
         )
-    folder, opened = Path(text_encoders), open_tensors(file)
-    parts = {
+    folder, opened = Path(given.text_encoders), open_tensors(file)
+    parts: dict[str, Prepared] = {
         name: single_file.prepare_part(name, *PARTS[name], opened)
         for name in ("transformer", "vae")
     }
     if (folder / "text_encoder").is_dir():
         parts |= {
-            name: prepare_component(*PARTS[name], folder / name)
+            name: prepare_component(*PARTS[name], folder / name, given.variant)
             for name in ENCODERS
             if not name.endswith("_3") or (t5 and (folder / name).is_dir())
         }
@@ -204,9 +310,9 @@ def open_single_file(
     present = [n for n in TOKENIZERS if (folder / n).is_dir() or not n.endswith("_3")]
     check_t5(folder, parts, present)
     if t5 and "text_encoder_3" not in parts:
-        warnings.warn(f"{folder} holds no T5, so it is left out", stacklevel=4)
-    tokenizers = read_tokenizers(folder, present)
-    return Opened(file.stem, file.stem, parts, tokenizers, Scheduler(3.0))
+        warnings.warn(f"{folder} holds no T5, so it is left out", stacklevel=5)
+    rest = read_tokenizers(folder, present), Scheduler(3.0)
+    return prepared_files(file.stem, file.stem, parts, *rest)
 
 
 def check_t5(folder: Path, parts: Collection[str], tokenizers: Collection[str]) -> None:
@@ -236,7 +342,9 @@ def is_published(model: Path | str) -> bool:
     return known is not None and bool(known.repository) and not Path(model).is_dir()
 
 
-def blueprint(model: Path | str = "tiny") -> dict[str, nn.Module]:
+def blueprint(
+    model: Path | str = "tiny", revision: str | None = None
+) -> dict[str, nn.Module]:
     """The models of a pipeline on the meta device: shapes, and not one weight.
 
     The published names need no network; a folder's config.json files are read.
@@ -248,7 +356,7 @@ def blueprint(model: Path | str = "tiny") -> dict[str, nn.Module]:
                 name: model_class(getattr(config_class, known.sizes[name])())
                 for name, (model_class, config_class) in PARTS.items()
             }
-    folder = find_model(model, weights=False)
+    folder = find_model(Given(model, revision=revision), weights=False)
     present = read_index(folder)[1]
     return {
         name: load_component(*classes, folder / name, device="meta")
@@ -257,26 +365,21 @@ def blueprint(model: Path | str = "tiny") -> dict[str, nn.Module]:
     }
 
 
-def known_as(model: Path | str) -> str:
-    """The path by which ``recognize`` knows a folder, or a name that stands for one.
+def known_as(given: Given) -> str:
+    """What ``recognize`` is told of a model: its folder and the name it remembers.
 
-    Where the folder remembers another name, that is its end. The published names need
-    no network.
+    The published names need no network.
     """
-    if is_published(model):
-        return str(model)
-    folder = find_model(model, weights=False)
-    return with_origin(folder, read_index(folder)[0])
-
-
-def with_origin(folder: Path, index: Mapping[str, Any]) -> str:
-    """A folder's path, and after it the name that its index remembers."""
-    origin = index.get("_name_or_path")
+    if is_published(given.model):
+        return str(given.model)
+    folder = find_model(given, weights=False)
+    origin = read_index(folder)[0].get("_name_or_path")
     return f"{folder}/{origin}" if origin else str(folder)
 
 
-def find_model(model: Path | str, t5: bool = True, weights: bool = True) -> Path:
-    """The folder that ``model`` names; downloaded if it is on the hub."""
+def find_model(given: Given, weights: bool = True) -> Path:
+    """The folder that a model's name stands for; downloaded if it is on the hub."""
+    model = given.model
     if str(model) == "tiny":
         return TINY
     if str(model) and Path(model).is_dir():
@@ -286,7 +389,10 @@ def find_model(model: Path | str, t5: bool = True, weights: bool = True) -> Path
     if Path(model).suffix == ".safetensors" and not Path(model).exists():
         raise FileNotFoundError(f"{model} is missing")
     if published.named(model) or hub_id:
-        return hub.download(str(model), t5, weights=weights)
+        at, kind = given.revision, given.variant
+        return hub.download(
+            str(model), given.t5, weights=weights, revision=at, variant=kind
+        )
     known = ", ".join(published.PUBLISHED)
     raise ValueError(f"model is {str(model)!r}; expected {known} or a folder")
 
@@ -295,7 +401,7 @@ def read_scheduler(folder: Path) -> Scheduler:
     """The schedule of a folder; ValueError for settings that would draw otherwise."""
     content = reading.read_json(configurations.config_file(folder))
     if (name := content.get("_class_name", SCHEDULER)) != SCHEDULER:
-        found = f"{folder} asks for the scheduler {reading.excerpt(name)}"
+        found = f"{folder} asks for the scheduler {name}"
         raise ValueError(f"{found}; expected {SCHEDULER} (solvers: sampler=…)")
     if used := [name for name in DYNAMIC if content.get(name)]:
         raise ValueError(f"{folder} asks for {used[0]}, which minidiff does not have")
@@ -307,14 +413,14 @@ def read_scheduler(folder: Path) -> Scheduler:
 
 def describe(model: Path | str) -> str:
     """A table of a model's parts, and how it is meant to be drawn from."""
-    parts = blueprint(model)
+    parts: dict[str, Any] = blueprint(model)
     sizes = {name: count_parameters(part) for name, part in parts.items()}
     rows = [f"{'part':<16}{'parameters':>16}{'MB':>10}"]
     for name, size in (sizes | {"all": sum(sizes.values())}).items():
         rows.append(f"{name:<16}{size:>16,}{2 * size / 1e6:>10,.1f}")
     config = parts["transformer"].config
     side = config.sample_size * parts["vae"].config.factor
-    usual = DEFAULTS[recognize(known_as(model), config)]
+    usual = published.recognize(config, known_as(Given(model))) or OTHERS
     rows.append(
         f"{side}×{side} pixels, {usual.num_inference_steps} steps, "
         f"guidance {usual.guidance_scale}"

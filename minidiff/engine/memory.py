@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,9 @@ from minidiff.dit import MMDiT
 from minidiff.engine.kernels import Rows, quantize
 from minidiff.engine.precision import Float8Linear, has_fp8
 from minidiff.engine.tiling import Tiled
-from minidiff.files.weights import Prepared, Read
-from minidiff.interface.checks import check_choice, count_levels
+from minidiff.files.weights import Prepared
+from minidiff.interface.checks import check_choice, check_fast
+from minidiff.interface.request import Request
 from minidiff.lora import adapted_layers
 from minidiff.text_encoders import T5Encoder
 from minidiff.vae import VAE
@@ -34,6 +35,8 @@ GIB = 2**30
 RESERVE = 0.6 * GIB  # what CUDA itself and the allocator's gaps take
 BUDGETS = ("8GB", "12GB", "16GB", "24GB")
 NOTHING = (0, 16, 0, 0)  # no latents: the weights alone
+T5 = "text_encoder_3"
+Models = Mapping[str, Any]  # the parts of a pipeline, by the hub's names
 
 
 class NoRoom(ValueError):
@@ -70,7 +73,8 @@ class Plan:
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name} is {value!r}; expected True or False")
         tile = self.vae_tile
-        if tile is not None and not (isinstance(tile, int) and tile >= 8):
+        whole = isinstance(tile, int) and not isinstance(tile, bool)
+        if tile is not None and not (whole and tile >= 8):
             raise ValueError(f"vae_tile is {tile!r}; expected 8 latent pixels or more")
 
     def __str__(self) -> str:
@@ -133,21 +137,27 @@ class Call:
             its modulations; all are computed ahead.
     """
 
-    models: Mapping[str, nn.Module]
+    models: Models
     size: tuple[int, ...]
     width: int = 2
     levels: int = 2 * 41  # Medium's 40 steps, the most that is usual
 
 
-def usual_size(models: Mapping[str, nn.Module]) -> tuple[int, ...]:
+def usual_size(models: Models) -> tuple[int, ...]:
     """The latents (B, C, h, w) of one picture of the size that a model is meant for."""
     config = models["transformer"].config
     return 1, config.in_channels, config.sample_size, config.sample_size
 
 
-def usual_levels(pipe: Any) -> int:
-    """``Call.levels`` with the steps and the guidance that a model is meant for."""
-    return count_levels(pipe.guidance().negative, pipe.defaults.num_inference_steps)
+def asked_by(request: Request, models: Models, dtype: torch.dtype) -> Call:
+    """What a request that a pipeline has checked asks of a device."""
+    factor, channels = (
+        models["vae"].config.factor,
+        models["transformer"].config.in_channels,
+    )
+    height, width = (side // factor for side in request.size)
+    size = request.count, channels, height, width
+    return Call(models, size, dtype.itemsize, request.levels)
 
 
 def estimate(plan: Plan, call: Call) -> float:
@@ -190,7 +200,7 @@ def working(plan: Plan, call: Call) -> float:
     return max(denoising, decoding) * call.width
 
 
-def requested(memory: str | Plan | None, **knobs: Any) -> Plan:
+def requested(memory: str | Plan | None = None, **knobs: Any) -> Plan:
     """What is asked for whatever the model; ValueError for what is no setting."""
     if unknown := knobs.keys() - {f.name for f in fields(Plan)}:
         names = ", ".join(f.name for f in fields(Plan))
@@ -200,6 +210,27 @@ def requested(memory: str | Plan | None, **knobs: Any) -> Plan:
         parse_budget(memory)
         memory = None
     return replace(memory or Plan(), **knobs)
+
+
+class Fit(NamedTuple):
+    """The plan with which a call fits, and what larger calls may take in bytes."""
+
+    plan: Plan
+    room: float
+
+
+def fit(
+    memory: str | Plan | None, call: Call, device: torch.device, **knobs: Any
+) -> Plan:
+    """The plan by which ``call`` fits ``memory`` and the card; see ``choose``.
+
+    Where one was asked for, it is printed in one line.
+    """
+    plan = choose(memory, call, **knobs)
+    check_device(plan, call, device, **knobs)
+    if knobs or not (memory is None or isinstance(memory, Plan)):
+        announce(plan, call)
+    return plan
 
 
 def choose(memory: str | Plan | None, call: Call, **knobs: Any) -> Plan:
@@ -212,8 +243,8 @@ def choose(memory: str | Plan | None, call: Call, **knobs: Any) -> Plan:
     if memory is None or isinstance(memory, Plan):
         return plan
     budget = parse_budget(memory)
-    if plan := roomiest(budget, call, **knobs):
-        return plan
+    if fitting := roomiest(budget, call, **knobs):
+        return fitting
     raise ValueError(f"memory is {memory}; {shortage(budget, call, **knobs)}")
 
 
@@ -241,11 +272,10 @@ def shortage(budget: float, call: Call, **knobs: Any) -> str:
 def parse_budget(memory: str) -> float:
     """ "8GB" → bytes."""
     number = str(memory).upper().removesuffix("GB").strip()
-    try:
-        return float(number) * 1e9
-    except ValueError:
-        names = ", ".join(BUDGETS)
-        raise ValueError(f"memory is {memory!r}; expected {names} or None") from None
+    with suppress(ValueError):
+        if 0 < (budget := float(number)) < 1e9:
+            return budget * 1e9
+    raise ValueError(f"memory is {memory!r}; expected {', '.join(BUDGETS)} or None")
 
 
 def check_device(plan: Plan, call: Call, device: Any, **knobs: Any) -> None:
@@ -307,6 +337,14 @@ def free_host() -> float:
     return max(0, min(free))
 
 
+def room_left(memory: str | Plan | None, plan: Plan, call: Call) -> float:
+    """The bytes of a budget, if there is one, that are left beside the weights."""
+    if memory is None or isinstance(memory, Plan):
+        return math.inf
+    weights = estimate(plan, call) - working(plan, call)
+    return parse_budget(memory) - RESERVE - weights
+
+
 def room_for_more(
     memory: str | Plan | None, plan: Plan, call: Call, device: torch.device
 ) -> float:
@@ -316,12 +354,9 @@ def room_for_more(
     the card has is asked at each call.
     """
     need = working(plan, call)
-    weights = estimate(plan, call) - need
-    room = math.inf
-    if isinstance(memory, str):
-        room = parse_budget(memory) - RESERVE - weights
+    room = room_left(memory, plan, call)
     if device.type == "cpu":
-        room = min(room, (free_host() - weights) / 2)
+        room = min(room, (free_host() - estimate(plan, call) + need) / 2)
     return max(room, need)
 
 
@@ -421,20 +456,19 @@ def is_float8(plan: Plan, model: nn.Module, name: str) -> bool:
 
 def place(prepared: Prepared, plan: Plan, device: Any, dtype: torch.dtype) -> nn.Module:
     """Read one part of a pipeline as the plan says."""
-    model = prepared.model
+    model: Any = prepared.model
     table = isinstance(model, MMDiT) and plan.modulation == "streamed"
     small: dict[str, Rows] = {}
-
-    def put(name: str, read: Read) -> Tensor | None:
+    state = {}
+    for name, read in prepared.tensors():
         layer, _, kind = name.rpartition(".")
         if is_streamed(plan, model, layer) or (table and name == "pos_embed"):
-            return read("cpu", None)
-        if kind == "weight" and is_float8(plan, model, layer):
+            state[name] = read("cpu", None)
+        elif kind == "weight" and is_float8(plan, model, layer):
             small[layer] = quantize(read(device, dtype))
-            return None
-        return read(device, dtype)
-
-    prepared(device, dtype, put)
+        else:
+            state[name] = read(device, dtype)
+    model.load_state_dict(state, assign=True, strict=not small)
     for name, layer in list(model.named_modules()):
         if name in small:
             swap(model, name, Float8Linear(small[name], layer.bias))
@@ -444,7 +478,7 @@ def place(prepared: Prepared, plan: Plan, device: Any, dtype: torch.dtype) -> nn
             swap(model, name, StreamedEmbedding(layer, dtype))
     if table:
         model.positions = CroppedTable(model, device, dtype)
-    return model
+    return model.eval()
 
 
 def stand_in(model: nn.Module, plan: Plan) -> None:
@@ -488,39 +522,38 @@ def tile(vae: VAE, plan: Plan) -> VAE:
     return Tiled(vae, plan.vae_tile, plan.vae_slicing) if parts else vae
 
 
-def load_parts(
-    prepared: Mapping[str, Prepared],
-    device: Any,
-    dtype: torch.dtype,
-    memory: str | Plan | None = None,
-    compile: bool = False,
-    **knobs: Any,
-) -> tuple[dict[str, nn.Module], Plan, float]:
-    """Read the parts of a pipeline, by the hub's names, as a plan says (``choose``).
+def check_speed(
+    plan: Plan, config: Any, device: torch.device, fast: bool, compile: bool
+) -> None:
+    """Raise ValueError where a transformer cannot be run as fast as asked for.
 
-    Returns them, the plan, and how many bytes of a budget are left beside them. What
-    was chosen for ``memory`` is printed in one line. Raises ValueError where the card
-    is too small for a picture of the usual size, naming a plan that fits; with a Plan,
-    where it is too small for the weights; and with ``compile`` for weights in fp8 on a
-    GPU for which Triton has no such numbers.
+    That is with ``fast`` a model without ``rms_norm``, unless its blocks are compiled;
+    and with ``compile`` weights in fp8 on a GPU for which Triton has no such numbers.
     """
-    models = {name: part.model for name, part in prepared.items()}
-    picture = Call(models, usual_size(models), dtype.itemsize)
-    plan = choose(memory, picture, **knobs)
-    device = torch.device(device)
+    if fast and not compile:
+        check_fast(config)
     if compile and plan.fp8 and device.type == "cuda" and not has_fp8(device):
         found = "compile is True and weights are in fp8, which this GPU does not know"
         raise ValueError(f"{found}; expected compute capability 8.9, or compile=False")
-    if plan.t5 == "none":
-        models.pop("text_encoder_3", None)
-    weights = replace(picture, size=NOTHING)
-    asked = weights if isinstance(memory, Plan) else picture
-    check_device(plan, asked, device, **knobs)
-    budgeted = not (memory is None or isinstance(memory, Plan))
-    if budgeted or knobs:
-        announce(plan, picture)
-    room = math.inf
-    if budgeted:
-        room = parse_budget(memory) - RESERVE - estimate(plan, weights)
-    parts = {name: place(prepared[name], plan, device, dtype) for name in models}
-    return parts | {"vae": tile(parts["vae"], plan)}, plan, room
+
+
+def load_parts(
+    prepared: Mapping[str, Prepared],
+    plan: Plan,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, nn.Module]:
+    """Read the parts of a pipeline, by the hub's names, as ``plan`` says.
+
+    T5 overflows in float16, where it then computes in bfloat16. Raises ValueError where
+    the card is too small for the weights.
+    """
+    parts = {n: p for n, p in prepared.items() if plan.t5 != "none" or n != T5}
+    models = {name: part.model for name, part in parts.items()}
+    check_device(plan, Call(models, NOTHING, dtype.itemsize), device)
+    wide = torch.bfloat16 if dtype == torch.float16 else dtype
+    placed: dict[str, Any] = {
+        name: place(part, plan, device, wide if name == T5 else dtype)
+        for name, part in parts.items()
+    }
+    return placed | {"vae": tile(placed["vae"], plan)}

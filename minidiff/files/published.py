@@ -1,7 +1,7 @@
 """What is published about the models that minidiff knows by name: one table."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,18 +95,23 @@ def named(model: Path | str) -> Published | None:
 def recognize(config: Any, origin: Path | str = "") -> Published | None:
     """The published model that a transformer of configuration ``config`` is one of.
 
-    Where ``origin``, a name, a hub id or a path, ends in what one is called, or lies in
-    its folder of the hub's cache, that decides. Large and Large Turbo are configured
-    alike: without an origin they are Large. None: no published model.
+    Of those that are configured alike, as Large and Large Turbo, ``origin`` decides: a
+    name, a hub id or a path that ends in what one is called, or lies in its folder of
+    the hub's cache; else it is the first. The size of pictures does not count. A
+    configuration of none is the model that its origin names, or None.
     """
     parts = Path(origin).parts
     said = {*parts[-1:], "/".join(parts[-2:])} | {
         p for p in parts if p[:8] == "models--"
     }
-    for known in PUBLISHED.values():
+    alike = [known for known in PUBLISHED.values() if _is_like(config, known)]
+    for known in alike or PUBLISHED.values():
         if said & known.names:
             return known
-    for known in PUBLISHED.values():
-        if config == getattr(type(config), known.sizes["transformer"])():
-            return known
-    return None
+    return alike[0] if alike else None
+
+
+def _is_like(config: Any, known: Published) -> bool:
+    """Whether a transformer of ``config`` has the layers of a published model's."""
+    other = getattr(type(config), known.sizes["transformer"])()
+    return config == replace(other, sample_size=config.sample_size)

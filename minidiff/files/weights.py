@@ -187,39 +187,32 @@ def read_header(file: Path | str) -> dict[str, tuple[int, ...]]:
 
 
 Read = Callable[[torch.device | str, torch.dtype | None], Tensor]
-Place = Callable[[str, Read], Tensor | None]
 
 
 @dataclass(frozen=True)
 class Prepared(Generic[Model]):
     """A model on the meta device and its files, checked but not yet read.
 
-    Called with a device and a dtype it reads them. ``place(name, read)``, if given,
-    decides for each tensor itself; where it returns None the tensor stays out.
+    Called with a device and a dtype it reads them all.
     """
 
     model: Model
     sources: Mapping[str, Source]
     found: Mapping[str, TensorFile]
 
-    def __call__(
-        self,
-        device: torch.device | str,
-        dtype: torch.dtype | None,
-        place: Place | None = None,
-    ) -> Model:
-        expected = self.model.state_dict()
+    def tensors(self) -> Iterator[tuple[str, Read]]:
+        """Each tensor's name, and what reads it to a device, in a dtype."""
 
         def stored(name: str) -> Tensor:
             return self.found[name].read(name)
 
-        state = {}
+        expected = self.model.state_dict()
         for name, source in self.sources.items():
-            read = partial(assemble, stored, source, expected[name].shape)
-            tensor = place(name, read) if place else read(device, dtype)
-            if tensor is not None:
-                state[name] = tensor
-        self.model.load_state_dict(state, assign=True, strict=place is None)
+            yield name, partial(assemble, stored, source, expected[name].shape)
+
+    def __call__(self, device: torch.device | str, dtype: torch.dtype | None) -> Model:
+        state = {name: read(device, dtype) for name, read in self.tensors()}
+        self.model.load_state_dict(state, assign=True)
         return self.model.eval()
 
 

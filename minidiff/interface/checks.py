@@ -1,6 +1,7 @@
 """What the pipeline refuses before any work: one line that names what was found."""
 
 import math
+import sys
 import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -13,9 +14,8 @@ Triple = tuple[str, str, str]
 
 
 def as_prompts(
-    pipe: Any,
     name: str,
-    first: Texts,
+    first: Texts | None,
     second: Texts | None = None,
     third: Texts | None = None,
     count: int | None = None,
@@ -23,8 +23,7 @@ def as_prompts(
     """What CLIP-L, CLIP-G and T5 read for each of ``count`` prompts.
 
     As in diffusers, an encoder without a text of its own reads the first; one string
-    serves for all prompts. ValueError where the counts differ, and for a text of its
-    own for T5 where ``pipe`` has none.
+    serves for all prompts. ValueError where the counts differ.
     """
     columns = []
     for suffix, texts in (("", first), ("_2", second or first), ("_3", third or first)):
@@ -36,23 +35,7 @@ def as_prompts(
             found = f"{name}{suffix} has {len(column)} texts"
             raise ValueError(f"{found}; expected one string, or {count} texts")
         columns.append(column)
-    if third and pipe.text_encoders[2] is None:
-        raise ValueError(f"{name}_3 is given; expected a pipeline with T5, its reader")
     return list(zip(*columns, strict=True))
-
-
-def to_encode(
-    prompts: list[Triple], negatives: list[Triple], guidance: Any
-) -> list[Triple]:
-    """What the encoders read: with guidance the negative prompts before the others.
-
-    Warns of negative prompts that no guidance leads away from.
-    """
-    if guidance.negative:
-        return negatives + prompts
-    if any(map(any, negatives)):
-        warn("negative_prompt does nothing without guidance (guidance_scale above 1)")
-    return prompts
 
 
 def for_encoders(prompt: str | Sequence[str | Triple]) -> list[list[str]]:
@@ -64,7 +47,7 @@ def for_encoders(prompt: str | Sequence[str | Triple]) -> list[list[str]]:
     return [list(column) for column in zip(*triples, strict=True)]
 
 
-def as_texts(name: str, value: str | Sequence[str]) -> list[str]:
+def as_texts(name: str, value: Any) -> list[str]:
     """A list of one or more strings; TypeError or ValueError for what is none."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(
@@ -83,13 +66,14 @@ def as_texts(name: str, value: str | Sequence[str]) -> list[str]:
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
+    if value not in list(choices):
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
 
 
 def check_range(name: str, value: int, low: int, high: int | None = None) -> None:
     """Raise ValueError unless ``value`` is a whole number from ``low`` to ``high``."""
-    if not isinstance(value, int) or value < low or (high and value > high):
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < low or (high and value > high):
         limits = f"at least {low}" if high is None else f"{low} to {high}"
         raise ValueError(f"{name} is {value!r}; expected a whole number, {limits}")
 
@@ -132,43 +116,102 @@ def check_fast(config: Any) -> None:
         raise ValueError(f"{found}; fast expects 'rms_norm'")
 
 
+def check_tensor(name: str, value: Any, shape: str) -> None:
+    """Raise TypeError or ValueError for what is no tensor of ``shape``, "(B, C, …)".
+
+    None passes.
+    """
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        found = f"{name} is a {type(value).__name__}"
+        raise TypeError(f"{found}; expected a tensor {shape}")
+    if value.ndim != len(shape.strip("(,)").split(",")) or not value.numel():
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {shape}")
+    if not value.is_floating_point() or not value.isfinite().all():
+        found = f"{name} is a tensor of {value.dtype}"
+        raise ValueError(f"{found}; expected finite numbers, floating point")
+
+
 def check_sigmas(sigmas: Tensor | None) -> None:
     """Raise ValueError unless levels (S + 1,) fall from at most 1 to at least 0."""
+    check_tensor("sigmas", sigmas, "(S + 1,)")
     if sigmas is None:
         return
-    if not isinstance(sigmas, Tensor) or sigmas.ndim != 1 or len(sigmas) < 2:
-        raise ValueError("sigmas are no tensor of two or more levels, (S + 1,)")
+    if len(sigmas) < 2:
+        raise ValueError(f"sigmas is {len(sigmas)} level; expected two or more")
     if not (sigmas.diff() < 0).all() or sigmas[0] > 1 or sigmas[-1] < 0:
         levels = ", ".join(f"{level:.4g}" for level in sigmas.tolist())
         raise ValueError(f"sigmas are {levels}; expected levels that fall from 1 to 0")
 
 
-def check_solver(
-    sampler: str, samplers: Collection[str], sigmas: Tensor | None
-) -> None:
-    """Raise ValueError for an unknown solver, and for levels it cannot follow."""
-    check_choice("sampler", sampler, samplers)
-    check_sigmas(sigmas)
+def check_function(name: str, value: Any) -> None:
+    """Raise TypeError for what is neither None nor can be called."""
+    if not (value is None or callable(value)):
+        found = f"{name} is a {type(value).__name__}"
+        raise TypeError(f"{found}; expected a function")
 
 
-def check_call(
-    pipe: Any,
-    steps: int,
-    num_images_per_prompt: int,
-    samplers: Collection[str],
-    sampler: str,
-    output_type: str,
-    max_sequence_length: int | None,
-    sigmas: Tensor | None = None,
+def check_strength(value: Any) -> None:
+    """Raise ValueError unless ``value`` is a number above 0, at most 1."""
+    if not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(f"strength is {value!r}; expected above 0, at most 1")
+
+
+def check_embeds(
+    name: str, embeds: tuple[Tensor | None, Tensor | None], length: int, config: Any
 ) -> None:
-    """Raise ValueError for settings of a drawing that ``pipe`` cannot follow."""
-    check_dtypes(pipe.transformer, pipe.vae)
-    check_solver(sampler, samplers, sigmas)
-    check_choice("output_type", output_type, ("pil", "pt", "latent"))
-    check_range("num_inference_steps", steps, 1, 1000)
-    check_range("num_images_per_prompt", num_images_per_prompt, 1)
-    if max_sequence_length is not None:  # None leaves the choice
-        check_range("max_sequence_length", max_sequence_length, 1, 512)
+    """Raise ValueError for embeddings of a prompt that a transformer cannot read.
+
+    Their context must have ``length`` rows (tokens).
+    """
+    shapes = (length, config.joint_attention_dim), (config.pooled_projection_dim,)
+    for given, shape in zip(embeds, shapes, strict=True):
+        if given is not None and given.shape[1:] != shape:
+            found = f"{name} have shape {tuple(given.shape)}"
+            wanted = ", ".join(map(str, (len(given), *shape)))
+            raise ValueError(f"{found}; expected ({wanted})")
+
+
+CLIP_TOKENS = 77  # of a tokenizer that is not here yet
+LONG = 400  # rows of context; SD3.5 was trained with 154 and 333
+
+
+def check_texts(pipe: Any, request: Any) -> int:
+    """How many tokens of a request T5 reads.
+
+    Raises ValueError for texts and embeddings that ``pipe`` cannot read; warns of what
+    it should not be given.
+    """
+    if pipe.text_encoders[2] is None:
+        for name in ("prompt_3", "negative_prompt_3"):
+            if getattr(request, name):
+                known = "expected a pipeline with T5, its reader"
+                raise ValueError(f"{name} is given; {known}")
+    first, given = pipe.tokenizers[0], request.prompt_embeds
+    clip = first.model_max_length if first else CLIP_TOKENS
+    length = request.max_sequence_length or pipe.max_sequence_length
+    if given is not None and request.max_sequence_length is None:
+        length = max(1, given.shape[1] - clip)
+    for end in ("", "negative_"):
+        embeds, config = request.embeds(end), pipe.transformer.config
+        check_embeds(f"{end}prompt_embeds", embeds, clip + length, config)
+    if not request.guidance.negative and any(map(any, request.negatives)):
+        warn("negative_prompt does nothing without guidance (guidance_scale above 1)")
+    if clip + length > LONG:
+        found = f"the context has {clip + length} rows, {length} of them T5's"
+        warn(f"{found}; from about {LONG} on, published models draw broken edges")
+    return length
+
+
+def check_attribute(owner: Any, name: str) -> None:
+    """Raise AttributeError where ``owner`` declares no attribute ``name`` to be set."""
+    kind = type(owner)
+    declared = {n for c in kind.__mro__ for n in getattr(c, "__annotations__", ())}
+    if name not in declared and not hasattr(kind, name):
+        known = ", ".join(sorted(n for n in declared if n[0] != "_"))
+        found = f"a {kind.__name__} has no {name!r} that could be set"
+        raise AttributeError(f"{found}; expected {known}, or an argument of the call")
 
 
 def check_size(name: str, size: int, grid: int, largest: int) -> None:
@@ -181,11 +224,6 @@ def check_size(name: str, size: int, grid: int, largest: int) -> None:
             f"{name} is {size}; expected a multiple of {grid} up to {largest} pixels "
             f"(the nearest is {nearest})"
         )
-
-
-def count_levels(negative: bool, steps: int, sigmas: Tensor | None = None) -> int:
-    """Noise levels of a call times its rows (two with guidance): ``memory.Call``'s."""
-    return (1 + negative) * (steps + 1 if sigmas is None else len(sigmas))
 
 
 def check_parts(text_encoders: Sequence[Any], transformer: Any, vae: Any) -> None:
@@ -290,6 +328,7 @@ def given(value: Any, default: Any) -> Any:
 def guidance(value: float | None, default: float) -> float:
     """The guidance scale, or ``default`` for None; ValueError unless it is finite."""
     scale = given(value, default)
-    if isinstance(scale, str) or not math.isfinite(scale):
+    number = isinstance(scale, int | float) and abs(scale) <= sys.float_info.max
+    if not number:
         raise ValueError(f"guidance_scale is {scale!r}; expected a finite number")
     return scale

@@ -1,23 +1,11 @@
 """What the pipeline shows: its progress, to people and to callbacks, and pictures."""
 
-import secrets
-from collections.abc import Callable, Mapping
-from functools import wraps
-from inspect import BoundArguments, Signature, signature
-from numbers import Integral, Real
-from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from minidiff.interface import checks
-
-if TYPE_CHECKING:
-    pass
-
-
-# callback(pipe, step, timestep, {"latents": …, "denoised": x̂₀}), as in diffusers
-Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
+from minidiff.interface.request import Callback, Request, as_text
 
 
 class Watch:
@@ -59,88 +47,20 @@ class Watch:
             return None
         self.tensors = {"latents": x, "denoised": x0_hat}
         changed = self.callback(self.pipe, step, 1000 * sigma, self.tensors) or {}
+        if self.pipe._interrupt:
+            self.tensors |= changed
+            raise StopIteration
         return changed.get("latents")
 
 
-# The settings that a picture carries
+def noted(pictures: list[Any], pipe: Any, request: Request, **more: Any) -> list[Any]:
+    """PIL pictures of a checked request, each with its settings as its ``info``.
 
-NO_SETTINGS = {"self", "pipe", "call", "latents", "output_type", "callback_on_step_end"}
-
-
-def described(draw: Callable) -> Callable:
-    """Let each PIL picture that ``draw(pipe, …)`` returns keep its settings, ``info``.
-
-    ``minidiff.files.pictures.save_picture`` writes them into a file. A ``seed`` None is
-    replaced here by a random one, so that the picture can name it.
+    ``minidiff.files.pictures.save_picture`` writes them into a file.
     """
-    arguments = signature(draw)
-
-    @wraps(draw)
-    def drawn(*args: Any, **named: Any) -> Any:
-        bound = bind(arguments, args, named)
-        for given in (bound.arguments, bound.arguments.get("call", {})):
-            given |= {name: plain(value) for name, value in given.items()}
-        if bound.arguments["seed"] is None:
-            bound.arguments["seed"] = secrets.randbelow(2**32)
-        checks.check_range("seed", bound.arguments["seed"], 0, 2**63)
-        pictures = draw(*bound.args, **bound.kwargs)
-        if isinstance(pictures, list):
-            for i, picture in enumerate(pictures):
-                picture.info |= settings(bound.args[0], bound.arguments, i)
-                picture.info |= {"width": picture.width, "height": picture.height}
-        return pictures
-
-    return drawn
-
-
-def bind(arguments: Signature, args: tuple, named: dict) -> BoundArguments:
-    """The arguments of a call, usual ones too; TypeError names those there are."""
-    try:
-        bound = arguments.bind(*args, **named)
-    except TypeError as error:
-        own = ("self", "pipe", "call")
-        known = ", ".join(name for name in arguments.parameters if name not in own)
-        raise TypeError(f"{error}; expected {known}") from None
-    bound.apply_defaults()
-    return bound
-
-
-def plain(value: Any) -> Any:
-    """NumPy's numbers as Python's, all else as it is."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return value
-    return int(value) if isinstance(value, Integral) else float(value)
-
-
-def settings(pipe: Any, given: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """Those of picture ``index`` of a call with the arguments ``given``."""
-    given = {**given, **given.get("call", {})}
-    if given.get("sigmas") is not None:
-        given["num_inference_steps"] = len(given["sigmas"]) - 1
-    row = index // given.pop("num_images_per_prompt")
-    if guidance := given.pop("guidance", None):
-        given |= guidance.settings
-    usual = pipe.defaults._asdict() | {"max_sequence_length": pipe.max_sequence_length}
-    given |= {k: v for k, v in usual.items() if given.get(k) is None}
-    given["seed"] = given["seed"] + index if given.get("latents") is None else None
-    own = {
-        name: as_text(value, row)
-        for name, value in given.items()
-        if name not in NO_SETTINGS and value is not None
-    }
-    return pipe.settings | {"dtype": str(pipe.dtype).split(".")[1]} | own
-
-
-def as_text(value: Any, row: int) -> Any:
-    """Numbers and texts as they are; of a picture its file, of levels their list.
-
-    Of one value for each prompt, that of ``row``.
-    """
-    if isinstance(value, list | tuple) and value:
-        value = value[row]
-    if isinstance(value, str | int | float):
-        return value
-    if isinstance(value, Tensor) and value.ndim == 1:
-        return ", ".join(f"{level:.6g}" for level in value.tolist())
-    path = value if isinstance(value, PathLike) else getattr(value, "filename", "")
-    return str(path) or "given"
+    about = pipe.settings | {"dtype": str(pipe.dtype).removeprefix("torch.")}
+    for i, picture in enumerate(pictures):
+        own = {name: as_text(value, i) for name, value in more.items()}
+        size = {"width": picture.width, "height": picture.height}
+        picture.info = about | request.settings(i) | own | size
+    return pictures

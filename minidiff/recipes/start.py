@@ -21,10 +21,10 @@ def open_start(start: Path) -> Path:
     folder = TINY if str(start) == "tiny" else start
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"--start is {start}; expected tiny, or a model's folder")
-    parts = loading.open_folder(folder).parts
+    parts = loading.open_folder(loading.Given(folder)).models
     if "text_encoder_3" not in parts:
         raise ValueError(f"--start is {start}, which lacks T5; expected all encoders")
-    check_side(parts["transformer"].model, parts["vae"].model)
+    check_side(parts["transformer"], parts["vae"])
     return folder
 
 
