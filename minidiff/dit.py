@@ -716,7 +716,6 @@ class MMDiT(nn.Module):
         most one a block, are added behind the blocks. Raises ValueError for sizes that
         the configuration cannot take."""
         height, width = self.check(latents, context, pooled)
-        self.check_controls(controls or (), (len(latents), height * width))
         if modulations is None:
             if sigma is None or pooled is None:
                 raise ValueError("expected sigma and pooled, or modulations")
@@ -724,6 +723,7 @@ class MMDiT(nn.Module):
         x = self.x_embedder(latents)  # (B, C, h, w) → (B, N, D)
         x = (x + self.positions(height, width)).to(x.dtype)
         context = self.context_embedder(context)  # (B, L, joint) → (B, L, D)
+        controls = () if controls is None else self.fit(controls, x)
         blocks, final_layer = self.layers()
         for i, block in enumerate(blocks):
             if i not in skip_layers:
@@ -737,15 +737,20 @@ class MMDiT(nn.Module):
         """The blocks and the last layer, as ``forward`` calls them one by one."""
         return list(self.joint_blocks), self.final_layer
 
-    def check_controls(
-        self, controls: Sequence[Tensor], tokens: tuple[int, int]
-    ) -> None:
-        """Raise ValueError for controls that are too many, or not (B, N, D)."""
+    def fit(self, controls: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+        """Controls in the dtype of ``x`` (B, N, D) and on its device.
+
+        Raises ValueError for those that are too many or not of its shape.
+        """
+        listed = isinstance(controls, list | tuple)
+        if not (listed and all(isinstance(u, Tensor) for u in controls)):
+            raise ValueError(f"controls {type(controls)}: expected a list of tensors")
         if len(controls) > len(self.joint_blocks):
             found, blocks = len(controls), len(self.joint_blocks)
             raise ValueError(f"controls are {found}: expected at most {blocks}")
         for i, control in enumerate(controls):
-            expect(f"controls[{i}]", control, (*tokens, self.config.width))
+            expect(f"controls[{i}]", control, x.shape)
+        return [control.to(x) for control in controls]
 
     def check(
         self, latents: Tensor, context: Tensor, pooled: Tensor | None

@@ -32,6 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minidiff.interface.checks import check_number
+
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
 # %% tags=["active-ipynb"]
@@ -754,9 +756,15 @@ class NoGuidance(Guidance):
 
 @dataclass(frozen=True)
 class ClassifierFree(Guidance):
-    """:func:`guide` with ``scale``, both prompts in one batch."""
+    """:func:`guide` with ``scale``, both prompts in one batch.
+
+    Raises ValueError for a scale that is no finite number.
+    """
 
     scale: float
+
+    def __post_init__(self) -> None:
+        check_number("guidance_scale", self.scale)
 
     @property
     def negative(self) -> bool:

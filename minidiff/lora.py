@@ -6,7 +6,6 @@ in its header.
 """
 
 import json
-import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from minidiff.files.lora_files import FILE, METADATA, Update, read_updates
 from minidiff.files.names import Source, same_names, transformer_sources
 from minidiff.files.reading import excerpt
 from minidiff.files.weights import write_tensors
+from minidiff.interface.checks import check_number, check_range
 
 if TYPE_CHECKING:
     from minidiff.sampling import Pipeline
@@ -216,6 +216,7 @@ def add_lora(
     The model's own weights stop learning. Raises ValueError for a name that matches no
     layer (but for those of ``ATTENTION``), and for a rank that a layer cannot have.
     """
+    check_range("rank", rank, 1)
     layers, ends = targets(model), tuple(f".{name}" for name in names)
     chosen = {n: t for n, t in layers.items() if f".{n}".endswith(ends)}
     own = [name for name in names if name not in ATTENTION]
@@ -357,8 +358,7 @@ def load_lora(
     and only for weights that are held in full. Otherwise they are computed beside the
     layers, which may be stored in 8 bits or streamed, but not compiled.
     """
-    if not math.isfinite(scale):
-        raise ValueError(f"lora_scale is {scale}; expected a finite number")
+    check_number("lora_scale", scale)
     path = lora_file(file)
     others = [lora_file(one.file).resolve() for one in pipe.adapters]
     if path.resolve() in others:

@@ -133,7 +133,7 @@ def test_a_step_that_waits_would_show(monkeypatch):
 
 def test_draws_with_products_in_8_bits():
     def draw(pipe):
-        assert pipe.transformer.forward.fp8
+        assert pipe.transformer.fp8
         return pipe(PROMPT, **CALL)
 
     how = {"dtype": torch.bfloat16, "fast": True, "fp8": True}

@@ -8,7 +8,7 @@ within a window of the steps. s·(…) moves the estimate x̂₀ = x − σ·v j
 scales for x̂₀ and for v are one and the same.
 """
 
-import math
+import operator
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minidiff.flow_matching import ClassifierFree, Guidance, Velocity, guide
-from minidiff.interface.checks import warn
+from minidiff.interface.checks import check_number, warn
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,12 @@ class SkipLayer(Guidance):
     stop: float = 0.2
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))
-        if not math.isfinite(self.scale):
-            found = f"skip_layer_scale is {self.scale}"
-            raise ValueError(f"{found}; expected a finite number")
+        if not isinstance(self.guidance, Guidance):
+            found = f"guidance is {self.guidance!r}"
+            raise ValueError(f"{found}; expected an object such as ClassifierFree(4.5)")
+        object.__setattr__(self, "layers", whole_numbers(self.layers))
+        for name in ("scale", "start", "stop"):
+            check_number(f"skip_layer_{name}", getattr(self, name))
         if not 0 <= self.start < self.stop <= 1:
             found = f"the window is {self.start} to {self.stop}"
             raise ValueError(f"{found}; expected 0 ≤ start < stop ≤ 1")
@@ -95,6 +97,15 @@ class SkipLayer(Guidance):
             return v + self.scale * (v_pos - velocity(x, sigma, self.layers))
 
         return guided
+
+
+def whole_numbers(layers: Any) -> tuple[int, ...]:
+    """``layers`` as integers; ValueError for what is no list of them."""
+    try:
+        return tuple(map(operator.index, layers))
+    except TypeError:
+        known = "expected whole numbers: [7, 8, 9]"
+        raise ValueError(f"skip layers are {layers!r}; {known}") from None
 
 
 def window(sigmas: Tensor, start: float, stop: float) -> set[float]:

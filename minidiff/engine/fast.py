@@ -212,7 +212,6 @@ class Stream:
 
     def __add__(self, control: Tensor) -> "Stream":
         """The stream with ``control`` (B, L, D) to be added."""
-        control = control.to(self.rows.dtype)
         update = interleave(control), torch.ones_like(control[:, 0])  # gate (B, D)
         return replace(self, updates=(*self.updates, update))
 

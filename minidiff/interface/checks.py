@@ -4,6 +4,7 @@ import math
 import sys
 import warnings
 from collections.abc import Collection, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -277,6 +278,16 @@ def check_dtypes(transformer: nn.Module, vae: nn.Module) -> None:
     if len(found) > 1:
         parts = " and ".join(f"{name} is {dtype}" for dtype, name in found.items())
         raise ValueError(f"dtypes are mixed: {parts}; expected one for all weights")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is a finite number."""
+    try:
+        finite = isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        finite = False
+    if not finite:
+        raise ValueError(f"{name} is {value!r}; expected a finite number")
 
 
 def warn(text: str) -> None:
