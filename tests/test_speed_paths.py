@@ -541,7 +541,7 @@ def test_the_gpu_benchmark_measures_nothing_twice(tmp_path):
 def test_what_load_turns_on(folder, compiles):
     pipe = minidiff.load(folder, fast=True, fp8=True)
     assert isinstance(pipe.transformer, FastMMDiT)
-    assert pipe.transformer.forward.fp8
+    assert pipe.transformer.fp8
     pipe = minidiff.load(folder, fast=True, compile=True)
     assert not isinstance(pipe.transformer, FastMMDiT)
     assert isinstance(pipe.vae.decoder, FastDecoder)
