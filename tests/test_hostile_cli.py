@@ -31,6 +31,7 @@ from minidiff.files.pictures import (
     save_picture,
 )
 from minidiff.files.weights import Prepared
+from minidiff.interface.request import Request
 from minidiff.judging import evaluation
 
 LONG = "x" * 5000
@@ -631,11 +632,15 @@ class Pipe:
     def __init__(self, most: int) -> None:
         self.most, self.sizes = most, list[int]()
 
-    def __call__(self, prompts: list[str], seed: int) -> list[tuple[str, int]]:
-        if len(prompts) > self.most:
+    def check(self, request: Request) -> Request:
+        if request.count > self.most:
             raise NoRoom("so many take more")
-        self.sizes.append(len(prompts))
-        return [(prompt, seed + i) for i, prompt in enumerate(prompts)]
+        return request
+
+    def draw(self, request: Request) -> list[tuple[str, int]]:
+        self.sizes.append(request.count)
+        texts = [first for first, *_ in request.prompts]
+        return list(zip(texts, request.seeds, strict=True))
 
 
 @pytest.mark.parametrize(

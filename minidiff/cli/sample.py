@@ -1,11 +1,8 @@
 """``minidiff sample``: pictures of prompts."""
 
-import sys
-from collections.abc import Callable
-from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -21,13 +18,6 @@ from minidiff.cli.options import (
     refuse,
 )
 from minidiff.interface.terminal import status, tell
-
-if TYPE_CHECKING:
-    import torch
-
-    from minidiff.drawing.image_to_image import Start
-    from minidiff.drawing.series import Series
-    from minidiff.sampling import Pipeline
 
 EXAMPLES = examples(
     'minidiff sample "a red dress on a blue background" --num-images 4',
@@ -197,9 +187,7 @@ def sample(
     Their names are printed. Each keeps its settings, which minidiff info shows.
     """
     from minidiff.drawing.series import Outputs, Series, check_preview
-    from minidiff.files import words
     from minidiff.files.reading import read_prompts
-    from minidiff.interface.request import Request
 
     if (prompt is None) == (prompts is None):
         raise ValueError("expected a prompt, or --prompts with a file, and not both")
@@ -207,18 +195,6 @@ def sample(
     refuse("--lora", lora, lora_scale=lora_scale)
     refuse("--skip-layers", skip_layers, skip_layer_scale=skip_layer_scale)
     refuse("--image, the picture to begin from", image, mask=mask, strength=strength)
-    call: dict[str, Any] = {
-        "negative_prompt": negative_prompt,
-        "prompt_2": prompt_2,
-        "prompt_3": prompt_3,
-        "negative_prompt_2": negative_prompt_2,
-        "negative_prompt_3": negative_prompt_3,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance_scale,
-        "sampler": sampler,
-        "height": height,
-        "width": width,
-    }
     texts = read_prompts(prompts) if prompts else [str(prompt)]
     series = Series(texts, num_images, batch_size, seed)
     outputs = Outputs(output, len(series), overwrite)
@@ -227,68 +203,35 @@ def sample(
     plan |= chosen(vae_tile=vae_tile, vae_slicing=vae_slicing)
     with outputs.held():
         with status(f"loading {model}"):
-            request = Request("", **call, **followed_by(preview))
-            start = begun_from(image, mask, strength)
+            from minidiff.drawing.job import Job
+            from minidiff.files.words import seen, warning
+            from minidiff.interface.request import Request
+
+            request = Request(
+                "",
+                prompt_2=prompt_2,
+                prompt_3=prompt_3,
+                negative_prompt=negative_prompt,
+                negative_prompt_2=negative_prompt_2,
+                negative_prompt_3=negative_prompt_3,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                sampler=sampler,
+                height=height,
+                width=width,
+                callback_on_step_end=followed_by(preview),
+            )
+            start = begun_from(image, given(strength, 0.6), mask)
             series = replace(series, request=request, start=start)
-            blocks, file = find_blocks(skip_layers), find_lora(lora)
-
-            def asked(pipe: "Pipeline") -> Series:
-                attach(pipe, file, given(lora_scale, 1.0), fused=compile)
-                return skipping(series, pipe, blocks, skip_layer_scale)
-
-            where = find_device(device), find_dtype(dtype), text_encoders
-            pipe = ready(asked, model, where, plan, fast, compile)
-        if line := words.warning(texts, words.seen(model)):
+            added = one_of(lora), given(lora_scale, 1.0), compile
+            skipped = find_blocks(skip_layers), given(skip_layer_scale, 2.8)
+            job = Job(series, *added, *skipped)
+            target = find_device(device), find_dtype(dtype)
+            pipe = job.load(model, text_encoders, target, plan, fast, compile)
+        if line := warning(texts, seen(model)):
             tell(line)
-        for name in outputs.save(asked(pipe).draw(pipe), not no_sheet):
+        for name in outputs.save(job.draw(pipe), not no_sheet):
             print(name, flush=True)
-
-
-def ready(
-    asked: "Callable[[Pipeline], Series]",
-    model: str,
-    where: tuple[str, "torch.dtype | None", Path | None],
-    plan: dict[str, Any],
-    fast: bool,
-    compile: bool,
-) -> "Pipeline":
-    """The pipeline, loaded once its first pictures are checked without weights."""
-    from minidiff.engine.loading import Given, open_model
-    from minidiff.engine.memory import requested
-    from minidiff.interface.checks import find_target
-
-    device, dtype, encoders = where
-    wanted = requested(**plan)
-    source = Given(model, encoders, t5=wanted.t5 != "none")
-    with redirect_stdout(sys.stderr):  # stdout is for the names
-        opened = open_model(source, *find_target(device, dtype), weights=False)
-        pipe = opened.rehearsal(wanted)
-        fit = opened.fit(requests=[asked(pipe).check(pipe)], **plan)
-        if fit.plan != wanted:  # weights may be away that a LoRA would be added to
-            asked(opened.rehearsal(fit.plan))
-        return opened.load(fit, fast=fast, compile=compile, **plan)
-
-
-def attach(pipe: "Pipeline", lora: Path | None, scale: float, fused: bool) -> None:
-    """Apply a LoRA, if there is one; beside the weights unless ``fused``."""
-    if lora:
-        from minidiff.lora import load_lora
-
-        load_lora(pipe, lora, scale, fused)
-
-
-def skipping(
-    series: "Series", pipe: "Pipeline", blocks: list[int], scale: float | None
-) -> "Series":
-    """The series with Skip Layer Guidance, where there are ``blocks``."""
-    if not blocks:
-        return series
-    from minidiff.drawing.guidance import SkipLayer
-
-    beneath = pipe.guidance(series.request.guidance_scale)
-    guidance = SkipLayer(beneath, blocks, **chosen(scale=scale))
-    request = replace(series.request, guidance=guidance, guidance_scale=None)
-    return replace(series, request=request)
 
 
 def chosen(**settings: Any) -> dict[str, Any]:
@@ -296,24 +239,11 @@ def chosen(**settings: Any) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def begun_from(
-    image: Path | None, mask: Path | None, strength: float | None
-) -> "Start | None":
-    """The picture to begin from with its mask, opened, if there is one."""
-    if not image:
-        return None
-    from minidiff.drawing.image_to_image import Start
-
-    return Start(image, given(strength, 0.6), mask)
-
-
-def followed_by(preview: Path | None) -> dict[str, Any]:
-    """The callback that writes previews into a file; empty without one."""
-    if not preview:
-        return {}
-    from minidiff.drawing.previews import write_previews
-
-    return {"callback_on_step_end": write_previews(preview)}
+def one_of(files: list[Path] | None) -> Path | None:
+    """The file of --lora, if there is one; ValueError for more."""
+    if files and len(files) > 1:
+        raise ValueError("--lora is given more than once; expected one file")
+    return files[0] if files else None
 
 
 def find_blocks(numbers: str | None) -> list[int]:
@@ -325,14 +255,19 @@ def find_blocks(numbers: str | None) -> list[int]:
         raise ValueError(f"{found}; expected whole numbers: 7,8,9") from None
 
 
-def find_lora(files: list[Path] | None) -> Path | None:
-    """Raise ValueError or OSError, before a model is read, for what cannot be used."""
-    from minidiff.files.weights import read_header
-    from minidiff.lora import lora_file
-
-    if not files:
+def begun_from(image: Path | None, strength: float, mask: Path | None) -> Any:
+    """The picture to begin from with its mask, opened, if there is one."""
+    if not image:
         return None
-    if len(files) > 1:
-        raise ValueError("--lora is given more than once; expected one file")
-    read_header(lora_file(files[0]))
-    return files[0]
+    from minidiff.drawing.image_to_image import Start
+
+    return Start(image, strength, mask)
+
+
+def followed_by(preview: Path | None) -> Any:
+    """The callback that writes previews into a file, if there is one."""
+    if not preview:
+        return None
+    from minidiff.drawing.previews import write_previews
+
+    return write_previews(preview)

@@ -3,20 +3,20 @@
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minidiff.files.pictures import contact_sheet, save_picture, thumbnail
 from minidiff.files.writing import check_output, numbered, reserved
-from minidiff.interface.request import Request
 from minidiff.interface.terminal import tell
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from minidiff.drawing.image_to_image import Start
+    from minidiff.interface.request import Request
     from minidiff.sampling import Pipeline
 
 MOST = 100_000  # pictures of one command
@@ -30,14 +30,15 @@ class Series:
     """``num_images`` pictures of each of ``texts``; picture i starts from seed + i.
 
     ``batch_size`` prompts are drawn at once (None: one, and at most 64 pictures), or
-    as many as memory holds. ``request`` says all else, ``start`` what to begin from.
+    as many as memory holds. ``request`` says all else (None: as the model has it),
+    ``start`` what to begin from.
     """
 
     texts: Sequence[str]
     num_images: int = 1
     batch_size: int | None = None
     seed: int = 0
-    request: Request = field(default_factory=lambda: Request(""))
+    request: "Request | None" = None
     start: "Start | None" = None
 
     def __post_init__(self) -> None:
@@ -57,14 +58,17 @@ class Series:
             return min(self.num_images, AT_ONCE)
         return self.batch_size * self.num_images
 
-    def batch(self, rows: range) -> Request:
+    def batch(self, rows: range) -> "Request":
         """The request for the pictures of these numbers."""
-        prompts = [self.texts[i // self.num_images] for i in rows]
-        return replace(self.request, prompt=prompts, seed=self.seed + rows.start)
+        from minidiff.interface.request import Request
 
-    def check(self, pipe: "Pipeline") -> Request:
-        """The first batch's request, as ``pipe`` would draw it; nothing is told."""
-        request = self.batch(range(min(self.at_once, len(self))))
+        prompts = [self.texts[i // self.num_images] for i in rows]
+        own = self.request or Request("")
+        return replace(own, prompt=prompts, seed=self.seed + rows.start)
+
+    def check(self, pipe: "Pipeline") -> "Request":
+        """The first picture's request, as ``pipe`` would draw it; nothing is told."""
+        request = self.batch(range(1))
         with warnings.catch_warnings(action="ignore"):  # told when it is drawn
             if self.start is None:
                 return pipe.check(request)
@@ -92,7 +96,8 @@ class Series:
     def draw_batch(self, pipe: "Pipeline", rows: range) -> Any:
         """The pictures of these numbers."""
         if pipe.progress and len(self) > 1:
-            pipe.progress = f"{rows.stop} of {len(self)}"
+            several = f"{rows.start + 1} to " if len(rows) > 1 else ""
+            pipe.progress = f"{several}{rows.stop} of {len(self)}"
         request = self.batch(rows)
         if self.start is None:
             return pipe.draw(pipe.check(request))
