@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import minidiff
 from minidiff import lora
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.files import (
@@ -425,6 +426,25 @@ def test_variants(tmp_path, names, variant, expected):
     else:
         found = weights.weight_files(tmp_path, variant)
         assert found == [tmp_path / name for name in expected]
+
+
+def test_a_variant_is_read_where_a_part_has_it(tmp_path):
+    folder = shutil.copytree(weights.TINY, tmp_path / "model")
+    plain = folder / "vae" / weights.WEIGHTS[0]
+    plain.rename(folder / "vae" / "diffusion_pytorch_model.fp16.safetensors")
+    kept, usual = minidiff.load(folder, variant="fp16"), minidiff.load(weights.TINY)
+    for name, tensor in usual.vae.state_dict().items():
+        assert torch.equal(kept.vae.state_dict()[name], tensor)
+    for how, message in (
+        ({}, "no weights in .*vae.*; variant='fp16' reads them"),
+        (
+            {"variant": "fp8"},
+            "variant is 'fp8'; .*model has no weights that are",
+        ),
+        ({"variant": "../x"}, "variant is '../x'; expected a name"),
+        ({"revision": "main"}, "revision is 'main', but .*model is here; expected the"),
+    ):
+        refused(message, lambda how=how: minidiff.load(folder, **how))
 
 
 # Tokenizers: the shipped one, something in it changed

@@ -33,6 +33,7 @@ from minidiff.files.layout import ENCODERS, SCHEDULER, read_index
 from minidiff.files.weights import (
     TINY,
     Prepared,
+    check_variant,
     count_parameters,
     load_component,
     on_meta,
@@ -221,6 +222,9 @@ def open_model(
     """
     model, encoders = given.model, given.text_encoders
     hub.check_word("variant", given.variant)
+    if given.revision is not None and (str(model) == "tiny" or Path(model).exists()):
+        found = f"revision is {given.revision!r}, but {model} is here"
+        raise ValueError(f"{found}; expected the name of a model on the hub")
     if Path(model).is_file():
         files = open_single_file(given)
     elif encoders is not None:
@@ -243,6 +247,7 @@ def open_folder(given: Given) -> Files:
     Where T5 does not count its weights need not be there.
     """
     folder = find_model(given)
+    check_variant(folder, given.variant)
     index, present = read_index(folder)
     scheduler = read_scheduler(folder / "scheduler")
     parts: dict[str, Prepared] = {

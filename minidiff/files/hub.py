@@ -10,7 +10,7 @@ from typing import Any
 from minidiff.files.answers import NoAnswer, judged
 from minidiff.files.published import named
 from minidiff.files.reading import excerpt
-from minidiff.files.weights import open_tensors
+from minidiff.files.weights import of_variant, open_tensors
 
 COMPONENTS = ("scheduler", "text_encoder*", "tokenizer*", "transformer", "vae")
 KINDS = ("*.json", "*.txt", "*.model", "*.safetensors")
@@ -101,8 +101,7 @@ def others(names: Collection[str], variant: str) -> list[str]:
     Raises ValueError where no file is of that variant.
     """
     weights = [name for name in names if ".safetensors" in name]
-    mark = re.compile(rf"\.{re.escape(variant)}[.-]")
-    chosen = {name for name in weights if mark.search(Path(name).name)}
+    chosen = {name for name in weights if of_variant(name, variant)}
     if not chosen:
         raise ValueError(f"variant is {variant!r}; the repository has no such weights")
     parts = {Path(name).parent for name in chosen}

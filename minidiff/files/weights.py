@@ -1,5 +1,6 @@
 """A component's weights on disk, in the hub's folders: read, checked and written."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,6 +67,19 @@ def weight_files(folder: Path | str, variant: str | None = None) -> list[Path]:
             if index.is_file():
                 return [folder / shard for shard in _shards(index)]
     raise _no_weights(folder)
+
+
+def of_variant(name: str, variant: str) -> bool:
+    """Whether a file's name says that its weights are of this variant."""
+    return bool(re.search(rf"\.{re.escape(variant)}[.-]", Path(name).name))
+
+
+def check_variant(folder: Path, variant: str | None) -> None:
+    """Raise ValueError where no part of a pipeline's folder is of this variant."""
+    names = [path.name for path in folder.glob("*/*.safetensors*")]
+    if variant and not any(of_variant(name, variant) for name in names):
+        found = f"variant is {variant!r}"
+        raise ValueError(f"{found}; {folder} has no weights that are called so")
 
 
 def _no_weights(folder: Path) -> Exception:
