@@ -5,7 +5,6 @@ and what it gets wrong on real pictures is the ceiling for drawn ones.
 """
 
 import itertools
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from minidiff.data.language import OPPOSITE, Group, Meaning, captions
 from minidiff.data.rng import fold_in
 from minidiff.data.scenes import COLORS, GARMENT_SHARE, KINDS, SHARES, SIDES, World
+from minidiff.files.reading import parse_json, read_text
 from minidiff.judging.judge import EVALUATION_SEED
 from minidiff.judging.metrics import frechet_distance, generate, psnr_by_picture
 from minidiff.judging.witness import Witness, find, follows, shares
@@ -222,12 +222,12 @@ def read_prompts(path: Path) -> list[tuple[str, Meaning]]:
 
     Raises ValueError naming the file and line of one that is not so.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_text(path).splitlines()
     found = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                entry = json.loads(line)
+                entry = parse_json(line, "it")
                 found.append((str(entry["prompt"]), wanted(entry)))
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 what = f"{path}, line {number}: {error}"
