@@ -5,8 +5,9 @@ chapter's module has the chapter's first page as its docstring, in Markdown: the
 page lists its names and links to the chapter instead.
 """
 
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from docutils import nodes
 from sphinx.application import Sphinx
@@ -52,7 +53,17 @@ def drop_prose(
         lines.clear()
 
 
+def leave_variables(
+    app: Sphinx, env: Any, node: nodes.Element, content: nodes.Node
+) -> nodes.Node | None:
+    """A variable of types, in an annotation, is no link and no error."""
+    module, _, name = node.get("reftarget", "").rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    return content if isinstance(found, TypeVar | ParamSpec) else None
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("room", Room)
     app.connect("autodoc-process-docstring", drop_prose)
+    app.connect("missing-reference", leave_variables)
     return {"parallel_read_safe": True}
