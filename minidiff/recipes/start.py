@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from minidiff.engine import loading
+from minidiff.files import words
 from minidiff.files.layout import ENCODERS, TOKENIZERS
 from minidiff.files.weights import TINY
 from minidiff.files.writing import write_text
@@ -13,7 +14,7 @@ from minidiff.judging.metrics import check_side
 from minidiff.recipes.job import Job
 from minidiff.recipes.stages import STAGES
 
-PIPELINE = ("model_index.json", "scheduler", *TOKENIZERS, *loading.PARTS)
+PIPELINE = ("model_index.json", words.FILE, "scheduler", *TOKENIZERS, *loading.PARTS)
 
 
 def open_start(start: Path) -> Path:
