@@ -1,11 +1,12 @@
 """Four journeys through the package: which files and functions each of them meets.
 
-    python benchmarks/journeys.py
+    python benchmarks/journeys.py [--only prompt]
     python benchmarks/journeys.py --package ../another/checkout --files
 
 A function counts where it was called, a pair of files where each calls the other: a
-reader who follows the journey must then go back and forth between them. What runs at
-import, and what Python itself calls so (comprehensions), is left out.
+reader who follows the journey must then go back and forth between them. What runs while
+a module is imported is left out, and what Python and PyTorch call of themselves
+(comprehensions, ``__torch_function__``).
 """
 
 import argparse
@@ -29,24 +30,34 @@ class Track:
         self.calls: set[tuple[str, str]] = set()
 
     def place(self, frame: FrameType) -> str | None:
-        """The package's file in which a frame runs; None for import and all else."""
+        """The package's file in which a function's frame runs; None for all else."""
         code = frame.f_code
-        inside = code.co_filename.startswith(self.package)
-        return code.co_filename if inside and code.co_name[0] != "<" else None
+        own = code.co_name[0] != "<" and code.co_name != "__torch_function__"
+        inside = own and code.co_filename.startswith(self.package)
+        return code.co_filename if inside else None
 
-    def caller(self, frame: FrameType) -> str | None:
-        """The file from which a frame was reached, through other libraries too."""
-        above = frame.f_back
-        while above and not (place := self.place(above)):
+    def chain(self, frame: FrameType) -> list[str]:
+        """The files through which a frame was reached, the nearest first.
+
+        Empty while a module of the package is imported.
+        """
+        files, above = [], frame.f_back
+        while above:
+            if place := self.place(above):
+                files.append(place)
+            code = above.f_code
+            if code.co_name == "<module>" and code.co_filename.startswith(self.package):
+                return []
             above = above.f_back
-        return place if above else None
+        return files or [""]
 
     def __call__(self, frame: FrameType, event: str, _: object) -> None:
         """What ``sys.setprofile`` calls."""
-        if event == "call" and (file := self.place(frame)):
+        file = self.place(frame) if event == "call" else None
+        if file and (callers := self.chain(frame)):
             self.functions.add((file, frame.f_code.co_qualname))
-            if (above := self.caller(frame)) and above != file:
-                self.calls.add((above, file))
+            if callers[0] not in ("", file):
+                self.calls.add((callers[0], file))
 
     @contextmanager
     def following(self) -> Iterator[None]:
@@ -125,11 +136,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--package", type=Path, default=ROOT, help="a checkout")
     parser.add_argument("--files", action="store_true", help="name files and pairs")
+    parser.add_argument("--only", default="", help="a word of a journey's name")
     args = parser.parse_args()
     sys.path.insert(0, str(args.package.resolve()))
     print(f"{'journey':38}{'files':>6}{'functions':>11}{'both ways':>11}")
     with tempfile.TemporaryDirectory() as folder:
-        for name, run in journeys(Path(folder)).items():
+        chosen = [x for x in journeys(Path(folder)).items() if args.only in x[0]]
+        for name, run in chosen:
             track = Track(args.package / "minidiff")
             with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
                 with track.following():

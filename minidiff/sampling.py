@@ -47,7 +47,7 @@ from minidiff.flow_matching import (
     heun,
 )
 from minidiff.interface import checks, output
-from minidiff.interface.request import Callback, Request, takes
+from minidiff.interface.request import Callback, Request, takes, text_length
 from minidiff.text_encoders import CLIPTextEncoder, T5Encoder, assemble
 from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
 from minidiff.vae import VAE
@@ -273,7 +273,7 @@ class Parts:
     scheduler: Scheduler
     name: str  # of the published model that it is, or "sd3"
     defaults: Defaults
-    settings: dict[str, Any]  # what every picture notes
+    settings: dict[str, Any]  # the model's name, and how it was loaded
     progress: bool | str = True  # a bar on a terminal
     plan: Any = None  # set by the engine: how the weights are placed,
     room: float = math.inf  # how many bytes of a budget are left beside them,
@@ -293,6 +293,11 @@ class Parts:
     def dtype(self) -> torch.dtype:
         """In what the transformer computes."""
         return self.transformer.x_embedder.proj.weight.dtype
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What every picture notes."""
+        return self.settings | {"dtype": str(self.dtype).removeprefix("torch.")}
 
     @property
     def max_sequence_length(self) -> int:
@@ -470,7 +475,7 @@ def settle(pipe: Parts, request: Request) -> Request:
         width=width,
         seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
     )
-    length = checks.check_texts(pipe, request)
+    length = text_length(request, pipe, pipe.max_sequence_length)
     request = replace(request, max_sequence_length=length)
     size = latents_size(pipe, request)
     if request.latents is not None and request.latents.shape != size:
@@ -525,7 +530,7 @@ def run(pipe: "Pipeline", request: Request) -> Drawn:
         return pictures
     if request.output_type == "np":
         return pictures.permute(0, 2, 3, 1).cpu().numpy()  # (B, 3, H, W) → (B, H, W, 3)
-    return output.noted(to_pil(pictures), pipe, request)
+    return output.noted(to_pil(pictures), pipe.about, request)
 
 
 def noise_of(pipe: Parts, request: Request) -> Tensor:

@@ -29,7 +29,6 @@ from minidiff.files import configurations, names, weights
 from minidiff.interface.checks import check_target
 from minidiff.interface.request import Request
 from minidiff.lora import load_lora
-from minidiff.sampling import Pipeline
 from minidiff.vae import VAE, Posterior, VAEConfig
 
 PAGE = Path(__file__).parents[1] / "book" / "performance.md"
@@ -430,7 +429,8 @@ def test_a_rehearsal_counts_the_pictures(monkeypatch):
 def test_a_call_from_python_is_weighed_too(folder, monkeypatch):
     """Against what the card has left beside the weights: here 1.1 GB, in float32."""
     plain, sliced = minidiff.load(folder), minidiff.load(folder, vae_slicing=True)
-    monkeypatch.setattr(Pipeline, "device", torch.device("cuda"))
+    where = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    monkeypatch.setattr(memory, "first_weight", lambda _: where)
     left = {"mem_get_info": (1e9, 9e9), "memory_reserved": 5e8, "memory_allocated": 4e8}
     for name, value in left.items():
         monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)

@@ -137,7 +137,7 @@ def draw(pipe: Pipeline, request: Request, start: Start) -> Drawn:
     drawn = pipe.draw(replace(request, latents=latents, callback_on_step_end=callback))
     if isinstance(drawn, list):
         told = replace(request, sigmas=None, num_inference_steps=steps)
-        output.noted(drawn, pipe, told, **start.settings)
+        output.noted(drawn, pipe.about, told, **start.settings)
     return drawn
 
 

@@ -221,7 +221,8 @@ def open_model(
     with a call is told before the download.
     """
     model, encoders = given.model, given.text_encoders
-    hub.check_word("variant", given.variant)
+    if given.variant is not None:
+        hub.check_word("variant", given.variant)
     if given.revision is not None and (str(model) == "tiny" or Path(model).exists()):
         found = f"revision is {given.revision!r}, but {model} is here"
         raise ValueError(f"{found}; expected the name of a model on the hub")

@@ -91,11 +91,11 @@ class Plan:
         ``pipe`` is loaded: what its weights take is gone from ``pipe.room``, and from
         the card, if it is on one. ``levels`` are those of ``Call``.
         """
-        models = {"transformer": pipe.transformer}
-        need = working(self, Call(models, size, pipe.dtype.itemsize, levels))
+        models, weight = {"transformer": pipe.transformer}, first_weight(pipe)
+        need = working(self, Call(models, size, weight.dtype.itemsize, levels))
         left, whose = pipe.room, "memory"
-        if pipe.device.type == "cuda":
-            free = free_memory(pipe.device, need)
+        if weight.device.type == "cuda":
+            free = free_memory(weight.device, need)
             left, whose = min((left, whose), (free, "the card"))
         if need > left:
             raise NoRoom(
@@ -364,6 +364,11 @@ def free_now(device: torch.device) -> int:
     """What is free and what PyTorch holds unused, in bytes."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def first_weight(pipe: Any) -> Tensor:
+    """A weight that says where a pipeline computes, and in what."""
+    return pipe.transformer.x_embedder.proj.weight
 
 
 def pixels(size: tuple[int, ...], vae: VAE) -> str:

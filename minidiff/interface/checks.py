@@ -159,52 +159,6 @@ def check_strength(value: Any) -> None:
         raise ValueError(f"strength is {value!r}; expected above 0, at most 1")
 
 
-def check_embeds(
-    name: str, embeds: tuple[Tensor | None, Tensor | None], length: int, config: Any
-) -> None:
-    """Raise ValueError for embeddings of a prompt that a transformer cannot read.
-
-    Their context must have ``length`` rows (tokens).
-    """
-    shapes = (length, config.joint_attention_dim), (config.pooled_projection_dim,)
-    for given, shape in zip(embeds, shapes, strict=True):
-        if given is not None and given.shape[1:] != shape:
-            found = f"{name} have shape {tuple(given.shape)}"
-            wanted = ", ".join(map(str, (len(given), *shape)))
-            raise ValueError(f"{found}; expected ({wanted})")
-
-
-CLIP_TOKENS = 77  # of a tokenizer that is not here yet
-LONG = 400  # rows of context; SD3.5 was trained with 154 and 333
-
-
-def check_texts(pipe: Any, request: Any) -> int:
-    """How many tokens of a request T5 reads.
-
-    Raises ValueError for texts and embeddings that ``pipe`` cannot read; warns of what
-    it should not be given.
-    """
-    if pipe.text_encoders[2] is None:
-        for name in ("prompt_3", "negative_prompt_3"):
-            if getattr(request, name):
-                known = "expected a pipeline with T5, its reader"
-                raise ValueError(f"{name} is given; {known}")
-    first, given = pipe.tokenizers[0], request.prompt_embeds
-    clip = first.model_max_length if first else CLIP_TOKENS
-    length = request.max_sequence_length or pipe.max_sequence_length
-    if given is not None and request.max_sequence_length is None:
-        length = max(1, given.shape[1] - clip)
-    for end in ("", "negative_"):
-        embeds, config = request.embeds(end), pipe.transformer.config
-        check_embeds(f"{end}prompt_embeds", embeds, clip + length, config)
-    if not request.guidance.negative and any(map(any, request.negatives)):
-        warn("negative_prompt does nothing without guidance (guidance_scale above 1)")
-    if clip + length > LONG:
-        found = f"the context has {clip + length} rows, {length} of them T5's"
-        warn(f"{found}; from about {LONG} on, published models draw broken edges")
-    return length
-
-
 def check_attribute(owner: Any, name: str) -> None:
     """Raise AttributeError where ``owner`` declares no attribute ``name`` to be set."""
     kind = type(owner)

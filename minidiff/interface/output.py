@@ -53,12 +53,14 @@ class Watch:
         return changed.get("latents")
 
 
-def noted(pictures: list[Any], pipe: Any, request: Request, **more: Any) -> list[Any]:
+def noted(
+    pictures: list[Any], about: dict[str, Any], request: Request, **more: Any
+) -> list[Any]:
     """PIL pictures of a checked request, each with its settings as its ``info``.
 
-    ``minidiff.files.pictures.save_picture`` writes them into a file.
+    ``about`` is said of all. ``minidiff.files.pictures.save_picture`` writes them into
+    a file.
     """
-    about = pipe.settings | {"dtype": str(pipe.dtype).removeprefix("torch.")}
     for i, picture in enumerate(pictures):
         own = {name: as_text(value, i) for name, value in more.items()}
         size = {"width": picture.width, "height": picture.height}

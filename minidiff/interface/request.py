@@ -38,6 +38,8 @@ SHAPES = {
     "negative_prompt_embeds": "(B, L, D)",
     "negative_pooled_prompt_embeds": "(B, P)",
 }
+CLIP_TOKENS = 77  # of a tokenizer that is not here yet
+LONG = 400  # rows of context; SD3.5 was trained with 154 and 333
 # What a picture does not note: what it shows does not hang on it, or is no line of text
 UNTOLD = ("latents", "output_type", "callback_on_step_end", "num_images_per_prompt")
 
@@ -184,6 +186,47 @@ class Request:
             for name, value in given.items()
             if name not in UNTOLD and value is not None
         }
+
+
+def text_length(request: Request, pipe: Any, usual: int) -> int:
+    """How many tokens of a request T5 reads, ``usual`` where it does not say.
+
+    Raises ValueError for texts and embeddings that ``pipe`` cannot read; warns of what
+    it should not be given.
+    """
+    if pipe.text_encoders[2] is None:
+        for name in ("prompt_3", "negative_prompt_3"):
+            if getattr(request, name):
+                known = "expected a pipeline with T5, its reader"
+                raise ValueError(f"{name} is given; {known}")
+    first, given = pipe.tokenizers[0], request.prompt_embeds
+    clip = first.model_max_length if first else CLIP_TOKENS
+    length = request.max_sequence_length or usual
+    if given is not None and request.max_sequence_length is None:
+        length = max(1, given.shape[1] - clip)
+    for end in ("", "negative_"):
+        check_embeds(request, end, clip + length, pipe.transformer.config)
+    if not request.guidance.negative and any(map(any, request.negatives)):
+        what = "negative_prompt does nothing without guidance"
+        checks.warn(f"{what} (guidance_scale above 1)")
+    if clip + length > LONG:
+        found = f"the context has {clip + length} rows, {length} of them T5's"
+        told = f"from about {LONG} on, published models draw broken edges"
+        checks.warn(f"{found}; {told}")
+    return length
+
+
+def check_embeds(request: Request, end: str, length: int, config: Any) -> None:
+    """Raise ValueError for embeddings that a transformer of ``config`` cannot read.
+
+    Their context must have ``length`` rows (tokens).
+    """
+    shapes = (length, config.joint_attention_dim), (config.pooled_projection_dim,)
+    for given, shape in zip(request.embeds(end), shapes, strict=True):
+        if given is not None and given.shape[1:] != shape:
+            found = f"{end}prompt_embeds have shape {tuple(given.shape)}"
+            wanted = ", ".join(map(str, (len(given), *shape)))
+            raise ValueError(f"{found}; expected ({wanted})")
 
 
 def plain(value: Any) -> Any:
