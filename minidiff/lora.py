@@ -32,7 +32,12 @@ ATTENTION = (
 
 
 class LowRank(nn.Module):
-    """(α/r)·B·A·x: tokens (…, in) → (…, out). B begins at zero, so nothing changes."""
+    """(α/r)·B·A·x: tokens (…, in) → (…, out). B begins at zero, so nothing changes.
+
+    It computes in the dtype of its own weights, which may be another than the model's.
+    """
+
+    casts = True
 
     def __init__(
         self, inputs: int, outputs: int, rank: int, alpha: float | None = None
@@ -45,6 +50,7 @@ class LowRank(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.down.weight.dtype)
         return self.up(self.down(x)) * self.scale
 
     def matrix(self) -> Tensor:
@@ -71,7 +77,7 @@ class Beside(nn.Module):
         self.register_buffer("rows", rows, persistent=False)
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
-        return out.index_add(-1, self.rows, self.update(x))
+        return out.index_add(-1, self.rows, self.update(x).to(out.dtype))
 
 
 class AdaptedLinear(nn.Module):

@@ -12,6 +12,7 @@ from diffusers import StableDiffusion3Pipeline
 from helpers import randomize, relative_error
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
+from small import AUTOENCODER
 from test_dit import DUAL, SMALL, pair
 from transformers import CLIPTextConfig as TheirConfig
 from transformers import CLIPTextModelWithProjection
@@ -25,7 +26,9 @@ from minidiff.engine.loading import blueprint
 from minidiff.engine.memory import StreamedLinear
 from minidiff.engine.precision import Float8Linear
 from minidiff.files.layout import check_whole
+from minidiff.interface.checks import check_dtypes
 from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder
+from minidiff.vae import VAE
 
 BOUND = 1e-5
 CLIP = dict(
@@ -280,6 +283,21 @@ def test_an_update_moves_and_is_copied_with_its_model(case: SimpleNamespace) -> 
             beside.update.up.weight.zero_()
     assert relative_error(model(*case.inputs), case.bare) <= BOUND
     assert relative_error(copied(*given).float(), before) < BOUND
+
+
+@torch.no_grad()
+def test_an_update_may_be_more_exact_than_its_model(case: SimpleNamespace) -> None:
+    lora.load_lora(case.pipe, case.file)
+    model = case.pipe.transformer.bfloat16()
+    x, sigma, context, pooled = case.inputs
+    given = x.bfloat16(), sigma, context.bfloat16(), pooled.bfloat16()
+    before = model(*given)
+    for _, layer in lora.adapted_layers(model):
+        layer.updates.float()
+    check_dtypes(model, VAE(AUTOENCODER).bfloat16())
+    assert relative_error(model(*given), before) < 0.05
+    with pytest.raises(ValueError, match="dtypes are mixed: transformer.x_embedder"):
+        check_dtypes(model, VAE(AUTOENCODER))
 
 
 def test_what_is_beside_a_layer_is_no_layer_to_adapt(case: SimpleNamespace) -> None:

@@ -222,12 +222,16 @@ def check_tokenizers(tokenizers: Sequence[Any], text_encoders: Sequence[Any]) ->
 def check_dtypes(transformer: nn.Module, vae: nn.Module) -> None:
     """Raise ValueError where the weights that draw are not all in one dtype.
 
-    Weights stored in 8 bits do not count: they are read in the dtype of the others.
+    Weights stored in 8 bits do not count: they are read in the dtype of the others. Nor
+    do those of modules that declare ``casts``: they mind their dtype themselves.
     """
     found: dict[Any, str] = {}
     for part, model in (("transformer", transformer), ("vae", vae)):
+        named = model.named_modules()
+        free = tuple(f"{name}." for name, m in named if getattr(m, "casts", False))
         for name, weight in model.named_parameters():
-            if weight.is_floating_point() and weight.dtype.itemsize > 1:
+            counts = weight.is_floating_point() and weight.dtype.itemsize > 1
+            if counts and not name.startswith(free):
                 found.setdefault(weight.dtype, f"{part}.{name}")
     if len(found) > 1:
         parts = " and ".join(f"{name} is {dtype}" for dtype, name in found.items())
