@@ -529,7 +529,8 @@ def run(pipe: "Pipeline", request: Request) -> Drawn:
     if request.output_type == "pt":
         return pictures
     if request.output_type == "np":
-        return pictures.permute(0, 2, 3, 1).cpu().numpy()  # (B, 3, H, W) → (B, H, W, 3)
+        pictures = pictures.permute(0, 2, 3, 1)  # (B, 3, H, W) → (B, H, W, 3)
+        return pictures.cpu().numpy()
     return output.noted(to_pil(pictures), pipe.about, request)
 
 
@@ -553,8 +554,10 @@ def read_texts(pipe: "Pipeline", request: Request) -> tuple[Tensor, Tensor]:
         torch.cat([x.to(pipe.device, pipe.dtype) for x in both])
         for both in zip(*parts, strict=True)
     )
-    n = request.num_images_per_prompt  # rows (P, …) → (n·P, …)
-    return context.repeat_interleave(n, dim=0), pooled.repeat_interleave(n, dim=0)
+    n = request.num_images_per_prompt
+    context = context.repeat_interleave(n, dim=0)  # (R, L, D) → (B, L, D)
+    pooled = pooled.repeat_interleave(n, dim=0)  # (R, P) → (B, P)
+    return context, pooled
 
 
 # %% [markdown]

@@ -77,6 +77,7 @@ def draw(pipe: sampling.Pipeline) -> None:
     with attention.record_attention(pipe.transformer, blocks=[0], queries=[0, 1]):
         pipe(prompts, guidance_scale=3.0, output_type="pt", seed=0, **size)
     pipe(prompts[0], guidance_scale=1.0, sampler="dpmpp_2m", seed=0, **size)
+    pipe(prompts[0], output_type="np", **size)
     pipe.vae.encode(torch.rand(2, 3, 16, 24)).sample()
 
 
