@@ -108,7 +108,7 @@ class Request:
         _ = self.prompts, self.negatives  # refused here, if ever
 
     def embeds(self, end: str = "") -> tuple[Tensor | None, Tensor | None]:
-        """Context and pooled vectors of the prompts; of the others with "negative_"."""
+        """Context and pooled vectors of the prompts; ``end`` picks the negative."""
         names = f"{end}prompt_embeds", f"{end}pooled_prompt_embeds"
         return getattr(self, names[0]), getattr(self, names[1])
 
