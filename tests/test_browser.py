@@ -52,27 +52,28 @@ def test_every_page(chromium: Any, book: Path, mode: str) -> None:
     context = chromium.new_context(
         viewport={"width": width, "height": 900}, color_scheme=theme
     )
-    page, heard = context.new_page(), list[str]()
-    page.on("pageerror", lambda error: heard.append(f"script error: {error}"))
-    page.on("console", lambda m: m.type == "error" and heard.append(m.text))
-    page.on("requestfailed", lambda r: heard.append(f"request failed: {r.url}"))
-    page.on("request", lambda r: heard.append(foreign(r.url)))
     problems: list[str] = []
     for path in pages(book):
-        heard.clear()
-        found = [*look(page, path, theme), *filter(None, heard)]
+        found = visit(context, path, theme)
         problems += [f"{path.relative_to(book)}: {line}" for line in found]
     context.close()
     assert not problems, "\n".join(problems)
 
 
-def look(page: Any, path: Path, theme: str) -> list[str]:
-    """What is to be seen on a page that should not be."""
+def visit(context: Any, path: Path, theme: str) -> list[str]:
+    """What is wrong with a page."""
+    page, problems = context.new_page(), []
+    page.on("pageerror", lambda error: problems.append(f"script error: {error}"))
+    page.on("console", lambda m: m.type == "error" and problems.append(m.text))
+    page.on("requestfailed", lambda r: problems.append(f"request failed: {r.url}"))
+    page.on("request", lambda r: problems.append(foreign(r.url)))
     page.goto(path.as_uri(), wait_until="load")
     state = page.evaluate(PROBE)
-    if (shown := state.pop("theme")) != theme:
-        return [f"theme is {shown}, not {theme}"]
-    return [f"{kind}: {found}" for kind, found in state.items() if found]
+    if state.pop("theme") != theme:
+        problems.append(f"theme is not {theme}")
+    problems += [f"{kind}: {found}" for kind, found in state.items() if found]
+    page.close()
+    return [problem for problem in problems if problem]
 
 
 def foreign(url: str) -> str:
