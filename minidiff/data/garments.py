@@ -226,19 +226,11 @@ def draw_attributes(
     return Attributes(layout, garments, colors, background), _choose(u[:, 7], 4)
 
 
-def _cubic(x: Tensor) -> Tensor:
-    """Keys' cubic kernel with a = −1/2 (1981, equation 15)."""
-    x = x.abs()
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    return torch.where(x < 1, near, torch.where(x < 2, far, 0))
-
-
 def _resampling(centre: Tensor, size: Tensor, n: int) -> Tensor:
     """Matrices (…, 64, n) that place n samples over ``size`` pixels at ``centre``."""
     pixels = torch.arange(IMAGE_SIZE, device=size.device) + 0.5
     position = (pixels - centre[..., None]) * (n / size[..., None]) + n / 2 - 0.5
-    return _cubic(position[..., None] - torch.arange(n, device=size.device))
+    return scenes.cubic(position[..., None] - torch.arange(n, device=size.device))
 
 
 def place(u: Tensor, layout: Tensor) -> tuple[Tensor, Tensor]:

@@ -383,7 +383,7 @@ def _three(x: Tensor) -> Tensor:
 # Pictures
 
 
-def _cubic(x: Tensor) -> Tensor:
+def cubic(x: Tensor) -> Tensor:
     """Keys' cubic kernel with a = −1/2 (1981, equation 15)."""
     x = x.abs()
     near = (1.5 * x - 2.5) * x * x + 1
@@ -401,7 +401,7 @@ def resampling(centre: Tensor, side: Tensor, n: int) -> Tensor:
     position = (pixels - centre[..., None]) * step + n / 2 - 0.5
     distance = position[..., None] - torch.arange(n, device=side.device)
     wide = step.clamp(min=1)[..., None]
-    return _cubic(distance / wide) / wide
+    return cubic(distance / wide) / wide
 
 
 def render_things(
