@@ -1,11 +1,11 @@
 """Careless and hostile use of the command line: what is right, or one clear line."""
 
+import functools
 import json
 import os
 import re
 import signal
 import struct
-import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from children import STDERR, die_at_fsync, in_children, interrupt_after
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from minidiff import cli
-from minidiff.cli import app
 from minidiff.drawing import series
 from minidiff.drawing.series import Series
 from minidiff.engine.memory import NoRoom
@@ -469,98 +468,55 @@ def test_settings_that_are_too_long_to_be_read(refused: Callable) -> None:
 # Several runs at a time
 
 
-def in_children(*actions: Callable[[], object]) -> list[int]:
-    """Run each in a process of its own, at the same time: their exit statuses."""
-    children = []
-    for action in actions:
-        if (child := os.fork()) == 0:
-            try:
-                action()
-                os._exit(0)
-            except SystemExit as end:
-                os._exit(int(end.code or 0))
-            finally:
-                os._exit(1)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(c, 0)[1]) for c in children]
-
-
-def drawing(small: Path, monkeypatch: pytest.MonkeyPatch, *options: object) -> Callable:
-    """A run of sample on the small model, in one step."""
+def drawing(small: Path, *options: object) -> list[str]:
+    """A command that draws with the small model, in one step."""
     words = ["sample", "a bag", "--model", small, "--steps", 1, *options]
+    return [str(word) for word in words]
 
-    def draw() -> None:
-        monkeypatch.setattr("sys.argv", ["minidiff", *map(str, words)])
-        cli.main()
 
-    return draw
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, the current one."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
 
 
 @pytest.mark.slow
-def test_no_picture_of_twenty_runs_is_lost(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_no_picture_of_twenty_runs_is_lost(small: Path, folder: Path) -> None:
     more = [[], ["--overwrite"]] * 10
-    runs = [drawing(small, monkeypatch, "--seed", i, *more[i]) for i in range(20)]
+    runs = [drawing(small, "--seed", i, *more[i]) for i in range(20)]
     assert in_children(*runs) == [0] * 20
-    seeds = {read_settings(file)["seed"] for file in tmp_path.iterdir()}
-    assert seeds == set(map(str, range(20))) and len(list(tmp_path.iterdir())) == 20
+    seeds = {read_settings(file)["seed"] for file in folder.iterdir()}
+    assert seeds == set(map(str, range(20))) and len(list(folder.iterdir())) == 20
 
 
 @pytest.mark.slow
-def test_one_of_several_runs_holds_a_name(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_of_several_runs_holds_a_name(small: Path, folder: Path) -> None:
     """The others are refused before they draw, with or without its picture."""
-    monkeypatch.chdir(tmp_path)
-    runs = [drawing(small, monkeypatch, "--output", "a.png") for _ in range(4)]
+    runs = [drawing(small, "--output", "a.png") for _ in range(4)]
     assert sorted(in_children(*runs)) == [0, 2, 2, 2]
-    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+    assert [p.name for p in folder.iterdir()] == ["a.png"]
 
 
 @pytest.mark.slow
-def test_what_a_kill_left_goes_with_the_next_picture(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-
-    def die(*_: object) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", die)
-        draw = drawing(small, monkeypatch, "--output", "a.png")
-        assert in_children(draw) == [-signal.SIGKILL]
-    assert len(list(tmp_path.glob(".minidiff-*"))) == 2  # the name's, and the file's
+def test_what_a_kill_left_goes_with_the_next_picture(small: Path, folder: Path) -> None:
+    draw = drawing(small, "--output", "a.png")
+    assert in_children(draw, before=die_at_fsync) == [-signal.SIGKILL]
+    assert len(list(folder.glob(".minidiff-*"))) == 2  # the name's, and the file's
     assert in_children(draw) == [0]
-    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+    assert [p.name for p in folder.iterdir()] == ["a.png"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", [0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8])
-def test_an_interruption_at_any_time(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: float, capfd
-) -> None:
-    """Status 130, one line, nothing left; or the picture, where it came too late."""
-    monkeypatch.chdir(tmp_path)
-    plain = app.run
-
-    def interrupted(arguments: list[str]) -> tuple[int, str]:
-        signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        )  # a shell may ignore it
-        if os.fork() == 0:
-            time.sleep(moment)
-            os.kill(os.getppid(), signal.SIGINT)
-            os._exit(0)
-        return plain(arguments)
-
-    monkeypatch.setattr(app, "run", interrupted)
-    draw = drawing(small, monkeypatch, "--output", "a.png", "--steps", 900)
-    assert in_children(draw) == [130]
-    assert capfd.readouterr().err == "minidiff: interrupted\n"
-    assert list(tmp_path.iterdir()) == []
+def test_an_interruption_at_any_time(small: Path, folder: Path, moment: float) -> None:
+    """Status 130, one line, nothing left."""
+    draw = drawing(small, "--output", "a.png", "--steps", 900)
+    interrupt = functools.partial(interrupt_after, moment)
+    assert in_children(draw, before=interrupt) == [130]
+    assert (folder.parent / STDERR).read_text() == "minidiff: interrupted\n"
+    assert list(folder.iterdir()) == []
 
 
 # Writing
