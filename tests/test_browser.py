@@ -41,9 +41,16 @@ async () => {
 
 
 def pages(book: Path) -> list[Path]:
-    folders = ("book", "notebooks", "_modules")
-    found = [path for folder in folders for path in (book / folder).rglob("*.html")]
-    return sorted(found) + [book / "genindex.html", book / "search.html"]
+    """All that is written, and of the sources' pages the longest of each folder."""
+    found = [
+        path for name in ("book", "notebooks") for path in (book / name).rglob("*.html")
+    ]
+    sources = sorted(
+        (book / "_modules").rglob("*.html"), key=lambda p: p.stat().st_size
+    )
+    longest = {path.parent: path for path in sources}
+    ends = [book / "genindex.html", book / "search.html"]
+    return sorted(found) + sorted(longest.values()) + ends
 
 
 @pytest.mark.parametrize("mode", MODES)
