@@ -55,14 +55,16 @@ from minidiff.engine.fast import (
 from minidiff.engine.kernels import quantize, quantize_rows
 from minidiff.engine.loading import TOKENIZERS, blueprint, load, read_tokenizers
 from minidiff.engine.memory import Plan, place, to_float8
-from minidiff.files.configurations import hub_config
-from minidiff.files.names import Rename, transformer_sources, vae_sources
+from minidiff.files.layout import hub_config
 from minidiff.files.weights import (
     TINY,
+    Rename,
     assemble,
     load_component,
     prepare_component,
     save_component,
+    transformer_sources,
+    vae_sources,
 )
 from minidiff.flow_matching import Scheduler
 from minidiff.learning.run import read_log

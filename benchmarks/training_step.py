@@ -27,11 +27,10 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from minidiff.dit import MMDiT, MMDiTConfig
-from minidiff.files.configurations import hub_config
-from minidiff.files.names import transformer_sources
-from minidiff.files.weights import stored_tensors
+from minidiff.files.layout import hub_config
+from minidiff.files.weights import stored_tensors, transformer_sources
 from minidiff.learning.steps import INDUCTOR
-from minidiff.recipes.stages import attention_to_train
+from minidiff.recipes.train import attention_to_train
 from minidiff.recipes.transformer_stage import plain_attention
 from minidiff.training import Batch, transformer_loss
 

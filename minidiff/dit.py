@@ -958,7 +958,7 @@ class MMDiT(nn.Module):
 
 # %% tags=["active-ipynb"]
 # from diffusers import SD3Transformer2DModel
-# from minidiff.files.names import transformer_sources
+# from minidiff.files.weights import transformer_sources
 # from minidiff.files.weights import assemble
 #
 # sizes = MMDiTConfig(16, 2, 16, 16, 3, 16, 4, 48, 24, 12, (0, 1), "rms_norm")

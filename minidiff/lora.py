@@ -16,10 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.dit import MMDiT
+from minidiff.files.disk import excerpt
 from minidiff.files.lora_files import FILE, METADATA, Update, read_updates
-from minidiff.files.names import Source, same_names, transformer_sources
-from minidiff.files.reading import excerpt
-from minidiff.files.weights import write_tensors
+from minidiff.files.weights import (
+    Source,
+    same_names,
+    transformer_sources,
+    write_tensors,
+)
 from minidiff.interface.checks import check_number, check_range
 
 if TYPE_CHECKING:

@@ -34,8 +34,9 @@ import torch
 from torch import Tensor
 
 from minidiff.dit import MMDiT
-from minidiff.files import layout, published
+from minidiff.files.layout import MODELS, PUBLISHED, TOKENIZERS, recognize
 from minidiff.files.pictures import to_pil
+from minidiff.files.weights import save_folder
 from minidiff.flow_matching import (
     ClassifierFree,
     Guidance,
@@ -46,8 +47,15 @@ from minidiff.flow_matching import (
     guide,
     heun,
 )
-from minidiff.interface import checks, output
-from minidiff.interface.request import Callback, Request, takes, text_length
+from minidiff.interface import checks
+from minidiff.interface.request import (
+    Callback,
+    Request,
+    Watch,
+    noted,
+    takes,
+    text_length,
+)
 from minidiff.text_encoders import CLIPTextEncoder, T5Encoder, assemble
 from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
 from minidiff.vae import VAE
@@ -248,7 +256,7 @@ class Defaults(NamedTuple):
 
 DEFAULTS = {
     name: Defaults(model.num_inference_steps, model.guidance_scale)
-    for name, model in published.PUBLISHED.items()
+    for name, model in PUBLISHED.items()
 }
 OTHERS = Defaults(28, 7.0)  # what diffusers takes where nothing is said
 
@@ -429,7 +437,7 @@ def solve(
     guidance = choose_guidance(pipe, guidance_scale, guidance)
     follow = guidance(velocity_of(pipe, context, pooled, sigmas), sigmas)
     start, pipe._interrupt = latents.to(pipe.device, torch.float32), False
-    with output.Watch(pipe, start, sigmas, callback_on_step_end) as watch:
+    with Watch(pipe, start, sigmas, callback_on_step_end) as watch:
         watch.latents = SAMPLERS[sampler](follow, start, sigmas, watch)
     return watch.latents
 
@@ -531,7 +539,7 @@ def run(pipe: "Pipeline", request: Request) -> Drawn:
     if request.output_type == "np":
         pictures = pictures.permute(0, 2, 3, 1)  # (B, 3, H, W) → (B, H, W, 3)
         return pictures.cpu().numpy()
-    return output.noted(to_pil(pictures), pipe.about, request)
+    return noted(to_pil(pictures), pipe.about, request)
 
 
 def noise_of(pipe: Parts, request: Request) -> Tensor:
@@ -585,7 +593,7 @@ class Pipeline(Parts):
     ) -> None:
         self.tokenizers, self.text_encoders = tuple(tokenizers), tuple(text_encoders)
         self.transformer, self.vae, self.scheduler = transformer, vae, scheduler
-        known = published.recognize(transformer.config, name)
+        known = recognize(transformer.config, name)
         self.name = known.name if known else "sd3"
         self.defaults = DEFAULTS.get(self.name, OTHERS)
         self.settings = {"model": name or self.name}
@@ -618,10 +626,10 @@ class Pipeline(Parts):
     ) -> None:
         """Write a folder in the hub's diffusers layout, in ``dtype`` (None: as is)."""
         parts = *self.text_encoders, self.transformer, self.vae
-        models = dict(zip(layout.MODELS, parts, strict=True))
-        tokenizers = dict(zip(layout.TOKENIZERS, self.tokenizers, strict=True))
+        models = dict(zip(MODELS, parts, strict=True))
+        tokenizers = dict(zip(TOKENIZERS, self.tokenizers, strict=True))
         given = self.scheduler, self.name, dtype
-        layout.save_folder(Path(folder), models, tokenizers, *given)
+        save_folder(Path(folder), models, tokenizers, *given)
 
 
 # %% [markdown]
@@ -637,9 +645,9 @@ class Pipeline(Parts):
 # - *The length of the context is a choice.* T5 pads or cuts to `max_sequence_length`,
 #   256 for SD3.5, and the padding is read like words. Another length gives a slightly
 #   different picture; to repeat a picture, repeat the length.
-# - *A solver's callback does the rest.* `output.Watch` moves the progress bar, calls
+# - *A solver's callback does the rest.* `Watch` moves the progress bar, calls
 #   your own callback, and keeps the latents if yours ends the drawing early.
-#   `output.noted` then writes what was asked for into each picture's `info`.
+#   `noted` then writes what was asked for into each picture's `info`.
 #
 # ### Loading
 #
@@ -806,10 +814,11 @@ class Pipeline(Parts):
 # %% tags=["active-ipynb"]
 # from torch.utils.flop_counter import FlopCounterMode
 #
-# from minidiff.engine.loading import PUBLISHED, blueprint
+# from minidiff.engine.loading import blueprint
+# from minidiff.files.layout import ON_HUB
 # from minidiff.files.weights import count_parameters
 #
-# for name in PUBLISHED:
+# for name in ON_HUB:
 #     counts = {n: count_parameters(m) for n, m in blueprint(name).items()}
 #     print(f"{name}: {sum(counts.values()):,} parameters")
 #     print("  transformer {transformer:,}, T5 {text_encoder_3:,}".format(**counts))
@@ -851,7 +860,7 @@ class Pipeline(Parts):
 #     display(large("a red dress on a blue background, studio photograph")[0])
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
-# for name in PUBLISHED:
+# for name in ON_HUB:
 #     full_size(name)
 
 # %% [markdown]

@@ -31,8 +31,7 @@ from torch import Tensor
 
 from minidiff.files import tokenizer_files as files
 from minidiff.files.sentencepiece import CharacterMap
-from minidiff.files.tokenizer_files import Settings
-from minidiff.files.unicode import LETTER, NUMBER, lowercase, nfc
+from minidiff.files.tokenizer_files import LETTER, NUMBER, Settings, lowercase, nfc
 
 # %% [markdown]
 # ## Where we are
@@ -913,7 +912,7 @@ class T5Tokenizer(Tokenizer):
 #   the text each piece began.
 # - **It carries its own Unicode.** That library composes accents by the tables of
 #   Unicode 9 and knows the letters of version 16; Python 3.11 knows those of 14. For
-#   equal ids on every sign, `minidiff.files.unicode` lists the differences.
+#   equal ids on every sign, `minidiff.files.tokenizer_files` lists the differences.
 # - **It has two T5s.** Google's SentencePiece and transformers disagree on rare input.
 #   transformers also cuts at the control sign U+0085, loses an accent on the ligature
 #   "ﬁ", and reads the full-width `＜pad＞` as its own pad token. The pipeline of SD3.5

@@ -41,8 +41,15 @@ from minidiff.flow_matching import interpolate, velocity_target
 from minidiff.learning import parallel
 from minidiff.learning.muon import Muon
 from minidiff.learning.run import Run
-from minidiff.learning.state import restore_state, save_state
-from minidiff.learning.steps import Monitor, check_batch, compiled, due, is_late
+from minidiff.learning.steps import (
+    Monitor,
+    check_batch,
+    compiled,
+    due,
+    is_late,
+    restore_state,
+    save_state,
+)
 from minidiff.learning.towers import AnswerDecoder, ImageTower
 from minidiff.text_encoders import CLIPTextEncoder, T5Encoder
 from minidiff.vae import VAE

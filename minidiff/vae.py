@@ -762,7 +762,7 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # warnings.filterwarnings("ignore", "IProgress not found")  # there is no progress here
 # import diffusers
 #
-# from minidiff.files.names import vae_sources
+# from minidiff.files.weights import vae_sources
 #
 # options = {"use_quant_conv": False, "use_post_quant_conv": False}
 # options["down_block_types"] = ["DownEncoderBlock2D"] * 3

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minidiff.dit import MMDiT, MMDiTConfig
-from minidiff.files import configurations, names, weights, writing
+from minidiff.files import disk, layout, weights
 from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
 from minidiff.vae import VAE, VAEConfig
 
@@ -52,7 +52,7 @@ def load(folder, class_name, **kwargs):
 
 def their_class(class_name):
     module = pytest.importorskip(
-        "diffusers" if class_name in names.RENAMES else "transformers"
+        "diffusers" if class_name in weights.RENAMES else "transformers"
     )
     return getattr(module, class_name)
 
@@ -107,9 +107,9 @@ def test_shards_lie_beside_their_index(tmp_path, name):
 @pytest.mark.parametrize("listed", ['"T5EncoderModel"', '["T5EncoderModel"]'])
 def test_architectures_of_any_kind_name_the_class(tmp_path, listed):
     (tmp_path / "config.json").write_text(f'{{"architectures": {listed}}}')
-    assert configurations.component_class(tmp_path) == "T5EncoderModel"
+    assert layout.component_class(tmp_path) == "T5EncoderModel"
     (tmp_path / "config.json").write_text('{"architectures": 5}')
-    assert configurations.component_class(tmp_path) == "5"  # of no component
+    assert layout.component_class(tmp_path) == "5"  # of no component
 
 
 def test_a_header_that_would_fill_the_memory_is_not_read(tmp_path, monkeypatch):
@@ -163,7 +163,7 @@ def test_saving_over_the_mapped_file_keeps_the_model(tmp_path):
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path):
     file = tmp_path / "latest"
-    with writing.replacing(file) as first, writing.replacing(file) as second:
+    with disk.replacing(file) as first, disk.replacing(file) as second:
         assert first != second
         first.write_text("first")
         second.write_text("second")
@@ -191,9 +191,9 @@ def test_a_full_disk_keeps_what_was_there(tmp_path):
 @pytest.mark.parametrize(
     "manifest, prefix, sources",
     [
-        ("large.transformer", "model.diffusion_model.", names.transformer_sources),
-        ("medium.transformer", "model.diffusion_model.", names.transformer_sources),
-        ("vae", "first_stage_model.", names.vae_sources),
+        ("large.transformer", "model.diffusion_model.", weights.transformer_sources),
+        ("medium.transformer", "model.diffusion_model.", weights.transformer_sources),
+        ("vae", "first_stage_model.", weights.vae_sources),
     ],
 )
 def test_every_name_of_the_official_files(shared, manifest, prefix, sources):
@@ -214,9 +214,9 @@ def test_half_swap_is_seen(tmp_path, monkeypatch):
     model = saved(tmp_path, "SD3Transformer2DModel")
     straight = lambda stored: {  # noqa: E731
         n: replace(s, how="copy" if s.how == "swap" else s.how)
-        for n, s in names.transformer_sources(stored).items()
+        for n, s in weights.transformer_sources(stored).items()
     }
-    monkeypatch.setitem(names.RENAMES, "SD3Transformer2DModel", straight)
+    monkeypatch.setitem(weights.RENAMES, "SD3Transformer2DModel", straight)
     loaded = load(tmp_path, "SD3Transformer2DModel").state_dict()
     wrong = {n for n, t in model.state_dict().items() if not torch.equal(t, loaded[n])}
     assert wrong == {
@@ -244,8 +244,8 @@ def test_read_config(tmp_path):
 
     file = tmp_path / "config.json"
     file.write_text('{"size": 3, "parts": [1, 2], "other": null}')
-    assert configurations.read_config(Small, tmp_path) == Small(3, (1, 2))
-    assert configurations.read_config(Small, file) == Small(3, (1, 2))
+    assert layout.read_config(Small, tmp_path) == Small(3, (1, 2))
+    assert layout.read_config(Small, file) == Small(3, (1, 2))
     for text, message in (
         *((f'{{"size": {x}}}', "size is .*; expected int") for x in SIZES),
         *((f'{{"size": 1, "scale": {x}}}', "scale is .*; expected -3") for x in SCALES),
@@ -262,10 +262,10 @@ def test_read_config(tmp_path):
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=f"config.json.* {message}"):
-            configurations.read_config(Small, tmp_path)
+            layout.read_config(Small, tmp_path)
     file.unlink()
     with pytest.raises(FileNotFoundError, match="config.json is missing"):
-        configurations.read_config(Small, tmp_path)
+        layout.read_config(Small, tmp_path)
 
 
 BAD = {

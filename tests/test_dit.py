@@ -18,9 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minidiff import dit
 from minidiff.dit import MMDiT, MMDiTConfig, position_table
-from minidiff.files.configurations import read_config
-from minidiff.files.names import transformer_sources
-from minidiff.files.weights import assemble
+from minidiff.files.layout import read_config
+from minidiff.files.weights import assemble, transformer_sources
 
 BOUND = 1e-5
 SMALL = MMDiTConfig(

@@ -24,8 +24,8 @@ from minidiff.drawing.previews import (
     show_previews,
     write_previews,
 )
+from minidiff.files.disk import read_prompts
 from minidiff.files.pictures import read_settings, save_picture
-from minidiff.files.reading import read_prompts
 from minidiff.files.weights import Prepared
 from minidiff.flow_matching import ClassifierFree
 from minidiff.interface import checks

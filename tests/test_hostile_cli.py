@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from minidiff.drawing import series
 from minidiff.drawing.series import Series
 from minidiff.engine.memory import NoRoom
-from minidiff.files import writing
+from minidiff.files import disk
 from minidiff.files.pictures import (
     LONGEST,
     in_gray,
@@ -522,7 +522,7 @@ def test_an_interruption_at_any_time(small: Path, folder: Path, moment: float) -
 # Writing
 
 
-@pytest.mark.parametrize("write", [writing.write_text, writing.write_json])
+@pytest.mark.parametrize("write", [disk.write_text, disk.write_json])
 def test_a_full_disk_keeps_the_old(tmp_path: Path, write: Callable) -> None:
     resource = pytest.importorskip("resource", reason="needs limits of POSIX")
     file, long = tmp_path / "old.json", "x" * 10_000
@@ -531,7 +531,7 @@ def test_a_full_disk_keeps_the_old(tmp_path: Path, write: Callable) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(OSError, match=f"cannot write {file}: File too large"):
-            write(file, long if write is writing.write_text else {"a": long})
+            write(file, long if write is disk.write_text else {"a": long})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert file.read_text() == "kept" and list(tmp_path.iterdir()) == [file]
@@ -539,7 +539,7 @@ def test_a_full_disk_keeps_the_old(tmp_path: Path, write: Callable) -> None:
 
 def test_half_of_a_pair_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a.html has half of a pair at 1; expected"):
-        writing.write_text(tmp_path / "a.html", "a\ud800")
+        disk.write_text(tmp_path / "a.html", "a\ud800")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -549,12 +549,12 @@ def test_files_have_the_usual_modes(tmp_path: Path, mask: int) -> None:
 
     before = os.umask(mask)
     try:
-        with writing.replacing(tmp_path / "a") as part:
+        with disk.replacing(tmp_path / "a") as part:
             save_file({"a": torch.zeros(1)}, part)
         assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~mask
         for mode in (0o640, 0o400):
             (tmp_path / "a").chmod(mode)
-            writing.write_text(tmp_path / "a", "anew")
+            disk.write_text(tmp_path / "a", "anew")
             assert (tmp_path / "a").stat().st_mode & 0o777 == mode
     finally:
         os.umask(before)
@@ -567,10 +567,10 @@ def test_where_there_are_no_links_names_are_exclusive_too(
         raise PermissionError("no links here")
 
     monkeypatch.setattr(os, "link", none)
-    with writing.creating(tmp_path / "a") as part:
+    with disk.creating(tmp_path / "a") as part:
         part.write_text("first")
     with pytest.raises(FileExistsError, match="b exists; expected a free name"):
-        with writing.creating(tmp_path / "b") as part:
+        with disk.creating(tmp_path / "b") as part:
             part.write_text("second")
             (tmp_path / "b").write_text("of another")
     assert (tmp_path / "a").read_text() == "first"

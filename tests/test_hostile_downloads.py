@@ -19,8 +19,8 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save
 
-from minidiff.files import answers, hub
-from minidiff.files.published import PUBLISHED
+from minidiff.files import hub
+from minidiff.files.layout import PUBLISHED
 
 MEDIUM = PUBLISHED["sd3.5-medium"]
 PATIENCE = 0.3  # seconds
@@ -129,7 +129,7 @@ def always(content: Any, status: int = 200, **head: Any) -> Callable:
 
 
 def lists(content: Any, status: int = 200, **head: Any) -> Callable:
-    """To a question for names this, else what a hub answers."""
+    """To a question for names this, else what a hub hub."""
     text = content if isinstance(content, str) else json.dumps(content)
     instead = always(text, status, **head)
     return lambda asked: asked.listing and instead(asked)
@@ -243,8 +243,8 @@ BROKEN = [
 
 @pytest.mark.parametrize(("act", "message"), BROKEN, ids=lambda x: str(x)[:50])
 def test_broken_hubs(server, fetch, monkeypatch, act, message):
-    monkeypatch.setattr(answers, "LONGEST", 500_000)
-    monkeypatch.setattr(answers, "SLOWEST", 10_000)
+    monkeypatch.setattr(hub, "LONGEST", 500_000)
+    monkeypatch.setattr(hub, "SLOWEST", 10_000)
     server.act = act
     short = PATIENCE if act in (silent, silent_later, drip) else None
     refused(message, lambda: fetch(patience=short))

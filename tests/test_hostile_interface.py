@@ -14,7 +14,7 @@ import minidiff
 from minidiff.drawing import image_to_image as module
 from minidiff.drawing.image_to_image import image_to_image
 from minidiff.files import weights
-from minidiff.files.published import recognize
+from minidiff.files.layout import recognize
 from minidiff.interface.request import Request
 from minidiff.sampling import Pipeline
 from minidiff.text_encoders import T5Config, T5Encoder

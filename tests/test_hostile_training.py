@@ -22,8 +22,7 @@ from safetensors.torch import load_file, save_file
 from minidiff.data.captioned import Pictures, read_folder
 from minidiff.judging.evaluation import Evaluation
 from minidiff.judging.judge import JUDGE, load_judge
-from minidiff.learning.run import Run, read_log
-from minidiff.learning.tensors import cached, load_tensors, save_tensors
+from minidiff.learning.run import Run, cached, load_tensors, read_log, save_tensors
 from minidiff.recipes.finetune import FinetuneOptions, finetune_pictures, lora_config
 from minidiff.recipes.recipe import find_recipe
 from minidiff.recipes.train import TrainOptions, train_stages

@@ -16,7 +16,7 @@ from safetensors.torch import save
 
 from minidiff.dit import MMDiTConfig
 from minidiff.files import hub
-from minidiff.files.published import PUBLISHED, recognize
+from minidiff.files.layout import PUBLISHED, recognize
 
 REPOSITORY = PUBLISHED["sd3.5-medium"].repository
 COMMIT = PUBLISHED["sd3.5-medium"].revision

@@ -19,7 +19,7 @@ from minidiff.judging.judge import (
 from minidiff.learning.run import read_log
 from minidiff.recipes.job import Job
 from minidiff.recipes.recipe import RECIPES
-from minidiff.recipes.stages import STAGES, run_stages
+from minidiff.recipes.train import STAGES, run_stages
 from minidiff.training import TrainingConfig
 
 

@@ -21,11 +21,10 @@ from minidiff import lora
 from minidiff.dit import MMDiT
 from minidiff.engine import memory
 from minidiff.engine.fast import FastMMDiT
-from minidiff.engine.kernels import quantize
+from minidiff.engine.kernels import Float8Linear, quantize
 from minidiff.engine.loading import blueprint
 from minidiff.engine.memory import StreamedLinear
-from minidiff.engine.precision import Float8Linear
-from minidiff.files.layout import check_whole
+from minidiff.files.weights import check_whole
 from minidiff.interface.checks import check_dtypes
 from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder
 from minidiff.vae import VAE

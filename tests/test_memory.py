@@ -21,11 +21,11 @@ from benchmarks.memory_count import (
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.drawing import image_to_image
 from minidiff.engine import memory, tiling
+from minidiff.engine.kernels import Float8Linear
 from minidiff.engine.loading import Given, blueprint, open_model
 from minidiff.engine.memory import GIB, Call, Plan, choose, estimate
-from minidiff.engine.precision import Float8Linear
 from minidiff.engine.tiling import Tiled
-from minidiff.files import configurations, names, weights
+from minidiff.files import layout, weights
 from minidiff.interface.checks import check_target
 from minidiff.interface.request import Request
 from minidiff.lora import load_lora
@@ -138,10 +138,12 @@ def autoencoders():
     diffusers = pytest.importorskip("diffusers")
     config = VAEConfig.tiny()
     ours = randomize(VAE(config))
-    settings = configurations.hub_config(config, "AutoencoderKL")
+    settings = layout.hub_config(config, "AutoencoderKL")
     settings.pop("_class_name")
     theirs = diffusers.AutoencoderKL(**settings)
-    theirs.load_state_dict(weights.stored_tensors(ours.state_dict(), names.vae_sources))
+    theirs.load_state_dict(
+        weights.stored_tensors(ours.state_dict(), weights.vae_sources)
+    )
     theirs.eval().enable_tiling()
     theirs.tile_latent_min_size, theirs.tile_sample_min_size = 8, 32
     return theirs, ours
@@ -420,7 +422,7 @@ def test_a_rehearsal_counts_the_pictures(monkeypatch):
     start = image_to_image.Start(torch.rand(2, 3, 32, 48))
 
     def check(pipe):
-        return [image_to_image.check(pipe, Request(["a bag", "a coat"]), start)]
+        return [start.check(pipe, Request(["a bag", "a coat"]))]
 
     rehearse(check, "tiny", "cpu", budget="8GB")
     assert {call.size for call in seen} == {(2, 16, 8, 12)}

@@ -20,8 +20,8 @@ from minidiff.files.weights import TINY
 from minidiff.learning.run import RESULTS, check_other
 from minidiff.learning.steps import check_batch
 from minidiff.recipes import finetune, text_stages
+from minidiff.recipes.features import place_in_pool
 from minidiff.recipes.job import LENGTH
-from minidiff.recipes.order import place_in_pool
 from minidiff.recipes.recipe import RECIPES, find_recipe
 from minidiff.recipes.transformer_stage import (
     PlainAttention,

@@ -19,8 +19,7 @@ from torch import nn
 from minidiff.data import rng
 from minidiff.learning import parallel, steps
 from minidiff.learning import run as runs
-from minidiff.learning.run import Run, TrainingError, lasting, read_log
-from minidiff.learning.tensors import load_tensors
+from minidiff.learning.run import Run, TrainingError, lasting, load_tensors, read_log
 from minidiff.training import Task, TrainingConfig, fit
 
 

@@ -21,14 +21,14 @@ from minidiff.data import garments as data
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.files.weights import TINY, load_component
 from minidiff.learning.run import read_log
-from minidiff.recipes import stages, text_stages, transformer_stage
-from minidiff.recipes.job import LENGTH, Job
+from minidiff.recipes import text_stages, transformer_stage
+from minidiff.recipes import train as stages
+from minidiff.recipes.features import place_in_pool
+from minidiff.recipes.job import LENGTH, Job, Lesson
 from minidiff.recipes.judge_stage import judge_lesson
-from minidiff.recipes.lesson import Lesson
-from minidiff.recipes.order import place_in_pool
 from minidiff.recipes.recipe import RECIPES, Recipe
-from minidiff.recipes.start import copy_start
 from minidiff.recipes.text_stages import clip_lesson, picture_pool, t5_lesson
+from minidiff.recipes.train import copy_start
 from minidiff.recipes.transformer_stage import (
     transformer_lesson,
 )

@@ -16,7 +16,7 @@ import torch
 from tokenizer_strings import strings
 
 from minidiff import tokenizer as chapter
-from minidiff.files import sentencepiece, unicode
+from minidiff.files import sentencepiece, tokenizer_files
 from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer, Tokenizer, maximize
 
 transformers = pytest.importorskip("transformers")
@@ -138,11 +138,11 @@ def test_facts_of_the_three_tokenizers(folders):
 
 
 def keep_capitals(text: str) -> str:
-    return chapter.regex.sub(r"\s+", " ", unicode.nfc(text))
+    return chapter.regex.sub(r"\s+", " ", tokenizer_files.nfc(text))
 
 
 def without_nfc(text: str) -> str:
-    return unicode.lowercase(chapter.regex.sub(r"\s+", " ", text))
+    return tokenizer_files.lowercase(chapter.regex.sub(r"\s+", " ", text))
 
 
 def pythons_tables(text: str) -> str:

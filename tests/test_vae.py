@@ -9,7 +9,7 @@ from helpers import patch_functions, randomize, relative_error
 from torch import Tensor, nn
 
 from minidiff import vae
-from minidiff.files.names import vae_sources
+from minidiff.files.weights import vae_sources
 from minidiff.vae import VAE, Posterior, VAEConfig
 
 CONFIGS = [

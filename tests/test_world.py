@@ -23,7 +23,7 @@ from minidiff.data.scenes import (
     shipped,
 )
 from minidiff.data.told import ToldScenes, own_things
-from minidiff.files import words
+from minidiff.files import tokenizer_files as words
 from minidiff.files.sentencepiece import CharacterMap, case_folding
 
 NAMED = (

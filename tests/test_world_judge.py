@@ -230,7 +230,7 @@ def test_an_evaluation_measures_every_row(monkeypatch):
 @pytest.mark.slow
 def test_the_world_trains_every_stage(fashion, tmp_path):
     import minidiff
-    from minidiff.files import words
+    from minidiff.files import tokenizer_files as words
     from minidiff.recipes.train import TrainOptions, train_stages
 
     quick = {"steps": 1, "batch_size": 4, "validate_every": 0}

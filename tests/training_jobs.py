@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from minidiff.learning.run import read_log
-from minidiff.recipes import stages
+from minidiff.recipes import train as stages
 from minidiff.recipes.job import Job
 from minidiff.recipes.train import TrainOptions, train_stages
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minidiff.files.writing import write_text
+from minidiff.files.disk import write_text
 
 ASSETS = Path(__file__).parent / "assets"
 LIMIT = 1_000_000  # bytes of HTML

@@ -6,12 +6,14 @@ from typing import Annotated
 
 from minidiff.cli.options import (
     MODEL,
+    OUT,
+    WHO,
     Device,
+    Group,
     Overwrite,
     examples,
+    fields_of,
     find_device,
-    option,
-    refuse,
 )
 from minidiff.interface.terminal import tell
 
@@ -19,76 +21,49 @@ EXAMPLES = examples(
     "minidiff evaluate --model my-model/model --output found.json",
     "minidiff evaluate -n 100 --garments one --guidance-scale 3 --seed 5",
 )
-WHO, WHAT, HOW, OUT = "Model", "What is measured", "How to draw", "Output"
+WHAT, HOW = Group("What is measured"), Group("How to draw")
 
 
 def evaluate(
-    model: Annotated[str, option(WHO, f"{MODEL}.", metavar="NAME")] = "tiny",
-    n: Annotated[
-        int, option(WHAT, "Prompts in each row.", "-n", "--n", metavar="N")
-    ] = 500,
-    garments: Annotated[
-        str, option(WHAT, "Rows: one, two, or all.", metavar="NAME")
-    ] = "all",
+    model: Annotated[str, WHO(f"{MODEL}.")] = "tiny",
+    n: Annotated[int, WHAT("Prompts in each row.", "-n", "--n")] = 500,
+    garments: Annotated[str, WHAT("Rows: one, two, or all.")] = "all",
     judge: Annotated[
-        Path | None,
-        option(WHAT, "Folder of a judge.", metavar="FOLDER", usual="the shipped one"),
+        Path | None, WHAT("Folder of a judge.", usual="the shipped one")
     ] = None,
     prompts: Annotated[
         Path | None,
-        option(
-            WHAT,
-            "Free prompts, JSON lines, instead of rows (see the page on training).",
-            metavar="FILE",
-        ),
+        WHAT("Free prompts, JSON lines, instead of rows (see the page on training)."),
     ] = None,
     inception: Annotated[
         Path | None,
-        option(
-            WHAT,
-            "Inception-v3's weights, safetensors: distances are then FID.",
-            metavar="FILE",
-        ),
+        WHAT("Inception-v3's weights, safetensors: distances are then FID."),
     ] = None,
     data: Annotated[
         Path | None,
-        option(
-            WHAT,
-            "Folder of Fashion-MNIST's parquet files.",
-            metavar="FOLDER",
-            usual="$MINIDIFF_DATA",
-        ),
+        WHAT("Folder of Fashion-MNIST's parquet files.", usual="$MINIDIFF_DATA"),
     ] = None,
-    steps: Annotated[int, option(HOW, "Denoising steps.", metavar="N")] = 28,
+    steps: Annotated[int, HOW("Denoising steps.")] = 28,
     guidance_scale: Annotated[
-        float | None,
-        option(
-            HOW,
-            "How closely to follow a prompt.",
-            metavar="X",
-            usual="the model's own",
-        ),
+        float | None, HOW("How closely to follow a prompt.", usual="the model's own")
     ] = None,
-    seed: Annotated[
-        int, option(HOW, "Choose a guidance with another.", metavar="N")
-    ] = 2,
+    seed: Annotated[int, HOW("Choose a guidance with another.")] = 2,
     device: Device = None,
-    output: Annotated[
-        Path | None, option(OUT, "JSON file to write as well.", metavar="FILE")
-    ] = None,
+    output: Annotated[Path | None, OUT("JSON file to write as well.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Measure how well a model that draws scenes follows its prompts."""
-    from minidiff.files.writing import reserved, write_json
+    from minidiff.files.disk import reserved, write_json
 
-    if garments != "all":
-        refuse("--garments all", None, inception=inception)
+    given = locals()
+    if inception and garments != "all":
+        raise ValueError(f"--inception is {inception}, which needs --garments all")
     with reserved(output, overwrite) if output else nullcontext():
         from minidiff.judging import evaluation
 
-        size, files = (n, guidance_scale, steps, garments, seed), (inception, data)
-        asked = model, *size, judge, *files, find_device(device), prompts
-        result = evaluation.Evaluation(*asked).measure(tell)
+        asked = fields_of(evaluation.Evaluation, given)
+        asked["device"] = find_device(device)
+        result = evaluation.Evaluation(**asked).measure(tell)
         if output:
             write_json(output, result)
     print(evaluation.table(result))

@@ -13,10 +13,7 @@ EXAMPLES = examples("minidiff info sd3.5-medium", "minidiff info picture.png")
 
 def info(
     model: Annotated[
-        str,
-        typer.Argument(
-            help=f"{MODEL}; or a picture, for its settings.", metavar="MODEL"
-        ),
+        str, typer.Argument(help=f"{MODEL}; or a picture, for its settings.")
     ] = "tiny",
 ) -> None:
     """Print a model's parts, their parameters and their size in 16-bit numbers.

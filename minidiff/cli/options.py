@@ -1,23 +1,25 @@
-"""What the commands share: kinds of options, and what is checked of them first."""
+"""What the commands share: groups of options, and what is checked of them first."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import fields
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    import torch
 
 MODEL = "tiny, sd3.5-medium, sd3.5-large, sd3.5-large-turbo, a hub id, a folder"
 
 
-def option(panel: str, help: str, *names: str, usual: str = "", **how: Any) -> Any:
-    """An option in a ``panel`` of a command's help; a flag where it has no metavar.
+class Group:
+    """The options of one panel of a command's help."""
 
-    ``usual`` says what holds without it, where its default does not.
-    """
-    about = f"{help} [dim]\\[default: {usual}][/dim]" if usual else help
-    how = {"metavar": ""} | how
-    return typer.Option(*names, help=about, rich_help_panel=panel, **how)
+    def __init__(self, panel: str) -> None:
+        self.panel = panel
+
+    def __call__(
+        self, help: str, *names: str, usual: str | bool = True, **how: Any
+    ) -> Any:
+        """An option; ``usual`` says what holds without it, where no value does."""
+        how |= {"show_default": usual, "rich_help_panel": self.panel}
+        return typer.Option(*names, help=help, **how)
 
 
 def examples(*lines: str) -> str:
@@ -25,52 +27,38 @@ def examples(*lines: str) -> str:
     return "\n\n".join(("[bold]Examples[/bold]", *lines))
 
 
-DEVICE = "cpu, cuda, cuda:1 or mps."
+WHO, OUT = Group("Model"), Group("Output")
 Device = Annotated[
-    str | None,
-    option("Model", DEVICE, metavar="NAME", usual="cuda if there is one"),
+    str | None, WHO("cpu, cuda, cuda:1 or mps.", usual="cuda if there is one")
 ]
-Overwrite = Annotated[
-    bool, option("Output", "Replace files that exist already.", "--overwrite")
-]
+Overwrite = Annotated[bool, OUT("Replace files that exist already.", "--overwrite")]
 
 
-def given(value: Any, default: Any) -> Any:
-    """``value``, or ``default`` where it is None."""
-    return default if value is None else value
+def chosen(**settings: Any) -> dict[str, Any]:
+    """The settings that are not None."""
+    return {name: value for name, value in settings.items() if value is not None}
 
 
-def refuse(needed: str, there: object, **options: Any) -> None:
-    """Raise ValueError where one of ``options`` is set, but not what it belongs to."""
-    for name, value in options.items():
-        if value is not None and not there:
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option} is {value}, which needs {needed}")
+def fields_of(cls: type, given: dict[str, Any]) -> dict[str, Any]:
+    """The options that are set and are called as fields of the dataclass ``cls``."""
+    return chosen(**{f.name: given.get(f.name) for f in fields(cls)})
+
+
+def refuse(given: dict[str, Any], needed: str, *names: str) -> None:
+    """Raise ValueError where an option of ``names`` is set, but not the one needed."""
+    there = given[needed.partition(",")[0]]
+    for name, value in chosen(**{name: given[name] for name in names}).items():
+        if not there:
+            found = f"--{name} is {value}, which needs --{needed}"
+            raise ValueError(found.replace("_", "-"))
 
 
 def find_device(name: str | None) -> str:
     """A device that exists: the one named, or a GPU if there is one, or the CPU."""
     import torch
 
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    found = {"cpu": True, "cuda": torch.cuda.is_available()}
-    found["mps"] = torch.backends.mps.is_available()
-    kind, _, number = name.partition(":")
-    if not found.get(kind) or not (number or "0").isdecimal():
-        usable = ", ".join(kind for kind, there in found.items() if there)
-        raise ValueError(f"--device is {name!r}; expected one that is here: {usable}")
-    if kind == "cuda" and int(number or 0) >= (cards := torch.cuda.device_count()):
-        last = f"cuda:{cards - 1}"
-        raise ValueError(f"--device is {name!r}; expected cuda:0 to {last}")
-    return "cpu" if kind == "cpu" else name
+    from minidiff.interface.checks import find_target
 
-
-def find_dtype(name: str | None) -> "torch.dtype | None":
-    """torch's number of that name."""
-    import torch
-
-    known = ("float32", "bfloat16", "float16")
-    if name not in (None, *known):
-        raise ValueError(f"--dtype is {name!r}; expected one of {', '.join(known)}")
-    return None if name is None else getattr(torch, name)
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_target(usual if name is None else name, None)[0]
+    return "cpu" if device.type == "cpu" else str(device)

@@ -2,241 +2,181 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from minidiff.cli.options import (
     MODEL,
+    OUT,
+    WHO,
     Device,
+    Group,
     Overwrite,
+    chosen,
     examples,
+    fields_of,
     find_device,
-    find_dtype,
-    given,
-    option,
     refuse,
 )
 from minidiff.interface.terminal import status, tell
+
+if TYPE_CHECKING:
+    from minidiff.drawing.series import Series
+    from minidiff.sampling import Pipeline
 
 EXAMPLES = examples(
     'minidiff sample "a red dress on a blue background" --num-images 4',
     'minidiff sample "a lighthouse" --model sd3.5-large --memory 12GB --seed 7',
 )
-WHAT, SIZE = "What to draw", "How many, how large"
-START, HOW = "From a picture", "How to draw"
-WHO, ROOM, SPEED, OUT = "Model", "Memory", "Speed", "Output"
-OWN = "the model's own"
+WHAT, SIZE = Group("What to draw"), Group("How many, how large")
+START, HOW = Group("From a picture"), Group("How to draw")
+ROOM, SPEED = Group("Memory"), Group("Speed")
+OWN, PROMPT = "the model's own", "the prompt"
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def sample(
     prompt: Annotated[
-        str | None,
-        typer.Argument(help="What the picture shows.", metavar="PROMPT"),
+        str | None, typer.Argument(help="What the picture shows.")
     ] = None,
-    prompts: Annotated[
-        Path | None, option(WHAT, "A prompt on each line of a file.", metavar="FILE")
-    ] = None,
-    negative_prompt: Annotated[
-        str, option(WHAT, "What to steer away from.", metavar="TEXT")
-    ] = "",
-    prompt_2: Annotated[
-        str | None,
-        option(WHAT, "What CLIP-G reads.", metavar="TEXT", usual="the prompt"),
-    ] = None,
-    prompt_3: Annotated[
-        str | None,
-        option(WHAT, "What T5 reads.", metavar="TEXT", usual="the prompt"),
-    ] = None,
-    negative_prompt_2: Annotated[
-        str | None, option(WHAT, "The same, to steer away from.", metavar="TEXT")
-    ] = None,
-    negative_prompt_3: Annotated[
-        str | None, option(WHAT, "The same, to steer away from.", metavar="TEXT")
-    ] = None,
-    num_images: Annotated[
-        int, option(SIZE, "Pictures of each prompt.", metavar="N")
-    ] = 1,
-    seed: Annotated[
-        int, option(SIZE, "Picture i starts from seed + i.", metavar="N")
-    ] = 0,
-    height: Annotated[
-        int | None, option(SIZE, "Pixels.", metavar="N", usual=OWN)
-    ] = None,
-    width: Annotated[
-        int | None, option(SIZE, "Pixels.", metavar="N", usual=OWN)
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        option(SIZE, "Prompts drawn at once.", metavar="N", usual="1"),
-    ] = None,
-    steps: Annotated[
-        int | None, option(HOW, "Denoising steps.", metavar="N", usual=OWN)
-    ] = None,
+    prompts: Annotated[Path | None, WHAT("A prompt on each line of a file.")] = None,
+    negative_prompt: Annotated[str, WHAT("What to steer away from.")] = "",
+    prompt_2: Annotated[str | None, WHAT("What CLIP-G reads.", usual=PROMPT)] = None,
+    prompt_3: Annotated[str | None, WHAT("What T5 reads.", usual=PROMPT)] = None,
+    negative_prompt_2: Annotated[str | None, WHAT("The same, to avoid.")] = None,
+    negative_prompt_3: Annotated[str | None, WHAT("The same, to avoid.")] = None,
+    num_images: Annotated[int, SIZE("Pictures of each prompt.")] = 1,
+    seed: Annotated[int, SIZE("Picture i starts from seed + i.")] = 0,
+    height: Annotated[int | None, SIZE("Pixels.", usual=OWN)] = None,
+    width: Annotated[int | None, SIZE("Pixels.", usual=OWN)] = None,
+    batch_size: Annotated[int | None, SIZE("Prompts drawn at once.", usual="1")] = None,
+    steps: Annotated[int | None, HOW("Denoising steps.", usual=OWN)] = None,
     guidance_scale: Annotated[
         float | None,
-        option(
-            HOW,
-            "How closely to follow the prompt; 1 or less: no guidance.",
-            metavar="X",
-            usual=OWN,
-        ),
+        HOW("How closely to follow the prompt; 1 or less: no guidance.", usual=OWN),
     ] = None,
-    sampler: Annotated[
-        str, option(HOW, "euler, heun or dpmpp_2m.", metavar="NAME")
-    ] = "euler",
+    sampler: Annotated[str, HOW("euler, heun or dpmpp_2m.")] = "euler",
     skip_layers: Annotated[
-        str | None,
-        option(HOW, "Skip Layer Guidance: 7,8,9 for Medium.", metavar="LIST"),
+        str | None, HOW("Skip Layer Guidance: 7,8,9 for Medium.")
     ] = None,
-    skip_layer_scale: Annotated[
-        float | None, option(HOW, "Its strength.", metavar="X", usual="2.8")
-    ] = None,
+    skip_layer_scale: Annotated[float | None, HOW("Its strength.", usual="2.8")] = None,
     image: Annotated[
         Path | None,
-        option(
-            START,
-            "Picture to begin from; what is transparent in it lies on white.",
-            metavar="FILE",
-        ),
+        START("Picture to begin from; what is transparent in it lies on white."),
     ] = None,
     strength: Annotated[
-        float | None,
-        option(
-            START,
-            "How much of it may change, above 0 to 1.",
-            metavar="X",
-            usual="0.6",
-        ),
+        float | None, START("How much of it may change, above 0 to 1.", usual="0.6")
     ] = None,
     mask: Annotated[
-        Path | None,
-        option(START, "White where to draw, black where to keep.", metavar="FILE"),
+        Path | None, START("White where to draw, black where to keep.")
     ] = None,
-    model: Annotated[
-        str, option(WHO, f"{MODEL} or an official single file.", metavar="NAME")
-    ] = "tiny",
+    model: Annotated[str, WHO(f"{MODEL} or an official single file.")] = "tiny",
     text_encoders: Annotated[
-        Path | None, option(WHO, "Folder of them, for a single file.", metavar="FOLDER")
+        Path | None, WHO("Folder of them, for a single file.")
     ] = None,
     lora: Annotated[
         list[Path] | None,
-        option(WHO, "LoRA, a file in diffusers' keys or its folder.", metavar="FILE"),
+        WHO("LoRA, a file in diffusers' keys or its folder.", metavar="<path>"),
     ] = None,
-    lora_scale: Annotated[
-        float | None, option(WHO, "Its strength.", metavar="X", usual="1")
-    ] = None,
+    lora_scale: Annotated[float | None, WHO("Its strength.", usual="1")] = None,
     device: Device = None,
     dtype: Annotated[
-        str | None,
-        option(
-            WHO,
+        Dtype | None,
+        WHO(
             "float32, bfloat16 or float16.",
-            metavar="NAME",
             usual="float32 on a CPU, else bfloat16",
+            metavar="<str>",
         ),
     ] = None,
     memory: Annotated[
-        str | None,
-        option(ROOM, "8GB, 12GB, 16GB, 24GB, …: a plan that fits.", metavar="SIZE"),
+        str | None, ROOM("8GB, 12GB, 16GB, 24GB, …: a plan that fits.")
     ] = None,
-    t5: Annotated[
-        str | None,
-        option(ROOM, "resident, streamed, or none: left out.", metavar="WHERE"),
-    ] = None,
-    clip: Annotated[
-        str | None, option(ROOM, "resident or streamed.", metavar="WHERE")
-    ] = None,
+    t5: Annotated[str | None, ROOM("resident, streamed, or none: left out.")] = None,
+    clip: Annotated[str | None, ROOM("resident or streamed.")] = None,
     modulation: Annotated[
-        str | None,
-        option(ROOM, "AdaLN's layers: resident or streamed.", metavar="WHERE"),
+        str | None, ROOM("AdaLN's layers: resident or streamed.")
     ] = None,
-    fp8: Annotated[bool | None, option(ROOM, "The blocks' matrices in 8 bits.")] = None,
+    fp8: Annotated[bool | None, ROOM("The blocks' matrices in 8 bits.")] = None,
     vae_tile: Annotated[
-        int | None,
-        option(ROOM, "Work in tiles of so many latent pixels.", metavar="N"),
+        int | None, ROOM("Work in tiles of so many latent pixels.")
     ] = None,
     vae_slicing: Annotated[
-        bool | None, option(ROOM, "The autoencoder, one picture at a time.")
+        bool | None, ROOM("The autoencoder, one picture at a time.")
     ] = None,
-    fast: Annotated[
-        bool, option(SPEED, "The blocks in fused passes.", "--fast")
-    ] = False,
-    compile: Annotated[
-        bool, option(SPEED, "Compile each kind of block.", "--compile")
-    ] = False,
+    fast: Annotated[bool, SPEED("The blocks in fused passes.", "--fast")] = False,
+    compile: Annotated[bool, SPEED("Compile each kind of block.", "--compile")] = False,
     output: Annotated[
         Path | None,
-        option(
-            OUT,
-            "PNG file to write; of several, NAME-0.png, NAME-1.png, …",
-            metavar="FILE",
-            usual="a free name",
-        ),
+        OUT("PNG file; of several, NAME-0.png, NAME-1.png, …", usual="a free name"),
     ] = None,
     overwrite: Overwrite = False,
     no_sheet: Annotated[
-        bool, option(OUT, "Of several pictures, no contact sheet.", "--no-sheet")
+        bool, OUT("Of several pictures, no contact sheet.", "--no-sheet")
     ] = False,
-    preview: Annotated[
-        Path | None, option(OUT, "PNG written anew at each step.", metavar="FILE")
-    ] = None,
+    preview: Annotated[Path | None, OUT("PNG written anew at each step.")] = None,
 ) -> None:
     """Draw pictures of a prompt, or of each prompt in a file.
 
     Their names are printed. Each keeps its settings, which minidiff info shows.
     """
-    from minidiff.drawing.series import Outputs, Series, check_preview
-    from minidiff.files.reading import read_prompts
+    from minidiff.drawing.series import Outputs, Series
 
-    if (prompt is None) == (prompts is None):
-        raise ValueError("expected a prompt, or --prompts with a file, and not both")
-    refuse("--prompts", prompts, batch_size=batch_size)
-    refuse("--lora", lora, lora_scale=lora_scale)
-    refuse("--skip-layers", skip_layers, skip_layer_scale=skip_layer_scale)
-    refuse("--image, the picture to begin from", image, mask=mask, strength=strength)
-    texts = read_prompts(prompts) if prompts else [str(prompt)]
-    series = Series(texts, num_images, batch_size, seed)
-    outputs = Outputs(output, len(series), overwrite)
-    check_preview(preview, outputs)
-    plan = chosen(memory=memory, t5=t5, clip=clip, modulation=modulation, fp8=fp8)
-    plan |= chosen(vae_tile=vae_tile, vae_slicing=vae_slicing)
+    given = locals() | {"lora": one_of(lora), "skip_layers": find_blocks(skip_layers)}
+    refuse(given, "image, the picture to begin from", "mask", "strength")
+    refuse(given, "prompts", "batch_size")
+    refuse(given, "lora", "lora_scale")
+    refuse(given, "skip_layers", "skip_layer_scale")
+    series = Series(find_texts(prompt, prompts), **fields_of(Series, given))
+    outputs = Outputs(output, len(series), overwrite, preview)
     with outputs.held():
         with status(f"loading {model}"):
-            from minidiff.drawing.job import Job
-            from minidiff.files.words import seen, warning
-            from minidiff.interface.request import Request
-
-            request = Request(
-                "",
-                prompt_2=prompt_2,
-                prompt_3=prompt_3,
-                negative_prompt=negative_prompt,
-                negative_prompt_2=negative_prompt_2,
-                negative_prompt_3=negative_prompt_3,
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                sampler=sampler,
-                height=height,
-                width=width,
-                callback_on_step_end=followed_by(preview),
-            )
-            start = begun_from(image, given(strength, 0.6), mask)
-            series = replace(series, request=request, start=start)
-            added = one_of(lora), given(lora_scale, 1.0), compile
-            skipped = find_blocks(skip_layers), given(skip_layer_scale, 2.8)
-            job = Job(series, *added, *skipped)
-            target = find_device(device), find_dtype(dtype)
-            pipe = job.load(model, text_encoders, target, plan, fast, compile)
-        if line := warning(texts, seen(model)):
-            tell(line)
-        for name in outputs.save(job.draw(pipe), not no_sheet):
+            series, pipe = begin(series, given)
+        for name in outputs.save(series.draw(pipe), not no_sheet):
             print(name, flush=True)
 
 
-def chosen(**settings: Any) -> dict[str, Any]:
-    """The settings that are not None."""
-    return {name: value for name, value in settings.items() if value is not None}
+def find_texts(prompt: str | None, file: Path | None) -> list[str]:
+    """The prompts: the one that is given, or those of a file."""
+    from minidiff.files.disk import read_prompts
+
+    if (prompt is None) == (file is None):
+        raise ValueError("expected a prompt, or --prompts with a file, and not both")
+    return read_prompts(file) if file else [str(prompt)]
+
+
+def begin(series: "Series", given: dict[str, Any]) -> "tuple[Series, Pipeline]":
+    """The series with all that is asked for, and the pipeline that fits it."""
+    import torch
+
+    from minidiff.drawing.image_to_image import Start
+    from minidiff.drawing.previews import write_previews
+    from minidiff.engine.memory import Plan
+    from minidiff.files.tokenizer_files import seen, warning
+    from minidiff.interface.request import Request
+
+    asked = fields_of(Request, given) | {"prompt": "", "seed": 0}
+    asked |= chosen(num_inference_steps=given["steps"])
+    if file := given["preview"]:
+        asked["callback_on_step_end"] = write_previews(file)
+    start = given["image"] and Start(
+        mask_image=given["mask"], **fields_of(Start, given)
+    )
+    series = replace(series, request=Request(**asked), start=start)
+    dtype = given["dtype"] and getattr(torch, given["dtype"])
+    plan = fields_of(Plan, given) | chosen(memory=given["memory"])
+    target = find_device(given["device"]), dtype
+    pipe = series.load(
+        given["model"],
+        given["text_encoders"],
+        *target,
+        plan,
+        fast=given["fast"],
+        compile=given["compile"],
+    )
+    if line := warning(series.texts, seen(given["model"])):
+        tell(line)
+    return series, pipe
 
 
 def one_of(files: list[Path] | None) -> Path | None:
@@ -246,28 +186,10 @@ def one_of(files: list[Path] | None) -> Path | None:
     return files[0] if files else None
 
 
-def find_blocks(numbers: str | None) -> list[int]:
+def find_blocks(numbers: str | None) -> list[int] | None:
     """ "7,8,9" → [7, 8, 9]."""
     try:
-        return [int(number) for number in (numbers or "").split(",") if numbers]
+        return numbers and [int(number) for number in numbers.split(",")] or None
     except ValueError:
         found = f"--skip-layers is {numbers!r}"
         raise ValueError(f"{found}; expected whole numbers: 7,8,9") from None
-
-
-def begun_from(image: Path | None, strength: float, mask: Path | None) -> Any:
-    """The picture to begin from with its mask, opened, if there is one."""
-    if not image:
-        return None
-    from minidiff.drawing.image_to_image import Start
-
-    return Start(image, strength, mask)
-
-
-def followed_by(preview: Path | None) -> Any:
-    """The callback that writes previews into a file, if there is one."""
-    if not preview:
-        return None
-    from minidiff.drawing.previews import write_previews
-
-    return write_previews(preview)

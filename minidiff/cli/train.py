@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Annotated
 
 from minidiff.cli.options import (
+    OUT,
     Device,
+    Group,
     examples,
+    fields_of,
     find_device,
-    given,
-    option,
     refuse,
 )
 
@@ -16,109 +17,63 @@ EXAMPLES = examples(
     "minidiff train --output my-model",
     "minidiff train --output style --from tiny --lora --data pictures",
 )
-OUT, WHAT, FROM = "Output", "From nothing: the tiny model", "Fine-tune: --from"
-LORA, HOW = "LoRA: --from … --lora", "How to train"
+WHAT, FROM = Group("From nothing: the tiny model"), Group("Fine-tune: --from")
+LORA, HOW = Group("LoRA: --from … --lora"), Group("How to train")
 ONE = "as the recipe says"
 
 
 def train(
-    output: Annotated[
-        Path, option(OUT, "Folder of the model and its runs.", metavar="FOLDER")
-    ],
+    output: Annotated[Path, OUT("Folder of the model and its runs.")],
     stage: Annotated[
-        str,
-        option(
-            WHAT,
-            "tokenizers, clip, t5, vae, judge, transformer, or all.",
-            metavar="NAME",
-        ),
+        str, WHAT("tokenizers, clip, t5, vae, judge, transformer, or all.")
     ] = "all",
     recipe: Annotated[
         str | None,
-        option(
-            WHAT,
+        WHAT(
             "gpu, shipped, longer, further, muon, details, trial, or a JSON file.",
-            metavar="NAME",
             usual="gpu on a GPU, else shipped",
         ),
     ] = None,
     start: Annotated[
-        Path | None,
-        option(WHAT, "Model to go on from: tiny, or its folder.", metavar="NAME"),
+        Path | None, WHAT("Model to go on from: tiny, or its folder.")
     ] = None,
     scenes: Annotated[
         str | None,
-        option(
-            WHAT,
+        WHAT(
             "composed, world (garments and things; world:FOLDER with your cut-outs), "
             "plain (grey garments, captioned by class), or a folder of pictures with "
             "captions.",
-            metavar="NAME",
             usual="composed",
         ),
     ] = None,
-    seed: Annotated[
-        int | None,
-        option(WHAT, "Of scenes, order and noise.", metavar="N", usual="0"),
-    ] = None,
+    seed: Annotated[int | None, WHAT("Of scenes, order and noise.", usual="0")] = None,
     from_model: Annotated[
-        str | None,
-        option(
-            FROM,
-            "Fine-tune this model on the pictures in --data.",
-            "--from",
-            metavar="MODEL",
-        ),
+        str | None, FROM("Fine-tune this model on the pictures in --data.", "--from")
     ] = None,
-    learning_rate: Annotated[
-        float | None, option(FROM, "Of AdamW.", metavar="X", usual="1e-4")
-    ] = None,
-    lora: Annotated[
-        bool, option(LORA, "Train a LoRA, not all weights.", "--lora")
-    ] = False,
-    rank: Annotated[
-        int | None, option(LORA, "Of its matrices.", metavar="N", usual="8")
-    ] = None,
-    alpha: Annotated[
-        float | None,
-        option(LORA, "Its strength.", metavar="X", usual="the rank"),
-    ] = None,
+    learning_rate: Annotated[float | None, FROM("Of AdamW.", usual="1e-4")] = None,
+    lora: Annotated[bool, LORA("Train a LoRA, not all weights.", "--lora")] = False,
+    rank: Annotated[int | None, LORA("Of its matrices.", usual="8")] = None,
+    alpha: Annotated[float | None, LORA("Its strength.", usual="the rank")] = None,
     targets: Annotated[
-        str | None,
-        option(
-            LORA,
-            "Its layers: to_q,to_k,…",
-            metavar="LIST",
-            usual="those of attention",
-        ),
+        str | None, LORA("Its layers: to_q,to_k,…", usual="those of attention")
     ] = None,
     data: Annotated[
         Path | None,
-        option(
-            HOW,
+        HOW(
             "Folder of Fashion-MNIST's parquet files; with --from of your pictures.",
-            metavar="FOLDER",
             usual="$MINIDIFF_DATA",
         ),
     ] = None,
     crop: Annotated[
-        bool, option(HOW, "Of your pictures the middle, or all of it squeezed.")
+        bool, HOW("Of your pictures the middle, or all of it squeezed.")
     ] = True,
-    steps: Annotated[
-        int | None,
-        option(HOW, "Of the one stage named.", metavar="N", usual=ONE),
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        option(HOW, "Of the one stage named.", metavar="N", usual=ONE),
-    ] = None,
+    steps: Annotated[int | None, HOW("Of the one stage named.", usual=ONE)] = None,
+    batch_size: Annotated[int | None, HOW("Of the one stage named.", usual=ONE)] = None,
     compile: Annotated[
-        bool | None,
-        option(HOW, "Compile.", usual="as a JSON recipe says, or on a GPU"),
+        bool | None, HOW("Compile.", usual="as a JSON recipe says, or on a GPU")
     ] = None,
     recompute: Annotated[
-        bool,
-        option(HOW, "Less memory for the transformer, a third slower.", "--recompute"),
+        bool, HOW("Less memory for the transformer, a third slower.", "--recompute")
     ] = False,
     device: Device = None,
 ) -> None:
@@ -135,29 +90,14 @@ def train(
     uniform_levels, keep_latents, hold_latents, shift, scenes. Muon is for vae and
     transformer.
     """
-    if not lora:
-        refuse("--lora", None, rank=rank, alpha=alpha, targets=targets)
+    given = locals() | {"from": from_model}
+    refuse(given, "lora", "rank", "alpha", "targets")
+    refuse(given | {"lora": lora or None}, "from", "lora", "learning_rate")
+    given |= {"device": find_device(device), "compile": compile}
     if from_model is None:
-        refuse("--from", None, lora=lora or None, learning_rate=learning_rate)
         from minidiff.recipes.train import TrainOptions, train_stages
 
-        options = TrainOptions(
-            output=output,
-            stage=stage,
-            data=data,
-            device=find_device(device),
-            recipe=recipe,
-            steps=steps,
-            batch_size=batch_size,
-            compile=compile,
-            start=start,
-            scenes=scenes,
-            recompute=recompute,
-            crop=crop,
-            seed=seed or 0,
-        )
-        train_stages(options)
-        return
+        return train_stages(TrainOptions(**fields_of(TrainOptions, given)))
     if recipe or start or scenes or stage != "all" or seed is not None:
         found = "--from has no stages, recipe, start, scenes or seed"
         raise ValueError(f"{found}; its pictures are --data")
@@ -166,19 +106,13 @@ def train(
     from minidiff.learning import parallel
     from minidiff.recipes import finetune
 
-    tuning = finetune.FinetuneOptions(
-        model=from_model,
-        pictures=data,
-        output=output,
-        steps=given(steps, 500),
-        batch_size=given(batch_size, 1),
-        learning_rate=given(learning_rate, 1e-4),
-        lora=finetune.lora_config(given(rank, 8), alpha, targets) if lora else None,
-        device=find_device(device),
-        compile=bool(compile),
-        recompute=recompute,
-        crop=crop,
+    update = (
+        finetune.lora_config(8 if rank is None else rank, alpha, targets)
+        if lora
+        else None
     )
-    made = finetune.finetune_pictures(tuning)
+    given |= {"model": from_model, "pictures": data, "lora": update}
+    options = finetune.FinetuneOptions(**fields_of(finetune.FinetuneOptions, given))
+    made = finetune.finetune_pictures(options)
     if parallel.rank() == 0:
         print(made)

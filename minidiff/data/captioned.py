@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from minidiff.data.garments import IMAGE_SIZE
+from minidiff.files.disk import excerpt, read_text
 from minidiff.files.pictures import from_bytes, in_rgb, open_picture, to_tensor
-from minidiff.files.reading import excerpt, read_text
 from minidiff.interface.terminal import tell
 
 LONGEST_CAPTION = 10_000  # bytes, or characters: no encoder reads a fifth of it

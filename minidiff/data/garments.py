@@ -21,8 +21,8 @@ from torch import Tensor
 from minidiff.data import scenes
 from minidiff.data.fashion_mnist import CLASSES, fashion_mnist
 from minidiff.data.rng import uniform
+from minidiff.files.disk import write_text
 from minidiff.files.pictures import from_bytes, save_sheet, to_tensor
-from minidiff.files.writing import write_text
 
 SAMPLES = Path(__file__).parent.parent / "pretrained" / "scenes"
 IMAGE_SIZE = 64

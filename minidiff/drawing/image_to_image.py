@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from minidiff.files.pictures import in_gray, in_rgb, is_transparent, open_picture
 from minidiff.flow_matching import interpolate
-from minidiff.interface import checks, output
-from minidiff.interface.request import Callback, Request, check_names
+from minidiff.interface import checks
+from minidiff.interface.request import Callback, Request, check_names, noted
 from minidiff.sampling import Drawn, Pipeline, sides
 from minidiff.vae import Posterior
 
@@ -50,7 +50,7 @@ def image_to_image(
     in a call of the pipeline. Raises ValueError or TypeError before any work.
     """
     check_names("image_to_image", call, KNOWN)
-    return draw(pipe, Request(prompt, **call), Start(image, strength, mask_image))
+    return Start(image, strength, mask_image).draw(pipe, Request(prompt, **call))
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,51 +94,40 @@ class Start:
             {} if self.mask_image is None else {"mask_image": self.mask_image}
         )
 
+    def check(self, pipe: Pipeline, request: Request) -> Request:
+        """``request`` as ``pipe.check`` returns it, with the levels left to run."""
+        width, height = map(checks.given, (request.width, request.height), self.size)
+        steps = checks.given(request.steps, pipe.defaults.num_inference_steps)
+        sigmas = pipe.scheduler.sigmas(steps)
+        sigmas = sigmas[first_step(len(sigmas) - 1, self.strength) :]  # left to run
+        request = replace(request, sigmas=sigmas, width=width, height=height)
+        try:
+            sides(pipe, request)
+        except ValueError as error:
+            known = "height and width resize a PIL picture or a file"
+            raise ValueError(f"{error}; {known}") from None
+        return pipe.check(request)
 
-def check(pipe: Pipeline, request: Request, start: Start) -> Request:
-    """``request`` as ``pipe.check`` returns it, with the levels left to run."""
-    width, height = map(checks.given, (request.width, request.height), start.size)
-    rest = levels_left(pipe, request, start)
-    request = replace(request, sigmas=rest, width=width, height=height)
-    try:
-        sides(pipe, request)
-    except ValueError as error:
-        known = "height and width resize a PIL picture or a file"
-        raise ValueError(f"{error}; {known}") from None
-    return pipe.check(request)
-
-
-def levels_left(pipe: Pipeline, request: Request, start: Start) -> Tensor:
-    """The noise levels (S + 1,) of the steps that are run."""
-    levels = pipe.scheduler.sigmas(whole_steps(pipe, request))
-    return levels[first_step(len(levels) - 1, start.strength) :]
-
-
-def whole_steps(pipe: Pipeline, request: Request) -> int:
-    """The steps of which the last are run."""
-    return checks.given(request.steps, pipe.defaults.num_inference_steps)
-
-
-@torch.no_grad()
-def draw(pipe: Pipeline, request: Request, start: Start) -> Drawn:
-    """The pictures of a request that begin from ``start``."""
-    steps, sigmas = whole_steps(pipe, request), levels_left(pipe, request, start)
-    request = check(pipe, request, start)
-    size = *request.size, request.count
-    pictures = as_tensors("image", start.images, "RGB", *size) * 2 - 1
-    mask = as_tensors("mask_image", start.masks, "L", *size) if start.masks else None
-    data, noise = encode(pipe, pictures, request.seeds)
-    callback = request.callback_on_step_end
-    if mask is not None:
-        mask = (mask >= 0.5).float()
-        small = F.interpolate(mask, data.shape[2:])  # (M, 1, H, W) → (M, 1, h, w)
-        callback = Keep(data, noise, small.to(data), sigmas, callback)
-    latents = interpolate(data, noise, sigmas[0].item())
-    drawn = pipe.draw(replace(request, latents=latents, callback_on_step_end=callback))
-    if isinstance(drawn, list):
-        told = replace(request, sigmas=None, num_inference_steps=steps)
-        output.noted(drawn, pipe.about, told, **start.settings)
-    return drawn
+    @torch.no_grad()
+    def draw(self, pipe: Pipeline, request: Request) -> Drawn:
+        """The pictures of a request that begin from here."""
+        steps = checks.given(request.steps, pipe.defaults.num_inference_steps)
+        request = self.check(pipe, request)
+        sigmas, then = request.sigmas, request.callback_on_step_end
+        assert sigmas is not None
+        size = *request.size, request.count
+        pictures = as_tensors("image", self.images, "RGB", *size) * 2 - 1
+        masks = as_tensors("mask_image", self.masks, "L", *size) if self.masks else None
+        data, noise = encode(pipe, pictures, request.seeds)
+        if masks is not None:
+            mask = F.interpolate((masks >= 0.5).float(), data.shape[2:])
+            then = Keep(data, noise, mask.to(data), sigmas, then)  # mask (M, 1, h, w)
+        latents = interpolate(data, noise, sigmas[0].item())
+        drawn = pipe.draw(replace(request, latents=latents, callback_on_step_end=then))
+        if isinstance(drawn, list):
+            told = replace(request, sigmas=None, num_inference_steps=steps)
+            noted(drawn, pipe.about, told, **self.settings)
+        return drawn
 
 
 def first_step(steps: int, strength: float) -> int:

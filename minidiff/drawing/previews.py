@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from minidiff.files.disk import replacing
 from minidiff.files.pictures import to_pil
-from minidiff.files.writing import replacing
-from minidiff.interface import output
+from minidiff.interface.request import Callback
 from minidiff.interface.terminal import tell
 from minidiff.vae import VAE
 
@@ -59,7 +59,7 @@ def fit_preview(vae: VAE, pictures: Tensor | None = None) -> Preview:
 
 def show_previews(
     preview: Preview, show: Callable[[int, "list[Image]"], None]
-) -> output.Callback:
+) -> Callback:
     """A callback that gives ``show(step, pictures)`` each step's estimate of the data.
 
     ``show`` may raise StopIteration to end the drawing there.
@@ -73,7 +73,7 @@ def show_previews(
     return callback
 
 
-def write_previews(file: Path) -> output.Callback:
+def write_previews(file: Path) -> Callback:
     """A callback that writes each step's first estimate, enlarged, into ``file``."""
     fit = functools.cache(fit_preview)
 

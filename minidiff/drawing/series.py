@@ -1,18 +1,24 @@
-"""Many pictures of one command: drawn as memory holds them, saved as they come."""
+"""What one command draws: the pipeline that fits it, and its pictures as they come.
 
+Nothing large is imported before the pipeline is wanted: what is wrong with a command's
+files is told at once.
+"""
+
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minidiff.files.disk import check_output, numbered, reserved
 from minidiff.files.pictures import contact_sheet, save_picture, thumbnail
-from minidiff.files.writing import check_output, numbered, reserved
 from minidiff.interface.terminal import tell
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
 
     from minidiff.drawing.image_to_image import Start
@@ -31,7 +37,8 @@ class Series:
 
     ``batch_size`` prompts are drawn at once (None: one, and at most 64 pictures), or
     as many as memory holds. ``request`` says all else (None: as the model has it),
-    ``start`` what to begin from.
+    ``start`` what to begin from. ``lora``, a file or its folder, acts ``lora_scale``
+    times; ``skip_layers`` are those of Skip Layer Guidance.
     """
 
     texts: Sequence[str]
@@ -40,10 +47,17 @@ class Series:
     seed: int = 0
     request: "Request | None" = None
     start: "Start | None" = None
+    lora: Path | None = None
+    lora_scale: float = 1.0
+    skip_layers: Sequence[int] = ()
+    skip_layer_scale: float = 2.8
 
     def __post_init__(self) -> None:
         for name in ("num_images", "batch_size"):
-            check_number(f"--{name.replace('_', '-')}", getattr(self, name))
+            number = getattr(self, name)
+            if number is not None and not 1 <= number <= MOST:
+                found = f"--{name.replace('_', '-')} is {number}"
+                raise ValueError(f"{found}; expected a whole number, 1 to {MOST}")
         if len(self) > MOST:
             asked = f"{len(self.texts):,} × {self.num_images:,} pictures are asked for"
             raise ValueError(f"{asked}; expected at most {MOST:,} in one command")
@@ -51,36 +65,76 @@ class Series:
     def __len__(self) -> int:
         return len(self.texts) * self.num_images
 
-    @property
-    def at_once(self) -> int:
-        """How many pictures are drawn at once where memory is no matter."""
-        if self.batch_size is None:
-            return min(self.num_images, AT_ONCE)
-        return self.batch_size * self.num_images
+    def load(
+        self,
+        model: str,
+        text_encoders: Path | None,
+        device: str,
+        dtype: "torch.dtype | None",
+        plan: dict[str, Any],
+        fast: bool,
+        compile: bool,
+    ) -> "Pipeline":
+        """A pipeline in which one picture fits: checked first, without any weights.
 
-    def batch(self, rows: range) -> "Request":
+        ``plan``: ``memory`` and settings of a Plan. What is printed goes to stderr:
+        stdout is for names. Raises ValueError or OSError for a file that is of no use.
+        """
+        from minidiff.engine import loading, memory
+        from minidiff.files.weights import open_tensors
+        from minidiff.interface.checks import find_target
+        from minidiff.lora import lora_file
+
+        if self.lora:
+            open_tensors(lora_file(self.lora))  # before all else
+        wanted, target = memory.requested(**plan), find_target(device, dtype)
+        given = loading.Given(model, text_encoders, t5=wanted.t5 != "none")
+        with redirect_stdout(sys.stderr):
+            opened = loading.open_model(given, *target, weights=False)
+            rehearsal = self.with_lora(opened.rehearsal(wanted), compile)
+            fit = opened.fit(requests=[self.check(rehearsal)], **plan)
+            if fit.plan != wanted:  # it may keep weights away that a LoRA is added to
+                self.with_lora(opened.rehearsal(fit.plan), compile)
+            pipe = opened.load(fit, fast=fast, compile=compile, **plan)
+        return self.with_lora(pipe, compile)
+
+    def with_lora(self, pipe: "Pipeline", fused: bool) -> "Pipeline":
+        """``pipe`` with the LoRA, ``fused`` into the weights or beside them."""
+        from minidiff.lora import load_lora
+
+        if self.lora:
+            load_lora(pipe, self.lora, self.lora_scale, fused)
+        return pipe
+
+    def batch(self, pipe: "Pipeline", rows: range) -> "Request":
         """The request for the pictures of these numbers."""
         from minidiff.interface.request import Request
 
-        prompts = [self.texts[i // self.num_images] for i in rows]
         own = self.request or Request("")
+        if self.skip_layers:
+            from minidiff.drawing.guidance import SkipLayer
+
+            beneath = pipe.guidance(own.guidance_scale)
+            guidance = SkipLayer(beneath, self.skip_layers, self.skip_layer_scale)
+            own = replace(own, guidance=guidance, guidance_scale=None)
+        prompts = [self.texts[i // self.num_images] for i in rows]
         return replace(own, prompt=prompts, seed=self.seed + rows.start)
 
     def check(self, pipe: "Pipeline") -> "Request":
         """The first picture's request, as ``pipe`` would draw it; nothing is told."""
-        request = self.batch(range(1))
+        request = self.batch(pipe, range(1))
         with warnings.catch_warnings(action="ignore"):  # told when it is drawn
-            if self.start is None:
-                return pipe.check(request)
-            from minidiff.drawing import image_to_image
-
-            return image_to_image.check(pipe, request, self.start)
+            return (
+                self.start.check(pipe, request) if self.start else pipe.check(request)
+            )
 
     def draw(self, pipe: "Pipeline") -> "Iterator[Image]":
         """The pictures, batch by batch; one that memory does not hold is halved."""
         from minidiff.engine.memory import NoRoom
 
-        first, size = 0, self.at_once
+        first, size = 0, min(self.num_images, AT_ONCE)
+        if self.batch_size:
+            size = self.batch_size * self.num_images
         while first < len(self):
             rows = range(first, min(first + size, len(self)))
             try:
@@ -98,52 +152,36 @@ class Series:
         if pipe.progress and len(self) > 1:
             several = f"{rows.start + 1} to " if len(rows) > 1 else ""
             pipe.progress = f"{several}{rows.stop} of {len(self)}"
-        request = self.batch(rows)
-        if self.start is None:
-            return pipe.draw(pipe.check(request))
-        from minidiff.drawing import image_to_image
-
-        return image_to_image.draw(pipe, request, self.start)
-
-
-def check_number(option: str, number: int | None) -> None:
-    """Raise ValueError unless ``number`` is one of pictures."""
-    if number is not None and not 1 <= number <= MOST:
-        raise ValueError(f"{option} is {number}; expected a whole number, 1 to {MOST}")
-
-
-def check_preview(file: Path | None, outputs: "Outputs") -> None:
-    """Raise ValueError unless previews can be written beside the pictures."""
-    if file is None:
-        return
-    check_png("--preview", file)
-    check_output(file, outputs.overwrite)
-    if file.resolve() in {name.resolve() for name in outputs.names()}:
-        raise ValueError(f"--preview is {file}, which a picture will be called")
-
-
-def check_png(option: str, file: Path) -> None:
-    """Raise ValueError unless ``file`` is named as what is written."""
-    if file.suffix.lower() != ".png":
-        raise ValueError(f"{option} is {file}; expected a name that ends in .png")
+        request = self.batch(pipe, rows)
+        if self.start:
+            return self.start.draw(pipe, request)
+        return pipe.draw(pipe.check(request))
 
 
 @dataclass(frozen=True)
 class Outputs:
     """The files of ``count`` pictures: ``file``, or file-0, file-1, … for several.
 
-    With ``file`` None the first free names: picture.png, picture-1.png, …
+    With ``file`` None the first free names: picture.png, picture-1.png, … ``preview``
+    is written beside them. Raises ValueError for a name that cannot be written.
     """
 
     file: Path | None
     count: int
     overwrite: bool = False
+    preview: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.file:
-            check_png("--output", self.file)
-        for name in self.names():
+        for option, file in (("--output", self.file), ("--preview", self.preview)):
+            if file and file.suffix.lower() != ".png":
+                found = f"{option} is {file}"
+                raise ValueError(f"{found}; expected a name that ends in .png")
+        names = self.names()
+        for name in filter(None, (*names, self.preview)):
             check_output(name, self.overwrite)
+        if self.preview and self.preview.resolve() in {n.resolve() for n in names}:
+            found = f"--preview is {self.preview}"
+            raise ValueError(f"{found}, which a picture will be called")
 
     def names(self) -> list[Path]:
         """What the pictures will be called, unless others take the names meanwhile."""

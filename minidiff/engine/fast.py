@@ -28,14 +28,15 @@ from minidiff.attention import Attention
 from minidiff.dit import MLP, Chunks, FinalLayer, JointBlock, MMDiT
 from minidiff.engine.kernels import (
     FLOAT8,
+    Float8Linear,
     Rows,
     group_norm_silu,
+    has_fp8,
     norm_heads,
     quantize,
     quantize_rows,
     residual_norm,
 )
-from minidiff.engine.precision import Float8Linear, has_fp8
 from minidiff.interface.checks import check_choice, check_fast
 from minidiff.lora import AdaptedLinear
 from minidiff.vae import VAE, AttentionBlock, Decoder, ResnetBlock, Upsample

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 FLOAT8 = torch.float8_e4m3fn
@@ -159,3 +159,30 @@ def group_norm_silu(
             x, groups, weight, bias, add, residual, keep, silu
         )
     return plain_group_norm_silu(x, groups, weight, bias, add, residual, silu)
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether a GPU, or Triton on it, knows fp8: Ada, and what came after it."""
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+class Float8Linear(nn.Module):
+    """A linear layer that stores its matrix (out, in) in fp8 with ``scale`` (out, 1).
+
+    Called, it brings the matrix back to the dtype of its input and multiplies.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, rows: Rows, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", rows.values)
+        self.register_buffer("scale", rows.scale)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.out_features, self.in_features = rows.values.shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype) * self.scale.to(x.dtype)
+        return F.linear(x, weight, self.bias)

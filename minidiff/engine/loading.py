@@ -28,8 +28,19 @@ from minidiff.engine.memory import (
     usual_size,
     working,
 )
-from minidiff.files import configurations, hub, published, reading, single_file
-from minidiff.files.layout import ENCODERS, SCHEDULER, read_index
+from minidiff.files import hub, single_file
+from minidiff.files.disk import read_json
+from minidiff.files.layout import (
+    ENCODERS,
+    PUBLISHED,
+    SCHEDULER,
+    config_file,
+    named,
+    read_config,
+    read_index,
+    recognize,
+)
+from minidiff.files.tokenizer_files import seen
 from minidiff.files.weights import (
     TINY,
     Prepared,
@@ -40,7 +51,6 @@ from minidiff.files.weights import (
     open_tensors,
     prepare_component,
 )
-from minidiff.files.words import seen
 from minidiff.flow_matching import Scheduler
 from minidiff.interface import checks
 from minidiff.interface.request import Request
@@ -339,12 +349,9 @@ def read_tokenizers(
     ]
 
 
-PUBLISHED = published.ON_HUB
-
-
 def is_published(model: Path | str) -> bool:
     """Whether ``model`` is a published model's name, and no folder of that name."""
-    known = published.named(model)
+    known = named(model)
     return known is not None and bool(known.repository) and not Path(model).is_dir()
 
 
@@ -355,7 +362,7 @@ def blueprint(
 
     The published names need no network; a folder's config.json files are read.
     """
-    known = published.named(model)
+    known = named(model)
     if known and is_published(model):
         with on_meta():
             return {
@@ -394,24 +401,24 @@ def find_model(given: Given, weights: bool = True) -> Path:
     hub_id = name and "/" not in name and not Path(owner).is_dir()
     if Path(model).suffix == ".safetensors" and not Path(model).exists():
         raise FileNotFoundError(f"{model} is missing")
-    if published.named(model) or hub_id:
+    if named(model) or hub_id:
         at, kind = given.revision, given.variant
         return hub.download(
             str(model), given.t5, weights=weights, revision=at, variant=kind
         )
-    known = ", ".join(published.PUBLISHED)
+    known = ", ".join(PUBLISHED)
     raise ValueError(f"model is {str(model)!r}; expected {known} or a folder")
 
 
 def read_scheduler(folder: Path) -> Scheduler:
     """The schedule of a folder; ValueError for settings that would draw otherwise."""
-    content = reading.read_json(configurations.config_file(folder))
+    content = read_json(config_file(folder))
     if (name := content.get("_class_name", SCHEDULER)) != SCHEDULER:
         found = f"{folder} asks for the scheduler {name}"
         raise ValueError(f"{found}; expected {SCHEDULER} (solvers: sampler=…)")
     if used := [name for name in DYNAMIC if content.get(name)]:
         raise ValueError(f"{folder} asks for {used[0]}, which minidiff does not have")
-    scheduler = configurations.read_config(Scheduler, folder)
+    scheduler = read_config(Scheduler, folder)
     if scheduler.shift <= 0 or scheduler.num_train_timesteps < 1:
         raise ValueError(f"{folder}: {scheduler}; expected positive numbers")
     return scheduler
@@ -426,7 +433,7 @@ def describe(model: Path | str) -> str:
         rows.append(f"{name:<16}{size:>16,}{2 * size / 1e6:>10,.1f}")
     config = parts["transformer"].config
     side = config.sample_size * parts["vae"].config.factor
-    usual = published.recognize(config, known_as(Given(model))) or OTHERS
+    usual = recognize(config, known_as(Given(model))) or OTHERS
     rows.append(
         f"{side}×{side} pixels, {usual.num_inference_steps} steps, "
         f"guidance {usual.guidance_scale}"

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minidiff.dit import MMDiT
-from minidiff.engine.kernels import Rows, quantize
-from minidiff.engine.precision import Float8Linear, has_fp8
+from minidiff.engine.kernels import Float8Linear, Rows, has_fp8, quantize
 from minidiff.engine.tiling import Tiled
 from minidiff.files.weights import Prepared
 from minidiff.interface.checks import check_choice, check_fast

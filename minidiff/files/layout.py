@@ -1,13 +1,11 @@
-"""A pipeline's folder in the hub's layout: its parts, their index, the scheduler."""
+"""The hub's layout of a model: its parts, their configurations, what is published."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_origin
 
-import torch
-from torch import nn
-
-from minidiff.files import reading, weights, writing
+from minidiff.files.disk import excerpt, read_json, write_json
 
 # The hub's class of each part; a pipeline may go without T5 (``_3``)
 ENCODERS = {
@@ -29,9 +27,9 @@ def read_index(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
     Raises FileNotFoundError without one, ValueError for what is no SD3 pipeline.
     """
-    index = reading.read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     if not str(index.get("_class_name")).startswith("StableDiffusion3"):
-        found = reading.excerpt(index.get("_class_name"))
+        found = excerpt(index.get("_class_name"))
         raise ValueError(f"{folder} is a {found}; expected a StableDiffusion3Pipeline")
     names = (*MODELS, *TOKENIZERS)
     present = [n for n in names if index.get(n) not in (None, [None, None])]
@@ -58,41 +56,242 @@ def save_scheduler(scheduler: Any, folder: Path) -> None:
         "shift": scheduler.shift,
         "num_train_timesteps": scheduler.num_train_timesteps,
     }
-    writing.write_json(folder / "scheduler_config.json", content)
+    write_json(folder / "scheduler_config.json", content)
 
 
-def save_folder(
-    folder: Path,
-    models: Mapping[str, Any],
-    tokenizers: Mapping[str, Any],
-    scheduler: Any,
-    origin: str,
-    dtype: torch.dtype | None,
-) -> None:
-    """Write every part, None where there is none, and the index that names them.
+# Configurations
 
-    ``origin`` is the name that the folder remembers. Raises ValueError, before anything
-    is written, where a model does not hold all its weights in full.
+CONFIGS = ("config.json", "scheduler_config.json")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
+
+
+class Limits(NamedTuple):
+    """What a number of a configuration can be; of a list, each of its entries."""
+
+    low: float
+    high: float
+    longest: int = 128
+
+
+# By type, and by name where a type says too little: a model is built from them before
+# its weights are seen, so they hold for the largest models with room to spare
+LIMITS: dict[Any, Limits] = {
+    int: Limits(1, 2**20),
+    float: Limits(-3e38, 3e38),
+    "num_layers": Limits(1, 128),
+    "num_hidden_layers": Limits(1, 128),
+    "dual_attention_layers": Limits(0, 127),
+    "layers_per_block": Limits(1, 8),
+    "block_out_channels": Limits(1, 2**20, 8),
+    "blocks": Limits(1, 16, 8),
+    "widths": Limits(1, 2**20, 8),
+    "eos_token_id": Limits(0, 2**20),
+    "shift": Limits(1e-3, 1e3),
+    "layer_norm_eps": Limits(0, 1),
+    "layer_norm_epsilon": Limits(0, 1),
+}
+
+
+def config_file(path: Path | str) -> Path:
+    """``path`` itself if it is a file, else the configuration file in that folder."""
+    path = Path(path)
+    if path.suffix == ".json":
+        return path
+    found = [path / name for name in CONFIGS if (path / name).is_file()]
+    return found[0] if found else path / CONFIGS[0]
+
+
+def read_config(cls: type[Config], path: Path | str) -> Config:
+    """Build the dataclass ``cls`` from the hub's JSON file ``path`` (or its folder).
+
+    Keys that are not fields are ignored; a field without default must be there, and
+    each value must be of its field's type and within ``LIMITS``.
     """
-    models = {name: model for name, model in models.items() if model}
-    tokenizers = {name: known for name, known in tokenizers.items() if known}
-    for name, model in models.items():
-        check_whole(name, model)
-    for name, model in models.items():
-        weights.save_component(model, folder / name, MODELS[name], dtype)
-    for name, tokenizer in tokenizers.items():
-        tokenizer.save_pretrained(folder / name)
-    save_scheduler(scheduler, folder / "scheduler")
-    index = pipeline_index((*models, *tokenizers)) | {"_name_or_path": origin}
-    writing.write_json(folder / "model_index.json", index)
+    path = config_file(path)
+    return make_config(cls, read_json(path), path)
 
 
-def check_whole(name: str, model: nn.Module) -> None:
-    """Raise ValueError for weights in 8 bits, in their file, or beside their layer."""
-    with weights.on_meta():
-        own = type(model)(model.config).state_dict().keys()
-    if odd := sorted(own ^ model.state_dict().keys()):
-        raise ValueError(
-            f"{name}.{odd[0]} is stored in 8 bits, in its file, or beside its layer; "
-            "expected a pipeline loaded without a plan of memory"
-        )
+def make_config(
+    cls: type[Config], content: Mapping[str, Any], source: object
+) -> Config:
+    """Build the dataclass ``cls`` from ``content``; ValueError names its ``source``."""
+    wanted = [f for f in fields(cls) if f.name in content]
+    missing = [
+        f.name
+        for f in fields(cls)
+        if f not in wanted and f.default is MISSING and f.default_factory is MISSING
+    ]
+    if missing:
+        raise ValueError(f"{source} lacks {', '.join(missing)}")
+    values = {f.name: content[f.name] for f in wanted}
+    values |= {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
+    for field in wanted:
+        if expected := _unfit(field, values[field.name]):
+            found = f"{field.name} is {excerpt(repr(values[field.name]))}"
+            raise ValueError(f"{source}: {found}; expected {expected}")
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def _unfit(field: Field[Any], value: Any) -> str | None:
+    """What a value from a JSON file should have been for ``field``; None if it fits."""
+    listed = get_origin(field.type) is tuple
+    values = value if listed and isinstance(value, tuple) else (value,)
+    kind: Any = int if listed else int | float if field.type is float else field.type
+    wrong = [v for v in values if not isinstance(v, kind) or isinstance(v, bool)]
+    if wrong or isinstance(value, tuple) != listed or (value == () != field.default):
+        return getattr(field.type, "__name__", str(field.type))
+    usual = LIMITS[float if field.type is float else int]
+    low, high, longest = LIMITS.get(field.name, usual)
+    if isinstance(value, str | tuple) and len(value) > longest:
+        return f"at most {longest} entries"
+    numbers = [v for v in values if isinstance(v, int | float)]
+    inside = all(low <= number <= high for number in numbers)
+    return None if inside else f"{low:g} to {high:g}"
+
+
+def component_class(folder: Path | str) -> str:
+    """The class name that a component's config.json states, as diffusers spells it."""
+    content = read_json(config_file(folder))
+    listed = content.get("architectures") or [""]
+    first = listed[0] if isinstance(listed, list) else listed
+    return str(content.get("_class_name") or first)
+
+
+def hub_config(config: Any, class_name: str) -> dict[str, Any]:
+    """The config.json with which diffusers or transformers builds ``class_name``."""
+    content = asdict(config)
+    if class_name == "SD3Transformer2DModel":
+        width = config.num_attention_heads * config.attention_head_dim
+        return {"_class_name": class_name, "caption_projection_dim": width, **content}
+    if class_name == "AutoencoderKL":
+        levels = len(config.block_out_channels)
+        return {
+            "_class_name": class_name,
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+            **content,
+        }
+    if class_name == "T5EncoderModel":
+        kind = {"model_type": "t5", "is_encoder_decoder": False, "use_cache": False}
+        return {"architectures": [class_name], **kind, **content}
+    kind = {"model_type": "clip_text_model", "bos_token_id": 0, "pad_token_id": 1}
+    return {"architectures": [class_name], **kind, **content}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A model that a name stands for, and what suits it.
+
+    ``sizes``: for each part the class method of its configuration that has its sizes.
+    ``repository``, ``revision``: on the hub, at the commit that this package was
+    written for; ``single_file``: the official one there. Steps and guidance are those
+    of the model's card; a folder's scheduler has the last word on ``shift``.
+    """
+
+    name: str
+    sizes: Mapping[str, str]
+    num_inference_steps: int
+    guidance_scale: float
+    repository: str = ""
+    revision: str = ""
+    single_file: str = ""
+    shift: float = 3.0
+
+    @property
+    def names(self) -> set[str]:
+        """What it is called: here, on the hub, in the hub's cache, as a single file."""
+        if not self.repository:
+            return {self.name}
+        cached = f"models--{self.repository.replace('/', '--')}"
+        stem = self.single_file.removesuffix(".safetensors")
+        return {self.name, self.repository, cached, self.single_file, stem}
+
+
+SMALL = {
+    "text_encoder": "tiny_l",
+    "text_encoder_2": "tiny_g",
+    "text_encoder_3": "tiny",
+    "transformer": "tiny",
+    "vae": "tiny",
+}
+MEDIUM = {
+    "text_encoder": "clip_l",
+    "text_encoder_2": "clip_g",
+    "text_encoder_3": "t5_xxl",
+    "transformer": "sd35_medium",
+    "vae": "sd35",
+}
+LARGE = MEDIUM | {"transformer": "sd35_large"}
+PUBLISHED = {
+    model.name: model
+    for model in (
+        Published("tiny", SMALL, 28, 2.5),
+        Published(
+            "sd3.5-medium",
+            MEDIUM,
+            40,
+            4.5,
+            "stabilityai/stable-diffusion-3.5-medium",
+            "b940f670f0eda2d07fbb75229e779da1ad11eb80",
+            "sd3.5_medium.safetensors",
+        ),
+        Published(
+            "sd3.5-large",
+            LARGE,
+            28,
+            3.5,
+            "stabilityai/stable-diffusion-3.5-large",
+            "ceddf0a7fdf2064ea28e2213e3b84e4afa170a0f",
+            "sd3.5_large.safetensors",
+        ),
+        Published(
+            "sd3.5-large-turbo",
+            LARGE,
+            4,
+            1.0,
+            "stabilityai/stable-diffusion-3.5-large-turbo",
+            "ec07796fc06b096cc56de9762974a28f4c632eda",
+            "sd3.5_large_turbo.safetensors",
+        ),
+    )
+}
+ON_HUB = {name: model for name, model in PUBLISHED.items() if model.repository}
+
+
+def named(model: Path | str) -> Published | None:
+    """The published model that ``model``, a name or a hub id, stands for."""
+    names = {known.repository: known for known in ON_HUB.values()} | PUBLISHED
+    return names.get(str(model))
+
+
+def recognize(config: Any, origin: Path | str = "") -> Published | None:
+    """The published model that a transformer of configuration ``config`` is one of.
+
+    Of those that are configured alike, as Large and Large Turbo, ``origin`` decides: a
+    name, a hub id or a path that ends in what one is called, or lies in its folder of
+    the hub's cache; else it is the first. The size of pictures does not count. A
+    configuration of none is the model that its origin names, or None.
+    """
+    parts = Path(origin).parts
+    said = {*parts[-1:], "/".join(parts[-2:])} | {
+        p for p in parts if p[:8] == "models--"
+    }
+    alike = [known for known in PUBLISHED.values() if _is_like(config, known)]
+    for known in alike or PUBLISHED.values():
+        if said & known.names:
+            return known
+    return alike[0] if alike else None
+
+
+def _is_like(config: Any, known: Published) -> bool:
+    """Whether a transformer of ``config`` has the layers of a published model's."""
+    other = getattr(type(config), known.sizes["transformer"])()
+    return config == replace(other, sample_size=config.sample_size)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from minidiff.files.reading import LONGEST_CONFIG, excerpt, parse_json
+from minidiff.files.disk import LONGEST_CONFIG, excerpt, parse_json
 from minidiff.files.weights import FLOATS, TensorFile, open_tensors
 
 FILE = "pytorch_lora_weights.safetensors"

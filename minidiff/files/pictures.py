@@ -11,8 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minidiff.files.reading import file_size
-from minidiff.files.writing import creating, replacing
+from minidiff.files.disk import creating, file_size, replacing
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import regex
 
-from minidiff.files.reading import LONGEST_TABLE, read_bytes
+from minidiff.files.disk import LONGEST_TABLE, read_bytes
 
 _UNIGRAM = 1
 MOST_PIECES = 500_000  # T5 has 32,000

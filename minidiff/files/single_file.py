@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from minidiff.files import weights
-from minidiff.files.configurations import make_config
-from minidiff.files.names import Source
-from minidiff.files.reading import excerpt
-from minidiff.files.weights import Prepared, TensorFile
+from minidiff.files.disk import excerpt
+from minidiff.files.layout import make_config
+from minidiff.files.weights import Prepared, Source, TensorFile
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -1,4 +1,10 @@
-"""A component's weights on disk, in the hub's folders: read, checked and written."""
+"""A component's weights on disk: their names, read, checked and written.
+
+The models carry the parameter names of the official single files. A folder in the hub's
+diffusers layout names the transformer's and the autoencoder's tensors otherwise;
+:func:`transformer_sources` and :func:`vae_sources` are the one table between the two,
+used for reading and for writing. Text encoders have one set of names in both layouts.
+"""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,22 +20,139 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minidiff.files.configurations import (
-    Config,
-    component_class,
-    config_file,
-    hub_config,
-    read_config,
-)
-from minidiff.files.names import RENAMES, Rename, Source, same_names
-from minidiff.files.reading import (
+from minidiff.files.disk import (
     LONGEST_TABLE,
     excerpt,
     file_size,
     parse_json,
     read_json,
+    replacing,
+    write_json,
 )
-from minidiff.files.writing import replacing, write_json
+from minidiff.files.layout import (
+    MODELS,
+    Config,
+    component_class,
+    config_file,
+    hub_config,
+    pipeline_index,
+    read_config,
+    save_scheduler,
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The stored tensors that make one of ours, and how.
+
+    ``how``: "copy"; "stack" (their rows, one below the other); "swap" (the halves of
+    the rows change places); "conv" (a matrix that we hold as a 1×1 convolution);
+    "identity" (an identity matrix that is not stored).
+    """
+
+    names: tuple[str, ...]
+    how: str = "copy"
+
+
+def transformer_sources(names: Iterable[str]) -> dict[str, Source]:
+    """Where diffusers' SD3Transformer2DModel keeps each of MMDiT's tensors ``names``.
+
+    diffusers stores the last layer's and the last context block's modulation as
+    (scale, shift); the official files, and we, as (shift, scale).
+    """
+    names = list(names)
+    blocks = [int(m[1]) for n in names if (m := re.match(r"joint_blocks\.(\d+)\.", n))]
+    last = f"joint_blocks.{max(blocks, default=0)}.context_block.adaLN_modulation"
+    return {name: _transformer_source(name, last) for name in names}
+
+
+def _transformer_source(name: str, last: str) -> Source:
+    parts = re.findall(r"^(?:joint_blocks\.(\d+)\.)?(.*?)(\.weight|\.bias)?$", name)
+    block, inner, end = parts[0]
+    prefix = f"transformer_blocks.{block}." if block else ""
+    stored = (BLOCK if block else TRANSFORMER).get(inner, inner).split()
+    swap = name.startswith((last, "final_layer.adaLN_modulation"))
+    how = "stack" if len(stored) > 1 else "swap" if swap else "copy"
+    return Source(tuple(prefix + s + end for s in stored), how)
+
+
+def vae_sources(names: Iterable[str]) -> dict[str, Source]:
+    """Where diffusers' AutoencoderKL keeps each of the VAE's tensors ``names``.
+
+    diffusers counts the decoder's levels from the latents, the official files, and
+    we, from the pixels; it holds the attention's 1×1 convolutions as matrices.
+    """
+    names = list(names)
+    levels = [int(m[1]) for n in names if (m := re.match(r"decoder\.up\.(\d+)\.", n))]
+    return {name: _vae_source(name, max(levels, default=0)) for name in names}
+
+
+def _vae_source(name: str, top: int) -> Source:
+    stored = re.sub(r"\bup\.(\d+)", lambda m: f"up_blocks.{top - int(m[1])}", name)
+    stored = re.sub(r"\bdown\.(\d+)", r"down_blocks.\1", stored)
+    stored = re.sub(r"\bblock\.(\d+)", r"resnets.\1", stored)
+    for ours, theirs in VAE.items():
+        stored = re.sub(rf"\b{re.escape(ours)}\b", theirs, stored)
+    conv = re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name)
+    return Source((stored,), "conv" if conv else "copy")
+
+
+def same_names(names: Iterable[str]) -> dict[str, Source]:
+    return {name: Source((name,)) for name in names}
+
+
+TRANSFORMER = {
+    "pos_embed": "pos_embed.pos_embed",
+    "x_embedder.proj": "pos_embed.proj",
+    "context_embedder": "context_embedder",
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+BLOCK = {
+    "x_block.adaLN_modulation.1": "norm1.linear",
+    "x_block.attn.qkv": "attn.to_q attn.to_k attn.to_v",
+    "x_block.attn.ln_q": "attn.norm_q",
+    "x_block.attn.ln_k": "attn.norm_k",
+    "x_block.attn.proj": "attn.to_out.0",
+    "x_block.attn2.qkv": "attn2.to_q attn2.to_k attn2.to_v",
+    "x_block.attn2.ln_q": "attn2.norm_q",
+    "x_block.attn2.ln_k": "attn2.norm_k",
+    "x_block.attn2.proj": "attn2.to_out.0",
+    "x_block.mlp.fc1": "ff.net.0.proj",
+    "x_block.mlp.fc2": "ff.net.2",
+    "context_block.adaLN_modulation.1": "norm1_context.linear",
+    "context_block.attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+    "context_block.attn.ln_q": "attn.norm_added_q",
+    "context_block.attn.ln_k": "attn.norm_added_k",
+    "context_block.attn.proj": "attn.to_add_out",
+    "context_block.mlp.fc1": "ff_context.net.0.proj",
+    "context_block.mlp.fc2": "ff_context.net.2",
+}
+VAE = {
+    "mid.block_1": "mid_block.resnets.0",
+    "mid.block_2": "mid_block.resnets.1",
+    "mid.attn_1.norm": "mid_block.attentions.0.group_norm",
+    "mid.attn_1.q": "mid_block.attentions.0.to_q",
+    "mid.attn_1.k": "mid_block.attentions.0.to_k",
+    "mid.attn_1.v": "mid_block.attentions.0.to_v",
+    "mid.attn_1.proj_out": "mid_block.attentions.0.to_out.0",
+    "nin_shortcut": "conv_shortcut",
+    "downsample.conv": "downsamplers.0.conv",
+    "upsample.conv": "upsamplers.0.conv",
+    "norm_out": "conv_norm_out",
+}
+
+
+Rename = Callable[[Iterable[str]], dict[str, Source]]
+RENAMES: dict[str, Rename] = {
+    "SD3Transformer2DModel": transformer_sources,
+    "AutoencoderKL": vae_sources,
+}
+
 
 TINY = Path(__file__).parents[1] / "pretrained" / "tiny"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -450,6 +573,43 @@ def save_component(
     rename = RENAMES.get(class_name)
     save_weights(model, folder / WEIGHTS[0 if rename else 1], rename, dtype)
     write_json(folder / "config.json", hub_config(model.config, class_name))
+
+
+def save_folder(
+    folder: Path,
+    models: Mapping[str, Any],
+    tokenizers: Mapping[str, Any],
+    scheduler: Any,
+    origin: str,
+    dtype: torch.dtype | None,
+) -> None:
+    """Write every part, None where there is none, and the index that names them.
+
+    ``origin`` is the name that the folder remembers. Raises ValueError, before anything
+    is written, where a model does not hold all its weights in full.
+    """
+    models = {name: model for name, model in models.items() if model}
+    tokenizers = {name: known for name, known in tokenizers.items() if known}
+    for name, model in models.items():
+        check_whole(name, model)
+    for name, model in models.items():
+        save_component(model, folder / name, MODELS[name], dtype)
+    for name, tokenizer in tokenizers.items():
+        tokenizer.save_pretrained(folder / name)
+    save_scheduler(scheduler, folder / "scheduler")
+    index = pipeline_index((*models, *tokenizers)) | {"_name_or_path": origin}
+    write_json(folder / "model_index.json", index)
+
+
+def check_whole(name: str, model: nn.Module) -> None:
+    """Raise ValueError for weights in 8 bits, in their file, or beside their layer."""
+    with on_meta():
+        own = type(model)(model.config).state_dict().keys()
+    if odd := sorted(own ^ model.state_dict().keys()):
+        raise ValueError(
+            f"{name}.{odd[0]} is stored in 8 bits, in its file, or beside its layer; "
+            "expected a pipeline loaded without a plan of memory"
+        )
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -104,7 +104,8 @@ def find_target(
 ) -> tuple[torch.device, torch.dtype]:
     """As ``check_target``; ValueError too for a GPU that PyTorch does not see."""
     device, dtype = check_target(device, dtype)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    seen = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
+    if (device.index or 0) >= seen.get(device.type, math.inf):
         found = f"device is {device}, which PyTorch does not see"
         raise ValueError(f"{found}; expected cpu, or a driver and a PyTorch for it")
     return device, dtype

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from minidiff.engine.loading import blueprint, load
-from minidiff.files.reading import read_json
+from minidiff.files.disk import read_json
 from minidiff.interface import checks
 from minidiff.interface.terminal import status
 from minidiff.judging import metrics, witness, world

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from minidiff.data.fashion_mnist import CLASSES
 from minidiff.data.garments import BACKGROUNDS, COLORS, LAYOUTS, Attributes, Scenes
+from minidiff.files.disk import write_json
 from minidiff.files.weights import load_component, save_weights
-from minidiff.files.writing import write_json
 
 JUDGE = Path(__file__).parent.parent / "pretrained" / "judge"
 GROUPS = 8  # of channels, in each normalisation

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from minidiff.data.language import Group, Meaning
 from minidiff.data.scenes import COLORS, IMAGE_SIZE, KINDS, SceneBatch, item_groups
+from minidiff.files.disk import write_json
 from minidiff.files.weights import load_component, save_weights
-from minidiff.files.writing import write_json
 from minidiff.judging.judge import Residual, with_silhouette
 
 WITNESS = Path(__file__).parent.parent / "pretrained" / "judge"

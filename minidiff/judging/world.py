@@ -17,7 +17,7 @@ from torch import Tensor
 from minidiff.data.language import OPPOSITE, Group, Meaning, captions
 from minidiff.data.rng import fold_in
 from minidiff.data.scenes import COLORS, GARMENT_SHARE, KINDS, SHARES, SIDES, World
-from minidiff.files.reading import parse_json, read_text
+from minidiff.files.disk import parse_json, read_text
 from minidiff.judging.judge import EVALUATION_SEED
 from minidiff.judging.metrics import frechet_distance, generate, psnr_by_picture
 from minidiff.judging.witness import Witness, find, follows, shares

@@ -25,21 +25,22 @@ from minidiff.interface.terminal import tell
 from minidiff.learning import parallel, steps
 from minidiff.learning.run import (
     Run,
+    cached,
     check_folder,
     check_other,
+    fingerprint,
     is_out_of_memory,
     lasting,
 )
-from minidiff.learning.tensors import cached, fingerprint
 from minidiff.lora import ATTENTION, FILE, LowRank, add_lora, save_lora
 from minidiff.recipes.features import (
     Features,
     FlowBatches,
     collect,
     encode_latents,
+    shuffled,
     validation,
 )
-from minidiff.recipes.order import shuffled
 from minidiff.sampling import Pipeline
 from minidiff.training import Batch, Task, TrainingConfig, fit, transformer_loss
 

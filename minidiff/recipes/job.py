@@ -1,23 +1,33 @@
-"""A job: where a model's stages read and write, on what, and from which seeds."""
+"""A job and its stages: what is read, learned and kept, and from which seeds."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+from torch import nn
+
 from minidiff.data import rng
 from minidiff.data.captioned import Pictures
 from minidiff.data.garments import SCENES, Scenes
+from minidiff.data.reader import vocabulary
 from minidiff.data.told import ToldScenes, own_things
 from minidiff.dit import MMDiTConfig
 from minidiff.engine import loading
-from minidiff.files.weights import load_component
+from minidiff.files import layout
+from minidiff.files.disk import read_json, write_json
+from minidiff.files.layout import ENCODERS, TOKENIZERS
+from minidiff.files.tokenizer_files import write_words
+from minidiff.files.weights import load_component, save_component
+from minidiff.flow_matching import Scheduler
 from minidiff.interface.terminal import printable
 from minidiff.learning import parallel
 from minidiff.learning.run import Run
 from minidiff.recipes.recipe import Recipe
 from minidiff.text_encoders import T5Config
 from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
-from minidiff.training import TrainingConfig
+from minidiff.training import Task, TrainingConfig
 
 LENGTH = 32  # tokens of a prompt, for each encoder
 # What the world needs more than garments alone: words, and one block
@@ -110,3 +120,64 @@ def announce(line: str) -> None:
     """Print ``line`` once, however many processes train."""
     if parallel.rank() == 0:
         print(printable(line), flush=True)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a stage learns, and what is done with the averaged model at the end."""
+
+    task: Task
+    export: Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step on the way to a model.
+
+    Args:
+        name: of its run's folder, and of its settings in a ``Recipe``.
+        prepare: makes its lesson; None where all is done, without learning by steps.
+        needs, makes: parts of OUTPUT/model.
+        goes_on: whether it can begin with another model's weights.
+        only: the scenes it can learn from, if not from any.
+    """
+
+    name: str
+    prepare: Callable[[Job], Lesson | None]
+    needs: tuple[str, ...] = ()
+    makes: tuple[str, ...] = ()
+    goes_on: bool = False
+    only: str | None = None
+
+
+def export_part(job: Job, model: nn.Module, name: str) -> None:
+    """Write one component of the hub's layout in float16."""
+    if parallel.rank():
+        return
+    save_component(model, job.model / name, layout.MODELS[name], torch.float16)
+    if name in ENCODERS:
+        state_special_ids(job, name)
+
+
+def state_special_ids(job: Job, name: str) -> None:
+    """Add the special ids that transformers' configurations of encoders state."""
+    tokenizer = job.read_tokenizers()[list(ENCODERS).index(name)]
+    path = job.model / name / "config.json"
+    ids = {k: getattr(tokenizer, k) for k in ("bos_token_id", "eos_token_id")}
+    ids["pad_token_id"] = tokenizer.pad_token_id
+    known = {k: v for k, v in ids.items() if v is not None}
+    write_json(path, read_json(path) | known)
+
+
+def export_index(job: Job) -> None:
+    """What makes a folder of components a pipeline: two files, and the words seen."""
+    if parallel.rank():
+        return
+    layout.save_scheduler(Scheduler(shift=1.0), job.model / "scheduler")
+    index = layout.pipeline_index((*loading.PARTS, *TOKENIZERS))
+    write_json(job.model / "model_index.json", index)
+    scenes = job.scenes()
+    if isinstance(scenes, ToldScenes):
+        write_words(job.model, [*vocabulary(), *scenes.kinds])
+    else:
+        write_words(job.model, scenes.all_captions())

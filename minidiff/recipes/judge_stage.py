@@ -19,10 +19,8 @@ from minidiff.judging.witness import (
     witness_loss,
 )
 from minidiff.learning import parallel
-from minidiff.recipes.features import collect
-from minidiff.recipes.job import Job
-from minidiff.recipes.lesson import Lesson
-from minidiff.recipes.order import place_in_pool
+from minidiff.recipes.features import collect, place_in_pool
+from minidiff.recipes.job import Job, Lesson
 from minidiff.training import Batch, Task
 
 

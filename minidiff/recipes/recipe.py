@@ -5,10 +5,56 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from minidiff.files.reading import excerpt, read_json
+from minidiff.files.disk import excerpt, read_json
 from minidiff.learning.steps import MOST_SAMPLES
-from minidiff.recipes.history import HISTORY
 from minidiff.training import TrainingConfig
+
+Changes = dict[str, Any]
+
+LONGER: Changes = {  # the autoencoder and the transformer learn on, by AdamW
+    "vae": {
+        "steps": 4000,
+        "batch_size": 16,
+        "learning_rate": 1.5e-3,
+        "warmup_steps": 100,
+        "ema_decay": 0.998,
+        "muon": False,
+        "save_every": 250,
+        "validate_every": 1000,
+    },
+    "transformer": {
+        "steps": 5000,
+        "batch_size": 64,
+        "learning_rate": 1.6e-3,
+        "warmup_steps": 200,
+        "ema_decay": 0.999,
+        "muon": False,
+        "accumulation": 2,
+        "save_every": 250,
+        "validate_every": 1000,
+    },
+    "pictures": 2**15,
+    "latents": 2**16,
+    "two_garments": 0.5,
+}
+# ``--stage transformer``, then once more with 13,000 steps. The noise above sigma 0.7
+# decides which garment it is: the shift has 3 samples of 5 there.
+STEPS: Changes = LONGER["transformer"] | {"steps": 10_000, "learning_rate": 1.2e-3}
+FURTHER: Changes = LONGER | {"transformer": STEPS, "two_garments": 0.65, "shift": 3.0}
+# What finished the transformer: the same levels, Muon's steps
+MUON_STEPS: Changes = STEPS | {"steps": 9_000, "learning_rate": 1.5e-3, "muon": True}
+ORTHOGONAL: Changes = FURTHER | {"transformer": MUON_STEPS}
+# What finished the autoencoder (``--stage vae``), by Muon's steps too: its latents
+# hardly move, so that the transformer need not learn again. Then ``--stage
+# transformer``: what is new in them is fine detail, which lies at low levels.
+DETAILS: Changes = ORTHOGONAL | {
+    "vae": LONGER["vae"] | {"steps": 10_000, "learning_rate": 2e-3, "muon": True},
+    "transformer": MUON_STEPS | {"steps": 10_000},
+    "hold_latents": 0.05,
+    "shift": 2.0,
+}
+HISTORY = {"longer": LONGER, "further": FURTHER, "muon": ORTHOGONAL, "details": DETAILS}
+
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -14,12 +14,9 @@ from minidiff.data.told import ToldScenes
 from minidiff.files.layout import ENCODERS
 from minidiff.files.pictures import from_bytes, to_bytes
 from minidiff.files.sentencepiece import case_folding
-from minidiff.learning.tensors import cached, fingerprint
-from minidiff.recipes.exporting import export_part
-from minidiff.recipes.features import collect
-from minidiff.recipes.job import LENGTH, VOCABULARY, Job, announce
-from minidiff.recipes.lesson import Lesson
-from minidiff.recipes.order import place_in_pool
+from minidiff.learning.run import cached, fingerprint
+from minidiff.recipes.features import collect, place_in_pool
+from minidiff.recipes.job import LENGTH, VOCABULARY, Job, Lesson, announce, export_part
 from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
 from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
 from minidiff.training import (

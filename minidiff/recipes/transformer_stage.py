@@ -18,19 +18,17 @@ from minidiff.files.layout import ENCODERS
 from minidiff.files.pictures import save_sheet
 from minidiff.flow_matching import Scheduler, euler, guide
 from minidiff.learning import parallel
+from minidiff.learning.run import cached, fingerprint
 from minidiff.learning.steps import recompute
-from minidiff.learning.tensors import cached, fingerprint
-from minidiff.recipes.exporting import export_index, export_part
 from minidiff.recipes.features import (
     Features,
     FlowBatches,
     collect,
     encode_latents,
+    place_in_pool,
     validation,
 )
-from minidiff.recipes.job import Job
-from minidiff.recipes.lesson import Lesson
-from minidiff.recipes.order import place_in_pool
+from minidiff.recipes.job import Job, Lesson, export_index, export_part
 from minidiff.recipes.text_stages import token_tables
 from minidiff.recipes.vae_stage import chunk_size
 from minidiff.text_encoders import assemble

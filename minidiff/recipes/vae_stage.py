@@ -11,11 +11,8 @@ from torch import Tensor
 from minidiff.data import rng
 from minidiff.files.pictures import from_bytes
 from minidiff.judging.distances import psnr_by_picture
-from minidiff.recipes.exporting import export_part
-from minidiff.recipes.features import collect
-from minidiff.recipes.job import Job
-from minidiff.recipes.lesson import Lesson
-from minidiff.recipes.order import place_in_pool
+from minidiff.recipes.features import collect, place_in_pool
+from minidiff.recipes.job import Job, Lesson, export_part
 from minidiff.recipes.text_stages import picture_pool
 from minidiff.training import Batch, Task, precise, vae_loss
 from minidiff.vae import VAE, Upsample
