@@ -107,7 +107,7 @@ BAD = [
     (["--num-images", 0], "--num-images is 0; expected a whole number, 1 to 100000"),
     (["--model", "sd4"], "model is 'sd4'; expected tiny, sd3.5-medium"),
     (["--model", ""], "model is ''; expected tiny"),
-    (["--device", "tpu"], "--device is 'tpu'; expected one that is here: cpu"),
+    (["--device", "tpu"], "device is 'tpu'; expected cpu, cuda"),
     (
         ["--output", "no/where.png"],
         "no/where.png cannot be written: no is not a folder",
@@ -121,8 +121,8 @@ BAD = [
     (["--negative-prompt", "bad \udcff"], "negative_prompt is not a text in UTF-8"),
     (["--t5", "gone"], "t5 is 'gone'; expected one of resident, streamed, none"),
     (["--clip", "none"], "clip is 'none'; expected one of resident, streamed"),
-    (["--vae-tile", 2], "vae_tile is 2; expected 8 latent pixels or more"),
-    (["--dtype", "int8"], "--dtype is 'int8'; expected one of float32, bfloat16"),
+    (["--vae-tile", 2], "vae_tile is 2; expected a whole number, at least 8"),
+    (["--dtype", "int8"], "'int8' is not one of 'float32', 'bfloat16'"),
     (["--text-encoders", "."], "text_encoders is '.', but"),
     (["--model", "sd3.5-large", "--memory", "lots"], "memory is 'lots'; expected"),
 ]

@@ -477,7 +477,7 @@ BAD = [
     (["a", "--model", "sd3.5-large", "--sampler", "ddim"], "sampler is 'ddim'"),
     (["a", "--model", "sd3.5-medium", "--height", 33], "the nearest is 32"),
     (["a", "--model", "{missing}"], "sd3.5_large.safetensors is missing"),
-    (["a", "--device", "cpu:x"], "--device is 'cpu:x'; expected one that is here"),
+    (["a", "--device", "cpu:x"], "device is 'cpu:x'; expected cpu, cuda"),
     (["a", "--preview", "no/p.png"], "no/p.png cannot be written"),
     (["a", "--preview", "p.jpg"], "--preview is p.jpg; expected a name that ends"),
     (["a", "--strength", 0.5], "--strength is 0.5, which needs --image"),

@@ -201,7 +201,7 @@ def test_tiles_know_the_factor(levels):
     latents, factor = torch.randn(1, 16, 12, 9), vae.config.factor
     how = 8, 6, 8 * factor, 6 * factor
     expected = tiling.tiled(vae.decode, latents, *how)
-    found = memory.tile(vae, Plan(vae_tile=8)).decode(latents)
+    found = tiling.Tiled(vae, 8).decode(latents)
     assert found.shape[2:] == (12 * factor, 9 * factor)
     assert torch.equal(found, expected)
 
@@ -212,7 +212,7 @@ def test_slices_are_encoded_one_by_one(monkeypatch):
     monkeypatch.setattr(
         VAE, "encode", lambda self, x: seen.append(len(x)) or encode(self, x)
     )
-    found = memory.tile(vae, Plan(vae_slicing=True)).encode(images)
+    found = tiling.Tiled(vae, slicing=True).encode(images)
     assert seen == [1, 1, 1]
     assert relative_error(found.mean, expected.mean) < 1e-5
     assert relative_error(found.logvar, expected.logvar) < 1e-5
@@ -264,9 +264,9 @@ def test_the_plan_is_one_line(folder, capsys):
         ({"memory": "lots"}, "memory is 'lots'; expected 8GB"),
         ({"memory": "0.5GB"}, "memory is 0.5GB; this model needs about"),
         ({"t5": "gone"}, "t5 is 'gone'; expected one of resident, streamed, none"),
-        ({"vae_tile": 2}, "vae_tile is 2; expected 8 latent pixels or more"),
-        ({"vae_tile": "64"}, "vae_tile is '64'; expected 8 latent pixels or more"),
-        ({"vae_tile": 64.5}, "vae_tile is 64.5; expected 8 latent pixels or more"),
+        ({"vae_tile": 2}, "vae_tile is 2; expected a whole number, at least 8"),
+        ({"vae_tile": "64"}, "vae_tile is '64'; expected a whole number, at least 8"),
+        ({"vae_tile": 64.5}, "vae_tile is 64.5; expected a whole number, at least 8"),
         ({"fp8": "no"}, "fp8 is 'no'; expected True or False"),
         (
             {"nonsense": 1},
@@ -365,7 +365,7 @@ def test_what_was_rehearsed_is_what_is_loaded(calls, monkeypatch, card, size, ho
     card(size)
     parts = {n: SimpleNamespace(model=m) for n, m in calls["large"].models.items()}
     monkeypatch.setattr(memory, "place", lambda part, plan, *_: plan)
-    monkeypatch.setattr(memory, "tile", lambda vae, _: vae)
+    monkeypatch.setattr(memory, "Tiled", lambda vae, *_: vae)
     with pytest.raises(ValueError, match="needs about"):
         rehearse(lambda _: (), "sd3.5-large", "cuda", **how)
     plan = rehearse(asks(height=512, width=512), "sd3.5-large", "cuda", **how).plan

@@ -15,7 +15,7 @@ from minidiff import attention, dit, sampling, text_encoders, tokenizer, trainin
 from minidiff import flow_matching as fm
 from minidiff.drawing import previews
 from minidiff.drawing.image_to_image import image_to_image
-from minidiff.engine import fast, memory
+from minidiff.engine import fast, tiling
 from minidiff.files.pictures import to_pil
 
 ROOT = Path(__file__).parents[1]
@@ -124,7 +124,7 @@ def go_beyond(pipe: sampling.Pipeline) -> None:
     """What the rooms above make of a pipeline that also draws in tiles."""
     previews.fit_preview(pipe.vae)(torch.randn(2, 16, 4, 6))
     picture, mask = torch.rand(3, 32, 48), Image.new("L", (48, 32))
-    pipe.vae = memory.tile(pipe.vae, memory.Plan(vae_tile=8))
+    pipe.vae = tiling.Tiled(pipe.vae, 8)
     pipe.transformer = fast.accelerate(pipe.transformer, pipe.vae)
     prompts = ["a red dress", "a bag"]
     for image in (picture, to_pil(picture[None])[0]):

@@ -13,16 +13,19 @@ from torch import nn
 
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.engine.memory import (
+    GIB,
     NOTHING,
     Call,
     Fit,
     Plan,
     asked_by,
+    check_device,
     check_speed,
-    fit,
+    choose,
+    estimate,
     load_parts,
+    pixels,
     requested,
-    room_for_more,
     room_left,
     stand_in,
     usual_size,
@@ -34,6 +37,7 @@ from minidiff.files.layout import (
     ENCODERS,
     PUBLISHED,
     SCHEDULER,
+    Published,
     config_file,
     named,
     read_config,
@@ -133,16 +137,21 @@ class Given(NamedTuple):
 class Files(NamedTuple):
     """A pipeline's files, checked; of the models nothing has been read yet.
 
-    ``name`` is for people, ``origin`` for ``recognize``. ``models`` are on the meta
-    device. ``prepared`` reads their weights; None where these are still on the hub.
+    ``name`` is for people, ``origin`` for ``recognize``. ``here``: the files of
+    ``parts`` are, so that these read their weights.
     """
 
     name: str
     origin: str
-    models: dict[str, nn.Module]
-    prepared: dict[str, Prepared] | None
+    parts: dict[str, Prepared]
     tokenizers: list[CLIPTokenizer | T5Tokenizer | None]
     scheduler: Scheduler
+    here: bool = True
+
+    @property
+    def models(self) -> dict[str, Any]:
+        """The parts on the meta device."""
+        return {name: part.model for name, part in self.parts.items()}
 
 
 @dataclass(frozen=True)
@@ -179,18 +188,20 @@ class Opened:
     ) -> Fit:
         """The plan by which the checked ``requests`` fit ``memory`` and the card.
 
-        Without any, one picture of the usual size; with a Plan only the weights.
+        Without any, one picture of the usual size; with a Plan only the weights. A plan
+        that was asked for is printed in one line.
         """
         models, dtype = self.files.models, self.dtype
         calls = [asked_by(request, models, dtype) for request in requests]
-        if not calls:
-            size = NOTHING if isinstance(memory, Plan) else usual_size(models)
-            usual = Call(models, size, dtype.itemsize)
-            plan = fit(memory, usual, self.device, **knobs)
-            return Fit(plan, room_left(memory, plan, usual))
-        most = max(calls, key=lambda call: working(Plan(), call))
-        plan = fit(memory, most, self.device, **knobs)
-        return Fit(plan, room_for_more(memory, plan, most, self.device))
+        size = NOTHING if isinstance(memory, Plan) else usual_size(models)
+        usual = Call(models, size, dtype.itemsize)
+        call = max(calls, key=lambda call: working(Plan(), call), default=usual)
+        plan = choose(memory, call, **knobs)
+        check_device(plan, call, self.device, **knobs)
+        if knobs or not (memory is None or isinstance(memory, Plan)):
+            need, what = estimate(plan, call) / GIB, pixels(call.size, models["vae"])
+            print(f"memory plan: {plan}; about {need:.1f} GiB for {what}")
+        return Fit(plan, room_left(memory, plan, call, calls and self.device or None))
 
     def load(
         self,
@@ -204,12 +215,12 @@ class Opened:
 
         ``memory`` and ``knobs`` are what was asked for, as in ``minidiff.load``.
         """
-        models, prepared = self.files.models, self.files.prepared
-        if prepared is None:
+        if not self.files.here:
             here = open_model(self.given, self.device, self.dtype)
             return here.load(fit, memory, fast, compile, **knobs)
-        check_speed(fit.plan, models["transformer"].config, self.device, fast, compile)
-        parts: dict[str, Any] = load_parts(prepared, fit.plan, self.device, self.dtype)
+        config, files = self.files.models["transformer"].config, self.files.parts
+        check_speed(fit.plan, config, self.device, fast, compile)
+        parts: dict[str, Any] = load_parts(files, fit.plan, self.device, self.dtype)
         if fast or compile:
             from minidiff.engine.fast import accelerate
 
@@ -267,27 +278,42 @@ def open_folder(given: Given) -> Files:
         if name in present and (given.t5 or name != "text_encoder_3")
     }
     check_t5(folder, parts, present)
-    origin = index.get("_name_or_path")
-    name = f"{given.model} ({origin})" if origin else str(given.model)
-    tokenizers = read_tokenizers(folder, present)
-    return prepared_files(name, known_as(given), parts, tokenizers, scheduler)
-
-
-def prepared_files(
-    name: str, origin: str, parts: dict[str, Prepared], *rest: Any
-) -> Files:
-    """The files of ``parts`` and of what comes beside them."""
-    models = {part: prepared.model for part, prepared in parts.items()}
-    return Files(name, origin, models, parts, *rest)
+    name, readers = str(given.model), read_tokenizers(folder, present)
+    if origin := index.get("_name_or_path"):
+        name = f"{name} ({origin})"
+    return Files(name, known_as(given, folder), parts, readers, scheduler)
 
 
 def outline(given: Given) -> Files:
-    """What is known of a model on the hub before its weights are here."""
-    models = blueprint(given.model, given.revision)
-    if not given.t5:
-        models.pop("text_encoder_3", None)
-    name, origin = str(given.model), known_as(given)
-    return Files(name, origin, models, None, [None] * 3, Scheduler(3.0))
+    """What is known of a model without its weights: shapes, on the meta device.
+
+    The published names need no network; a folder's config.json files are read.
+    """
+    if known := on_hub(given.model):
+        with on_meta():
+            models = {
+                name: model_class(getattr(config_class, known.sizes[name])())
+                for name, (model_class, config_class) in PARTS.items()
+            }
+        origin = known.name
+    else:
+        folder = find_model(given, weights=False)
+        present, origin = read_index(folder)[1], known_as(given, folder)
+        models = {
+            name: load_component(*classes, folder / name, device="meta")
+            for name, classes in PARTS.items()
+            if name in present
+        }
+    counted = {n: m for n, m in models.items() if given.t5 or n != "text_encoder_3"}
+    parts = {name: Prepared(model, {}, {}) for name, model in counted.items()}
+    return Files(str(given.model), origin, parts, [None] * 3, Scheduler(3.0), False)
+
+
+def blueprint(
+    model: Path | str = "tiny", revision: str | None = None
+) -> dict[str, nn.Module]:
+    """The models of a pipeline on the meta device: shapes, and not one weight."""
+    return outline(Given(model, revision=revision)).models
 
 
 def open_single_file(given: Given) -> Files:
@@ -328,7 +354,7 @@ def open_single_file(given: Given) -> Files:
     if t5 and "text_encoder_3" not in parts:
         warnings.warn(f"{folder} holds no T5, so it is left out", stacklevel=5)
     rest = read_tokenizers(folder, present), Scheduler(3.0)
-    return prepared_files(file.stem, file.stem, parts, *rest)
+    return Files(file.stem, file.stem, parts, *rest)
 
 
 def check_t5(folder: Path, parts: Collection[str], tokenizers: Collection[str]) -> None:
@@ -349,43 +375,16 @@ def read_tokenizers(
     ]
 
 
-def is_published(model: Path | str) -> bool:
-    """Whether ``model`` is a published model's name, and no folder of that name."""
+def on_hub(model: Path | str) -> Published | None:
+    """The published model that ``model`` names, unless it is a folder of that name."""
     known = named(model)
-    return known is not None and bool(known.repository) and not Path(model).is_dir()
+    return known if known and known.repository and not Path(model).is_dir() else None
 
 
-def blueprint(
-    model: Path | str = "tiny", revision: str | None = None
-) -> dict[str, nn.Module]:
-    """The models of a pipeline on the meta device: shapes, and not one weight.
-
-    The published names need no network; a folder's config.json files are read.
-    """
-    known = named(model)
-    if known and is_published(model):
-        with on_meta():
-            return {
-                name: model_class(getattr(config_class, known.sizes[name])())
-                for name, (model_class, config_class) in PARTS.items()
-            }
-    folder = find_model(Given(model, revision=revision), weights=False)
-    present = read_index(folder)[1]
-    return {
-        name: load_component(*classes, folder / name, device="meta")
-        for name, classes in PARTS.items()
-        if name in present
-    }
-
-
-def known_as(given: Given) -> str:
-    """What ``recognize`` is told of a model: its folder and the name it remembers.
-
-    The published names need no network.
-    """
-    if is_published(given.model):
-        return str(given.model)
-    folder = find_model(given, weights=False)
+def known_as(given: Given, folder: Path) -> str:
+    """What ``recognize`` is told of a model: its folder and the name it remembers."""
+    if known := on_hub(given.model):
+        return known.name
     origin = read_index(folder)[0].get("_name_or_path")
     return f"{folder}/{origin}" if origin else str(folder)
 
@@ -418,22 +417,20 @@ def read_scheduler(folder: Path) -> Scheduler:
         raise ValueError(f"{found}; expected {SCHEDULER} (solvers: sampler=…)")
     if used := [name for name in DYNAMIC if content.get(name)]:
         raise ValueError(f"{folder} asks for {used[0]}, which minidiff does not have")
-    scheduler = read_config(Scheduler, folder)
-    if scheduler.shift <= 0 or scheduler.num_train_timesteps < 1:
-        raise ValueError(f"{folder}: {scheduler}; expected positive numbers")
-    return scheduler
+    return read_config(Scheduler, folder)
 
 
 def describe(model: Path | str) -> str:
     """A table of a model's parts, and how it is meant to be drawn from."""
-    parts: dict[str, Any] = blueprint(model)
+    files = outline(Given(model))
+    parts, origin = files.models, files.origin
     sizes = {name: count_parameters(part) for name, part in parts.items()}
     rows = [f"{'part':<16}{'parameters':>16}{'MB':>10}"]
     for name, size in (sizes | {"all": sum(sizes.values())}).items():
         rows.append(f"{name:<16}{size:>16,}{2 * size / 1e6:>10,.1f}")
     config = parts["transformer"].config
     side = config.sample_size * parts["vae"].config.factor
-    usual = recognize(config, known_as(Given(model))) or OTHERS
+    usual = recognize(config, origin) or OTHERS
     rows.append(
         f"{side}×{side} pixels, {usual.num_inference_steps} steps, "
         f"guidance {usual.guidance_scale}"

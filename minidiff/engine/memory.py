@@ -24,7 +24,7 @@ from minidiff.dit import MMDiT
 from minidiff.engine.kernels import Float8Linear, Rows, has_fp8, quantize
 from minidiff.engine.tiling import Tiled
 from minidiff.files.weights import Prepared
-from minidiff.interface.checks import check_choice, check_fast
+from minidiff.interface.checks import check_choice, check_fast, check_range
 from minidiff.interface.request import Request
 from minidiff.lora import adapted_layers
 from minidiff.text_encoders import T5Encoder
@@ -61,27 +61,19 @@ class Plan:
     vae_slicing: bool = False
 
     def __post_init__(self) -> None:
-        choices = {
-            "t5": ("resident", "streamed", "none"),
-            "clip": ("resident", "streamed"),
-            "modulation": ("resident", "streamed"),
-        }
-        for name, known in choices.items():
-            check_choice(name, getattr(self, name), known)
+        places = "resident", "streamed"
+        check_choice("t5", self.t5, (*places, "none"))
+        check_choice("clip", self.clip, places)
+        check_choice("modulation", self.modulation, places)
         for name in ("fp8", "vae_slicing"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name} is {value!r}; expected True or False")
-        tile = self.vae_tile
-        whole = isinstance(tile, int) and not isinstance(tile, bool)
-        if tile is not None and not (whole and tile >= 8):
-            raise ValueError(f"vae_tile is {tile!r}; expected 8 latent pixels or more")
+        if self.vae_tile is not None:
+            check_range("vae_tile", self.vae_tile, 8)  # latent pixels
 
     def __str__(self) -> str:
-        changed = [
-            f"{f.name} {getattr(self, f.name)}"
-            for f in fields(self)
-            if getattr(self, f.name) != f.default
-        ]
+        values = [(f.name, getattr(self, f.name), f.default) for f in fields(self)]
+        changed = [f"{name} {value}" for name, value, usual in values if value != usual]
         return ", ".join(changed) or "everything resident"
 
     def check_room(self, pipe: Any, size: tuple[int, ...], levels: int) -> None:
@@ -90,11 +82,11 @@ class Plan:
         ``pipe`` is loaded: what its weights take is gone from ``pipe.room``, and from
         the card, if it is on one. ``levels`` are those of ``Call``.
         """
-        models, weight = {"transformer": pipe.transformer}, first_weight(pipe)
-        need = working(self, Call(models, size, weight.dtype.itemsize, levels))
+        models = {"transformer": pipe.transformer}
+        need = working(self, Call(models, size, pipe.dtype.itemsize, levels))
         left, whose = pipe.room, "memory"
-        if weight.device.type == "cuda":
-            free = free_memory(weight.device, need)
+        if pipe.device.type == "cuda":
+            free = free_memory(pipe.device, need)
             left, whose = min((left, whose), (free, "the card"))
         if need > left:
             raise NoRoom(
@@ -150,12 +142,8 @@ def usual_size(models: Models) -> tuple[int, ...]:
 
 def asked_by(request: Request, models: Models, dtype: torch.dtype) -> Call:
     """What a request that a pipeline has checked asks of a device."""
-    factor, channels = (
-        models["vae"].config.factor,
-        models["transformer"].config.in_channels,
-    )
-    height, width = (side // factor for side in request.size)
-    size = request.count, channels, height, width
+    height, width = (side // models["vae"].config.factor for side in request.size)
+    size = request.count, models["transformer"].config.in_channels, height, width
     return Call(models, size, dtype.itemsize, request.levels)
 
 
@@ -170,14 +158,9 @@ def estimate(plan: Plan, call: Call) -> float:
     total += blocks * (1 if plan.fp8 else width)
     total += (adaln + table) * width * (plan.modulation == "resident")
     total += weigh(models["vae"]) * width
-    for name, where in (
-        ("text_encoder", plan.clip),
-        ("text_encoder_2", plan.clip),
-        ("text_encoder_3", plan.t5),
-    ):
-        if where == "resident" and name in models:
-            total += weigh(models[name]) * width
-    return total + working(plan, call)
+    where = {"text_encoder": plan.clip, "text_encoder_2": plan.clip, T5: plan.t5}
+    here = [models[n] for n, at in where.items() if at == "resident" and n in models]
+    return total + sum(map(weigh, here)) * width + working(plan, call)
 
 
 def working(plan: Plan, call: Call) -> float:
@@ -216,20 +199,6 @@ class Fit(NamedTuple):
 
     plan: Plan
     room: float
-
-
-def fit(
-    memory: str | Plan | None, call: Call, device: torch.device, **knobs: Any
-) -> Plan:
-    """The plan by which ``call`` fits ``memory`` and the card; see ``choose``.
-
-    Where one was asked for, it is printed in one line.
-    """
-    plan = choose(memory, call, **knobs)
-    check_device(plan, call, device, **knobs)
-    if knobs or not (memory is None or isinstance(memory, Plan)):
-        announce(plan, call)
-    return plan
 
 
 def choose(memory: str | Plan | None, call: Call, **knobs: Any) -> Plan:
@@ -310,10 +279,15 @@ def free_memory(device: torch.device, need: float) -> int:
 
     Where they are fewer than ``need``, what dropped pipelines hold in cycles is freed.
     """
-    if (free := free_now(device)) < need:
+
+    def free() -> int:  # for CUDA, and what PyTorch holds unused
+        reserved = torch.cuda.memory_reserved(device)
+        unused = reserved - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+
+    if free() < need:
         gc.collect()
-        free = free_now(device)
-    return free
+    return free()
 
 
 def free_host() -> float:
@@ -336,50 +310,27 @@ def free_host() -> float:
     return max(0, min(free))
 
 
-def room_left(memory: str | Plan | None, plan: Plan, call: Call) -> float:
-    """The bytes of a budget, if there is one, that are left beside the weights."""
-    if memory is None or isinstance(memory, Plan):
-        return math.inf
-    weights = estimate(plan, call) - working(plan, call)
-    return parse_budget(memory) - RESERVE - weights
-
-
-def room_for_more(
-    memory: str | Plan | None, plan: Plan, call: Call, device: torch.device
+def room_left(
+    memory: str | Plan | None, plan: Plan, call: Call, device: torch.device | None
 ) -> float:
-    """How many bytes larger calls than ``call`` may take beside the weights.
+    """How many bytes drawings may take beside the weights, at least what ``call`` does.
 
-    That is what a budget leaves, and on a CPU half of the free memory; on a GPU what
-    the card has is asked at each call.
+    That is what a budget leaves, and on the CPU as ``device`` half of the free memory;
+    what a card has is asked at each call.
     """
     need = working(plan, call)
-    room = room_left(memory, plan, call)
-    if device.type == "cpu":
-        room = min(room, (free_host() - estimate(plan, call) + need) / 2)
+    weights, room = estimate(plan, call) - need, math.inf
+    if not (memory is None or isinstance(memory, Plan)):
+        room = parse_budget(memory) - RESERVE - weights
+    if device and device.type == "cpu":
+        room = min(room, (free_host() - weights) / 2)
     return max(room, need)
-
-
-def free_now(device: torch.device) -> int:
-    """What is free and what PyTorch holds unused, in bytes."""
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
-
-
-def first_weight(pipe: Any) -> Tensor:
-    """A weight that says where a pipeline computes, and in what."""
-    return pipe.transformer.x_embedder.proj.weight
 
 
 def pixels(size: tuple[int, ...], vae: VAE) -> str:
     """The pictures that latents of ``size`` become, in words."""
     batch, _, height, width = size
     return f"{batch} × {vae.config.factor * width}×{vae.config.factor * height} pixels"
-
-
-def announce(plan: Plan, call: Call) -> None:
-    """Print a plan and what a call comes to with it."""
-    what = pixels(call.size, call.models["vae"])
-    print(f"memory plan: {plan}; about {estimate(plan, call) / GIB:.1f} GiB for {what}")
 
 
 # Layers whose weights stay in the file
@@ -502,15 +453,11 @@ def to_float8(model: MMDiT) -> MMDiT:
 
     Raises ValueError for a model with a LoRA beside its layers.
     """
-    chosen = [
-        (name, layer)
-        for name, layer in model.named_modules()
-        if is_float8(Plan(fp8=True), model, name)
-    ]
     for name, _ in adapted_layers(model):
         raise ValueError(f"{name} has a LoRA beside it; expected 8 bits first")
-    for name, layer in chosen:
-        swap(model, name, Float8Linear(quantize(layer.weight), layer.bias))
+    for name, layer in list(model.named_modules()):
+        if is_float8(Plan(fp8=True), model, name):
+            swap(model, name, Float8Linear(quantize(layer.weight), layer.bias))
     return model
 
 
@@ -518,12 +465,6 @@ def swap(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put ``layer`` where ``name`` is in ``model``."""
     parent, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(parent), attribute, layer)
-
-
-def tile(vae: VAE, plan: Plan) -> VAE:
-    """``vae``, in tiles and slices where the plan says so."""
-    parts = plan.vae_tile or plan.vae_slicing
-    return Tiled(vae, plan.vae_tile, plan.vae_slicing) if parts else vae
 
 
 def check_speed(
@@ -560,4 +501,6 @@ def load_parts(
         name: place(part, plan, device, wide if name == T5 else dtype)
         for name, part in parts.items()
     }
-    return placed | {"vae": tile(placed["vae"], plan)}
+    if plan.vae_tile or plan.vae_slicing:
+        placed["vae"] = Tiled(placed["vae"], plan.vae_tile, plan.vae_slicing)
+    return placed

@@ -9,53 +9,6 @@ from minidiff.files.disk import excerpt, read_json
 from minidiff.learning.steps import MOST_SAMPLES
 from minidiff.training import TrainingConfig
 
-Changes = dict[str, Any]
-
-LONGER: Changes = {  # the autoencoder and the transformer learn on, by AdamW
-    "vae": {
-        "steps": 4000,
-        "batch_size": 16,
-        "learning_rate": 1.5e-3,
-        "warmup_steps": 100,
-        "ema_decay": 0.998,
-        "muon": False,
-        "save_every": 250,
-        "validate_every": 1000,
-    },
-    "transformer": {
-        "steps": 5000,
-        "batch_size": 64,
-        "learning_rate": 1.6e-3,
-        "warmup_steps": 200,
-        "ema_decay": 0.999,
-        "muon": False,
-        "accumulation": 2,
-        "save_every": 250,
-        "validate_every": 1000,
-    },
-    "pictures": 2**15,
-    "latents": 2**16,
-    "two_garments": 0.5,
-}
-# ``--stage transformer``, then once more with 13,000 steps. The noise above sigma 0.7
-# decides which garment it is: the shift has 3 samples of 5 there.
-STEPS: Changes = LONGER["transformer"] | {"steps": 10_000, "learning_rate": 1.2e-3}
-FURTHER: Changes = LONGER | {"transformer": STEPS, "two_garments": 0.65, "shift": 3.0}
-# What finished the transformer: the same levels, Muon's steps
-MUON_STEPS: Changes = STEPS | {"steps": 9_000, "learning_rate": 1.5e-3, "muon": True}
-ORTHOGONAL: Changes = FURTHER | {"transformer": MUON_STEPS}
-# What finished the autoencoder (``--stage vae``), by Muon's steps too: its latents
-# hardly move, so that the transformer need not learn again. Then ``--stage
-# transformer``: what is new in them is fine detail, which lies at low levels.
-DETAILS: Changes = ORTHOGONAL | {
-    "vae": LONGER["vae"] | {"steps": 10_000, "learning_rate": 2e-3, "muon": True},
-    "transformer": MUON_STEPS | {"steps": 10_000},
-    "hold_latents": 0.05,
-    "shift": 2.0,
-}
-HISTORY = {"longer": LONGER, "further": FURTHER, "muon": ORTHOGONAL, "details": DETAILS}
-
-
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -112,175 +65,20 @@ WORLD = "world"  # scenes of garments and everyday things, told in free sentence
 MUON = ("vae", "transformer")  # the stages that Muon may serve
 
 
-RECIPES = {
-    "gpu": Recipe(
-        clip=TrainingConfig(2500, 1024, 1e-3, warmup_steps=200, save_every=500),
-        t5=TrainingConfig(2500, 1024, 1e-3, warmup_steps=200, save_every=500),
-        vae=TrainingConfig(
-            3200,
-            256,
-            2e-3,
-            warmup_steps=100,
-            muon=True,
-            save_every=500,
-            validate_every=500,
-        ),
-        judge=TrainingConfig(4000, 512, 2e-3, 200, weight_decay=0.05, save_every=500),
-        transformer=TrainingConfig(
-            24_000,
-            512,
-            5e-3,
-            warmup_steps=500,
-            ema_decay=0.9995,
-            muon=True,
-            save_every=1500,
-            validate_every=2000,
-        ),
-        pictures=2**18,
-        latents=2**20,
-        shift=2.0,  # between what texture and what garments need
-    ),
-    # What began minidiff/pretrained/tiny, on two CPU cores; all of that had AdamW
-    "shipped": Recipe(
-        clip=TrainingConfig(
-            350, 128, 1.5e-3, 20, ema_decay=0.99, save_every=100, bfloat16=True
-        ),
-        t5=TrainingConfig(
-            500, 64, 1e-3, 30, ema_decay=0.99, save_every=100, bfloat16=True
-        ),
-        vae=TrainingConfig(
-            1600,
-            12,
-            2e-3,
-            40,
-            ema_decay=0.995,
-            muon=True,
-            save_every=100,
-            validate_every=400,
-            bfloat16=True,
-        ),
-        judge=TrainingConfig(
-            7000,
-            128,
-            3e-3,
-            200,
-            weight_decay=0.05,
-            save_every=500,
-            validate_every=1000,
-            bfloat16=True,
-        ),
-        transformer=TrainingConfig(
-            2800,
-            32,
-            8e-3,
-            150,
-            ema_decay=0.998,
-            muon=True,
-            save_every=200,
-            validate_every=500,
-            bfloat16=True,
-        ),
-        pictures=2**14,
-        latents=2**15,
-        held=256,
-        two_garments=0.4,
-    ),
-    "trial": Recipe(  # every stage for a few steps
-        clip=TrainingConfig(60, 64, 1e-3, warmup_steps=10, log_every=5, save_every=20),
-        t5=TrainingConfig(60, 64, 1e-3, warmup_steps=10, log_every=5, save_every=20),
-        vae=TrainingConfig(30, 8, 1e-3, warmup_steps=5, log_every=5, save_every=10),
-        judge=TrainingConfig(20, 32, 2e-3, warmup_steps=5, log_every=5, save_every=10),
-        transformer=TrainingConfig(
-            60, 16, 1e-3, warmup_steps=5, log_every=5, save_every=20, validate_every=60
-        ),
-        pictures=2048,
-        latents=1024,
-        captions=2000,
-        held=32,
-    ),
-    # The small world of garments and things, on two CPU cores, all from nothing
-    "world": Recipe(
-        clip=TrainingConfig(
-            3000,
-            128,
-            1.5e-3,
-            100,
-            ema_decay=0.995,
-            save_every=250,
-            bfloat16=True,
-            compile=True,
-        ),
-        t5=TrainingConfig(
-            4000,
-            64,
-            1.5e-3,
-            100,
-            ema_decay=0.995,
-            save_every=250,
-            bfloat16=True,
-            compile=True,
-        ),
-        vae=TrainingConfig(
-            12_000,
-            12,
-            3e-3,
-            100,
-            ema_decay=0.998,
-            muon=True,
-            save_every=250,
-            validate_every=500,
-            bfloat16=True,
-            compile=True,
-        ),
-        judge=TrainingConfig(
-            7000,
-            128,
-            3e-3,
-            200,
-            weight_decay=0.05,
-            save_every=250,
-            validate_every=1000,
-            bfloat16=True,
-            compile=True,
-        ),
-        transformer=TrainingConfig(
-            50_000,
-            64,
-            1e-2,
-            300,
-            ema_decay=0.9995,
-            plateau=0.7,
-            muon=True,
-            save_every=250,
-            validate_every=2000,
-            bfloat16=True,
-            compile=True,
-        ),
-        pictures=2**16,
-        latents=2**17,
-        captions=40_000,
-        shift=2.0,
-        scenes=WORLD,
-    ),
-}
-
-
 def find_recipe(name: str, cuda: bool = False) -> Recipe:
     """The recipe of that name, or the one that a JSON file describes.
 
-    The file changes "shipped": {"transformer": {"steps": 5000}, "latents": 4096}. With
-    ``cuda`` what it does not say is compiled and in bfloat16 (CLIP in float32). Raises
-    ValueError for an unknown name or key, naming it.
+    The file changes "shipped": {"transformer": {"steps": 5000}, "latents": 4096}, and
+    so do the other recipes of ``recipes.json``. With ``cuda`` what a file does not say
+    is compiled and in bfloat16 (CLIP in float32). Raises ValueError for an unknown name
+    or key, naming it.
     """
     if name in RECIPES:
         return for_gpu(RECIPES[name]) if cuda else RECIPES[name]
-    shipped = find_recipe("shipped", cuda)
-    if name in HISTORY:
-        return changed(shipped, HISTORY[name], name)
     if not name.endswith(".json"):
-        known = ", ".join((*RECIPES, *HISTORY))
+        known = ", ".join(RECIPES)
         raise ValueError(f"--recipe is {name!r}; expected {known}, or a .json file")
-    chosen = changed(shipped, read_json(Path(name)), name)
+    chosen = changed(find_recipe("shipped", cuda), read_json(Path(name)), name)
     for stage in LEARNED:
         if getattr(chosen, stage).muon and stage not in MUON:
             known = " and ".join(MUON)
@@ -346,3 +144,14 @@ def check_latents(recipe: Recipe, none: bool) -> None:
         raise ValueError(
             "the recipe keeps or holds a model's latents; expected --start"
         )
+
+
+def read_recipes() -> dict[str, Recipe]:
+    """The recipes of ``recipes.json`` by name, all others as changes of "shipped"."""
+    content = read_json(Path(__file__).with_name("recipes.json"))
+    stages = {name: TrainingConfig(**content["shipped"][name]) for name in LEARNED}
+    shipped = Recipe(**content["shipped"] | stages)
+    return {name: changed(shipped, own, name) for name, own in content.items()}
+
+
+RECIPES = read_recipes()
