@@ -117,7 +117,7 @@ def test_a_header_that_would_fill_the_memory_is_not_read(tmp_path, monkeypatch):
     file = tmp_path / "a.safetensors"
     save_file({"a": torch.ones(1)}, file)
     with pytest.raises(ValueError, match="a.safetensors is not a whole safetensors"):
-        weights.read_header(file)
+        weights.open_tensors(file)
 
 
 def test_dtype_and_device(tmp_path):
@@ -338,7 +338,7 @@ def test_truncated_weights(vae_folder, kept):
 def test_weights_that_are_something_else(vae_folder, header):
     file = vae_folder / weights.WEIGHTS[0]
     file.write_bytes(len(header).to_bytes(8, "little") + header)
-    with pytest.raises(ValueError, match=f"{file} is not a safetensors file"):
+    with pytest.raises(ValueError, match=f"{file} is not a whole safetensors file"):
         load(vae_folder, "AutoencoderKL")
 
 

@@ -508,7 +508,7 @@ def test_bad_folders(folders, tmp_path, monkeypatch):
     (folder / "vae" / weights.WEIGHTS[0]).write_bytes(
         (tmp_path / "kept").read_bytes()[:-9]
     )
-    with pytest.raises(ValueError, match="vae.*is damaged: it has"):
+    with pytest.raises(ValueError, match="vae.*is not a whole"):
         minidiff.load(folder)
     (folder / "model_index.json").unlink()
     with pytest.raises(FileNotFoundError, match="model_index.json is missing"):

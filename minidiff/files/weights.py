@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -24,7 +24,6 @@ from minidiff.files.disk import (
     LONGEST_TABLE,
     excerpt,
     file_size,
-    parse_json,
     read_json,
     replacing,
     write_json,
@@ -246,19 +245,16 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A safetensors file, checked to be whole; it is opened once, when first read."""
+    """A safetensors file, opened once and checked to be whole: its memory map."""
 
     path: Path
+    handle: Any
     entries: Mapping[str, Entry]
-    metadata: Mapping[str, str]
 
-    @cached_property
-    def handle(self) -> Any:
-        """The file's memory map; ValueError for one that is damaged."""
-        try:
-            return safe_open(self.path, "pt")
-        except SafetensorError as error:
-            raise ValueError(f"{self.path} is damaged: {error}") from None
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What stands beside the tensors."""
+        return self.handle.metadata() or {}
 
     def read(self, name: str) -> Tensor:
         """A tensor, still in the memory map."""
@@ -276,48 +272,19 @@ def open_tensors(file: Path | str) -> TensorFile:
     size = file_size(file)
     with file.open("rb") as stream:
         start = stream.read(8)
-        if start == b"version ":
-            found = f"{file} is Git LFS's pointer to weights that are not here"
-            raise ValueError(f"{found}; run git lfs pull in its folder")
-        length = int.from_bytes(start, "little")
-        if size < 8 or length > min(size - 8, LONGEST_HEADER):
-            raise ValueError(f"{file} is not a whole safetensors file ({size} bytes)")
-        entries, metadata, data = _parse_header(file, stream.read(length))
-    if size != 8 + length + data:
-        raise ValueError(
-            f"{file} is damaged: it has {size} bytes; expected {8 + length + data}"
-        )
-    return TensorFile(file, entries, metadata)
-
-
-def _parse_header(
-    file: Path, text: bytes
-) -> tuple[dict[str, Entry], dict[str, str], int]:
-    """A file's tensors, its notes, and how many bytes of data follow."""
+    if start == b"version ":
+        found = f"{file} is Git LFS's pointer to weights that are not here"
+        raise ValueError(f"{found}; run git lfs pull in its folder")
+    found = f"{file} is not a whole safetensors file ({size} bytes)"
+    if not 8 <= size or int.from_bytes(start, "little") > LONGEST_HEADER:
+        raise ValueError(found)
     try:
-        header = parse_json(text, file)
-        metadata = dict(header.pop("__metadata__", None) or {})
-        if not all(isinstance(note, str) for note in metadata.values()):
-            raise ValueError(metadata)
-        entries = {
-            name: Entry(tuple(map(_whole, found["shape"])), str(found["dtype"]))
-            for name, found in header.items()
-        }
-        ends = [_whole(found["data_offsets"][1]) for found in header.values()]
-        return entries, metadata, max(ends, default=0)
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise ValueError(f"{file} is not a safetensors file") from None
-
-
-def _whole(number: object) -> int:
-    if not isinstance(number, int) or not 0 <= number < 2**63:
-        raise ValueError(number)
-    return number
-
-
-def read_header(file: Path | str) -> dict[str, tuple[int, ...]]:
-    """The names and shapes in a safetensors file, which is checked to be whole."""
-    return {name: entry.shape for name, entry in open_tensors(file).entries.items()}
+        handle = safe_open(file, "pt")
+        parts = {name: handle.get_slice(name) for name in handle.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{found}: {excerpt(error)}") from None
+    entries = {n: Entry((*x.get_shape(),), x.get_dtype()) for n, x in parts.items()}
+    return TensorFile(file, handle, entries)
 
 
 # Reading

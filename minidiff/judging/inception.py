@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from minidiff.files.weights import read_header
+from minidiff.files.weights import open_tensors
 
 Kernel = int | tuple[int, int]
 Layer = tuple[int, Kernel]  # width and kernel; stride 1, the size stays
@@ -165,7 +165,7 @@ def load_inception(file: str | Path, device: str | torch.device = "cpu") -> Ince
     there. Raises FileNotFoundError or ValueError, naming the file, if it cannot be read
     or is of another network.
     """
-    read_header(Path(file))
+    open_tensors(file)
     model = InceptionV3()
     try:
         missing = model.load_state_dict(load_file(file), strict=False).missing_keys

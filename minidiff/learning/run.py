@@ -20,21 +20,20 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from minidiff.files.disk import (
     LONGEST_TEXT,
     check_size,
     excerpt,
-    file_size,
     parse_json,
     read_json,
     replacing,
     sweep,
     write_text,
 )
+from minidiff.files.weights import open_tensors
 from minidiff.interface.terminal import is_refused_memory, tell
 from minidiff.learning import parallel
 
@@ -73,13 +72,8 @@ def load_tensors(path: Path) -> tuple[Tensors, dict[str, object]]:
 
     Raises ValueError for a file that is not whole, or not what was written.
     """
-    file_size(path)
-    try:
-        with safe_open(path, "pt") as file:
-            notes = file.metadata() or {}
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    file = open_tensors(path)
+    tensors, notes = {name: file.read(name) for name in file.entries}, file.metadata
     if notes.keys() <= {"step", "score"}:  # from before there were checksums
         about = ", ".join(f'"{key}": {value}' for key, value in notes.items())
         return tensors, parse_json(f"{{{about}}}", f"what {path} says")
