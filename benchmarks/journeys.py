@@ -86,11 +86,11 @@ def shell(*words: str) -> Callable[[], None]:
     """A journey that begins at a command line."""
 
     def run() -> None:
-        from minidiff import cli
+        from minidiff.cli import main
 
         sys.argv = ["minidiff", *words]
         try:
-            cli.main()
+            main()
         except SystemExit as ended:
             assert not ended.code, ended.code
 

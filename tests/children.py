@@ -29,7 +29,7 @@ def in_children(*runs: list[str], before: Callable[[], None] | None = None) -> l
     if "forkserver" not in multiprocessing.get_all_start_methods():
         pytest.skip("needs processes of POSIX")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["minidiff.cli.app", "minidiff.engine.loading"])
+    context.set_forkserver_preload(["minidiff.cli.sample", "minidiff.engine.loading"])
     with contextlib.chdir(ROOT):
         forkserver.ensure_running()
     children = [context.Process(target=run, args=(words, before)) for words in runs]
@@ -57,9 +57,7 @@ def die_at_fsync() -> None:
 
 def interrupt_after(moment: float) -> None:
     """Ctrl-C comes ``moment`` seconds after the program has begun."""
-    from minidiff.cli import app
-
-    plain = app.run
+    plain = cli.run
 
     def wait() -> None:
         time.sleep(moment)
@@ -70,4 +68,4 @@ def interrupt_after(moment: float) -> None:
         return plain(arguments)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
-    app.run = interrupted
+    cli.run = interrupted

@@ -1,6 +1,7 @@
 """What the commands share: groups of options, and what is checked of them first."""
 
 from dataclasses import fields
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
@@ -32,6 +33,28 @@ Device = Annotated[
     str | None, WHO("cpu, cuda, cuda:1 or mps.", usual="cuda if there is one")
 ]
 Overwrite = Annotated[bool, OUT("Replace files that exist already.", "--overwrite")]
+
+
+def show_version(asked: bool) -> None:
+    """Print the version and leave."""
+    if asked:
+        print(f"minidiff {version('minidiff')}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option(
+        "--version",
+        help="Show the version and exit.",
+        callback=show_version,
+        is_eager=True,
+    ),
+]
+
+
+def program(version: Version = False) -> None:
+    """Stable Diffusion 3.5 from scratch: draw, train and measure."""
 
 
 def chosen(**settings: Any) -> dict[str, Any]:

@@ -30,6 +30,11 @@ def brief(text: str) -> str:
     return cut(LONG.sub(lambda found: cut(found[0]), text), 600)
 
 
+def one_line(message: object) -> str:
+    """``message`` with a space for each of its white spaces, long parts cut."""
+    return brief(" ".join(str(message).split()))
+
+
 def is_refused_memory(error: BaseException | None) -> bool:
     """Whether PyTorch got no memory on a CPU, as it says so on Linux and Windows."""
     words = "can't allocate memory", "not enough memory"
