@@ -17,12 +17,22 @@ import torch
 from torch import Tensor
 
 from minidiff.classroom.interactive import (
-    Interactive,
-    attention_explorer,
-    denoising_scrubber,
-    latent_pictures,
-    to_frames,
-    to_pictures,
+    Interactive as Interactive,
+)
+from minidiff.classroom.interactive import (
+    attention_explorer as attention_explorer,
+)
+from minidiff.classroom.interactive import (
+    denoising_scrubber as denoising_scrubber,
+)
+from minidiff.classroom.interactive import (
+    latent_pictures as latent_pictures,
+)
+from minidiff.classroom.interactive import (
+    to_frames as to_frames,
+)
+from minidiff.classroom.interactive import (
+    to_pictures as to_pictures,
 )
 
 if TYPE_CHECKING:
@@ -30,34 +40,6 @@ if TYPE_CHECKING:
     from matplotlib.patches import Patch
 
     from minidiff.classroom.figure import BookFigure
-
-__all__ = [
-    "Interactive",
-    "attention_explorer",
-    "denoising_scrubber",
-    "latent_pictures",
-    "show_attention",
-    "show_bars",
-    "show_curves",
-    "show_fields",
-    "show_heatmap",
-    "show_histogram",
-    "show_images",
-    "show_joint_block",
-    "show_latents",
-    "show_lattice",
-    "show_pieces",
-    "show_pipeline",
-    "show_points",
-    "show_positions",
-    "show_quadrants",
-    "show_rows",
-    "show_tokens",
-    "show_trajectory",
-    "show_vectors",
-    "to_frames",
-    "to_pictures",
-]
 
 WIDTH = 7.2  # inches: the text column of the book
 DASHES, HATCHES = ("-", "--", "-.", ":"), ("", "///", "...", "xxx")  # beside colours

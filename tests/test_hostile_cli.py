@@ -162,7 +162,7 @@ TRAININGS = [
     (["--from", "tiny", "--data", "nowhere"], "nowhere is not a folder"),
     ([*TUNE, "--lora", "--rank", 0], "--rank is 0; expected a whole number"),
     ([*TUNE, "--lora", "--alpha", "nan"], "--alpha is nan; expected a finite number"),
-    ([*TUNE, "--steps", 0], "expected at least 1 of each"),
+    ([*TUNE, "--steps", 0], "steps is 0; expected a whole number, 1 to"),
     ([*TUNE, "--stage", "vae"], "--from has no stages, recipe, start, scenes or seed"),
     ([*TUNE, "--seed", 1], "--from has no stages, recipe, start, scenes or seed"),
 ]

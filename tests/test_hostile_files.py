@@ -26,9 +26,8 @@ import minidiff
 from minidiff import lora
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.files import (
-    configurations,
+    disk,
     layout,
-    reading,
     sentencepiece,
     single_file,
     weights,
@@ -76,10 +75,10 @@ def make(kind: str, path: Path) -> None:
 
 
 READERS = {
-    "prompts.txt": reading.read_prompts,
+    "prompts.txt": disk.read_prompts,
     "model_index.json": lambda path: layout.read_index(path.parent),
-    "config.json": partial(configurations.read_config, VAEConfig),
-    "scheduler_config.json": partial(configurations.read_config, Scheduler),
+    "config.json": partial(layout.read_config, VAEConfig),
+    "scheduler_config.json": partial(layout.read_config, Scheduler),
     "spiece.model": read_model,
     "a.safetensors": weights.open_tensors,
     "lora.safetensors": lambda path: lora.read_lora(path, {}),
@@ -119,9 +118,9 @@ def test_prompts(tmp_path, content, expected):
     file = tmp_path / "prompts.txt"
     file.write_bytes(content)
     if isinstance(expected, list):
-        assert reading.read_prompts(file) == expected
+        assert disk.read_prompts(file) == expected
     else:
-        refused(f"prompts.txt {expected}", lambda: reading.read_prompts(file))
+        refused(f"prompts.txt {expected}", lambda: disk.read_prompts(file))
 
 
 JSONS = [
@@ -142,7 +141,7 @@ JSONS = [
 def test_json(tmp_path, content, message):
     file = tmp_path / "config.json"
     file.write_text(content)
-    refused(f"config.json {message}", lambda: reading.read_json(file))
+    refused(f"config.json {message}", lambda: disk.read_json(file))
 
 
 # Configurations: values as JSON has them
@@ -204,7 +203,7 @@ def test_configurations(tmp_path, kind, name, value, message):
     file = tmp_path / "config.json"
     content = json.dumps(needed | {name: "here"}).replace('"here"', value)
     file.write_text(content)
-    call = partial(configurations.read_config, kind, tmp_path)
+    call = partial(layout.read_config, kind, tmp_path)
     refused(f"config.json: {name}.*{message}|config.json: .*{message}", call)
 
 

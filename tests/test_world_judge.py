@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from minidiff.data.language import Group, Meaning, shown
 from minidiff.data.scenes import COLORS, KINDS, World, held_out_colors
 from minidiff.judging import world as evaluation
+from minidiff.judging.judge import save_judge
 from minidiff.judging.witness import (
     Found,
     Item,
@@ -19,7 +20,6 @@ from minidiff.judging.witness import (
     find,
     follows,
     load_witness,
-    save_witness,
     shares,
     targets,
     witness_loss,
@@ -94,7 +94,7 @@ def test_the_witness_learns_and_is_read_back(tmp_path):
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < 0.75 * losses[0]
-    save_witness(witness, tmp_path, accuracy=0.5)
+    save_judge(witness, tmp_path, scenes="world", accuracy=0.5)
     again = load_witness(tmp_path)
     assert not any(p.requires_grad for p in again.parameters())
     features, reading = again.read(scenes.images)

@@ -9,7 +9,7 @@ hidden layer gives the features of the Fréchet distance.
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from minidiff.data.fashion_mnist import CLASSES
 from minidiff.data.garments import BACKGROUNDS, COLORS, LAYOUTS, Attributes, Scenes
 from minidiff.files.disk import write_json
+from minidiff.files.layout import Config
 from minidiff.files.weights import load_component, save_weights
 
+Network = TypeVar("Network", bound=nn.Module)
 JUDGE = Path(__file__).parent.parent / "pretrained" / "judge"
 GROUPS = 8  # of channels, in each normalisation
 EVALUATION_SEED = 2  # scenes that training (seeds 0, 1, 3, 4, 6 to 9) never draws
@@ -195,15 +197,21 @@ def measure(judge: Judge, folder: str | Path | None, n: int = 10_000) -> dict:
     }
 
 
-def save_judge(judge: Judge, output: Path, **facts: object) -> None:
+def save_judge(judge: nn.Module, output: Path, **facts: object) -> None:
     """Write model.safetensors (fp16) and config.json, with ``facts`` about it."""
+    config: Any = judge.config
     output.mkdir(parents=True, exist_ok=True)
     save_weights(judge, output / "model.safetensors", dtype=torch.float16)
-    write_json(output / "config.json", asdict(judge.config) | facts)
+    write_json(output / "config.json", asdict(config) | facts)
 
 
-def load_judge(folder: str | Path = JUDGE, device: str | torch.device = "cpu") -> Judge:
-    """The trained judge, frozen, in eval mode and float32.
+def load_frozen(
+    kind: type[Network],
+    config: type[Config],
+    folder: str | Path,
+    device: str | torch.device,
+) -> Network:
+    """A trained judge of some ``kind``, frozen, in eval mode and float32.
 
     Raises FileNotFoundError or ValueError, naming the file or folder, for a bad one.
     """
@@ -211,5 +219,10 @@ def load_judge(folder: str | Path = JUDGE, device: str | torch.device = "cpu") -
         raise FileNotFoundError(
             f"no judge in {folder}: train it with `minidiff train --stage judge`"
         )
-    judge = load_component(Judge, JudgeConfig, folder, device, torch.float32)
+    judge = load_component(kind, config, folder, device, torch.float32)
     return judge.requires_grad_(False)
+
+
+def load_judge(folder: str | Path = JUDGE, device: str | torch.device = "cpu") -> Judge:
+    """The trained judge of garments: see ``load_frozen``."""
+    return load_frozen(Judge, JudgeConfig, folder, device)

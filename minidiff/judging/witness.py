@@ -9,7 +9,7 @@ the model is trained on, it would learn that the others do not exist.
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,9 +19,7 @@ from torch import Tensor, nn
 
 from minidiff.data.language import Group, Meaning
 from minidiff.data.scenes import COLORS, IMAGE_SIZE, KINDS, SceneBatch, item_groups
-from minidiff.files.disk import write_json
-from minidiff.files.weights import load_component, save_weights
-from minidiff.judging.judge import Residual, with_silhouette
+from minidiff.judging.judge import Residual, load_frozen, with_silhouette
 
 WITNESS = Path(__file__).parent.parent / "pretrained" / "judge"
 CELL = 8  # pixels along a side of a cell
@@ -234,22 +232,6 @@ def shares(answers: Sequence[dict[str, bool]]) -> dict[str, float]:
     return {k: round(sum(a[k] for a in answers) / len(answers), 4) for k in names}
 
 
-def save_witness(witness: Witness, output: Path, **facts: object) -> None:
-    """Write model.safetensors (fp16) and config.json, with ``facts`` about it."""
-    output.mkdir(parents=True, exist_ok=True)
-    save_weights(witness, output / "model.safetensors", dtype=torch.float16)
-    known = {"scenes": "world"} | facts
-    write_json(output / "config.json", asdict(witness.config) | known)
-
-
 def load_witness(folder: str | Path, device: str | torch.device = "cpu") -> Witness:
-    """The trained witness, frozen, in eval mode and float32.
-
-    Raises FileNotFoundError or ValueError, naming the file or folder, for a bad one.
-    """
-    if not (Path(folder) / "model.safetensors").exists():
-        raise FileNotFoundError(
-            f"no judge in {folder}: train it with `minidiff train --stage judge`"
-        )
-    witness = load_component(Witness, WitnessConfig, folder, device, torch.float32)
-    return witness.requires_grad_(False)
+    """The trained witness: see ``load_frozen``."""
+    return load_frozen(Witness, WitnessConfig, folder, device)

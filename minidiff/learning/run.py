@@ -74,9 +74,6 @@ def load_tensors(path: Path) -> tuple[Tensors, dict[str, object]]:
     """
     file = open_tensors(path)
     tensors, notes = {name: file.read(name) for name in file.entries}, file.metadata
-    if notes.keys() <= {"step", "score"}:  # from before there were checksums
-        about = ", ".join(f'"{key}": {value}' for key, value in notes.items())
-        return tensors, parse_json(f"{{{about}}}", f"what {path} says")
     metadata = parse_json(notes.get("about", "{}"), f"what {path} says")
     if metadata.pop("checksum", None) != checksum(tensors, metadata):
         raise ValueError(f"{path} is damaged: it has not the checksum of its tensors")

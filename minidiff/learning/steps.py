@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from minidiff.interface.checks import check_range
 from minidiff.interface.terminal import tell
 from minidiff.learning import parallel
 from minidiff.learning.run import Run, TrainingError, is_out_of_memory
@@ -151,31 +152,11 @@ def load_whole(module: nn.Module, tensors: dict[str, Tensor]) -> None:
 MOST_STEPS, MOST_SAMPLES = 10**9, 2**20  # in a run, and in a batch
 
 
-class Schedule(Protocol):
-    """What a training's configuration says of its steps."""
-
-    @property
-    def steps(self) -> int: ...
-    @property
-    def log_every(self) -> int: ...
-    @property
-    def save_every(self) -> int: ...
-    @property
-    def validate_every(self) -> int: ...
-
-
 def check_batch(steps: int, batch_size: int, shares: int) -> None:
     """Raise ValueError for numbers of steps or samples that cannot be."""
-    if steps < 1 or batch_size < 1 or shares < 1:
-        raise ValueError(
-            f"steps {steps}, batch size {batch_size}, parts {shares}: expected at "
-            "least 1 of each"
-        )
-    if steps > MOST_STEPS or batch_size > MOST_SAMPLES:
-        raise ValueError(
-            f"steps {steps}, batch size {batch_size}: expected at most {MOST_STEPS:,} "
-            f"and {MOST_SAMPLES:,}"
-        )
+    check_range("steps", steps, 1, MOST_STEPS)
+    check_range("batch_size", batch_size, 1, MOST_SAMPLES)
+    check_range("accumulation", shares, 1)
     if batch_size % shares:
         raise ValueError(
             f"a batch of {batch_size} samples cannot be cut into {shares} equal parts "
@@ -191,8 +172,8 @@ def is_late(deadline: float | None, device: torch.device) -> bool:
     return parallel.average(torch.tensor(float(late), device=device)).item() > 0
 
 
-def due(config: Schedule, done: int, late: bool) -> tuple[bool, ...]:
-    """Whether to log, to save and to validate after ``done`` steps.
+def due(config: Any, done: int, late: bool) -> tuple[bool, ...]:
+    """Whether a training's ``config`` logs, saves and validates after ``done`` steps.
 
     At the end all; at a deadline log and save.
     """

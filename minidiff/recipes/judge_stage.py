@@ -14,7 +14,6 @@ from minidiff.judging.witness import (
     Witness,
     find,
     follows,
-    save_witness,
     targets,
     witness_loss,
 )
@@ -88,7 +87,8 @@ def witness_lesson(job: Job) -> Lesson:
     def export(witness: Witness) -> None:
         if parallel.rank() == 0:
             witness = witness.half().float()  # measured as it will be read back
-            save_witness(witness, job.output / "judge", accuracy=validate(witness))
+            told = {"scenes": "world", "accuracy": validate(witness)}
+            save_judge(witness, job.output / "judge", **told)
 
     model = Witness().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Lesson(Task(model, witness_loss, batch, validate), export)
