@@ -14,7 +14,7 @@ from torch import Tensor
 import minidiff
 from minidiff.data import rng
 from minidiff.data.fashion_mnist import CLASSES
-from minidiff.data.garments import Scenes, captions
+from minidiff.data.garments import Scenes, scene_captions
 from minidiff.flow_matching import interpolate, velocity_target
 from minidiff.judging.judge import EVALUATION_SEED
 
@@ -61,7 +61,7 @@ def main() -> None:
         x0 = pipe.vae.scale(pipe.vae.encode(batch.images).mode())
         is_said, plain = batch.attributes, torch.zeros(args.n, dtype=torch.long)
         wrong = is_said._replace(garments=other_garments(is_said.garments))
-        right, other = (captions(said, plain) for said in (is_said, wrong))
+        right, other = (scene_captions(said, plain) for said in (is_said, wrong))
         rise = losses(pipe, x0, other) - losses(pipe, x0, right)
         print(f"| {name} | " + " | ".join(f"{x:.4f}" for x in rise.tolist()) + " |")
 

@@ -54,12 +54,12 @@ from minidiff.engine.fast import (
 )
 from minidiff.engine.kernels import quantize, quantize_rows
 from minidiff.engine.loading import TOKENIZERS, blueprint, load, read_tokenizers
-from minidiff.engine.memory import Plan, place, to_float8
+from minidiff.engine.memory import Plan, place_part, to_float8
 from minidiff.files.layout import hub_config
 from minidiff.files.weights import (
     TINY,
     Rename,
-    assemble,
+    join_stored,
     load_component,
     prepare_component,
     save_component,
@@ -191,7 +191,7 @@ def converted(model: nn.Module, state: dict[str, Tensor], rename: Rename) -> nn.
     expected = model.state_dict()
     device = next(iter(state.values())).device
     ours = {
-        name: assemble(state.__getitem__, source, expected[name].shape, device, None)
+        name: join_stored(state.__getitem__, source, expected[name].shape, device, None)
         for name, source in rename(expected).items()
     }
     model.load_state_dict(ours, assign=True)
@@ -685,7 +685,7 @@ def memory(bench: Bench, name: str) -> None:
             bench.emit(stage="memory", model=name, what=what, skipped="out of time")
             continue
         free()
-        model = place(
+        model = place_part(
             prepare_component(MMDiT, MMDiTConfig, folder),
             plan,
             bench.device,
@@ -837,7 +837,7 @@ def t5(bench: Bench, models: list[str]) -> None:
         for what in ("resident", "streamed"):
             free()
             prepared = prepare_component(T5Encoder, T5Config, folder)
-            model = place(prepared, Plan(t5=what), bench.device, bench.dtype)
+            model = place_part(prepared, Plan(t5=what), bench.device, bench.dtype)
             compare(what, lambda m=model: m(ids))
             del model, prepared
 

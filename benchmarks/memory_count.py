@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.engine.loading import blueprint
-from minidiff.engine.memory import GIB, Plan, place
+from minidiff.engine.memory import GIB, Plan, place_part
 from minidiff.files.weights import Prepared, Read
 from minidiff.flow_matching import ClassifierFree, Scheduler
 from minidiff.sampling import Pipeline
@@ -95,7 +95,7 @@ def on_meta(model_class: type, config: Any, plan: Plan) -> nn.Module:
     """A model placed by ``plan``, in bfloat16, on the meta device."""
     with torch.device("meta"):
         model = model_class(config)
-    model = place(MetaFile(model, {}, {}), plan, "meta", torch.bfloat16)
+    model = place_part(MetaFile(model, {}, {}), plan, "meta", torch.bfloat16)
     return model.requires_grad_(False)
 
 

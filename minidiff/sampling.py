@@ -448,7 +448,7 @@ def solve(
 
 # %%
 @torch.no_grad()
-def to_pictures(pipe: Parts, latents: Tensor) -> Tensor:
+def pictures_of(pipe: Parts, latents: Tensor) -> Tensor:
     """Scaled latents (B, C, h, w) → pictures (B, 3, H, W) in [0, 1]."""
     latents = pipe.vae.unscale(latents).to(pipe.device, pipe.dtype)
     pictures = pipe.vae.decode(latents).float()
@@ -600,7 +600,7 @@ class Pipeline(Parts):
         checks.check_parts(self.text_encoders, transformer, vae)
 
     encode_prompt, velocity, guidance = encode_texts, velocity_of, choose_guidance
-    denoise, decode = solve, to_pictures
+    denoise, decode = solve, pictures_of
     check, draw = settle, run
 
     @takes(Request)

@@ -146,7 +146,7 @@ def attend_in_loops(q: Tensor, k: Tensor, v: Tensor, b: Tensor, s: float) -> Ten
 
 
 # %%
-def attend(q: Tensor, k: Tensor, v: Tensor, b: Tensor, s: float) -> Tensor:
+def attend_all(q: Tensor, k: Tensor, v: Tensor, b: Tensor, s: float) -> Tensor:
     """Softmax attention with bias; q, k, v (…, L, d), b (…, L, L) → (…, L, d)."""
     logits = s * q @ k.mT + b  # (…, L, d) → (…, L, L)
     return logits.softmax(dim=-1) @ v  # (…, L, L) → (…, L, d)
@@ -160,7 +160,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, b: Tensor, s: float) -> Tensor:
 # torch.manual_seed(0)
 # q, k, v = torch.randn(3, 5, 16)  # one head, five tokens
 # causal = torch.full((5, 5), -torch.inf).triu(1)
-# loops, matrix = (f(q, k, v, causal, 16**-0.5) for f in (attend_in_loops, attend))
+# loops, matrix = (f(q, k, v, causal, 16**-0.5) for f in (attend_in_loops, attend_all))
 # fused = F.scaled_dot_product_attention(q, k, v, is_causal=True)
 # print("loops = matrices:       ", torch.allclose(loops, matrix, atol=1e-6))
 # print("matrices = fused kernel:", torch.allclose(matrix, fused, atol=1e-6))
@@ -253,7 +253,7 @@ class CLIPAttention(nn.Module):
 # %% tags=["active-ipynb"]
 # layer, x = CLIPAttention(CLIPTextConfig.tiny_l()), torch.randn(1, 5, 64)
 # q, k, v = (split_heads(f(x), 4) for f in (layer.q_proj, layer.k_proj, layer.v_proj))
-# by_hand = layer.out_proj(merge_heads(attend(q, k, v, causal, 16**-0.5)))
+# by_hand = layer.out_proj(merge_heads(attend_all(q, k, v, causal, 16**-0.5)))
 # print("matrices = class:", torch.allclose(by_hand, layer(x), atol=1e-6))
 
 # %% [markdown]
@@ -669,7 +669,7 @@ class T5Attention(nn.Module):
 # layer, x = T5Attention(T5Config.tiny(), has_bias=True), torch.randn(1, 5, 192)
 # bias = layer.relative_attention_bias(relative_buckets(5, 32, 128)).permute(2, 0, 1)
 # q, k, v = (split_heads(f(x), 6) for f in (layer.q, layer.k, layer.v))
-# by_hand = layer.o(merge_heads(attend(q, k, v, bias, s=1.0)))
+# by_hand = layer.o(merge_heads(attend_all(q, k, v, bias, s=1.0)))
 # print("matrices = class:", torch.allclose(by_hand, layer(x, bias), atol=1e-5))
 
 # %% [markdown]

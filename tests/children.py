@@ -57,7 +57,7 @@ def die_at_fsync() -> None:
 
 def interrupt_after(moment: float) -> None:
     """Ctrl-C comes ``moment`` seconds after the program has begun."""
-    plain = cli.run
+    plain = cli.run_program
 
     def wait() -> None:
         time.sleep(moment)
@@ -68,4 +68,4 @@ def interrupt_after(moment: float) -> None:
         return plain(arguments)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
-    cli.run = interrupted
+    cli.run_program = interrupted

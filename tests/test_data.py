@@ -141,7 +141,7 @@ def test_held_out_pairs(kind):
 
 def test_any_pair():
     u = data.uniform(0, torch.arange(20_000), 16)
-    attributes, _ = data.draw_attributes(u, 0.0, None)
+    attributes, _ = data.draw_garments(u, 0.0, None)
     pair = attributes.colors[:, 0] * 10 + attributes.garments[:, 0]
     assert pair.bincount(minlength=80).min() > 150  # of 250 on average
 
@@ -165,7 +165,7 @@ def test_captions():
         *map(torch.tensor, ([0, 1, 2], [[3, -1], [3, 8], [9, 0]])),
         *map(torch.tensor, ([[0, -1], [0, 6], [6, 2]], [2, 5, 7])),
     )
-    found = [data.captions(attributes, torch.full((3,), t)) for t in range(4)]
+    found = [data.scene_captions(attributes, torch.full((3,), t)) for t in range(4)]
     one, beside, stacked = zip(*found, strict=True)
     assert one == (
         "a red dress on a blue background",

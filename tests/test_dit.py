@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from minidiff import dit
 from minidiff.dit import MMDiT, MMDiTConfig, position_table
 from minidiff.files.layout import read_config
-from minidiff.files.weights import assemble, transformer_sources
+from minidiff.files.weights import join_stored, transformer_sources
 
 BOUND = 1e-5
 SMALL = MMDiTConfig(
@@ -48,7 +48,7 @@ def official(model: MMDiT, stored: dict[str, Tensor]) -> dict[str, Tensor]:
     """diffusers' tensors as ours: renamed, fused, two pairs of halves swapped."""
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     return {
-        name: assemble(stored.__getitem__, source, shapes[name], "cpu", None)
+        name: join_stored(stored.__getitem__, source, shapes[name], "cpu", None)
         for name, source in transformer_sources(shapes).items()
     }
 

@@ -115,7 +115,7 @@ def fetch(server: Any, monkeypatch: Any, tmp_path: Path) -> Callable[..., Path]:
         monkeypatch.setattr(f"huggingface_hub.{module}.time", clock)
 
     def call(model: str = "sd3.5-medium", **how: Any) -> Path:
-        return hub.download(model, **how)
+        return hub.download_model(model, **how)
 
     return call
 

@@ -354,7 +354,7 @@ LOADS = [
 @pytest.mark.parametrize("how, line", LOADS, ids=[str(line) for _, line in LOADS])
 def test_load_refuses_in_one_line(monkeypatch, how, line):
     monkeypatch.setattr(
-        weights, "assemble", lambda *_: pytest.fail("a weight was read")
+        weights, "join_stored", lambda *_: pytest.fail("a weight was read")
     )
     with pytest.raises((ValueError, OSError), match=line) as refused:
         minidiff.load(**{"model": "tiny"} | how)

@@ -193,7 +193,7 @@ def test_an_error_of_the_transport_is_told_in_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     told = r"interrupted \(RuntimeError: Data processing error: CAS service\); asked"
     with pytest.raises(ConnectionError, match=told):
-        hub.download("sd3.5-medium")
+        hub.download_model("sd3.5-medium")
 
 
 def test_after_an_interruption_only_missing_files_are_fetched(server, download):

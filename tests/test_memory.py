@@ -26,7 +26,7 @@ from minidiff.engine.loading import Given, blueprint, open_model
 from minidiff.engine.memory import GIB, Call, Plan, choose, estimate
 from minidiff.engine.tiling import Tiled
 from minidiff.files import layout, weights
-from minidiff.interface.checks import check_target
+from minidiff.interface.checks import device_and_dtype
 from minidiff.interface.request import Request
 from minidiff.lora import load_lora
 from minidiff.vae import VAE, Posterior, VAEConfig
@@ -50,7 +50,7 @@ def rehearse(check, model, device="cpu", dtype=None, budget=None, **knobs):
     """As the command line does it: how what is checked fits."""
     wanted = memory.requested(budget, **knobs)
     given = Given(model, t5=wanted.t5 != "none")
-    opened = open_model(given, *check_target(device, dtype), weights=False)
+    opened = open_model(given, *device_and_dtype(device, dtype), weights=False)
     fit = opened.fit(budget, check(opened.rehearsal(wanted)), **knobs)
     if fit.plan != wanted:
         check(opened.rehearsal(fit.plan))
@@ -364,7 +364,7 @@ def test_what_was_rehearsed_is_what_is_loaded(calls, monkeypatch, card, size, ho
     """A picture of 1024² would not fit; loading does not ask for one."""
     card(size)
     parts = {n: SimpleNamespace(model=m) for n, m in calls["large"].models.items()}
-    monkeypatch.setattr(memory, "place", lambda part, plan, *_: plan)
+    monkeypatch.setattr(memory, "place_part", lambda part, plan, *_: plan)
     monkeypatch.setattr(memory, "Tiled", lambda vae, *_: vae)
     with pytest.raises(ValueError, match="needs about"):
         rehearse(lambda _: (), "sd3.5-large", "cuda", **how)
@@ -552,7 +552,7 @@ def test_modulations_of_many_small_pictures_are_counted(calls):
 def test_levels_of_usual_pictures(calls, name, levels):
     """Those of each model's own steps, twice with guidance; the most are assumed."""
     model = f"sd3.5-{name}" if name != "turbo" else "sd3.5-large-turbo"
-    opened = open_model(Given(model), *check_target("cpu", None), weights=False)
+    opened = open_model(Given(model), *device_and_dtype("cpu", None), weights=False)
     request = opened.rehearsal().check(Request("a bag"))
     assert request.levels == levels <= calls["medium"].levels == 82
 
@@ -560,7 +560,7 @@ def test_levels_of_usual_pictures(calls, name, levels):
 def test_what_a_plan_leaves_in_the_file_never_meets_the_device(folder):
     prepared = weights.prepare_component(MMDiT, MMDiTConfig, folder / "transformer")
     plan = Plan(modulation="streamed")
-    model = memory.place(prepared, plan, torch.device("meta"), torch.bfloat16)
+    model = memory.place_part(prepared, plan, torch.device("meta"), torch.bfloat16)
     block = model.joint_blocks[0].x_block
     assert block.adaLN_modulation[1].stored[0].device.type == "cpu"
     assert block.mlp.fc1.weight.device.type == "meta"

@@ -152,7 +152,7 @@ def test_evaluate(fashion):
     torch.manual_seed(0)
     judge, pipe = Judge(JudgeConfig((8, 8, 8), (1, 1, 1), 12)).eval(), Echo()
     judge.window.weight.data *= 100  # untrained features hardly differ
-    found = metrics.evaluate(
+    found = metrics.assess(
         pipe, judge, 24, guidance_scale=2.0, folder=fashion, batch=16
     )
     assert list(found["rows"]) == list(metrics.ROWS)
@@ -160,7 +160,7 @@ def test_evaluate(fashion):
     assert found["vae_psnr"] == pytest.approx(40, abs=0.01)
     assert found["frechet"]["n"] == 48
     assert found["frechet"]["model"] > found["frechet"]["floor"]
-    again = metrics.evaluate(
+    again = metrics.assess(
         Echo(), judge, 24, guidance_scale=2.0, folder=fashion, batch=24
     )
     assert again["rows"] == found["rows"]  # whatever the batch
@@ -181,7 +181,7 @@ def test_evaluate_with_other_features(fashion):
 
     rows = metrics.choose_rows("all")[::2]  # those with seen pairs
     options = {"folder": fashion, "batch": 8, "rows": rows, "inception": means}
-    found = metrics.evaluate(Echo(), judge, 8, guidance_scale=1.0, **options)
+    found = metrics.assess(Echo(), judge, 8, guidance_scale=1.0, **options)
     assert sum(seen) == 2 * (8 + 8) + 16 + 16  # rows, then training, then the VAE's
     assert 0 < found["frechet"]["floor"] < found["frechet"]["model"]
     assert "in Inception-v3's last pool (FID), 16 pictures" in metrics.format_table(
@@ -191,15 +191,15 @@ def test_evaluate_with_other_features(fashion):
 
 def test_evaluate_refuses():
     with pytest.raises(ValueError, match="n is 1"):
-        metrics.evaluate(Echo(), Judge(), 1)
+        metrics.assess(Echo(), Judge(), 1)
     with pytest.raises(ValueError, match="n is 100001; expected .* 2 to 100000"):
-        metrics.evaluate(Echo(), Judge(), 100_001)
+        metrics.assess(Echo(), Judge(), 100_001)
     with pytest.raises(ValueError, match="seed is 9223372036854775808; expected"):
-        metrics.evaluate(Echo(), Judge(), 2, seed=2**63)
+        metrics.assess(Echo(), Judge(), 2, seed=2**63)
     large = Echo()
     large.vae.config.factor = 8
     with pytest.raises(ValueError, match="draws 128 × 128 pixels"):
-        metrics.evaluate(large, Judge(), 2)
+        metrics.assess(large, Judge(), 2)
     with pytest.raises(ValueError, match="garments is 'three'"):
         metrics.choose_rows("three")
     assert len(metrics.choose_rows("one")) == 2 and len(metrics.choose_rows("all")) == 4
@@ -236,7 +236,7 @@ def test_pictures_that_show_the_prompt_are_right(fashion, monkeypatch):
     drawn = lambda pipe, texts, *_, **__: torch.stack([known[t] for t in texts])  # noqa: E731
     monkeypatch.setattr(metrics, "generate", drawn)
     how = {"guidance_scale": 1.0, "folder": fashion, "batch": 16}
-    for row in metrics.evaluate(Echo(), load_judge(), 40, **how)["rows"].values():
+    for row in metrics.assess(Echo(), load_judge(), 40, **how)["rows"].values():
         assert row["real"]["colors and background"] > 0.95
         assert row["model"]["all"] == pytest.approx(row["real"]["all"], abs=0.1)
 
@@ -263,9 +263,9 @@ def test_what_is_compared_with_what(fashion, monkeypatch):
     monkeypatch.setattr(metrics, "Scenes", lambda s, *a: seen.append(s) or real(s, *a))
     judge, pipe = Judge(JudgeConfig((8, 8, 8), (1, 1, 1), 12)).eval(), Echo()
     how = {"guidance_scale": 1.0, "folder": fashion}
-    every = metrics.evaluate(pipe, judge, 8, **how)
+    every = metrics.assess(pipe, judge, 8, **how)
     assert sorted(seen) == ["test"] * 6 + ["train"] * 2
-    known = metrics.evaluate(pipe, judge, 8, rows=list(metrics.ROWS)[::2], **how)
+    known = metrics.assess(pipe, judge, 8, rows=list(metrics.ROWS)[::2], **how)
     assert known["frechet"] == every["frechet"]  # never-trained pairs do not count
 
 
@@ -273,6 +273,6 @@ def test_rows_alone_and_the_usual_guidance(fashion):
     judge, pipe = Judge(JudgeConfig((8, 8, 8), (1, 1, 1), 12)).eval(), Echo()
     pipe.defaults = SimpleNamespace(guidance_scale=3.0)
     rows = metrics.choose_rows("one")
-    found = metrics.evaluate(pipe, judge, 2, folder=fashion, rows=rows)
+    found = metrics.assess(pipe, judge, 2, folder=fashion, rows=rows)
     assert pipe.calls[0]["guidance_scale"] == 3 and "frechet" not in found
     assert "Fréchet" not in metrics.format_table(found)

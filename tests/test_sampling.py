@@ -378,7 +378,7 @@ def test_the_schedule_survives_saving(pipe, tmp_path):
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_number_is_a_card_and_not_the_cpu(number):
     try:
-        found = checks.check_target(number, None)[0]
+        found = checks.device_and_dtype(number, None)[0]
     except ValueError as error:  # none is here
         assert f"device is {number}" in str(error)
     else:
@@ -387,9 +387,9 @@ def test_a_number_is_a_card_and_not_the_cpu(number):
 
 def test_targets_that_cannot_be():
     with pytest.raises(ValueError, match="device is 'tpu9'; expected cpu, cuda"):
-        checks.check_target("tpu9", None)
+        checks.device_and_dtype("tpu9", None)
     with pytest.raises(ValueError, match="dtype is torch.int8; expected one of"):
-        checks.check_target(None, torch.int8)
+        checks.device_and_dtype(None, torch.int8)
 
 
 def test_numpys_whole_numbers_are_whole_numbers(pipe):
@@ -477,8 +477,8 @@ def test_schedules_of_another_kind_are_refused(folders, tmp_path, name):
 
 
 def test_default_dtypes():
-    assert checks.check_target("cuda", None)[1] == torch.bfloat16
-    assert checks.check_target(None, None) == (torch.device("cpu"), torch.float32)
+    assert checks.device_and_dtype("cuda", None)[1] == torch.bfloat16
+    assert checks.device_and_dtype(None, None) == (torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("call, message", BAD_CALLS, ids=[m for _, m in BAD_CALLS])
@@ -500,7 +500,7 @@ def copy(folder, target, **index):
 def test_bad_folders(folders, tmp_path, monkeypatch):
     folder = copy(folders()[0], tmp_path / "a")
     monkeypatch.setattr(
-        weights, "assemble", lambda *_: pytest.fail("a weight was read")
+        weights, "join_stored", lambda *_: pytest.fail("a weight was read")
     )
     (folder / "vae" / weights.WEIGHTS[0]).rename(tmp_path / "kept")
     with pytest.raises(FileNotFoundError, match="no weights in .*vae"):

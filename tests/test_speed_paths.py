@@ -262,7 +262,7 @@ def test_compilation_needs_a_gpu_that_knows_fp8(folder, monkeypatch):
     assert not fast.multiplies_in_fp8(on_a_gpu(monkeypatch, (8, 6)))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(memory, "free_memory", lambda *_: 1e12)
-    monkeypatch.setattr(memory, "place", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(memory, "place_part", lambda *_: pytest.fail("work began"))
     with pytest.raises(ValueError, match="this GPU does not know; expected compute"):
         minidiff.load(folder, "cuda", compile=True, fp8=True)
 

@@ -394,7 +394,7 @@ def test_compiles_without_a_graph_break(kind, config):
 def test_attention_step_by_step(causal):
     q, k, v = torch.randn(3, 6, 8)
     bias = torch.full((6, 6), -torch.inf).triu(1) if causal else torch.randn(6, 6)
-    for step in (text_encoders.attend_in_loops, text_encoders.attend):
+    for step in (text_encoders.attend_in_loops, text_encoders.attend_all):
         expected = F.scaled_dot_product_attention(q, k, v, bias, scale=0.7)
         assert relative_error(step(q, k, v, bias, 0.7), expected) <= 1e-5
 

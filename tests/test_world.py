@@ -288,15 +288,17 @@ def test_unknown_words_are_named():
 
 
 def test_words_that_a_model_has_not_seen_are_named(tmp_path):
-    assert words.seen(tmp_path) == frozenset() and not words.warning(["a b"], set())
+    assert words.seen(tmp_path) == frozenset() and not words.unknown_words(
+        ["a b"], set()
+    )
     words.write_words(tmp_path, ["A red T-shirt", "grün"])
     known = words.seen(tmp_path)
     assert known == {"a", "red", "t", "shirt", "grün"}
-    assert not words.warning(["A RED t shirt!"], known)
+    assert not words.unknown_words(["A RED t shirt!"], known)
     texts = ["a lighthouse in a storm", "storm, red"]
     line = "the small model has not seen: lighthouse, in, storm"
-    assert words.warning(texts, known) == line
-    assert words.warning([" ".join("bcdefghij")], known).endswith("h, i, …")
+    assert words.unknown_words(texts, known) == line
+    assert words.unknown_words([" ".join("bcdefghij")], known).endswith("h, i, …")
 
 
 # Told scenes

@@ -21,8 +21,8 @@ from minidiff.judging.witness import (
     follows,
     load_witness,
     shares,
-    targets,
     witness_loss,
+    witness_targets,
 )
 
 SMALL = WitnessConfig((8, 8, 16), (1, 1, 1), 8)
@@ -30,7 +30,7 @@ SMALL = WitnessConfig((8, 8, 16), (1, 1, 1), 8)
 
 def reading_of(scenes) -> Reading:
     """What a perfect witness would say."""
-    t = targets(scenes)
+    t = witness_targets(scenes)
     kinds = F.one_hot(t["kinds"].clamp(min=0), len(KINDS)).float()
     colors = F.one_hot(t["colors"].clamp(min=0), len(COLORS)).float()
     ground = F.one_hot(t["ground"], len(COLORS)).float()
@@ -85,7 +85,7 @@ def test_the_witness_learns_and_is_read_back(tmp_path):
     torch.manual_seed(0)
     witness = Witness(SMALL)
     scenes = World("train").batch(torch.arange(12))
-    batch = {"images": scenes.images} | targets(scenes)
+    batch = {"images": scenes.images} | witness_targets(scenes)
     optimizer = torch.optim.AdamW(witness.parameters(), 3e-3)
     losses = []
     for _ in range(12):
@@ -110,7 +110,7 @@ def test_the_witness_learns_and_is_read_back(tmp_path):
 def test_a_first_guess_costs_what_chance_costs():
     """Zeros for logits: log of the number of answers for each question."""
     scenes = World("train").batch(torch.arange(8))
-    t = targets(scenes)
+    t = witness_targets(scenes)
     zeros = torch.zeros(8, 8, 8)
     reading = Reading(
         zeros,
@@ -167,7 +167,7 @@ def test_free_prompts_are_read(tmp_path):
         {"prompt": "z", "things": [{"thing": "dog", "place": "above"}]},
     ]
     file.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    assert [meaning for _, meaning in evaluation.read_prompts(file)] == [
+    assert [meaning for _, meaning in evaluation.read_free_prompts(file)] == [
         Meaning((Group("cat", 2, "red"),)),
         Meaning((Group("cat"), Group("dress"))),
         Meaning((Group("dog"), Group("cat")), "right", "blue"),
@@ -200,7 +200,7 @@ def test_free_prompts_that_cannot_be_are_named(tmp_path, line, message):
     file = tmp_path / "prompts.jsonl"
     file.write_text(line)
     with pytest.raises(ValueError, match="prompts.jsonl") as error:
-        evaluation.read_prompts(file)
+        evaluation.read_free_prompts(file)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -217,11 +217,11 @@ def test_an_evaluation_measures_every_row(monkeypatch):
     result = found.rows(("one garment", "all scenes"))
     assert result["rows"].keys() == {"one garment", "all scenes"}
     assert result["frechet"]["n"] == 3 and result["texture"].keys() == {"real", "model"}
-    table = evaluation.format_table(result)
+    table = evaluation.format_world(result)
     assert "| one garment | " in table and "30.0 dB" in table
     free = {"prompts": found.free([("a cat", Meaning((Group("cat"),)))])}
     assert free["prompts"]["n"] == 1 and free["prompts"]["rows"][0]["prompt"] == "a cat"
-    assert "1 prompts: right" in evaluation.format_table(free)
+    assert "1 prompts: right" in evaluation.format_world(free)
 
 
 # Training
@@ -241,7 +241,9 @@ def test_the_world_trains_every_stage(fashion, tmp_path):
     file.write_text(json.dumps(recipe | sizes | {"scenes": "world"}))
     train_stages(TrainOptions(output, data=fashion, recipe=str(file)))
     model = output / "model"
-    assert words.warning(["a storm over a cat"], words.seen(model)).endswith(": storm")
+    assert words.unknown_words(["a storm over a cat"], words.seen(model)).endswith(
+        ": storm"
+    )
     assert (output / "at" / "1" / "model" / "transformer").is_dir()
     load_witness(output / "judge")
     pipe = minidiff.load(model)

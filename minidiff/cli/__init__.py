@@ -19,7 +19,7 @@ def main() -> None:
     """Run a command; a bad input is one line on stderr and exit status 2."""
     interruption = Interruption()
     try:
-        code, line = run(sys.argv[1:])
+        code, line = run_program(sys.argv[1:])
     except BaseException as error:
         if not (interruption.came or isinstance(error, KeyboardInterrupt)):
             raise
@@ -85,11 +85,11 @@ def program() -> Any:
         unwrapped = "\n\n".join(" ".join(text.split()) for text in paragraphs)
         app.command(help=unwrapped, epilog=module.EXAMPLES)(command)
     options = import_module("minidiff.cli.options")
-    app.callback()(options.program)
+    app.callback()(options.about)
     return app
 
 
-def run(arguments: list[str]) -> tuple[int, str]:
+def run_program(arguments: list[str]) -> tuple[int, str]:
     """Run a command: its exit status and, where it failed, one line that says why."""
     from typer import Abort
 

@@ -28,4 +28,4 @@ def download(
     if model not in ON_HUB and model.count("/") != 1:
         known = ", ".join(ON_HUB)
         raise ValueError(f"model is {model!r}; expected {known} or a hub id owner/name")
-    print(hub.download(model, not without_t5, check_all=True))
+    print(hub.download_model(model, not without_t5, check_all=True))

@@ -28,6 +28,6 @@ def info(
         for name, value in read_settings(model).items():
             print(f"{printable(name)}: {printable(value)}")
         return
-    from minidiff.engine.loading import describe
+    from minidiff.engine.loading import describe_model
 
-    print(describe(model))
+    print(describe_model(model))

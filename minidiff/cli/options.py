@@ -53,24 +53,24 @@ Version = Annotated[
 ]
 
 
-def program(version: Version = False) -> None:
+def about(version: Version = False) -> None:
     """Stable Diffusion 3.5 from scratch: draw, train and measure."""
 
 
-def chosen(**settings: Any) -> dict[str, Any]:
+def not_none(**settings: Any) -> dict[str, Any]:
     """The settings that are not None."""
     return {name: value for name, value in settings.items() if value is not None}
 
 
 def fields_of(cls: type, given: dict[str, Any]) -> dict[str, Any]:
     """The options that are set and are called as fields of the dataclass ``cls``."""
-    return chosen(**{f.name: given.get(f.name) for f in fields(cls)})
+    return not_none(**{f.name: given.get(f.name) for f in fields(cls)})
 
 
 def refuse(given: dict[str, Any], needed: str, *names: str) -> None:
     """Raise ValueError where an option of ``names`` is set, but not the one needed."""
     there = given[needed.partition(",")[0]]
-    for name, value in chosen(**{name: given[name] for name in names}).items():
+    for name, value in not_none(**{name: given[name] for name in names}).items():
         if not there:
             found = f"--{name} is {value}, which needs --{needed}"
             raise ValueError(found.replace("_", "-"))

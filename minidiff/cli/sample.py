@@ -13,10 +13,10 @@ from minidiff.cli.options import (
     Device,
     Group,
     Overwrite,
-    chosen,
     examples,
     fields_of,
     find_device,
+    not_none,
     refuse,
 )
 from minidiff.interface.terminal import status, tell
@@ -152,11 +152,11 @@ def begin(series: "Series", given: dict[str, Any]) -> "tuple[Series, Pipeline]":
     from minidiff.drawing.image_to_image import Start
     from minidiff.drawing.previews import write_previews
     from minidiff.engine.memory import Plan
-    from minidiff.files.tokenizer_files import seen, warning
+    from minidiff.files.tokenizer_files import seen, unknown_words
     from minidiff.interface.request import Request
 
     asked = fields_of(Request, given) | {"prompt": "", "seed": 0}
-    asked |= chosen(num_inference_steps=given["steps"])
+    asked |= not_none(num_inference_steps=given["steps"])
     if file := given["preview"]:
         asked["callback_on_step_end"] = write_previews(file)
     start = given["image"] and Start(
@@ -164,7 +164,7 @@ def begin(series: "Series", given: dict[str, Any]) -> "tuple[Series, Pipeline]":
     )
     series = replace(series, request=Request(**asked), start=start)
     dtype = given["dtype"] and getattr(torch, given["dtype"])
-    plan = fields_of(Plan, given) | chosen(memory=given["memory"])
+    plan = fields_of(Plan, given) | not_none(memory=given["memory"])
     target = find_device(given["device"]), dtype
     pipe = series.load(
         given["model"],
@@ -174,7 +174,7 @@ def begin(series: "Series", given: dict[str, Any]) -> "tuple[Series, Pipeline]":
         fast=given["fast"],
         compile=given["compile"],
     )
-    if line := warning(series.texts, seen(given["model"])):
+    if line := unknown_words(series.texts, seen(given["model"])):
         tell(line)
     return series, pipe
 

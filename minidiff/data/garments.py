@@ -127,7 +127,7 @@ NOUNS = [[f"{color} {garment}" for garment in CLASSES] for color in COLORS]
 GROUNDS = [f"a {name} background" for name in BACKGROUNDS]
 
 
-def captions(attributes: Attributes, templates: Tensor) -> list[str]:
+def scene_captions(attributes: Attributes, templates: Tensor) -> list[str]:
     """The scenes in words, each by the template (B,) in 0…3 that is asked for."""
     rows = zip(*(x.tolist() for x in (*attributes, templates)), strict=True)
     return [_words(*row) for row in rows]
@@ -150,7 +150,7 @@ def _words(
 
 def all_captions() -> list[str]:
     """Every caption of the grammar: entry i is the caption with id i (1 second)."""
-    return captions(*caption_attributes(torch.arange(NUM_CAPTIONS)))
+    return scene_captions(*caption_attributes(torch.arange(NUM_CAPTIONS)))
 
 
 def token_table(tokenizer: Any, texts: list[str]) -> Tensor:
@@ -190,13 +190,13 @@ def _choose(u: Tensor, n: Tensor | int) -> Tensor:
     return (u * n).long()
 
 
-def held_out_colors(device: torch.device | str | None = None) -> Tensor:
+def held_out_pairs(device: torch.device | str | None = None) -> Tensor:
     """The colour that is never trained of each class (10,); len(COLORS) if none."""
     names = {garment: list(COLORS).index(color) for color, garment in HELD_OUT}
     return torch.tensor([names.get(c, len(COLORS)) for c in CLASSES], device=device)
 
 
-def draw_attributes(
+def draw_garments(
     u: Tensor, two_garments: float, held_out: bool | None
 ) -> tuple[Attributes, Tensor]:
     """Attributes and caption templates from uniform numbers (B, 16).
@@ -204,7 +204,7 @@ def draw_attributes(
     ``held_out`` asks for exactly one garment with a pair never trained (True), for none
     (False), or for any pairs (None).
     """
-    held = held_out_colors(u.device)
+    held = held_out_pairs(u.device)
     if held_out is None:
         held = torch.full_like(held, len(COLORS))
     two = u[:, 0] < two_garments
@@ -284,7 +284,7 @@ class SceneBatch:
     @functools.cached_property
     def captions(self) -> list[str]:
         """The captions as strings (waits for the device)."""
-        return captions(self.attributes, self.templates)
+        return scene_captions(self.attributes, self.templates)
 
     @property
     def caption_ids(self) -> Tensor:
@@ -345,7 +345,7 @@ class Scenes:
     def batch(self, indices: Tensor) -> SceneBatch:
         """The scenes with the numbers ``indices`` (B,), any non-negative integers."""
         u = uniform(self.seed, indices, 24, self.gray.device)
-        attributes, templates = draw_attributes(u, self.two_garments, self.held_out)
+        attributes, templates = draw_garments(u, self.two_garments, self.held_out)
         garments = attributes.garments.clamp(min=0)
         size, centre = place(u[:, 18:], attributes.layout)
         gray = self.pick(garments, u[:, 16:18])
@@ -359,7 +359,7 @@ class Scenes:
     def caption_pairs(self, indices: Tensor) -> Tensor:
         """The numbers of two captions of each scene that say the same, (B, 2)."""
         u = uniform(self.seed, indices, 16)
-        attributes, templates = draw_attributes(u, self.two_garments, self.held_out)
+        attributes, templates = draw_garments(u, self.two_garments, self.held_out)
         both = templates, other_templates(templates, self.seed, indices)
         return torch.stack([caption_ids(attributes, t) for t in both], 1)
 
@@ -435,8 +435,8 @@ def prompts(
     if kind not in ("one", "two"):
         raise ValueError(f"kind is {kind!r}, expected 'one' or 'two'")
     u = uniform(seed, torch.arange(n), 16)
-    attributes, templates = draw_attributes(u, float(kind == "two"), held_out)
-    return captions(attributes, templates), attributes
+    attributes, templates = draw_garments(u, float(kind == "two"), held_out)
+    return scene_captions(attributes, templates), attributes
 
 
 # Samples

@@ -111,7 +111,7 @@ def residual_norm(
     if has_kernels(x):
         from minidiff.engine import triton_kernels
 
-        return triton_kernels.residual_norm(x, updates, modulations, fp8)
+        return triton_kernels.triton_residual_norm(x, updates, modulations, fp8)
     return plain_residual_norm(x, updates, modulations, fp8)
 
 
@@ -124,7 +124,7 @@ def norm_heads(qkv: Tensor, weight: Tensor, heads: int, boundary: int = 0) -> No
     if has_kernels(qkv):
         from minidiff.engine import triton_kernels
 
-        return triton_kernels.norm_heads(qkv, weight, heads, boundary)
+        return triton_kernels.triton_norm_heads(qkv, weight, heads, boundary)
     return plain_norm_heads(qkv, weight, heads, boundary)
 
 
@@ -133,7 +133,7 @@ def quantize_rows(x: Tensor, gelu: bool = False) -> Rows:
     if has_kernels(x):
         from minidiff.engine import triton_kernels
 
-        return triton_kernels.quantize_rows(x, gelu)
+        return triton_kernels.triton_quantize_rows(x, gelu)
     return quantize(F.gelu(x.float(), approximate="tanh") if gelu else x)
 
 
@@ -155,7 +155,7 @@ def group_norm_silu(
     if has_kernels(x):
         from minidiff.engine import triton_kernels
 
-        return triton_kernels.group_norm_silu(
+        return triton_kernels.triton_group_norm_silu(
             x, groups, weight, bias, add, residual, keep, silu
         )
     return plain_group_norm_silu(x, groups, weight, bias, add, residual, silu)

@@ -24,9 +24,9 @@ from minidiff.engine.memory import (
     choose,
     estimate,
     load_parts,
-    pixels,
     requested,
     room_left,
+    size_in_words,
     stand_in,
     usual_size,
     working,
@@ -199,7 +199,10 @@ class Opened:
         plan = choose(memory, call, **knobs)
         check_device(plan, call, self.device, **knobs)
         if knobs or not (memory is None or isinstance(memory, Plan)):
-            need, what = estimate(plan, call) / GIB, pixels(call.size, models["vae"])
+            need, what = (
+                estimate(plan, call) / GIB,
+                size_in_words(call.size, models["vae"]),
+            )
             print(f"memory plan: {plan}; about {need:.1f} GiB for {what}")
         return Fit(plan, room_left(memory, plan, call, calls and self.device or None))
 
@@ -402,7 +405,7 @@ def find_model(given: Given, weights: bool = True) -> Path:
         raise FileNotFoundError(f"{model} is missing")
     if named(model) or hub_id:
         at, kind = given.revision, given.variant
-        return hub.download(
+        return hub.download_model(
             str(model), given.t5, weights=weights, revision=at, variant=kind
         )
     known = ", ".join(PUBLISHED)
@@ -420,7 +423,7 @@ def read_scheduler(folder: Path) -> Scheduler:
     return read_config(Scheduler, folder)
 
 
-def describe(model: Path | str) -> str:
+def describe_model(model: Path | str) -> str:
     """A table of a model's parts, and how it is meant to be drawn from."""
     files = outline(Given(model))
     parts, origin = files.models, files.origin

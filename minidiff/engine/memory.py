@@ -89,11 +89,10 @@ class Plan:
             free = free_memory(pipe.device, need)
             left, whose = min((left, whose), (free, "the card"))
         if need > left:
-            raise NoRoom(
-                f"{pixels(size, pipe.vae)} at once take about {need / 1e9:.1f}GB "
-                f"beside the weights; {whose} has {left / 1e9:.1f}GB left: expected "
-                "fewer or smaller ones, or a tighter plan"
-            )
+            what = f"{size_in_words(size, pipe.vae)} at once take about"
+            room = f"beside the weights; {whose} has {left / 1e9:.1f}GB left"
+            known = "expected fewer or smaller ones, or a tighter plan"
+            raise NoRoom(f"{what} {need / 1e9:.1f}GB {room}: {known}")
 
 
 # From the roomiest to the tightest: each gives up what costs the least time.
@@ -327,7 +326,7 @@ def room_left(
     return max(room, need)
 
 
-def pixels(size: tuple[int, ...], vae: VAE) -> str:
+def size_in_words(size: tuple[int, ...], vae: VAE) -> str:
     """The pictures that latents of ``size`` become, in words."""
     batch, _, height, width = size
     return f"{batch} × {vae.config.factor * width}×{vae.config.factor * height} pixels"
@@ -409,7 +408,9 @@ def is_float8(plan: Plan, model: nn.Module, name: str) -> bool:
     return linear and "adaLN" not in name
 
 
-def place(prepared: Prepared, plan: Plan, device: Any, dtype: torch.dtype) -> nn.Module:
+def place_part(
+    prepared: Prepared, plan: Plan, device: Any, dtype: torch.dtype
+) -> nn.Module:
     """Read one part of a pipeline as the plan says."""
     model: Any = prepared.model
     table = isinstance(model, MMDiT) and plan.modulation == "streamed"
@@ -449,7 +450,7 @@ def stand_in(model: nn.Module, plan: Plan) -> None:
 
 @torch.no_grad()
 def to_float8(model: MMDiT) -> MMDiT:
-    """Store a model's blocks in 8 bits, in place, as ``place`` does while it reads.
+    """Store a model's blocks in 8 bits, in place, as ``place_part`` does.
 
     Raises ValueError for a model with a LoRA beside its layers.
     """
@@ -498,7 +499,7 @@ def load_parts(
     check_device(plan, Call(models, NOTHING, dtype.itemsize), device)
     wide = torch.bfloat16 if dtype == torch.float16 else dtype
     placed: dict[str, Any] = {
-        name: place(part, plan, device, wide if name == T5 else dtype)
+        name: place_part(part, plan, device, wide if name == T5 else dtype)
         for name, part in parts.items()
     }
     if plan.vae_tile or plan.vae_slicing:

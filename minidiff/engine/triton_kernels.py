@@ -150,7 +150,7 @@ def _scale_shift_silu(  # type: ignore[no-untyped-def]
 # Calling them
 
 
-def residual_norm(
+def triton_residual_norm(
     x: Tensor,
     updates: Sequence[tuple[Tensor, Tensor]],
     modulations: Sequence[tuple[Tensor, Tensor]],
@@ -187,7 +187,7 @@ def residual_norm(
     return outputs
 
 
-def norm_heads(qkv: Tensor, weight: Tensor, heads: int, boundary: int) -> None:
+def triton_norm_heads(qkv: Tensor, weight: Tensor, heads: int, boundary: int) -> None:
     """As ``kernels.norm_heads``."""
     width = weight.shape[-1]
     _norm_heads[(len(qkv),)](
@@ -197,7 +197,7 @@ def norm_heads(qkv: Tensor, weight: Tensor, heads: int, boundary: int) -> None:
     )  # fmt: skip
 
 
-def quantize_rows(x: Tensor, gelu: bool) -> Rows:
+def triton_quantize_rows(x: Tensor, gelu: bool) -> Rows:
     """As ``kernels.quantize_rows``."""
     rows, width = x.shape
     out = Rows(
@@ -211,7 +211,7 @@ def quantize_rows(x: Tensor, gelu: bool) -> Rows:
     return out
 
 
-def group_norm_silu(
+def triton_group_norm_silu(
     x: Tensor,
     groups: int,
     weight: Tensor,

@@ -54,7 +54,7 @@ def file_size(path: Path | str) -> int:
     return found.st_size
 
 
-def check_size(path: Path | str, limit: int) -> None:
+def check_length(path: Path | str, limit: int) -> None:
     """Raise ValueError unless ``path`` is a file of at most ``limit`` bytes."""
     if (size := file_size(path)) > limit:
         raise ValueError(f"{path} has {size:,} bytes; expected at most {limit:,}")
@@ -62,13 +62,13 @@ def check_size(path: Path | str, limit: int) -> None:
 
 def read_bytes(path: Path | str, limit: int) -> bytes:
     """The content of a file of at most ``limit`` bytes."""
-    check_size(path, limit)
+    check_length(path, limit)
     return Path(path).read_bytes()
 
 
 def read_text(path: Path | str, limit: int = LONGEST_TEXT) -> str:
     """A text in UTF-8, with or without a byte order mark; ValueError for another."""
-    check_size(path, limit)
+    check_length(path, limit)
     try:
         return Path(path).read_text("utf-8-sig")
     except UnicodeDecodeError:

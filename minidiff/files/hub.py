@@ -186,7 +186,7 @@ KINDS = ("*.json", "*.txt", "*.model", "*.safetensors")
 LEFT_OUT = ("*.fp16*", "text_encoders/*")
 
 
-def download(
+def download_model(
     name: str,
     t5: bool = True,
     check_all: bool = False,

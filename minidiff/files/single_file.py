@@ -46,7 +46,7 @@ def count(shapes: Shapes, pattern: str) -> int:
     return layers
 
 
-def sides(shapes: Shapes, name: str, dimensions: int) -> tuple[int, ...]:
+def shape_of(shapes: Shapes, name: str, dimensions: int) -> tuple[int, ...]:
     """The shape of a tensor that sizes are read off; ValueError for another kind."""
     shape = shapes[name]
     if len(shape) != dimensions or 0 in shape:
@@ -60,22 +60,22 @@ def sides(shapes: Shapes, name: str, dimensions: int) -> tuple[int, ...]:
 
 def transformer_sizes(shapes: Shapes) -> dict[str, Any]:
     """An MMDiT's sizes from the shapes of its tensors."""
-    width, channels, patch, _ = sides(shapes, "x_embedder.proj.weight", 4)
+    width, channels, patch, _ = shape_of(shapes, "x_embedder.proj.weight", 4)
     norm = "joint_blocks.0.x_block.attn.ln_q.weight"
-    head = sides(shapes, norm, 1)[0] if norm in shapes else 64
+    head = shape_of(shapes, norm, 1)[0] if norm in shapes else 64
     layers = count(shapes, r"joint_blocks\.{}")
     dual = "joint_blocks.{}.x_block.attn2.qkv.weight"
-    side = isqrt(sides(shapes, "pos_embed", 3)[1])
+    side = isqrt(shape_of(shapes, "pos_embed", 3)[1])
     return {
         "sample_size": min(128, side * patch),
         "patch_size": patch,
         "in_channels": channels,
-        "out_channels": sides(shapes, "final_layer.linear.weight", 2)[0] // patch**2,
+        "out_channels": shape_of(shapes, "final_layer.linear.weight", 2)[0] // patch**2,
         "num_layers": layers,
         "attention_head_dim": head,
         "num_attention_heads": width // head,
-        "joint_attention_dim": sides(shapes, "context_embedder.weight", 2)[1],
-        "pooled_projection_dim": sides(shapes, "y_embedder.mlp.0.weight", 2)[1],
+        "joint_attention_dim": shape_of(shapes, "context_embedder.weight", 2)[1],
+        "pooled_projection_dim": shape_of(shapes, "y_embedder.mlp.0.weight", 2)[1],
         "pos_embed_max_size": side,
         "dual_attention_layers": tuple(
             i for i in range(layers) if dual.format(i) in shapes
@@ -89,9 +89,9 @@ def vae_sizes(shapes: Shapes) -> dict[str, Any]:
     levels = count(shapes, r"decoder\.up\.{}")
     convolution = "decoder.up.{}.block.0.conv1.weight"
     return {
-        "latent_channels": sides(shapes, "decoder.conv_in.weight", 4)[1],
+        "latent_channels": shape_of(shapes, "decoder.conv_in.weight", 4)[1],
         "block_out_channels": tuple(
-            sides(shapes, convolution.format(i), 4)[0] for i in range(levels)
+            shape_of(shapes, convolution.format(i), 4)[0] for i in range(levels)
         ),
         "layers_per_block": count(shapes, r"encoder\.down\.0\.block\.{}"),
     }
@@ -102,25 +102,25 @@ def clip_l_sizes(shapes: Shapes) -> dict[str, Any]:
 
     The official file has no projection; where another has one, it is not SD3's.
     """
-    square = sides(shapes, "text_model.final_layer_norm.weight", 1) * 2
+    square = shape_of(shapes, "text_model.final_layer_norm.weight", 1) * 2
     return clip_sizes({**shapes, PROJECTION: square}) | {"hidden_act": "quick_gelu"}
 
 
 def clip_sizes(shapes: Shapes) -> dict[str, Any]:
     """A CLIP text encoder's sizes: heads of 64 channels."""
     embeddings, layers = "text_model.embeddings.", "text_model.encoder.layers."
-    vocabulary, width = sides(shapes, f"{embeddings}token_embedding.weight", 2)
+    vocabulary, width = shape_of(shapes, f"{embeddings}token_embedding.weight", 2)
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "intermediate_size": sides(shapes, f"{layers}0.mlp.fc1.weight", 2)[0],
+        "intermediate_size": shape_of(shapes, f"{layers}0.mlp.fc1.weight", 2)[0],
         "num_hidden_layers": count(shapes, re.escape(layers) + "{}"),
         "num_attention_heads": max(1, width // 64),
-        "max_position_embeddings": sides(
+        "max_position_embeddings": shape_of(
             shapes, f"{embeddings}position_embedding.weight", 2
         )[0],
         "hidden_act": "gelu",
-        "projection_dim": sides(shapes, PROJECTION, 2)[0],
+        "projection_dim": shape_of(shapes, PROJECTION, 2)[0],
         "eos_token_id": 2,
     }
 
@@ -128,13 +128,13 @@ def clip_sizes(shapes: Shapes) -> dict[str, Any]:
 def t5_sizes(shapes: Shapes) -> dict[str, Any]:
     """A T5 encoder's sizes."""
     first, dense = "encoder.block.0.layer.0.SelfAttention.", "layer.1.DenseReluDense."
-    buckets, heads = sides(shapes, first + "relative_attention_bias.weight", 2)
-    vocabulary, width = sides(shapes, "shared.weight", 2)
+    buckets, heads = shape_of(shapes, first + "relative_attention_bias.weight", 2)
+    vocabulary, width = shape_of(shapes, "shared.weight", 2)
     return {
         "vocab_size": vocabulary,
         "d_model": width,
-        "d_kv": sides(shapes, first + "q.weight", 2)[0] // heads,
-        "d_ff": sides(shapes, f"encoder.block.0.{dense}wi_0.weight", 2)[0],
+        "d_kv": shape_of(shapes, first + "q.weight", 2)[0] // heads,
+        "d_ff": shape_of(shapes, f"encoder.block.0.{dense}wi_0.weight", 2)[0],
         "num_layers": count(shapes, r"encoder\.block\.{}"),
         "num_heads": heads,
         "relative_attention_num_buckets": buckets,

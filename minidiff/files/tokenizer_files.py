@@ -219,7 +219,7 @@ def first_file(folder: str | Path, *names: str) -> Path:
     raise FileNotFoundError(f"no tokenizer in {folder}: expected {' or '.join(names)}")
 
 
-def read_settings(folder: str | Path, defaults: Settings) -> Settings:
+def read_tokenizer_settings(folder: str | Path, defaults: Settings) -> Settings:
     """Read the settings of a tokenizer's folder; a missing file leaves the defaults.
 
     Raises:
@@ -357,7 +357,7 @@ def read_bpe(
     vocab = checked_vocabulary(path, vocab)
     lines = lines if isinstance(lines, list) else [lines]
     merges = [_merge(folder, n, line, vocab) for n, line in enumerate(lines)]
-    return vocab, merges, read_settings(folder, CLIP_SETTINGS)
+    return vocab, merges, read_tokenizer_settings(folder, CLIP_SETTINGS)
 
 
 def checked_vocabulary(path: Path, vocab: Any) -> dict[str, int]:
@@ -425,7 +425,7 @@ def read_unigram(folder: str | Path) -> tuple[dict[str, float], bytes, Settings]
 
     The folder holds tokenizer.json, or spiece.model.
     """
-    settings = read_settings(folder, T5_SETTINGS)
+    settings = read_tokenizer_settings(folder, T5_SETTINGS)
     path = first_file(folder, "tokenizer.json", "spiece.model")
     if path.name == "spiece.model":
         pieces, charsmap = read_model(path)
@@ -550,13 +550,13 @@ def seen(model: Path | str) -> frozenset[str]:
     )
 
 
-def unseen(texts: Iterable[str], words: frozenset[str]) -> list[str]:
+def unseen_words(texts: Iterable[str], words: frozenset[str]) -> list[str]:
     """The words of ``texts`` that are not among ``words``, each once, in order."""
     return list(dict.fromkeys(w for t in texts for w in words_of(t) if w not in words))
 
 
-def warning(texts: Iterable[str], words: frozenset[str]) -> str:
+def unknown_words(texts: Iterable[str], words: frozenset[str]) -> str:
     """One line that names what the model has not seen; "" for nothing."""
-    missing = unseen(texts, words) if words else []
+    missing = unseen_words(texts, words) if words else []
     shown = ", ".join(missing[:8]) + (", …" if len(missing) > 8 else "")
     return f"the small model has not seen: {shown}" if missing else ""

@@ -312,7 +312,7 @@ class Prepared(Generic[Model]):
 
         expected = self.model.state_dict()
         for name, source in self.sources.items():
-            yield name, partial(assemble, stored, source, expected[name].shape)
+            yield name, partial(join_stored, stored, source, expected[name].shape)
 
     def __call__(self, device: torch.device | str, dtype: torch.dtype | None) -> Model:
         state = {name: read(device, dtype) for name, read in self.tensors()}
@@ -345,7 +345,7 @@ def prepare_weights(
         found |= own
     if not found:
         raise ValueError(f"{opened[0].path} holds no tensors; expected {len(sources)}")
-    check_names(sources, found)
+    check_stored(sources, found)
     check_shapes(sources, found, expected)
     return Prepared(model, sources, found)
 
@@ -356,7 +356,9 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(map(excerpt, names[:3])) + more
 
 
-def check_names(sources: Mapping[str, Source], found: Mapping[str, TensorFile]) -> None:
+def check_stored(
+    sources: Mapping[str, Source], found: Mapping[str, TensorFile]
+) -> None:
     """Raise ValueError unless the files hold exactly the tensors that are wanted."""
     wanted = {name for source in sources.values() for name in source.names}
     file, *others = {file.path for file in found.values()}
@@ -392,7 +394,7 @@ def check_shapes(
                 )
 
 
-def assemble(
+def join_stored(
     read: Callable[[str], Tensor],
     source: Source,
     shape: tuple[int, ...],

@@ -79,7 +79,7 @@ def check_range(name: str, value: int, low: int, high: int | None = None) -> Non
         raise ValueError(f"{name} is {value!r}; expected a whole number, {limits}")
 
 
-def check_target(
+def device_and_dtype(
     device: torch.device | str | int | None, dtype: torch.dtype | None
 ) -> tuple[torch.device, torch.dtype]:
     """Where and in what to work: None is the CPU; float32 there, else bfloat16.
@@ -102,8 +102,8 @@ def check_target(
 def find_target(
     device: torch.device | str | int | None, dtype: torch.dtype | None
 ) -> tuple[torch.device, torch.dtype]:
-    """As ``check_target``; ValueError too for a GPU that PyTorch does not see."""
-    device, dtype = check_target(device, dtype)
+    """As ``device_and_dtype``; ValueError too for a GPU that PyTorch does not see."""
+    device, dtype = device_and_dtype(device, dtype)
     seen = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
     if (device.index or 0) >= seen.get(device.type, math.inf):
         found = f"device is {device}, which PyTorch does not see"

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minidiff.attention import record_attention
-from minidiff.data.garments import Scenes, captions
+from minidiff.data.garments import Scenes, scene_captions
 from minidiff.data.rng import fold_in, normal
 from minidiff.judging.distances import correlation
 from minidiff.judging.judge import EVALUATION_SEED
@@ -46,7 +46,7 @@ def attention_correlation(
     weight = next(pipe.transformer.parameters())
     scenes = Scenes("test", folder, weight.device, seed, two_garments=0.0)
     batch = scenes.batch(torch.arange(n))
-    texts = captions(batch.attributes, torch.zeros(n, dtype=torch.long))
+    texts = scene_captions(batch.attributes, torch.zeros(n, dtype=torch.long))
     context, pooled = pipe.encode_prompt(texts)
     x0 = pipe.vae.scale(pipe.vae.encode(batch.images.to(weight.dtype)).mode())
     noise = normal(fold_in(seed, 3), torch.arange(n), x0.shape[1:], weight.device)

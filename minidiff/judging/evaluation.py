@@ -57,7 +57,7 @@ class Evaluation:
 
     def measure_world(self, log: Callable[[str], None]) -> dict[str, Any]:
         """The same with the judge of garments and everyday things."""
-        free = self.prompts and world.read_prompts(self.prompts)
+        free = self.prompts and world.read_free_prompts(self.prompts)
         with status(f"loading {self.model}"):
             judge = witness.load_witness(self.judge or JUDGE, self.device)
             cpu = self.device == "cpu"
@@ -82,7 +82,7 @@ class Evaluation:
             cpu = self.device == "cpu"  # its caches hold few pictures at a time
             pipe = load(self.model, self.device, torch.float32, fast=cpu)
         pipe.progress = False
-        result = metrics.evaluate(
+        result = metrics.assess(
             pipe,
             judge,
             n=self.n,

@@ -48,7 +48,7 @@ def check_side(transformer: Any, vae: Any) -> None:
         raise ValueError(f"the model draws {side} × {side} pixels, scenes have 64 × 64")
 
 
-def evaluate(
+def assess(
     pipe: Any,
     judge: Judge | None = None,
     n: int = 500,
@@ -224,7 +224,7 @@ def right_shares(scores: list[dict[str, Tensor]]) -> dict[str, float]:
 
 
 def format_table(result: dict) -> str:
-    """The result of ``evaluate`` as a Markdown table with two lines beneath it."""
+    """The result of ``assess`` as a Markdown table with two lines beneath it."""
     parts = ["all", "garments", "colors", "background", "colors and background"]
     parts.append("layout")
     header = "| right in %, real / model | " + " | ".join(parts) + " |"

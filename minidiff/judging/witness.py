@@ -113,7 +113,7 @@ def traces(centres: Tensor, present: Tensor) -> Tensor:
     return torch.exp(-square / (2 * SPREAD**2)) * present[..., None, None]
 
 
-def targets(scenes: SceneBatch) -> dict[str, Tensor]:
+def witness_targets(scenes: SceneBatch) -> dict[str, Tensor]:
     """What a reading should say: trace, kinds, colors (B, 8, 8), ground (B,).
 
     Kinds and colours are −1 away from the items; so are a thing's own colours.
@@ -132,7 +132,7 @@ def targets(scenes: SceneBatch) -> dict[str, Tensor]:
 def witness_loss(witness: Witness, batch: dict[str, Tensor]) -> Tensor:
     """Cross-entropies of presence, kinds, colours and ground, summed.
 
-    ``batch`` holds "images" (B, 3, 64, 64) and what ``targets`` makes.
+    ``batch`` holds "images" (B, 3, 64, 64) and what ``witness_targets`` makes.
     """
     reading = witness(batch["images"])
     presence = F.binary_cross_entropy_with_logits(

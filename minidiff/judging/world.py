@@ -185,7 +185,7 @@ class WorldEvaluation:
         return result
 
     def free(self, prompts: Sequence[tuple[str, Meaning]]) -> dict:
-        """What a file of free prompts gives: see ``read_prompts``."""
+        """What a file of free prompts gives: see ``read_free_prompts``."""
         texts, meanings = [t for t, _ in prompts], [m for _, m in prompts]
         answers = self.judged(self.draw(texts), meanings)[0]
         means = shares(answers)
@@ -214,7 +214,7 @@ def texture(images: Tensor) -> Tensor:
 # Free prompts
 
 
-def read_prompts(path: Path) -> list[tuple[str, Meaning]]:
+def read_free_prompts(path: Path) -> list[tuple[str, Meaning]]:
     """Prompts of a JSON-lines file and what their pictures must show.
 
     A line is {"prompt", "things": [{"thing", "color", "place"}], "ground"}; keys that
@@ -240,8 +240,8 @@ def read_prompts(path: Path) -> list[tuple[str, Meaning]]:
 def wanted(entry: dict) -> Meaning:
     """What an entry of such a file asks for."""
     things = [
-        (check("thing", t["thing"], KINDS),)
-        + tuple(check(k, t.get(k), known) for k, known in ASKED.items())
+        (check_term("thing", t["thing"], KINDS),)
+        + tuple(check_term(k, t.get(k), known) for k, known in ASKED.items())
         for t in entry["things"]
     ]
     groups = [(key, len(list(same))) for key, same in itertools.groupby(sorted(things))]
@@ -251,20 +251,22 @@ def wanted(entry: dict) -> Meaning:
     places = [place for (_, _, place), _ in order]
     place = places[0] or (OPPOSITE.get(places[-1], "") if len(order) == 2 else "")
     found = tuple(Group(kind, n, color) for (kind, color, _), n in order)
-    return Meaning(found, place, check("ground", entry.get("ground"), tuple(COLORS)))
+    return Meaning(
+        found, place, check_term("ground", entry.get("ground"), tuple(COLORS))
+    )
 
 
 ASKED = {"color": tuple(COLORS), "place": SIDES}
 
 
-def check(name: str, value: str | None, known: Sequence[str]) -> str:
+def check_term(name: str, value: str | None, known: Sequence[str]) -> str:
     """``value``, or "" for none. Raises ValueError unless it is known."""
     if value and value not in known:
         raise ValueError(f"{name} is {value!r}")
     return value or ""
 
 
-def format_table(result: dict) -> str:
+def format_world(result: dict) -> str:
     """What ``WorldEvaluation`` measured as a Markdown table with lines beneath it."""
     if "prompts" in result:
         return format_free(result["prompts"])

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from minidiff.files.disk import (
     LONGEST_TEXT,
-    check_size,
+    check_length,
     excerpt,
     parse_json,
     read_json,
@@ -336,7 +336,7 @@ def take_lock(path: Path) -> IO[str]:
     Where the file system has no locks, a line says so.
     """
     if path.exists():
-        check_size(path, LONGEST_TEXT)  # a pipe would wait for its reader
+        check_length(path, LONGEST_TEXT)  # a pipe would wait for its reader
     file = path.open("a")
     try:
         if sys.platform == "win32":
@@ -381,7 +381,7 @@ def read_log(path: Path | str) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.exists():
         return []
-    check_size(path, LONGEST_TEXT)
+    check_length(path, LONGEST_TEXT)
     records = map(parse_record, path.read_bytes().splitlines())
     return [record for record in records if record is not None]
 

@@ -14,8 +14,8 @@ from minidiff.judging.witness import (
     Witness,
     find,
     follows,
-    targets,
     witness_loss,
+    witness_targets,
 )
 from minidiff.learning import parallel
 from minidiff.recipes.features import collect, place_in_pool
@@ -101,7 +101,7 @@ def witness_pool(world: World, n: int) -> tuple[Tensor, ...]:
     def parts() -> Iterator[tuple[Tensor, ...]]:
         for numbers in torch.arange(n, device=world.device).split(64):
             scenes = world.batch(numbers)
-            t = targets(scenes)
+            t = witness_targets(scenes)
             whole = (t[name].short() for name in ("kinds", "colors", "ground"))
             yield to_bytes(scenes.images), t["trace"].half(), *whole
 
