@@ -397,7 +397,8 @@ def choose_guidance(
     Without either it is the model's own. Raises ValueError for both.
     """
     if guidance is None:
-        scale = checks.guidance(scale, pipe.defaults.guidance_scale)
+        scale = checks.given(scale, pipe.defaults.guidance_scale)
+        checks.check_number("guidance_scale", scale)
         return ClassifierFree(scale) if scale > 1 else NoGuidance()
     if not isinstance(guidance, Guidance):
         known = "an object of chapter 6, such as ClassifierFree(4.5)"

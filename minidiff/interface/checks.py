@@ -4,7 +4,6 @@ import math
 import sys
 import warnings
 from collections.abc import Collection, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
@@ -51,9 +50,8 @@ def for_encoders(prompt: str | Sequence[str | Triple]) -> list[list[str]]:
 def as_texts(name: str, value: Any) -> list[str]:
     """A list of one or more strings; TypeError or ValueError for what is none."""
     texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list | tuple) or not all(
-        isinstance(t, str) for t in texts
-    ):
+    listed = isinstance(texts, list | tuple)
+    if not listed or not all(isinstance(t, str) for t in texts):
         found = type(value).__name__
         raise TypeError(f"{name} is a {found}; expected a string or a list of strings")
     if not texts:
@@ -147,13 +145,6 @@ def check_sigmas(sigmas: Tensor | None) -> None:
         raise ValueError(f"sigmas are {levels}; expected levels that fall from 1 to 0")
 
 
-def check_function(name: str, value: Any) -> None:
-    """Raise TypeError for what is neither None nor can be called."""
-    if not (value is None or callable(value)):
-        found = f"{name} is a {type(value).__name__}"
-        raise TypeError(f"{found}; expected a function")
-
-
 def check_strength(value: Any) -> None:
     """Raise ValueError unless ``value`` is a number above 0, at most 1."""
     if not isinstance(value, int | float) or not 0 < value <= 1:
@@ -176,9 +167,9 @@ def check_size(name: str, size: int, grid: int, largest: int) -> None:
         check_range(name, size, 1)
     if size % grid or not 0 < size <= largest:
         nearest = min(max(round(size / grid), 1) * grid, largest)
+        wanted = f"a multiple of {grid} up to {largest} pixels"
         raise ValueError(
-            f"{name} is {size}; expected a multiple of {grid} up to {largest} pixels "
-            f"(the nearest is {nearest})"
+            f"{name} is {size}; expected {wanted} (the nearest is {nearest})"
         )
 
 
@@ -186,16 +177,14 @@ def check_parts(text_encoders: Sequence[Any], transformer: Any, vae: Any) -> Non
     """Raise ValueError where the parts of a pipeline do not fit each other."""
     clip_l, clip_g, t5 = (encoder and encoder.config for encoder in text_encoders)
     c = transformer.config
-    pairs = [
-        ("pooled_projection_dim", clip_l.projection_dim + clip_g.projection_dim),
-        ("joint_attention_dim", t5.d_model if t5 else c.joint_attention_dim),
-        ("in_channels", vae.config.latent_channels),
-    ]
-    for name, expected in pairs:
+    for name, expected in {
+        "pooled_projection_dim": clip_l.projection_dim + clip_g.projection_dim,
+        "joint_attention_dim": t5.d_model if t5 else c.joint_attention_dim,
+        "in_channels": vae.config.latent_channels,
+    }.items():
         if (found := getattr(c, name)) != expected:
-            raise ValueError(
-                f"the transformer's {name} is {found}; the other parts need {expected}"
-            )
+            what = f"the transformer's {name} is {found}"
+            raise ValueError(f"{what}; the other parts need {expected}")
 
 
 def check_tokenizers(tokenizers: Sequence[Any], text_encoders: Sequence[Any]) -> None:
@@ -241,11 +230,8 @@ def check_dtypes(transformer: nn.Module, vae: nn.Module) -> None:
 
 def check_number(name: str, value: Any) -> None:
     """Raise ValueError unless ``value`` is a finite number."""
-    try:
-        finite = isinstance(value, Real) and math.isfinite(value)
-    except OverflowError:  # a whole number that no float holds
-        finite = False
-    if not finite:
+    number = isinstance(value, int | float)
+    if not (number and abs(value) <= sys.float_info.max):
         raise ValueError(f"{name} is {value!r}; expected a finite number")
 
 
@@ -293,12 +279,3 @@ def chosen(**settings: Any) -> dict[str, Any]:
 def given(value: Any, default: Any) -> Any:
     """``value``, or ``default`` where it is None."""
     return default if value is None else value
-
-
-def guidance(value: float | None, default: float) -> float:
-    """The guidance scale, or ``default`` for None; ValueError unless it is finite."""
-    scale = given(value, default)
-    number = isinstance(scale, int | float) and abs(scale) <= sys.float_info.max
-    if not number:
-        raise ValueError(f"guidance_scale is {scale!r}; expected a finite number")
-    return scale

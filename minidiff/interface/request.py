@@ -101,8 +101,11 @@ class Request:
             checks.check_tensor(name, getattr(self, name), shape)
         checks.check_sigmas(self.sigmas)
         checks.check_choice("output_type", self.output_type, OUTPUTS)
-        checks.guidance(self.guidance_scale, 1.0)
-        checks.check_function("callback_on_step_end", self.callback_on_step_end)
+        if self.guidance_scale is not None:
+            checks.check_number("guidance_scale", self.guidance_scale)
+        if not callable(call := self.callback_on_step_end or print):
+            found = f"callback_on_step_end is a {type(call).__name__}"
+            raise TypeError(f"{found}; expected a function")
         for end in ("", "negative_"):
             self._check_embeds(end)
         _ = self.prompts, self.negatives  # refused here, if ever
