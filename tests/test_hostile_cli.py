@@ -143,7 +143,7 @@ def test_evaluations(refused: Callable, there: list, options: list, line: str) -
 TUNE = ["--from", "tiny", "--data", "pictures"]
 TRAININGS = [
     (["--stage", "none"], "--stage is 'none'; expected all, tokenizers, clip, t5"),
-    (["--recipe", "none"], "--recipe is 'none'; expected gpu, shipped"),
+    (["--recipe", "none"], "--recipe is 'none'; expected shipped, gpu"),
     (["--start", "nowhere"], "--start is nowhere; expected tiny, or a model's folder"),
     (["--scenes", "nowhere"], "scenes is 'nowhere'; expected composed, plain"),
     (["--steps", 5], "--steps and --batch-size need a --stage that has them"),

@@ -279,7 +279,8 @@ def test_bad_settings(folder, settings, message):
         minidiff.load(folder, **settings)
 
 
-def test_mps_has_no_fp8(folder):
+def test_mps_has_no_fp8(folder, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     with pytest.raises(ValueError, match="in fp8, which MPS does not have"):
         minidiff.load(folder, device="mps", fp8=True)
 

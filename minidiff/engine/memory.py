@@ -82,11 +82,11 @@ class Plan:
         ``pipe`` is loaded: what its weights take is gone from ``pipe.room``, and from
         the card, if it is on one. ``levels`` are those of ``Call``.
         """
-        models = {"transformer": pipe.transformer}
-        need = working(self, Call(models, size, pipe.dtype.itemsize, levels))
+        models, weight = {"transformer": pipe.transformer}, first_weight(pipe)
+        need = working(self, Call(models, size, weight.dtype.itemsize, levels))
         left, whose = pipe.room, "memory"
-        if pipe.device.type == "cuda":
-            free = free_memory(pipe.device, need)
+        if weight.device.type == "cuda":
+            free = free_memory(weight.device, need)
             left, whose = min((left, whose), (free, "the card"))
         if need > left:
             what = f"{size_in_words(size, pipe.vae)} at once take about"
@@ -324,6 +324,11 @@ def room_left(
     if device and device.type == "cpu":
         room = min(room, (free_host() - weights) / 2)
     return max(room, need)
+
+
+def first_weight(pipe: Any) -> Tensor:
+    """A weight that says where a pipeline computes, and in what."""
+    return pipe.transformer.x_embedder.proj.weight
 
 
 def size_in_words(size: tuple[int, ...], vae: VAE) -> str:

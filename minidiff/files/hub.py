@@ -205,6 +205,8 @@ def download_model(
     what was here before too. Raises OSError saying what is needed where the hub cannot
     be reached, refuses, or is silent for ``patience`` seconds.
     """
+    from huggingface_hub import HfApi
+
     began, repository = time.time(), name
     check_word("revision", revision)
     check_word("variant", variant)
@@ -217,7 +219,8 @@ def download_model(
     try:
         with judged(patience):
             if variant and weights:
-                unwanted += others(list_files(repository, revision), variant)
+                names = HfApi().list_repo_files(repository, revision=revision)
+                unwanted += others(names, variant)
                 unwanted = [kind for kind in unwanted if kind != f"*.{variant}*"]
             folder = fetch(repository, revision, wanted, unwanted)
     except Exception as error:
@@ -256,13 +259,6 @@ def fetch(
             raise error from None
 
 
-def list_files(repository: str, revision: str | None) -> list[str]:
-    """The names of a repository's files."""
-    from huggingface_hub import HfApi
-
-    return HfApi().list_repo_files(repository, revision=revision)
-
-
 def others(names: Collection[str], variant: str) -> list[str]:
     """The weights that give way to those of a ``variant`` in the same folder.
 
@@ -286,8 +282,10 @@ def explained(
     from huggingface_hub import errors
 
     chain = list(causes(error))
-    status = next(filter(None, map(status_of, chain)), None)
-    reason = f"{type(chain[-1]).__name__}: {excerpt(first_line(chain[-1]))}"
+    answers = (getattr(cause, "response", None) for cause in chain)
+    status = next((answer.status_code for answer in answers if answer), None)
+    told = str(chain[-1]).split("\n")[0]
+    reason = f"{type(chain[-1]).__name__}: {excerpt(told)}"
     absent = f"{name} is not on this machine and cannot be fetched"
     if status:
         return refused(error, status, name, repository, revision)
@@ -333,16 +331,6 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
     while error:
         yield error
         error = error.__cause__
-
-
-def status_of(error: BaseException) -> int | None:
-    """The status of the answer that an error is about."""
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says."""
-    return str(error).split("\n")[0]
 
 
 def verify(folder: Path, since: float = 0) -> None:

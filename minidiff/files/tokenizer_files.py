@@ -550,13 +550,9 @@ def seen(model: Path | str) -> frozenset[str]:
     )
 
 
-def unseen_words(texts: Iterable[str], words: frozenset[str]) -> list[str]:
-    """The words of ``texts`` that are not among ``words``, each once, in order."""
-    return list(dict.fromkeys(w for t in texts for w in words_of(t) if w not in words))
-
-
 def unknown_words(texts: Iterable[str], words: frozenset[str]) -> str:
     """One line that names what the model has not seen; "" for nothing."""
-    missing = unseen_words(texts, words) if words else []
+    asked = dict.fromkeys(word for text in texts for word in words_of(text))
+    missing = [word for word in asked if words and word not in words]
     shown = ", ".join(missing[:8]) + (", …" if len(missing) > 8 else "")
     return f"the small model has not seen: {shown}" if missing else ""

@@ -219,7 +219,9 @@ class Monitor:
         losses = torch.stack(self.waiting).tolist()
         for step, loss in enumerate(losses, self.done):
             if not math.isfinite(loss):
-                raise TrainingError(self._broken(step, loss))
+                kept = self.run.last_good() if self.run else "nothing was saved"
+                place = name_step(step + 1, self.batch_size)
+                raise TrainingError(f"the loss is {loss} at {place}; {kept}")
         loss, self.waiting = sum(losses) / len(losses), []
         self.done += len(losses)
         speed = len(losses) * self.batch_size / (time.perf_counter() - self.since)
@@ -246,10 +248,6 @@ class Monitor:
     def restart(self) -> None:
         """Time what follows from here."""
         self.since = time.perf_counter()
-
-    def _broken(self, step: int, loss: float) -> str:
-        kept = self.run.last_good() if self.run else "nothing was saved"
-        return f"the loss is {loss} at {name_step(step + 1, self.batch_size)}; {kept}"
 
 
 # Faster, or with less memory

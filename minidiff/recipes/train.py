@@ -182,13 +182,6 @@ def check_needs(stages: Iterable[Stage], model: Path) -> None:
         made |= set(stage.makes)
 
 
-def check_batches(recipe: Recipe, stages: Iterable[Stage]) -> None:
-    """Raise ValueError where a stage's batch cannot be cut into its parts."""
-    for stage in stages:
-        if c := getattr(recipe, stage.name, None):
-            check_batch(c.steps, c.batch_size, c.accumulation * parallel.size())
-
-
 PIPELINE = ("model_index.json", WORDS, "scheduler", *TOKENIZERS, *loading.PARTS)
 
 
@@ -304,7 +297,8 @@ def train_stages(options: TrainOptions) -> None:
     start = o.start and open_start(o.start)
     check_needs(stages, start or o.output / "model")
     device = parallel.start(o.device)
-    check_batches(recipe, stages)
+    for c in filter(None, (getattr(recipe, s.name, None) for s in stages)):
+        check_batch(c.steps, c.batch_size, c.accumulation * parallel.size())
     check_folder(o.output)
     check_other(o.output, "runs", "run")
     parallel.wait()
