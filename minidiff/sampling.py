@@ -51,11 +51,11 @@ from minidiff.interface import checks
 from minidiff.interface.request import (
     Callback,
     Request,
-    Watch,
     noted,
     takes,
     text_length,
 )
+from minidiff.interface.terminal import Watch
 from minidiff.text_encoders import CLIPTextEncoder, T5Encoder, assemble
 from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
 from minidiff.vae import VAE

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
+from minidiff.cli import fields_of, find_device
 from minidiff.cli.options import (
     MODEL,
     OUT,
@@ -12,8 +13,6 @@ from minidiff.cli.options import (
     Group,
     Overwrite,
     examples,
-    fields_of,
-    find_device,
 )
 from minidiff.interface.terminal import tell
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from minidiff.cli import fields_of, find_device, not_none, refuse
 from minidiff.cli.options import (
     MODEL,
     OUT,
@@ -14,10 +15,6 @@ from minidiff.cli.options import (
     Group,
     Overwrite,
     examples,
-    fields_of,
-    find_device,
-    not_none,
-    refuse,
 )
 from minidiff.interface.terminal import status, tell
 

@@ -1,9 +1,13 @@
-"""What is told on a terminal, and what PyTorch tells. Nothing large is imported."""
+"""What is told on a terminal while work goes on. Nothing large is imported."""
 
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Control characters, ends of lines, changes of direction, halves of pairs
 OBEYED = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -58,3 +62,50 @@ def status(text: str) -> Iterator[None]:
     finally:
         if shown:
             print(CLEAR, end="", file=sys.stderr, flush=True)
+
+
+class Watch:
+    """Follows a solver from ``latents`` along ``sigmas``: bar, callback, early end.
+
+    Called by the solver after each step. As a context it swallows the StopIteration
+    with which a callback ends the drawing; ``latents`` is then the step's state, or
+    what the callback had put in its place in the tensors given to it.
+    """
+
+    def __init__(
+        self, pipe: Any, latents: "Tensor", sigmas: "Tensor", callback: Any
+    ) -> None:
+        from tqdm import tqdm
+
+        self.pipe, self.callback = pipe, callback
+        self.latents, self.tensors = latents, {"latents": latents}
+        hidden = None if pipe.progress else True  # None: shown on a terminal alone
+        label = pipe.progress if isinstance(pipe.progress, str) else None
+        self.bar = tqdm(None, label, len(sigmas) - 1, leave=False, disable=hidden)
+
+    def __enter__(self) -> "Watch":
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> bool:
+        self.bar.close()
+        ended = kind is not None and issubclass(kind, StopIteration)
+        if ended:
+            self.latents = self.tensors["latents"]
+        return ended
+
+    def __call__(
+        self, step: int, sigma: "Tensor", x: "Tensor", x0_hat: "Tensor"
+    ) -> "Tensor | None":
+        self.bar.update()
+        if step == 0:
+            from minidiff.interface import checks
+
+            checks.warn_of_overflow("the first step", x0_hat)
+        if self.callback is None:
+            return None
+        self.tensors = {"latents": x, "denoised": x0_hat}
+        changed = self.callback(self.pipe, step, 1000 * sigma, self.tensors) or {}
+        if self.pipe._interrupt:
+            self.tensors |= changed
+            raise StopIteration
+        return changed.get("latents")
