@@ -121,7 +121,7 @@ def test_a_file_changes_the_recipe(tmp_path: Path) -> None:
     path.write_text('{"vae": {"steps": true}}')
     with pytest.raises(ValueError, match="steps is a bool, expected int"):
         find_recipe(str(path))
-    with pytest.raises(ValueError, match="--recipe is 'fast'; expected gpu"):
+    with pytest.raises(ValueError, match="--recipe is 'fast'; expected shipped"):
         find_recipe("fast")
 
 
