@@ -20,7 +20,7 @@ FLOORS = (
     ("training",),
     ("sampling",),
     ("lora",),
-    ("engine",),
+    ("engine", "live"),
     ("judging",),
     ("recipes",),
     ("drawing",),

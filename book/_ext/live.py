@@ -1,0 +1,31 @@
+"""The model of the book's pages: exported into the static files when the book is built.
+
+Beside it lies a picture of each ``data-prompt`` that a page names, for readers whose
+browser runs no scripts.
+"""
+
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
+import minidiff
+from minidiff.files.pictures import save_picture
+from minidiff.live.exporting import export
+
+MODEL = "tiny"
+PROMPT = "a red dress on a blue background"
+
+
+def add(app: Sphinx, error: Exception | None) -> None:
+    if error or app.builder.format != "html":
+        return
+    folder = Path(app.outdir) / "_static" / "live"
+    pipe = minidiff.load(MODEL)
+    pipe.progress = False
+    export(pipe, folder, MODEL)
+    save_picture(pipe(PROMPT)[0], folder / "first.png", replace=True)
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("build-finished", add)
+    return {"parallel_read_safe": True}

@@ -1,0 +1,120 @@
+// Chapter 8: the pipeline, from a prompt to a picture.
+"use strict";
+
+// A model from its exported table and the bytes of its parts.
+async function makeModel(about, kernel, bytes) {
+  const tables = Object.entries(about.parts);
+  const count = Object.values(bytes).reduce((sum, part) => sum + part.byteLength / 2 + 8, 0);
+  await openMemory(kernel, count);
+  const weights = {};
+  for (const [part, { table }] of tables) weights[part] = readWeights(table, bytes[part]);
+  const tokenizers = about.tokenizers.map((table) => makeTokenizer(table, about.unicode));
+  return { about, weights, tokenizers };
+}
+
+// What CLIP-L, CLIP-G and T5 make of their texts: the context (L + L_t, D) that the
+// transformer reads, the pooled vector, and the ids. Plain arrays, kept outside memory.
+function encodeTexts(model, texts) {
+  return scratch(() => {
+    const { weights, about } = model;
+    const ids = model.tokenizers.map((tokenizer, i) => tokenizer.encode(texts[i], about.lengths[i]));
+    const [left, right] = ["text_encoder", "text_encoder_2"].map((part, i) =>
+      clip(ids[i], weights[part], about.text_encoders[i]));
+    const rows = t5(ids[2], weights.text_encoder_3, about.text_encoders[2]);
+    const context = assemble(left.states, right.states, rows);
+    return {
+      ids, rows: context.rows, context: context.data.slice(),
+      pooled: Float32Array.of(...left.pooled.data, ...right.pooled.data),
+    };
+  });
+}
+
+// Where padding stands among the context's rows: behind each text's end.
+function paddingOf(model, texts) {
+  const [first, second, third] = model.tokenizers.map((tokenizer, i) =>
+    Math.min(tokenizer.count(texts[i]), model.about.lengths[i]));
+  const clips = Math.max(first, second), [length, , lengthT5] = model.about.lengths;
+  return [...range(clips, length), ...range(length + third, length + lengthT5)];
+}
+
+const range = (start, end) => Array.from({ length: end - start }, (_, i) => start + i);
+
+const pixelSide = ({ transformer, vae }) =>
+  transformer.sample_size * 2 ** (vae.block_out_channels.length - 1);
+
+// Numbers in [0, 1] as a picture's bytes, red, green, blue and opaque.
+function toPixels(values) {
+  const pixels = new Uint8ClampedArray((values.length / 3) * 4).fill(255);
+  for (let i = 0, at = 0; i < values.length; i++) {
+    pixels[at++] = 255 * values[i];
+    if (i % 3 === 2) at++;
+  }
+  return pixels;
+}
+
+// Latents (C, h, w) → the picture's numbers (H·W·3) in [0, 1].
+const decodeLatents = (model, latents) => scratch(() => decode(latents,
+  model.about.transformer.sample_size, model.about.transformer.sample_size,
+  model.weights.vae, model.about.vae));
+
+// A drawing, as a generator: it yields after each step what the solver does.
+//
+// request: { prompt, negative_prompt, seed, steps, guidance, sampler, changes }; latents
+// replace the seed's noise, and with `from` they are those that step `from` begins with.
+// changes take something away: those of `velocity` and { texts: of each encoder, pooled:
+// another prompt's, mask: hide the padding, exchange: { step, prompt }, free: guidance
+// below 1 too }.
+function* draw(model, request) {
+  const { about, weights } = model, { transformer: config } = about;
+  const changes = request.changes ?? {};
+  const from = request.from ?? 0;
+  const sigmas = sigmaSchedule(request.steps, about.scheduler).slice(from);
+  const count = config.in_channels * config.sample_size ** 2;
+  const noise = request.latents ?? randn(count, request.seed);
+  const guided = request.guidance > 1 || changes.free;
+  const top = memory.top;
+  try {
+    const read = (texts, pooledOf) => {
+      const text = encodeTexts(model, texts);
+      const pooled = pooledOf ? encodeTexts(model, Array(3).fill(pooledOf)).pooled : text.pooled;
+      return {
+        context: Matrix.from(text.rows, text.context.length / text.rows, text.context),
+        modulations: modulations(sigmas.slice(0, -1), pooled, weights.transformer, config),
+        hidden: changes.mask ? paddingOf(model, texts) : undefined,
+      };
+    };
+    const prompts = changes.texts ?? Array(3).fill(request.prompt);
+    const positive = read(prompts, changes.pooled);
+    const later = changes.exchange && read(Array(3).fill(changes.exchange.prompt));
+    const negative = guided && read(Array(3).fill(request.negative_prompt ?? ""));
+    const ask = (x, step, text) => scratch(() => velocity(x, step, text, weights.transformer,
+      config, { ...changes, hidden: text.hidden }, text === negative ? undefined : request.record));
+    const follow = (x, sigma, step) => {
+      const v = ask(x, step, later && from + step >= changes.exchange.step ? later : positive);
+      return guided ? guide(ask(x, step, negative), v, request.guidance) : v;
+    };
+    yield* SAMPLERS[request.sampler ?? "euler"](follow, noise, sigmas);
+  } finally {
+    memory.top = top;
+  }
+}
+
+// The attention of a block at latents x of a step: { weights (H, L, L), heads, length }.
+function attentionAt(model, request, x, step, block) {
+  const { num_attention_heads: heads } = model.about.transformer;
+  const maps = [];
+  let length = 0;
+  const record = (i, head, map) => {
+    if (i !== block) return;
+    length = map.rows;
+    for (let row = 0; row < map.rows; row++) {
+      maps.push(map.data.slice(row * map.columns, row * map.columns + length));
+    }
+  };
+  const drawing = draw(model, { ...request, latents: x, record, from: step });
+  drawing.next();
+  drawing.return();
+  const weights = new Float32Array(heads * length * length);
+  maps.forEach((row, i) => weights.set(row, i * length));
+  return { weights, heads, length };
+}

@@ -1,0 +1,242 @@
+"""The model in the browser: every component, and whole pictures, against Python's."""
+
+import base64
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import relative_error
+from tokenizer_strings import strings
+from torch import Tensor
+
+import minidiff
+from minidiff.attention import record_attention
+from minidiff.live import kernel
+from minidiff.live.exporting import export, runtime
+from minidiff.sampling import Pipeline, starting_noise
+
+PROMPT = "a red dress on a blue background"
+GROUNDS = ("blue", "pink", "white", "black", "green")
+THINGS = "dress shirt coat bag sneaker boot sandal pullover t-shirt trousers".split()
+OPEN = """
+async (name) => {
+  const about = minidiff.models[name];
+  const parts = Object.entries(about.parts).map(([part, { file }]) =>
+    [part, toBuffer(minidiff.weights[file])]);
+  model = await makeModel(about, toBuffer(minidiff.runtime.kernel),
+    Object.fromEntries(parts));
+}
+"""
+PACKED = """
+function packed(values) {
+  const bytes = new Uint8Array(Float32Array.from(values).buffer);
+  return btoa(Array.from(bytes, (byte) => String.fromCharCode(byte)).join(""));
+}
+"""
+IDS = """
+(texts) => JSON.stringify(texts.map((text) => model.tokenizers.map((tokenizer, i) =>
+  tokenizer.encode(text, model.about.lengths[i]))))
+"""
+VELOCITY = """
+({ prompt, latents, sigma }) => scratch(() => {
+  const { about, weights } = model, { transformer } = about;
+  const text = encodeTexts(model, Array(3).fill(prompt));
+  const width = text.context.length / text.rows;
+  const said = { context: Matrix.from(text.rows, width, text.context),
+    modulations: modulations([sigma], text.pooled, weights.transformer, transformer) };
+  const maps = [];
+  const v = velocity(Float32Array.from(latents), 0, said, weights.transformer,
+    transformer, {}, (block, head, map) => {
+      const rows = Array.from({ length: map.rows }, (_, i) =>
+        [...map.data.subarray(i * map.columns, i * map.columns + map.rows)]);
+      (maps[block] ??= []).push(...rows.flat());
+    });
+  return [text.context, text.pooled, v, ...maps].map(packed);
+})
+"""
+DRAW = """
+(requests) => requests.map((request) => {
+  let last;
+  for (const state of draw(model, request)) last = state.x;
+  return [last, decodeLatents(model, last)].map(packed);
+})
+"""
+
+
+def opened(chromium: Any, pipe: Pipeline, folder: Path) -> Any:
+    """A page in which the runtime's functions are, and ``pipe`` as ``model``."""
+    export(pipe, folder, "model")
+    page = chromium.new_page()
+    page.add_script_tag(content="var minidiff = { models: {}, weights: {} };")
+    for file in sorted(folder.glob("*.js")):
+        if file.name != "page.js":
+            page.add_script_tag(path=file)
+    page.add_script_tag(content=runtime()["script"] + PACKED)
+    page.evaluate(OPEN, "model")
+    return page
+
+
+def unpacked(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    pipe = minidiff.load("tiny")
+    pipe.progress = False
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def small_pipe(small: Path) -> Pipeline:
+    """Of other sizes, with dual attention; weights that half precision holds."""
+    pipe = minidiff.load(small)
+    pipe.progress = False
+    for part in (*pipe.text_encoders, pipe.transformer, pipe.vae):
+        for x in (*part.parameters(), *part.buffers()):
+            x.data = x.data.half().float()
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def page(
+    chromium: Any, pipe: Pipeline, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    page = opened(chromium, pipe, tmp_path_factory.mktemp("live"))
+    yield page
+    page.context.close()
+
+
+@pytest.fixture(scope="module")
+def small_page(
+    chromium: Any, small_pipe: Pipeline, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    page = opened(chromium, small_pipe, tmp_path_factory.mktemp("small-live"))
+    yield page
+    page.context.close()
+
+
+def test_the_kernels_bytes_are_those_of_its_text() -> None:
+    pytest.importorskip("wasmtime", reason="wasmtime assembles the kernel")
+    assert kernel.BYTES.read_bytes() == kernel.assemble()
+
+
+def of_every_plane(count: int) -> list[str]:
+    """Strings for the tokenizers, seventeen of them from one plane each."""
+    rng = random.Random(0)
+    planes = [
+        "".join(chr((p << 16) + rng.randrange(0x20, 0xD800)) for _ in range(9))
+        for p in range(17)
+    ]
+    return planes + random.Random(1).sample(strings(4000, 2), count - 17)
+
+
+@pytest.mark.parametrize("which", ["", "small_"])
+def test_ids_of_texts_of_every_plane(
+    which: str, request: pytest.FixtureRequest
+) -> None:
+    page = request.getfixturevalue(f"{which}page")
+    python = request.getfixturevalue(f"{which}pipe")
+    texts = of_every_plane(200)
+    found = json.loads(page.evaluate(IDS, texts))
+    lengths = [t.model_max_length for t in python.tokenizers[:2]]
+    lengths.append(python.max_sequence_length)
+    for i, tokenizer in enumerate(python.tokenizers):
+        expected = tokenizer(texts, lengths[i]).tolist()
+        wrong = [t for t, a, b in zip(texts, found, expected, strict=True) if a[i] != b]
+        assert not wrong, f"{wrong[0]!r}"
+
+
+@pytest.mark.parametrize("count", [1, 5, 16, 37, 4096])
+@pytest.mark.parametrize("seed", [0, 7, 2**32 + 1, 2**53 - 1])
+def test_a_seed_means_the_same_noise(page: Any, count: int, seed: int) -> None:
+    found = page.evaluate(f"Array.from(randn({count}, {seed}))")
+    expected = starting_noise([seed], [count])[0]
+    assert relative_error(torch.tensor(found), expected) < 1e-6
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 28])
+def test_levels_are_pythons(
+    page: Any, pipe: Pipeline, small_page: Any, small_pipe: Pipeline, steps: int
+) -> None:
+    for where, python in ((page, pipe), (small_page, small_pipe)):
+        found = where.evaluate(f"sigmaSchedule({steps}, model.about.scheduler)")
+        expected = python.scheduler.sigmas(steps)
+        assert (torch.tensor(found) - expected).abs().max() < 1e-7
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("which", ["", "small_"])
+def test_each_component(which: str, request: pytest.FixtureRequest) -> None:
+    page = request.getfixturevalue(f"{which}page")
+    python = request.getfixturevalue(f"{which}pipe")
+    sigma = python.scheduler.sigmas(7)[3:4]
+    x = python.prepare_latents(1, seed=3)
+    given = {"prompt": "a green coat!", "latents": x.flatten().tolist()}
+    found = page.evaluate(VELOCITY, given | {"sigma": sigma.item()})
+    context, pooled = python.encode_prompt([given["prompt"]])
+    with record_attention(python.transformer) as maps:
+        v = python.transformer(x, sigma, context, pooled)
+    expected = [context, pooled, v, *(recorded[0] for recorded in maps.values())]
+    for ours, value in zip(map(unpacked, found), expected, strict=True):
+        assert relative_error(ours, value.flatten()) < 1e-5, tuple(value.shape)
+
+
+def drawn(page: Any, requests: list[dict[str, Any]]) -> list[tuple[Tensor, Tensor]]:
+    return [tuple(map(unpacked, both)) for both in page.evaluate(DRAW, requests)]
+
+
+def differences(python: Pipeline, page: Any, requests: list[dict]) -> list[float]:
+    """Of latents and pictures, relative."""
+    errors = []
+    for asked, (latents, picture) in zip(requests, drawn(page, requests), strict=True):
+        options = {"num_inference_steps": asked["steps"], "seed": asked["seed"]}
+        options |= {"guidance_scale": asked["guidance"]}
+        options |= {"sampler": asked.get("sampler", "euler")}
+        expected = python(asked["prompt"], output_type="latent", **options)
+        errors.append(relative_error(latents, expected.flatten()))
+        pixels = python.decode(expected)[0].permute(1, 2, 0)
+        errors.append(relative_error(picture, pixels.flatten()))
+    return errors
+
+
+@pytest.mark.slow
+def test_pictures_of_fifty_prompts(page: Any, pipe: Pipeline) -> None:
+    prompts = [f"a {t} on a {g} background" for t in THINGS for g in GROUNDS]
+    requests = [
+        {"prompt": p, "seed": i, "steps": 1, "guidance": 1 + (i % 5 == 0)}
+        for i, p in enumerate(prompts)
+    ]
+    requests[0] |= {"steps": 12, "guidance": 2.5}
+    assert max(differences(pipe, page, requests)) < 1e-3
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
+@pytest.mark.filterwarnings("ignore:CLIP-L and CLIP-G read")
+def test_solvers(small_page: Any, small_pipe: Pipeline, sampler: str) -> None:
+    asked = {"prompt": PROMPT, "seed": 5, "steps": 5, "guidance": 2.0}
+    asked |= {"sampler": sampler}
+    assert max(differences(small_pipe, small_page, [asked])) < 1e-4
+
+
+def test_heads_that_the_kernel_cannot_take(pipe: Pipeline, tmp_path: Path) -> None:
+    odd = minidiff.load("tiny")
+    odd.transformer.config = replace(odd.transformer.config, attention_head_dim=20)
+    with pytest.raises(
+        ValueError, match="heads of 20 channels; expected"
+    ):
+        export(odd, tmp_path / "live", "odd")
+    assert not (tmp_path / "live").exists()
+
+
+def test_models_share_the_parts_that_are_equal(pipe: Pipeline, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        export(pipe, tmp_path, name)
+    assert len(list(tmp_path.glob("*.bin"))) == 5
+    assert '{"one":' in (tmp_path / "models.js").read_text()
+    assert '"two":' in (tmp_path / "models.js").read_text()
