@@ -1,6 +1,7 @@
 """The model in the browser: every component, and whole pictures, against Python's."""
 
 import base64
+import itertools
 import json
 import random
 from collections.abc import Iterator
@@ -227,9 +228,7 @@ def test_solvers(small_page: Any, small_pipe: Pipeline, sampler: str) -> None:
 def test_heads_that_the_kernel_cannot_take(pipe: Pipeline, tmp_path: Path) -> None:
     odd = minidiff.load("tiny")
     odd.transformer.config = replace(odd.transformer.config, attention_head_dim=20)
-    with pytest.raises(
-        ValueError, match="heads of 20 channels; expected"
-    ):
+    with pytest.raises(ValueError, match="heads of 20 channels; expected"):
         export(odd, tmp_path / "live", "odd")
     assert not (tmp_path / "live").exists()
 
@@ -240,3 +239,54 @@ def test_models_share_the_parts_that_are_equal(pipe: Pipeline, tmp_path: Path) -
     assert len(list(tmp_path.glob("*.bin"))) == 5
     assert '{"one":' in (tmp_path / "models.js").read_text()
     assert '"two":' in (tmp_path / "models.js").read_text()
+
+
+# The bench: each switch is what a chapter's Python gives
+
+
+def follow(python: Pipeline, text: tuple[Tensor, Tensor], **changes: Any) -> Tensor:
+    """Euler's three steps, the transformer called as chapter 5 has it."""
+    sigmas, x = python.scheduler.sigmas(3), python.prepare_latents(1, seed=9)
+    for now, after in itertools.pairwise(sigmas):
+        v = python.transformer(x, now[None], *text, **changes)
+        x = x + (after - now) * v
+    return x
+
+
+def bench(page: Any, **changes: Any) -> Tensor:
+    asked = {"prompt": PROMPT, "seed": 9, "steps": 3, "guidance": 1}
+    return drawn(page, [asked | {"changes": changes}])[0][0]
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:CLIP-L and CLIP-G read")
+def test_the_bench_takes_away_what_python_would(
+    small_page: Any, small_pipe: Pipeline
+) -> None:
+    python, transformer = small_pipe, small_pipe.transformer
+    text, other = (python.encode_prompt([p]) for p in (PROMPT, "a green boot"))
+    cases = [
+        ({"skip": [1]}, follow(python, text, skip_layers=[1])),
+        ({"pooled": "a green boot"}, follow(python, (text[0], other[1]))),
+        (
+            {"texts": [PROMPT, "", ""]},
+            follow(python, python.encode_prompt([(PROMPT, "", "")])),
+        ),
+        ({}, follow(python, text)),
+    ]
+    head = transformer.config.attention_head_dim
+
+    def silence(module: Any, given: Any, read: tuple[Tensor, Tensor]) -> None:
+        for stream in read:
+            stream[..., head : 2 * head] = 0
+
+    layer = transformer.joint_blocks[1].attention
+    handle = layer.register_forward_hook(silence)
+    cases.append(({"silence": {"block": 1, "head": 1}}, follow(python, text)))
+    handle.remove()
+    for changes, expected in cases:
+        found = bench(small_page, **changes)
+        assert relative_error(found, expected.flatten()) < 1e-4, changes
+    found = [bench(small_page, **changes) for changes, _ in cases]
+    for a, b in itertools.combinations(found, 2):
+        assert relative_error(a, b) > 1e-3, "a switch does nothing"

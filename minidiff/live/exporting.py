@@ -30,20 +30,22 @@ RUNTIME = (  # one script for the worker: the chapters, and what they share
     *("tensors", "random", "tokenizer", "text_encoders", "vae", "attention", "dit"),
     *("flow_matching", "sampling", "worker"),
 )
-PAGE = ("live", "png", "line")  # and one for the page
+PAGE = ("live", "png", "inside", "line")  # and one for the page
 INDEX = "minidiff.exported = "
 PANEL = 8  # columns that the kernel works on at once
 
 
-def export(pipe: Pipeline, folder: Path, name: str) -> None:
-    """Write what a page needs to draw with ``pipe`` into ``folder``, under ``name``.
+def export(pipe: Pipeline, folder: Path, model: Path | str) -> None:
+    """Write what a page needs to draw with ``pipe`` into ``folder``.
 
-    Other models that are there stay. Raises ValueError for a pipeline that the runtime
-    cannot run.
+    ``model``, a name or a folder, is where the pipeline is from: its last part is what
+    the page calls it. Other models that are there stay. Raises ValueError for a
+    pipeline that the runtime cannot run.
     """
     check(pipe)
     folder.mkdir(parents=True, exist_ok=True)
-    about = describe(pipe, name)
+    name = Path(model).name
+    about = describe(pipe) | {"name": name, "words": sorted(seen(model))}
     about["parts"] = {
         part: write_part(folder, part, module)
         for part, module in zip(PARTS, modules(pipe), strict=True)
@@ -97,17 +99,15 @@ def usual(pipe: Pipeline) -> dict[str, float]:
     return {"steps": steps, "guidance": guidance}
 
 
-def describe(pipe: Pipeline, name: str) -> dict[str, Any]:
+def describe(pipe: Pipeline) -> dict[str, Any]:
     """What the runtime must know of a pipeline besides its weights."""
     clip = pipe.tokenizers[0].model_max_length
     return {
-        "name": name,
         "version": f"minidiff {version('minidiff')}",
         "defaults": usual(pipe),
         "lengths": [clip, clip, pipe.max_sequence_length],
         "tokenizers": [tokenizer_table(t) for t in pipe.tokenizers],
         "unicode": unicode_tables(),
-        "words": sorted(seen(name)),
         "text_encoders": [asdict(encoder.config) for encoder in pipe.text_encoders],
         "transformer": asdict(pipe.transformer.config),
         "vae": asdict(pipe.vae.config),

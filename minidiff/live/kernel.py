@@ -1,4 +1,4 @@
-"""Assembles the kernel, after a change of its text: ``python -m minidiff.live.kernel``."""
+"""Assembles the kernel after a change: ``python -m minidiff.live.kernel``."""
 
 from pathlib import Path
 

@@ -27,29 +27,30 @@ minidiff.line = (figure) => {
   }
 
   // What is there to see
-  const box = make("div", figure, { className: "live-box" });
-  const frame = make("div", box, { className: "live-picture" });
-  const canvas = make("canvas", frame, {}, { role: "img" });
-  const bar = make("div", frame, { className: "live-bar" });
-  const side = make("div", box, { className: "live-side" });
-  const label = make("label", side, { textContent: "Say what the picture shows" });
-  const line = make("div", side, { className: "live-line" });
+  const head = make("div", figure, { className: "live-head" });
+  const label = make("label", head, { textContent: "Say what the picture shows" });
+  const line = make("div", head, { className: "live-line" });
   const marks = make("div", line, { className: "live-marks" }, { "aria-hidden": "true" });
   const input = make("input", line, { type: "text", maxLength: 300, autocomplete: "off",
     spellcheck: false, enterKeyHint: "done", id: `live-prompt-${Math.random().toString(36).slice(2)}` });
   label.htmlFor = input.id;
-  const unseen = make("p", side, { className: "live-unseen" }, { "aria-live": "polite" });
-  const examples = make("div", side, { className: "live-examples" },
+  const unseen = make("p", head, { className: "live-unseen" }, { "aria-live": "polite" });
+  const examples = make("div", head, { className: "live-examples" },
     { role: "group", "aria-label": "example prompts" });
   for (const text of JSON.parse(figure.dataset.examples ?? "[]")) {
     make("button", examples, { type: "button", textContent: text,
       onclick: () => { input.value = text; change({ prompt: text }); } });
   }
+  const box = make("div", figure, { className: "live-box" });
+  const frame = make("div", box, { className: "live-picture" });
+  const canvas = make("canvas", frame, {}, { role: "img" });
+  const bar = make("div", frame, { className: "live-bar" });
+  const side = make("div", box, { className: "live-side" });
   const controls = make("div", side, { className: "live-controls" });
   const range = (name, min, max, step) => {
     const row = make("label", controls, { textContent: name });
     const slider = make("input", row, { type: "range", min, max, step });
-    const output = make("output", row);
+    const output = make("output", row, {}, { "aria-live": "off" }); // the slider says it
     slider.oninput = () => change({ [name]: Number(slider.value) });
     return () => { slider.value = state[name]; output.textContent = state[name]; };
   };
@@ -70,10 +71,8 @@ minidiff.line = (figure) => {
   const save = make("button", actions, { type: "button", textContent: "Save as PNG" });
   const link = make("button", actions, { type: "button", textContent: "Copy link" });
   if (figure.dataset.inside) {
-    make("a", actions, { textContent: "Look inside →" }).onclick = function () {
-      this.href = `${figure.dataset.inside}${location.search}`;
-    };
-    actions.lastChild.href = figure.dataset.inside;
+    const inside = make("a", actions, { textContent: "Look inside", href: figure.dataset.inside });
+    inside.onclick = () => { inside.href = `${figure.dataset.inside}${location.search}`; };
   }
   const status = make("p", side, { className: "live-status" }, { role: "status" });
   const rows = make("div", figure, { className: "live-tokens" });
@@ -96,7 +95,9 @@ minidiff.line = (figure) => {
 
   function remember() {
     const { prompt, seed, steps, guidance, model } = state;
-    const kept = new URLSearchParams({ prompt, seed, steps, guidance, model });
+    const kept = new URLSearchParams(location.search);
+    const now = { prompt, seed, steps, guidance, model };
+    for (const [name, value] of Object.entries(now)) kept.set(name, value);
     history.replaceState(null, "", `?${kept}${location.hash}`);
   }
 
@@ -151,6 +152,7 @@ minidiff.line = (figure) => {
         + `${calls} calls of the transformer, ${drawn.times.decoder.toFixed(0)} ms for the decoder`;
     figure.dataset.drawn = draft ? "draft" : "whole";
     await tokens(request, drawn);
+    if (!draft) figure.dispatchEvent(new CustomEvent("drawn", { detail: { request, drawn } }));
   }
 
   function paint(pixels) {
@@ -220,11 +222,12 @@ minidiff.line = (figure) => {
   show();
   canvas.hidden = true;
   frame.prepend(image);
-  figure.append(caption);
+  if (caption) figure.append(caption);
   figure.dataset.ready = "1";
-  if (address.has("prompt")) run();
+  if (address.has("prompt") || "run" in figure.dataset) run();
 };
 
 addEventListener("DOMContentLoaded", () => {
   document.querySelectorAll("figure.minidiff-live").forEach(minidiff.line);
+  document.querySelectorAll(".minidiff-inside").forEach(minidiff.inside);
 });

@@ -17,7 +17,7 @@ async function makeModel(about, kernel, bytes) {
 function encodeTexts(model, texts) {
   return scratch(() => {
     const { weights, about } = model;
-    const ids = model.tokenizers.map((tokenizer, i) => tokenizer.encode(texts[i], about.lengths[i]));
+    const ids = idsOf(model, texts);
     const [left, right] = ["text_encoder", "text_encoder_2"].map((part, i) =>
       clip(ids[i], weights[part], about.text_encoders[i]));
     const rows = t5(ids[2], weights.text_encoder_3, about.text_encoders[2]);
@@ -28,6 +28,9 @@ function encodeTexts(model, texts) {
     };
   });
 }
+
+const idsOf = ({ tokenizers, about }, texts) => tokenizers.map((tokenizer, i) =>
+  tokenizer.encode(texts[i], about.lengths[i]));
 
 // Where padding stands among the context's rows: behind each text's end.
 function paddingOf(model, texts) {
@@ -117,4 +120,19 @@ function attentionAt(model, request, x, step, block) {
   const weights = new Float32Array(heads * length * length);
   maps.forEach((row, i) => weights.set(row, i * length));
   return { weights, heads, length };
+}
+
+// The mean size of the gates of the picture's stream: { attention, mlp }, each with a row
+// for each block and a number for each step.
+function gatesOf(model, { prompt, steps }) {
+  const { transformer: config, scheduler } = model.about;
+  const sigmas = sigmaSchedule(steps, scheduler).slice(0, -1);
+  const { pooled } = encodeTexts(model, Array(3).fill(prompt));
+  return scratch(() => {
+    const { blocks } = modulations(sigmas, pooled, model.weights.transformer, config);
+    const width = config.num_attention_heads * config.attention_head_dim;
+    const size = (row) => row.reduce((sum, value) => sum + Math.abs(value), 0) / width;
+    const of = (part) => blocks.map(({ x }) => sigmas.map((_, i) => size(chunks(x, i, width)[part])));
+    return { attention: of(2), mlp: of(5) };
+  });
 }

@@ -2,7 +2,7 @@
 // { id, error }, and while it draws with { id, progress }.
 "use strict";
 
-let model, latest;
+let model, latest, turn = Promise.resolve();
 
 const tasks = {
   // Open a model: { about, kernel, parts: { name: ArrayBuffer or base64 } }.
@@ -11,34 +11,45 @@ const tasks = {
     model = await makeModel(about, toBuffer(kernel), Object.fromEntries(bytes));
   },
 
-  // Draw; a later drawing ends it, and its result is null then.
-  async draw({ request }, { id, progress }) {
+  // Draw, one after the other; a later drawing ends this one, whose result is null then.
+  draw({ request }, { id, progress }) {
     latest = id;
-    const begun = performance.now(), trace = [];
-    let shown = begun, x;
-    for (const state of draw(model, request)) {
-      x = state.x;
-      if (request.trace) trace.push(state);
-      if (request.watch && performance.now() - shown > request.watch) {
-        progress({ step: state.step, pixels: toPixels(decodeLatents(model, state.x0)) });
-        shown = performance.now();
-      }
-      await breath();
-      if (latest !== id) return null;
-    }
-    const drawn = performance.now(), values = decodeLatents(model, x);
-    const { ids } = encodeTexts(model, Array(3).fill(request.prompt));
-    const times = { steps: drawn - begun, decoder: performance.now() - drawn };
-    return { pixels: toPixels(values), side: pixelSide(model.about), latents: x, ids, times, trace };
+    const drawing = turn.then(() => latest === id ? drawOne(request, id, progress) : null);
+    turn = drawing.catch(() => {});
+    return drawing;
   },
-
-  tokens: ({ text }) => model.tokenizers.map((tokenizer, i) =>
-    tokenizer.encode(text, model.about.lengths[i])),
 
   picture: ({ latents }) => toPixels(decodeLatents(model, latents)),
 
+  noise: ({ seed }) => randn(
+    model.about.transformer.in_channels * model.about.transformer.sample_size ** 2, seed),
+
+  context: ({ texts }) => encodeTexts(model, texts),
+
+  // The mean size of the picture's gates, (blocks, steps) for attention and for the MLP.
+  gates: ({ request }) => gatesOf(model, request),
+
   maps: ({ request, latents, step, block }) => attentionAt(model, request, latents, step, block),
 };
+
+async function drawOne(request, id, progress) {
+  const begun = performance.now(), trace = [];
+  let shown = begun, x;
+  for (const state of draw(model, request)) {
+    x = state.x;
+    trace.push(state);
+    if (request.watch && performance.now() - shown > request.watch) {
+      progress({ step: state.step, pixels: toPixels(decodeLatents(model, state.x0)) });
+      shown = performance.now();
+    }
+    await breath();
+    if (latest !== id) return null;
+  }
+  const drawn = performance.now(), pixels = toPixels(decodeLatents(model, x));
+  const times = { steps: drawn - begun, decoder: performance.now() - drawn };
+  const ids = idsOf(model, Array(3).fill(request.prompt));
+  return { pixels, side: pixelSide(model.about), latents: x, ids, times, trace };
+}
 
 const toBuffer = (data) => typeof data === "string"
   ? Uint8Array.from(atob(data), (c) => c.charCodeAt(0)).buffer : data;

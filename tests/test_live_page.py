@@ -1,0 +1,209 @@
+"""The page that draws: from the disk and from a server, by keyboard, told in words."""
+
+import functools
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import relative_error
+from PIL import Image
+
+import minidiff
+from minidiff.files.pictures import read_settings, save_picture
+from minidiff.live.exporting import export
+from minidiff.sampling import Pipeline
+
+PROMPT = "a red dress"
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>live</title>
+<link rel="icon" href="data:,"><link rel="stylesheet" href="live/live.css">
+<figure class="minidiff-live minidiff-inside" data-examples='["a blue bag", "a hat"]'>
+<img src="first.png" alt="a red dress" data-prompt="a red dress">
+<figcaption>Type.</figcaption></figure>
+<script defer src="live/page.js"></script><script defer src="live/models.js"></script>
+</html>"""
+pytestmark = pytest.mark.filterwarnings("ignore:CLIP-L and CLIP-G read")
+
+
+@pytest.fixture(scope="module")
+def pipe(small: Path) -> Pipeline:
+    """Its weights are what half precision holds."""
+    pipe = minidiff.load(small)
+    pipe.progress = False
+    for part in (*pipe.text_encoders, pipe.transformer, pipe.vae):
+        for x in (*part.parameters(), *part.buffers()):
+            x.data = x.data.half().float()
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def site(pipe: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a page, and a model that knows four words."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "model").mkdir()
+    (folder / "model" / "words.txt").write_text("a\nred\ndress\nblue\n")
+    export(pipe, folder / "live", folder / "model")
+    (folder / "page.html").write_text(PAGE)
+    Image.new("RGB", (32, 32)).save(folder / "first.png")
+    return folder
+
+
+@pytest.fixture(scope="module", params=["file", "http"])
+def address(request: pytest.FixtureRequest, site: Path) -> Iterator[str]:
+    """The page's address: on the disk, and from a server."""
+    if request.param == "file":
+        yield (site / "page.html").as_uri()
+        return
+    handler = functools.partial(Quiet, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/page.html"
+        server.shutdown()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *message: Any) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def page(chromium: Any, address: str) -> Iterator[Any]:
+    page = chromium.new_page(viewport={"width": 390, "height": 800})
+    page.problems = []
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.goto(address)
+    page.wait_for_selector("[data-ready]")
+    yield page
+    assert page.problems == []
+    page.context.close()
+
+
+DRAW = """
+async (request) => {
+  const { pixels, side, latents, ids, maps } = await minidiff.draw(request);
+  const { weights, heads, length } = await maps(0, 1);
+  return { pixels: [...pixels], side, latents: [...latents], ids, heads, length,
+    row: [...weights.subarray(0, length)] };
+}
+"""
+
+
+def test_the_console_draws_what_python_draws(page: Any, pipe: Pipeline) -> None:
+    found = page.evaluate(DRAW, {"prompt": PROMPT, "seed": 4, "steps": 3})
+    options = {"seed": 4, "num_inference_steps": 3}
+    expected = pipe(PROMPT, output_type="latent", **options)
+    latents = torch.tensor(found["latents"])
+    assert relative_error(latents, expected.flatten()) < 1e-3
+    picture = torch.tensor(found["pixels"]).reshape(found["side"], found["side"], 4)
+    drawn = (pipe.decode(expected)[0].permute(1, 2, 0) * 255).round()
+    assert (picture[..., :3] - drawn).abs().max() <= 1
+    assert (picture[..., 3] == 255).all()
+    assert sum(found["row"]) == pytest.approx(1, abs=1e-5)
+    assert found["heads"] == pipe.transformer.config.num_attention_heads
+    assert found["ids"][0] == pipe.tokenizers[0]([PROMPT])[0].tolist()
+
+
+def test_a_later_drawing_ends_the_one_before(page: Any) -> None:
+    first, last, alone = page.evaluate("""
+      async () => {
+        const slow = { prompt: "a bag", seed: 1, steps: 40 };
+        const wanted = { ...slow, steps: 4 };
+        const both = await Promise.all([minidiff.draw(slow), minidiff.draw(wanted)]);
+        return [...both, await minidiff.draw(wanted)].map((d) => d && [...d.latents]);
+      }
+    """)
+    assert first is None
+    assert last == alone
+
+
+def test_what_cannot_be_drawn_is_told(page: Any) -> None:
+    tell = "(request) => minidiff.draw(request).catch((error) => error.message)"
+    refused = {
+        "steps is 0; expected a whole number, 1 to 1000": {"steps": 0},
+        "seed is 1.5; expected a whole number": {"seed": 1.5},
+        "model is big; expected one of model": {"model": "big"},
+        "prompt is 3; expected a text": {"prompt": 3},
+    }
+    for message, request in refused.items():
+        assert message in page.evaluate(tell, request)
+
+
+def test_nothing_is_loaded_before_a_word_is_typed(page: Any, address: str) -> None:
+    loaded = "performance.getEntriesByType('resource').map((entry) => entry.name)"
+    assert not [name for name in page.evaluate(loaded) if "transformer" in name]
+    assert page.evaluate("Object.keys(minidiff.models)") == []
+
+
+def test_typing_draws_and_marks_what_was_never_seen(page: Any) -> None:
+    line = page.get_by_label("Say what the picture shows")
+    line.press("End")
+    line.press_sequentially(" zebra")
+    page.wait_for_selector("[data-drawn=whole]")
+    assert page.locator("mark").all_inner_texts() == ["zebra"]
+    assert page.get_by_text("never seen in training: zebra").is_visible()
+    assert "prompt=a+red+dress+zebra&seed=0" in page.url
+    assert page.locator("canvas").first.get_attribute("aria-label").endswith("zebra”")
+    assert "drawn in" in page.locator(".live-status").inner_text()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    tokens = page.get_by_role("group", name="tokens of CLIP-L").locator("span")
+    assert tokens.first.inner_text() == "<|startoftext|>"
+
+
+def test_a_link_repeats_the_picture(page: Any, address: str) -> None:
+    page.goto(f"{address}?prompt=a+blue+bag&seed=3&steps=2&guidance=1.5")
+    page.wait_for_selector("[data-drawn=whole]")
+    assert page.get_by_label("Say what the picture shows").input_value() == "a blue bag"
+    assert page.get_by_label("seed").input_value() == "3"
+    assert page.get_by_role("slider", name="guidance").input_value() == "1.5"
+
+
+def test_the_saved_picture_is_that_of_sample(
+    page: Any, address: str, pipe: Pipeline, tmp_path: Path
+) -> None:
+    page.goto(f"{address}?prompt=a+r%C3%A9d+dress&seed=3&steps=2&guidance=1.5")
+    page.wait_for_selector("[data-drawn=whole]")
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Save as PNG").click()
+    saved.value.save_as(tmp_path / "ours.png")
+    drawn = pipe("a réd dress", seed=3, num_inference_steps=2, guidance_scale=1.5)[0]
+    save_picture(drawn, tmp_path / "theirs.png")
+    settings = read_settings(tmp_path / "ours.png")
+    assert settings == read_settings(tmp_path / "theirs.png") | {"model": "model"}
+    with Image.open(tmp_path / "ours.png") as ours:
+        assert ours.convert("RGB").size == drawn.size
+
+
+def test_an_open_picture(page: Any, address: str) -> None:
+    page.goto(
+        f"{address}?prompt=a+red+dress&seed=3&steps=3&guidance=1.5&open=attention"
+    )
+    page.wait_for_selector("[data-drawn=whole]")
+    page.get_by_text("black is 0").wait_for()
+    picture = page.locator(".inside-panel canvas")
+    picture.focus()
+    picture.press("ArrowRight")
+    page.get_by_text("the patch in row 1, column 2").wait_for()
+    page.get_by_role("tab", name="Attention").press("ArrowRight")
+    page.get_by_role("img", name="gate of attention, by block").wait_for()
+    for name in ("Context", "Steps", "The bench"):
+        page.get_by_role("tab", name=name).click()
+        assert page.locator(".inside-panel canvas").first.is_visible()
+    page.get_by_label("Skip a block", exact=True).check()
+    page.wait_for_selector("[data-bench=skip]")
+    assert (
+        "differs by 0.0 %"
+        not in page.locator(".inside-panel [role=status]").inner_text()
+    )
+
+
+def test_the_command_exports(run: Any, small: Path, tmp_path: Path) -> None:
+    code, out, _ = run("export", "--model", small, "--output", "live")
+    assert (code, out.strip()) == (0, "live")
+    files = {path.name for path in (tmp_path / "live").iterdir()}
+    assert {"page.js", "models.js", "live.css", "runtime.js", "saved.js"} <= files
+    (tmp_path / "taken").touch()
+    code, _, err = run("export", "--model", small, "--output", "taken")
+    assert code == 2 and "taken" in err and len(err.splitlines()) == 1
