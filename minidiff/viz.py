@@ -34,6 +34,9 @@ from minidiff.classroom.interactive import (
 from minidiff.classroom.interactive import (
     to_pictures as to_pictures,
 )
+from minidiff.live.page import (
+    live as live,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -30,7 +30,8 @@ RUNTIME = (  # one script for the worker: the chapters, and what they share
     *("tensors", "random", "tokenizer", "text_encoders", "vae", "attention", "dit"),
     *("flow_matching", "sampling", "worker"),
 )
-PAGE = ("live", "png", "inside", "line")  # and one for the page
+# and one for the page
+PAGE = ("random", "flow_matching", "live", "png", "inside", "plane", "line")
 INDEX = "minidiff.exported = "
 PANEL = 8  # columns that the kernel works on at once
 

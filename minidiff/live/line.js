@@ -228,6 +228,7 @@ minidiff.line = (figure) => {
 };
 
 addEventListener("DOMContentLoaded", () => {
-  document.querySelectorAll("figure.minidiff-live").forEach(minidiff.line);
+  document.querySelectorAll("figure.minidiff-live:has(img)").forEach(minidiff.line);
   document.querySelectorAll(".minidiff-inside").forEach(minidiff.inside);
+  document.querySelectorAll(".minidiff-plane").forEach(minidiff.plane);
 });

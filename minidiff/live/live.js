@@ -18,7 +18,7 @@ window.minidiff = Object.assign(window.minidiff ?? {}, (() => {
   // A part's weights: bytes from a server, base64 from the disk, which may not be fetched.
   async function weights(file) {
     if (minidiff.weights[file]) return minidiff.weights[file];
-    if (new URL(here).protocol === "file:") {
+    if (globalThis.origin === "null") { // a file, or a notebook's output
       await script(`${file}.js`);
       return minidiff.weights[file];
     }
