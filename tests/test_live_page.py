@@ -13,7 +13,9 @@ from helpers import relative_error
 from PIL import Image
 
 import minidiff
+from minidiff import viz
 from minidiff.files.pictures import read_settings, save_picture
+from minidiff.flow_matching import exact_velocity
 from minidiff.live.exporting import export
 from minidiff.sampling import Pipeline
 
@@ -197,6 +199,44 @@ def test_an_open_picture(page: Any, address: str) -> None:
         "differs by 0.0 %"
         not in page.locator(".inside-panel [role=status]").inner_text()
     )
+
+
+def test_a_page_for_ones_own_pipeline(
+    chromium: Any, pipe: Pipeline, tmp_path: Path
+) -> None:
+    shown = viz.live(pipe, "a <b> dress", tmp_path / "own")
+    assert f'<iframe src="{tmp_path}/own/index.html"' in shown._repr_html_()
+    page = chromium.new_page()
+    page.goto((tmp_path / "own" / "index.html").as_uri())
+    line = page.get_by_label("Say what the picture shows")
+    assert line.input_value() == "a <b> dress"
+    page.get_by_role("slider", name="steps").fill("2")
+    page.wait_for_selector("[data-drawn=whole]")
+    page.context.close()
+
+
+def test_the_plane_is_chapter_six(chromium: Any, site: Path) -> None:
+    page = chromium.new_page()
+    text = PAGE.replace("minidiff-inside", "minidiff-plane").replace("<img", "<input")
+    (site / "plane.html").write_text(text)
+    page.goto((site / "plane.html").as_uri())
+    page.wait_for_selector("[data-ready]")
+    points = torch.tensor(page.evaluate("twoMoons(60)"))
+    x = torch.tensor([[0.8, 1.2], [-1.0, 0.3]])
+    given = {"points": points[:60].tolist(), "x": x.flatten().tolist()}
+    v = page.evaluate("({ points, x }) => [...exactVelocity(points)(x, 0.7)]", given)
+    expected = exact_velocity(points[:60])(x, torch.tensor(0.7))
+    assert relative_error(torch.tensor(v), expected.flatten()) < 1e-5
+    assert points.std(0).tolist() == pytest.approx([1, 1], abs=1e-5)
+    told = page.locator(".live-status")
+    assert "After 8 calls" in told.inner_text()
+    page.get_by_label("solver").select_option("heun")
+    assert "After 15 calls" in told.inner_text()
+    slider = page.get_by_role("slider", name="at")
+    before = page.locator("canvas").screenshot()
+    slider.fill("2")
+    assert page.locator("canvas").screenshot() != before
+    page.context.close()
 
 
 def test_the_command_exports(run: Any, small: Path, tmp_path: Path) -> None:

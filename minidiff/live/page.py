@@ -3,13 +3,18 @@
 import html
 from pathlib import Path
 
+import torch
+
+from minidiff.files.pictures import save_sheet
 from minidiff.files.writing import write_text
 from minidiff.live.exporting import export
 from minidiff.sampling import Pipeline
 
 PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{prompt}</title><link rel="icon" href="data:,"><link rel="stylesheet" href="live.css">
+<html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{prompt}</title><link rel="icon" href="data:,">
+<link rel="stylesheet" href="live.css">
 <style>body {{ font-family: system-ui, sans-serif; color-scheme: light dark; }}</style>
 <figure class="minidiff-live minidiff-inside">
 <img src="first.png" alt="{prompt}" data-prompt="{prompt}">
@@ -43,8 +48,8 @@ def live(
     """
     folder = Path(folder)
     export(pipe, folder, pipe.settings["model"])
-    pipe(prompt)[0].save(folder / "first.png")
-    write_text(
-        folder / "index.html", PAGE.format(prompt=html.escape(prompt, quote=True))
-    )
+    picture = torch.as_tensor(pipe(prompt, output_type="pt"))  # (1, 3, H, W)
+    save_sheet(picture, 1, folder / "first.png")
+    text = PAGE.format(prompt=html.escape(prompt, quote=True))
+    write_text(folder / "index.html", text)
     return Page(folder / "index.html", height)
