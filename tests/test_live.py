@@ -18,7 +18,7 @@ from torch import Tensor
 import minidiff
 from minidiff.attention import record_attention
 from minidiff.live import kernel
-from minidiff.live.exporting import export, runtime
+from minidiff.live.exporting import export_pipeline, runtime
 from minidiff.sampling import Pipeline, starting_noise
 
 PROMPT = "a red dress on a blue background"
@@ -71,7 +71,7 @@ DRAW = """
 
 def opened(chromium: Any, pipe: Pipeline, folder: Path) -> Any:
     """A page in which the runtime's functions are, and ``pipe`` as ``model``."""
-    export(pipe, folder, "model")
+    export_pipeline(pipe, folder, "model")
     page = chromium.new_page()
     page.add_script_tag(content="var minidiff = { models: {}, weights: {} };")
     for file in sorted(folder.glob("*.js")):
@@ -124,7 +124,7 @@ def small_page(
 
 def test_the_kernels_bytes_are_those_of_its_text() -> None:
     pytest.importorskip("wasmtime", reason="wasmtime assembles the kernel")
-    assert kernel.BYTES.read_bytes() == kernel.assemble()
+    assert kernel.BYTES.read_bytes() == kernel.assemble_kernel()
 
 
 def of_every_plane(count: int) -> list[str]:
@@ -229,13 +229,13 @@ def test_heads_that_the_kernel_cannot_take(pipe: Pipeline, tmp_path: Path) -> No
     odd = minidiff.load("tiny")
     odd.transformer.config = replace(odd.transformer.config, attention_head_dim=20)
     with pytest.raises(ValueError, match="heads of 20 channels; expected"):
-        export(odd, tmp_path / "live", "odd")
+        export_pipeline(odd, tmp_path / "live", "odd")
     assert not (tmp_path / "live").exists()
 
 
 def test_models_share_the_parts_that_are_equal(pipe: Pipeline, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        export(pipe, tmp_path, name)
+        export_pipeline(pipe, tmp_path, name)
     assert len(list(tmp_path.glob("*.bin"))) == 5
     assert '{"one":' in (tmp_path / "models.js").read_text()
     assert '"two":' in (tmp_path / "models.js").read_text()

@@ -16,7 +16,7 @@ import minidiff
 from minidiff import viz
 from minidiff.files.pictures import read_settings, save_picture
 from minidiff.flow_matching import exact_velocity
-from minidiff.live.exporting import export
+from minidiff.live.exporting import export_pipeline
 from minidiff.sampling import Pipeline
 
 PROMPT = "a red dress"
@@ -47,7 +47,7 @@ def site(pipe: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     (folder / "model").mkdir()
     (folder / "model" / "words.txt").write_text("a\nred\ndress\nblue\n")
-    export(pipe, folder / "live", folder / "model")
+    export_pipeline(pipe, folder / "live", folder / "model")
     (folder / "page.html").write_text(PAGE)
     Image.new("RGB", (32, 32)).save(folder / "first.png")
     return folder

@@ -26,7 +26,7 @@ CHAPTERS = {
 }
 # What minidiff.viz lists under its own name, and what matplotlib adds to its figures
 LEFT_OUT = (
-    "Interactive, attention_explorer, denoising_scrubber, latent_pictures, live, "
+    "Interactive, attention_explorer, denoising_scrubber, latent_pictures, "
     "to_frames, to_pictures, set"
 )
 

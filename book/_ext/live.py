@@ -10,7 +10,7 @@ from sphinx.application import Sphinx
 
 import minidiff
 from minidiff.files.pictures import save_picture
-from minidiff.live.exporting import export
+from minidiff.live.exporting import export_pipeline
 
 MODEL = "tiny"
 PROMPT = "a red dress on a blue background"
@@ -22,7 +22,7 @@ def add(app: Sphinx, error: Exception | None) -> None:
     folder = Path(app.outdir) / "_static" / "live"
     pipe = minidiff.load(MODEL)
     pipe.progress = False
-    export(pipe, folder, MODEL)
+    export_pipeline(pipe, folder, MODEL)
     save_picture(pipe(PROMPT)[0], folder / "first.png", replace=True)
 
 

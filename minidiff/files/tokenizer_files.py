@@ -57,7 +57,7 @@ LETTER = rf"[\p{{L}}--[{_NEW_LETTERS}]]"
 NUMBER = rf"[\p{{N}}--[{_NEW_NUMBERS}]]"
 
 # Marks that entered after Unicode 9, and blocks whose letters compose since then.
-_YOUNG = regex.compile(
+YOUNG = regex.compile(
     "(["
     + _class(
         "5c8-5c9 7fd 897-89f 8ca-8d3 9fe c3c d3b-d3c eba 1715 1abf-1af0 1df6-1dfa a82c "
@@ -72,7 +72,7 @@ _YOUNG = regex.compile(
 )
 
 # Capitals that Python 3.11 does not know.
-_NEW_CAPITALS = {
+NEW_CAPITALS = {
     0xA7CB: 0x264,
     0xA7DC: 0x19B,
     **{c: c + 1 for c in (0x1C89, 0xA7CC, 0xA7CE, 0xA7D2, 0xA7D4, 0xA7DA)},
@@ -85,12 +85,12 @@ def nfc(text: str) -> str:
     """Normal form C of Unicode 9: younger characters neither compose nor move."""
     if text.isascii():
         return text
-    return "".join(unicodedata.normalize("NFC", part) for part in _YOUNG.split(text))
+    return "".join(unicodedata.normalize("NFC", part) for part in YOUNG.split(text))
 
 
 def lowercase(text: str) -> str:
     """Lower case character by character: Σ becomes σ, at the end of a word too."""
-    return text.replace("Σ", "σ").lower().translate(_NEW_CAPITALS)
+    return text.replace("Σ", "σ").lower().translate(NEW_CAPITALS)
 
 
 # Steps of tokenizer.json's normalizer that our two tokenizers take

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minidiff.files import unicode
-from minidiff.files.words import seen
-from minidiff.files.writing import replacing, write_text
+from minidiff.files import tokenizer_files
+from minidiff.files.disk import replacing, write_text
+from minidiff.files.tokenizer_files import seen
 from minidiff.sampling import Pipeline
 from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
 
@@ -36,17 +36,17 @@ INDEX = "minidiff.exported = "
 PANEL = 8  # columns that the kernel works on at once
 
 
-def export(pipe: Pipeline, folder: Path, model: Path | str) -> None:
+def export_pipeline(pipe: Pipeline, folder: Path, model: Path | str) -> None:
     """Write what a page needs to draw with ``pipe`` into ``folder``.
 
     ``model``, a name or a folder, is where the pipeline is from: its last part is what
     the page calls it. Other models that are there stay. Raises ValueError for a
     pipeline that the runtime cannot run.
     """
-    check(pipe)
+    check_runnable(pipe)
     folder.mkdir(parents=True, exist_ok=True)
     name = Path(model).name
-    about = describe(pipe) | {"name": name, "words": sorted(seen(model))}
+    about = about_pipeline(pipe) | {"name": name, "words": sorted(seen(model))}
     about["parts"] = {
         part: write_part(folder, part, module)
         for part, module in zip(PARTS, modules(pipe), strict=True)
@@ -66,7 +66,7 @@ def modules(pipe: Pipeline) -> list[nn.Module]:
     return [*pipe.text_encoders, pipe.transformer, pipe.vae.decoder]
 
 
-def check(pipe: Pipeline) -> None:
+def check_runnable(pipe: Pipeline) -> None:
     """Raise ValueError for what the runtime does not do."""
     if None in pipe.text_encoders:
         raise ValueError("this pipeline goes without T5; expected all text encoders")
@@ -100,7 +100,7 @@ def usual(pipe: Pipeline) -> dict[str, float]:
     return {"steps": steps, "guidance": guidance}
 
 
-def describe(pipe: Pipeline) -> dict[str, Any]:
+def about_pipeline(pipe: Pipeline) -> dict[str, Any]:
     """What the runtime must know of a pipeline besides its weights."""
     clip = pipe.tokenizers[0].model_max_length
     return {
@@ -135,11 +135,11 @@ def tokenizer_table(tokenizer: CLIPTokenizer | T5Tokenizer) -> dict[str, Any]:
 
 def unicode_tables() -> dict[str, Any]:
     """Classes of characters in JavaScript's syntax, and capitals that are too new."""
-    capitals = {chr(a): chr(b) for a, b in unicode._NEW_CAPITALS.items()}
+    capitals = {chr(a): chr(b) for a, b in tokenizer_files.NEW_CAPITALS.items()}
     return {
-        "letter": in_javascript(unicode.LETTER),
-        "number": in_javascript(unicode.NUMBER),
-        "young": in_javascript(unicode._YOUNG.pattern[1:-1]),
+        "letter": in_javascript(tokenizer_files.LETTER),
+        "number": in_javascript(tokenizer_files.NUMBER),
+        "young": in_javascript(tokenizer_files.YOUNG.pattern[1:-1]),
         "capitals": capitals,
     }
 

@@ -6,7 +6,7 @@ TEXT = Path(__file__).with_name("kernel.wat")
 BYTES = TEXT.with_suffix(".wasm")
 
 
-def assemble() -> bytes:
+def assemble_kernel() -> bytes:
     """What ``kernel.wat`` gives; needs the package wasmtime."""
     from wasmtime import wat2wasm
 
@@ -14,4 +14,4 @@ def assemble() -> bytes:
 
 
 if __name__ == "__main__":
-    BYTES.write_bytes(assemble())
+    BYTES.write_bytes(assemble_kernel())

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
+from minidiff.files.disk import write_text
 from minidiff.files.pictures import save_sheet
-from minidiff.files.writing import write_text
-from minidiff.live.exporting import export
+from minidiff.live.exporting import export_pipeline
 from minidiff.sampling import Pipeline
 
 PAGE = """<!doctype html>
@@ -47,7 +47,7 @@ def live(
     a pipeline that the runtime cannot run.
     """
     folder = Path(folder)
-    export(pipe, folder, pipe.settings["model"])
+    export_pipeline(pipe, folder, pipe.settings["model"])
     picture = torch.as_tensor(pipe(prompt, output_type="pt"))  # (1, 3, H, W)
     save_sheet(picture, 1, folder / "first.png")
     text = PAGE.format(prompt=html.escape(prompt, quote=True))
