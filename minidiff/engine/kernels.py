@@ -11,14 +11,17 @@ to sample r mod B. So the tokens of a stream, and the streams of a block, are sl
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Given = ParamSpec("Given")
+Made = TypeVar("Made")
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
 TRITON = find_spec("triton") is not None  # PyTorch for the CPU comes without it
@@ -37,7 +40,19 @@ def has_kernels(x: Tensor) -> bool:
     return TRITON and (x.is_cuda or INTERPRET)
 
 
-# In plain PyTorch
+def fused(plain: Callable[Given, Made]) -> Callable[Given, Made]:
+    """A pass in plain PyTorch; on a card the Triton form of its name runs instead."""
+
+    @wraps(plain)
+    def run(*args: Given.args, **named: Given.kwargs) -> Made:
+        x: Any = args[0]
+        if not has_kernels(x):
+            return plain(*args, **named)
+        from minidiff.engine import triton_kernels
+
+        return getattr(triton_kernels, f"triton_{plain.__name__}")(*args, **named)
+
+    return run
 
 
 def quantize(x: Tensor) -> Rows:
@@ -47,12 +62,19 @@ def quantize(x: Tensor) -> Rows:
     return Rows((x / scale).to(FLOAT8), scale)
 
 
-def plain_residual_norm(
+@fused
+def residual_norm(
     x: Tensor,
     updates: Sequence[tuple[Tensor, Tensor]],
     modulations: Sequence[tuple[Tensor, Tensor]],
-    fp8: bool,
+    fp8: bool = False,
 ) -> list[Rows]:
+    """Add gated updates to ``x`` in place; return its norm under each modulation.
+
+    x (R, D); updates (R, D) with gates (B, D); one or two modulations
+    (shift, scale), each (B, D), slices of one tensor. x ← x + Σ gate · update, then
+    LN(x) · (1 + scale) + shift for each; in fp8 with a scale for each row.
+    """
     batch = len(modulations[0][0])
     sums = x.view(-1, batch, x.shape[-1]).float()  # (R, D) → (L, B, D)
     for update, gate in updates:
@@ -67,7 +89,13 @@ def plain_residual_norm(
     return [quantize(r) if fp8 else Rows(r.to(x.dtype)) for r in rows]
 
 
-def plain_norm_heads(qkv: Tensor, weight: Tensor, heads: int, boundary: int) -> None:
+@fused
+def norm_heads(qkv: Tensor, weight: Tensor, heads: int, boundary: int = 0) -> None:
+    """RMS-normalise the queries and keys in ``qkv`` (R, 3·H·d), in place.
+
+    ``weight`` (2, 2, d): [text, image] × [query, key]; rows before ``boundary`` are
+    text.
+    """
     width = weight.shape[-1]
     for stream, part in enumerate((qkv[:boundary], qkv[boundary:])):
         view = part.unflatten(-1, (3, heads, width))[:, :2]  # (R, 3·H·d) → (R, 2, H, d)
@@ -75,68 +103,13 @@ def plain_norm_heads(qkv: Tensor, weight: Tensor, heads: int, boundary: int) -> 
         view.mul_((power + 1e-6).rsqrt()).mul_(weight[stream, :, None])
 
 
-def plain_group_norm_silu(
-    x: Tensor,
-    groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    add: Tensor | None,
-    residual: Tensor | None,
-    silu: bool,
-) -> tuple[Tensor, Tensor]:
-    sums = x.float()
-    sums = sums if residual is None else sums + residual
-    sums = sums if add is None else sums + add.view(-1, 1, 1)
-    normed = F.group_norm(sums, groups, weight.float(), bias.float(), eps=1e-6)
-    sums = sums.to(x.dtype)
-    normed = F.silu(normed, inplace=True) if silu else normed
-    return sums, normed.to(x.dtype)
-
-
-# What the fast models call
-
-
-def residual_norm(
-    x: Tensor,
-    updates: Sequence[tuple[Tensor, Tensor]],
-    modulations: Sequence[tuple[Tensor, Tensor]],
-    fp8: bool = False,
-) -> list[Rows]:
-    """Add gated updates to ``x`` in place; return its norm under each modulation.
-
-    x (R, D); updates (R, D) with gates (B, D); one or two modulations
-    (shift, scale), each (B, D), slices of one tensor. x ← x + Σ gate · update, then
-    LN(x) · (1 + scale) + shift for each; in fp8 with a scale for each row.
-    """
-    if has_kernels(x):
-        from minidiff.engine import triton_kernels
-
-        return triton_kernels.triton_residual_norm(x, updates, modulations, fp8)
-    return plain_residual_norm(x, updates, modulations, fp8)
-
-
-def norm_heads(qkv: Tensor, weight: Tensor, heads: int, boundary: int = 0) -> None:
-    """RMS-normalise the queries and keys in ``qkv`` (R, 3·H·d), in place.
-
-    ``weight`` (2, 2, d): [text, image] × [query, key]; rows before ``boundary`` are
-    text.
-    """
-    if has_kernels(qkv):
-        from minidiff.engine import triton_kernels
-
-        return triton_kernels.triton_norm_heads(qkv, weight, heads, boundary)
-    return plain_norm_heads(qkv, weight, heads, boundary)
-
-
+@fused
 def quantize_rows(x: Tensor, gelu: bool = False) -> Rows:
     """Rows (R, D) to fp8, one scale a row, after tanh-GELU where asked for."""
-    if has_kernels(x):
-        from minidiff.engine import triton_kernels
-
-        return triton_kernels.triton_quantize_rows(x, gelu)
     return quantize(F.gelu(x.float(), approximate="tanh") if gelu else x)
 
 
+@fused
 def group_norm_silu(
     x: Tensor,
     groups: int,
@@ -150,15 +123,14 @@ def group_norm_silu(
     """SiLU(GroupNorm(x + add + residual)), and the sum itself where ``keep`` is set.
 
     x and residual (B, C, H, W) in channels-last memory, ``add`` (C,): a convolution's
-    bias that has not been added yet. The sum is written over ``x``.
+    bias that has not been added yet. The sum may be written over ``x``.
     """
-    if has_kernels(x):
-        from minidiff.engine import triton_kernels
-
-        return triton_kernels.triton_group_norm_silu(
-            x, groups, weight, bias, add, residual, keep, silu
-        )
-    return plain_group_norm_silu(x, groups, weight, bias, add, residual, silu)
+    sums = x.float()
+    sums = sums if residual is None else sums + residual
+    sums = sums if add is None else sums + add.view(-1, 1, 1)
+    normed = F.group_norm(sums, groups, weight.float(), bias.float(), eps=1e-6)
+    normed = F.silu(normed, inplace=True) if silu else normed
+    return sums.to(x.dtype), normed.to(x.dtype)
 
 
 def has_fp8(device: torch.device) -> bool:

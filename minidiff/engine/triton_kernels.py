@@ -154,7 +154,7 @@ def triton_residual_norm(
     x: Tensor,
     updates: Sequence[tuple[Tensor, Tensor]],
     modulations: Sequence[tuple[Tensor, Tensor]],
-    fp8: bool,
+    fp8: bool = False,
 ) -> list[Rows]:
     """As ``kernels.residual_norm``; two updates in one pass, what is more before."""
     rows, width = x.shape
@@ -187,7 +187,9 @@ def triton_residual_norm(
     return outputs
 
 
-def triton_norm_heads(qkv: Tensor, weight: Tensor, heads: int, boundary: int) -> None:
+def triton_norm_heads(
+    qkv: Tensor, weight: Tensor, heads: int, boundary: int = 0
+) -> None:
     """As ``kernels.norm_heads``."""
     width = weight.shape[-1]
     _norm_heads[(len(qkv),)](
@@ -197,7 +199,7 @@ def triton_norm_heads(qkv: Tensor, weight: Tensor, heads: int, boundary: int) ->
     )  # fmt: skip
 
 
-def triton_quantize_rows(x: Tensor, gelu: bool) -> Rows:
+def triton_quantize_rows(x: Tensor, gelu: bool = False) -> Rows:
     """As ``kernels.quantize_rows``."""
     rows, width = x.shape
     out = Rows(
@@ -216,10 +218,10 @@ def triton_group_norm_silu(
     groups: int,
     weight: Tensor,
     bias: Tensor,
-    add: Tensor | None,
-    residual: Tensor | None,
-    keep: bool,
-    silu: bool,
+    add: Tensor | None = None,
+    residual: Tensor | None = None,
+    keep: bool = False,
+    silu: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """As ``kernels.group_norm_silu``."""
     last = torch.channels_last  # nothing is copied where it is so already
