@@ -959,7 +959,7 @@ class MMDiT(nn.Module):
 # %% tags=["active-ipynb"]
 # from diffusers import SD3Transformer2DModel
 # from minidiff.files.weights import transformer_sources
-# from minidiff.files.weights import assemble
+# from minidiff.files.weights import join_stored
 #
 # sizes = MMDiTConfig(16, 2, 16, 16, 3, 16, 4, 48, 24, 12, (0, 1), "rms_norm")
 # theirs = SD3Transformer2DModel(caption_projection_dim=64, **vars(sizes)).eval()
@@ -970,7 +970,7 @@ class MMDiT(nn.Module):
 # ours, stored = MMDiT(sizes), theirs.state_dict()
 # shapes = {name: t.shape for name, t in ours.state_dict().items()}
 # renamed = {
-#     name: assemble(stored.__getitem__, source, shapes[name], "cpu", None)
+#     name: join_stored(stored.__getitem__, source, shapes[name], "cpu", None)
 #     for name, source in transformer_sources(shapes).items()}
 # print(ours.load_state_dict(renamed))
 

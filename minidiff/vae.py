@@ -294,11 +294,11 @@ def pixels_to_tokens(x: Tensor) -> Tensor:
 
 
 # %% tags=["active-ipynb"]
-# from minidiff.text_encoders import attend
+# from minidiff.text_encoders import attend_all
 #
 # layer, x = AttentionBlock(VAEConfig.tiny(), 64), torch.randn(1, 64, 6, 5)
 # q, k, v = (pixels_to_tokens(f(layer.norm(x))) for f in (layer.q, layer.k, layer.v))
-# tokens = attend(q, k, v, torch.zeros(30, 30), s=64**-0.5)
+# tokens = attend_all(q, k, v, torch.zeros(30, 30), s=64**-0.5)
 # by_hand = x + layer.proj_out(tokens[:, 0].mT.unflatten(2, (6, 5)))
 # print("matrices = class:", torch.allclose(by_hand, layer(x), atol=1e-5))
 

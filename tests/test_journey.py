@@ -12,7 +12,7 @@ from minidiff.classroom import journey
 def record(tmp_path, monkeypatch):
     x = torch.randn(1, 16, 16, 16)
     path = tmp_path / "journey.json"
-    path.write_text(json.dumps({"tensors": {"latents": journey.describe_tensor(x)}}))
+    path.write_text(json.dumps({"tensors": {"latents": journey.describe(x)}}))
     monkeypatch.setattr(journey, "RECORD", path)
     journey._record.cache_clear()
     yield x
@@ -21,10 +21,10 @@ def record(tmp_path, monkeypatch):
 
 def test_the_same_tensor_agrees_up_to_rounding(record):
     expected = "latents: (1, 16, 16, 16), the same in every chapter"
-    assert journey.check_journey("latents", record) == expected
-    assert journey.check_journey("latents", record * (1 + 1e-5)) == expected
+    assert journey.check("latents", record) == expected
+    assert journey.check("latents", record * (1 + 1e-5)) == expected
     with pytest.raises(KeyError, match="noise"):
-        journey.check_journey("noise", record)
+        journey.check("noise", record)
 
 
 @pytest.mark.parametrize("change", ["scale", "flip", "roll", "shape"])
@@ -36,7 +36,7 @@ def test_another_tensor_does_not(record, change):
         "shape": record[:, :8],
     }
     with pytest.raises(AssertionError, match="journey"):
-        journey.check_journey("latents", changed[change])
+        journey.check("latents", changed[change])
 
 
 def test_the_shipped_model_makes_the_journey_on_record():
@@ -45,4 +45,4 @@ def test_the_shipped_model_makes_the_journey_on_record():
     known = json.loads(journey.RECORD.read_text())["tensors"]
     assert found.keys() == known.keys()
     for name, x in found.items():
-        assert journey.check_journey(name, x).endswith("the same in every chapter")
+        assert journey.check(name, x).endswith("the same in every chapter")

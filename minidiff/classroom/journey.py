@@ -19,7 +19,7 @@ SEED = 0
 RECORD = Path(__file__).parent.parent / "pretrained" / "journey.json"
 
 
-def journey_fingerprint(x: Tensor) -> list[float]:
+def fingerprint(x: Tensor) -> list[float]:
     """Four numbers that tell tensors apart: projections on fixed random directions.
 
     Each is the product with a standard normal vector, divided by √n: of the size of the
@@ -35,7 +35,7 @@ def _record() -> dict[str, dict]:
     return json.loads(RECORD.read_text())["tensors"]
 
 
-def check_journey(name: str, x: Tensor, tolerance: float = 1e-3) -> str:
+def check(name: str, x: Tensor, tolerance: float = 1e-3) -> str:
     """Compare ``x`` with the tensor ``name`` of the journey; a line that says so.
 
     Processors round differently: ``tolerance`` is relative to the root mean square.
@@ -47,13 +47,13 @@ def check_journey(name: str, x: Tensor, tolerance: float = 1e-3) -> str:
     shape, line = list(x.shape), f"{name}: {tuple(x.shape)}"
     known = _record()[name]
     assert shape == known["shape"], f"{line}, the journey has {known['shape']}"
-    pairs = zip(journey_fingerprint(x), known["fingerprint"], strict=True)
+    pairs = zip(fingerprint(x), known["fingerprint"], strict=True)
     error = max(abs(a - b) for a, b in pairs) / max(known["rms"], 1e-12)
     assert error < tolerance, f"{line} differs from the journey's by {error:.1e}"
     return f"{line}, the same in every chapter"
 
 
-def describe_tensor(x: Tensor) -> dict:
+def describe(x: Tensor) -> dict:
     """The entry of one tensor in the record."""
     rms = x.detach().cpu().double().square().mean().sqrt().item()
-    return {"shape": list(x.shape), "rms": rms, "fingerprint": journey_fingerprint(x)}
+    return {"shape": list(x.shape), "rms": rms, "fingerprint": fingerprint(x)}
