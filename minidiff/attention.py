@@ -522,6 +522,8 @@ def record_attention(
 # %% [markdown]
 # Touch it: choose a word and see where it is read; choose a block and a step; click a
 # patch and see which words it reads.
+# (Live, for any prompt, in shares that add up:
+# <a href="../book/inside.html?open=attention&amp;block=0">what block 0 reads</a>.)
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # explorer = viz.attention_explorer(maps[:, steps], words, image,

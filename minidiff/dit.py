@@ -908,6 +908,7 @@ class MMDiT(nn.Module):
 # **One.** Take a single block out of the shipped model and paint. Which block can it
 # spare, and which can it not? Write down a guess: the first, one in the middle, or the
 # last?
+# (<a href="../book/inside.html?open=bench">Or take it out live</a>, for any prompt.)
 
 # %% tags=["active-ipynb"]
 # def paint() -> Tensor:

@@ -813,6 +813,8 @@ class ClassifierFree(Guidance):
 # that lies near the other moon and gather where the prompt is least in doubt. Guidance
 # buys clarity and pays with variety. On pictures it also drives colours to extremes
 # when it is too strong.
+# (<a href="../book/inside.html#a-flow-in-the-plane">Move the sliders</a> of this field:
+# solver, steps, shift, guidance.)
 #
 # ## Look at it
 #

@@ -685,6 +685,7 @@ class Pipeline(Parts):
 # A callback sees every step: the state and the estimate $\hat x_0$. Both go through the
 # decoder, which is not meant to see noise, but shows what there is to see. Move the
 # slider.
+# (<a href="../book/inside.html?open=steps">The same for any prompt</a>, live.)
 
 # %% tags=["active-ipynb"]
 # track = []

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 # *context*, which leaves our box on the arrow in the map, and the *pooled vector*,
 # which goes the same way and is not drawn. Our prompt's journey goes on with the same
 # words as before.
+# (<a href="../book/inside.html?open=context">See the context</a> of any other, live.)
 
 # %% tags=["active-ipynb"]
 # from minidiff import viz

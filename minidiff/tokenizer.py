@@ -39,6 +39,8 @@ from minidiff.files.tokenizer_files import LETTER, NUMBER, Settings, lowercase, 
 # At the very beginning: the map shows the whole pipeline, and the arrow that enters our
 # box is a string. One prompt travels through this book, always the same; each chapter
 # takes what the one before made of it. Here it is still text.
+# (<a href="../book/inside.html">Type one of your own</a>: the book draws it in your
+# browser, and shows its tokens.)
 
 # %% tags=["active-ipynb"]
 # from minidiff import viz

@@ -109,3 +109,22 @@ def test_interactive_figures_of_the_book(chromium: Any, book: Path, mode: str) -
         page.close()
     context.close()
     assert kinds == {"scrubber", "explorer"}, f"only {kinds} in the book"
+
+
+LARGEST = 45e6  # bytes that the first page may load from the disk
+
+
+def test_the_first_page_draws_from_the_disk(chromium: Any, book: Path) -> None:
+    page = chromium.new_page()
+    page.goto((book / "book" / "index.html").as_uri())
+    line = page.get_by_label("Say what the picture shows")
+    line.fill("a green bag on a white background")
+    page.wait_for_selector("[data-drawn]")
+    assert page.locator(".live-picture canvas").is_visible()
+    page.get_by_role("link", name="Look inside").click()
+    page.wait_for_selector("[data-drawn]")
+    kept = page.get_by_label("Say what the picture shows").input_value()
+    assert kept == "a green bag on a white background"
+    page.context.close()
+    loaded = (book / "_static" / "live").glob("*.js")
+    assert sum(file.stat().st_size for file in loaded) < LARGEST
