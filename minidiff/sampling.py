@@ -285,7 +285,7 @@ class Parts:
     progress: bool | str = True  # a bar on a terminal
     plan: Any = None  # set by the engine: how the weights are placed,
     room: float = math.inf  # how many bytes of a budget are left beside them,
-    adapters: Sequence[Any] = ()  # and which LoRAs act
+    adapters: Any = ()  # and which LoRAs act: chapter 10
     _interrupt: bool = False  # set by a callback, it ends the drawing
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -923,7 +923,7 @@ class Pipeline(Parts):
 # | Skip Layer Guidance, for Medium | `guidance.SkipLayer` | `--skip-layers` |
 # | Image to image | `image_to_image.image_to_image` | `--image`, `--strength` |
 # | Inpainting | the same, with `mask_image` | `--mask` |
-# | LoRA: use one | `lora.load_lora` | `--lora`, `--lora-scale` |
+# | LoRA: use some (chapter 10) | `pipe.adapters.load` | `--lora`, `--lora-scale` |
 # | LoRA: train one | `finetune.finetune` | `minidiff train --from … --lora` |
 # | Previews | `previews.show_previews` | `--preview` |
 # | Memory plans | `load(memory="12GB")` | `--memory 12GB` |

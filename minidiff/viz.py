@@ -712,3 +712,26 @@ def show_vectors(
     ax.set(aspect="equal", xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
+
+
+# Chapter 10: LoRA
+
+
+@_drawn
+def show_factors(sizes: Mapping[str, tuple[int, int]], rank: int) -> "BookFigure":
+    """Matrices and two factors of them, to scale: title → (out, in)."""
+    figure, axes = _axes(1, len(sizes), (WIDTH, 3.6))
+    for ax, (title, (outputs, inputs)) in zip(axes.flat, sizes.items(), strict=True):
+        gap = 0.12 * inputs
+        parts = {"W": (0.0, outputs, inputs), "B": (inputs + gap, outputs, rank)}
+        parts["A"] = (inputs + 2 * gap + rank, rank, inputs)
+        for (name, (x, height, width)), color in zip(
+            parts.items(), _colors(3), strict=True
+        ):
+            style = {"fc": color + "30", "ec": color, "lw": 1}
+            ax.add_patch(_rectangle((x, 0), width, height, style))
+            ax.text(x + width / 2, height + gap / 2, f"${name}$", ha="center", va="top")
+        _blank(ax)
+        ax.set(title=title, xlim=(-gap, 2 * inputs + 3 * gap + rank))
+        ax.set(ylim=(outputs + 4 * gap, -gap), aspect="equal")
+    return figure

@@ -24,7 +24,7 @@ from minidiff.files.pictures import read_settings
 from minidiff.files.weights import TINY, Prepared
 from minidiff.judging import metrics
 from minidiff.lora import LowRank, save_lora
-from minidiff.recipes.finetune import LoraConfig
+from minidiff.recipes.finetune import LoraConfig, PictureConfig
 from minidiff.recipes.recipe import Recipe
 from minidiff.sampling import Pipeline
 from minidiff.training import TrainingConfig
@@ -382,16 +382,21 @@ def test_options_of_training_arrive(run, folder, tmp_path, monkeypatch, kind):
     name, function = kind.split(".")
     module, given = importlib.import_module(f"minidiff.recipes.{name}"), []
     monkeypatch.setattr(module, function, given.append)
-    common = {"steps": 5, "batch_size": 3, "compile": True, "crop": False}
+    common = {"steps": 5, "batch_size": 3, "compile": True}
     options = ["--steps", 5, "--batch-size", 3, "--compile", "--no-crop", "--recompute"]
     if name == "train":
         options += ["--stage", "vae", "--seed", 4, "--recipe", "trial", "--data", "d"]
         own = {"stage": "vae", "seed": 4, "recipe": "trial", "data": Path("d")}
+        own |= {"crop": False}
     else:
         options += ["--from", "tiny", "--data", "d", "--learning-rate", 0.5, "--lora"]
         options += ["--rank", 2, "--alpha", 6, "--targets", "to_q"]
         own = {"model": "tiny", "pictures": Path("d"), "learning_rate": 0.5}
-        own |= {"lora": LoraConfig(2, 6, ("to_q",))}
+        options += ["--fp8", "--train-text-encoders", "--accumulation", 3, "--buckets"]
+        options += ["--trigger", "ink,", "--prior", "a bag", "--prior-pictures", 7]
+        options += ["--prompt", "a", "--prompt", "b"]
+        own |= {"lora": LoraConfig(2, 6, ("to_q",), True, True), "accumulation": 3}
+        own |= {"how": PictureConfig(False, True, "ink,", "a bag", 7, ("a", "b"))}
     run("train", "--output", "out", "--device", "cpu", *options)
     expected = {**common, **own, "recompute": True, "output": Path("out")}
     assert expected.items() <= vars(given[0]).items()

@@ -22,11 +22,13 @@ from minidiff.data.captioned import captions_of, read_folder, read_pictures
 from minidiff.data.fashion_mnist import CLASSES
 from minidiff.data.garments import Scenes
 from minidiff.engine import memory
+from minidiff.engine.adapters import load_lora
+from minidiff.engine.kernels import Float8Linear
 from minidiff.engine.memory import weigh
 from minidiff.files.pictures import from_bytes
 from minidiff.learning import steps
 from minidiff.learning.run import read_log
-from minidiff.lora import ATTENTION, load_lora
+from minidiff.lora import ATTENTION, adapted_layers
 from minidiff.recipes import finetune
 from minidiff.recipes.features import Features, validation
 from minidiff.recipes.finetune import (
@@ -35,6 +37,14 @@ from minidiff.recipes.finetune import (
     finetune_pictures,
     lora_config,
     split_pictures,
+)
+from minidiff.recipes.own_pictures import (
+    PictureConfig,
+    Sizes,
+    bucket_of,
+    bucket_sizes,
+    mixed_batches,
+    read_sets,
 )
 from minidiff.sampling import Pipeline
 from minidiff.training import Task, TrainingConfig
@@ -129,7 +139,7 @@ def test_the_command_line_crops_unless_told(pictures, monkeypatch) -> None:
     for how in ({}, {"crop": False}):
         call = {"data": pictures, "from_model": "tiny", "device": "cpu", **how}
         command.train(pictures / "out", **call)
-    assert [options.crop for options in seen] == [True, False]
+    assert [options.how.crop for options in seen] == [True, False]
 
 
 def test_what_is_wrong_with_a_folder_is_named(
@@ -356,6 +366,11 @@ def gain(model: Path, pictures: Path, change) -> float:
     return mean_loss(change(pipe), features) / before
 
 
+def with_lora(pipe: Pipeline, file: Path) -> Pipeline:
+    load_lora(pipe, file)
+    return pipe
+
+
 def encoded(pipe: Pipeline, pictures: Path) -> Features:
     side = pipe.transformer.config.sample_size * pipe.vae.config.factor
     return finetune.encode_pictures(pipe, *read_folder(pictures, side))
@@ -373,12 +388,12 @@ def test_lora_learns_and_diffusers_loads_it(
     output = tmp_path / "lora"
     file = finetune.finetune(model, pictures, output, CONFIG, LoraConfig(rank=4))
 
-    assert gain(model, pictures, lambda pipe: load_lora(pipe, file).pipe) < 0.98
+    assert gain(model, pictures, lambda pipe: with_lora(pipe, file)) < 0.98
     from diffusers import StableDiffusion3Pipeline
 
     theirs = StableDiffusion3Pipeline.from_pretrained(model)
     theirs.load_lora_weights(str(output))
-    ours = load_lora(minidiff.load(model), file).pipe
+    ours = with_lora(minidiff.load(model), file)
     c = ours.transformer.config
     x = torch.randn(2, c.in_channels, c.sample_size, c.sample_size)
     context, pooled = ours.encode_prompt(["a red dress", "a blue bag"])
@@ -418,7 +433,7 @@ def test_lora_learns_beside_weights_in_bfloat16(
     assert seen == [dtypes]
     assert len([*(tmp_path / "a" / "grids").iterdir()]) == 2
 
-    assert gain(model, pictures, lambda pipe: load_lora(pipe, file).pipe) < 0.98
+    assert gain(model, pictures, lambda pipe: with_lora(pipe, file)) < 0.98
 
 
 @pytest.mark.slow
@@ -570,7 +585,7 @@ def test_what_a_batch_holds(model: Path, pictures: Path) -> None:
     assert relative_error(features.context[rows], context) < 1e-5
     assert relative_error(features.pooled[rows], pooled) < 1e-5
     tuned = finetune.Tuned(pipe, pipe.transformer, None)
-    task = finetune.finetuning_task(tuned, features, CONFIG, lambda: None)
+    task = finetune.finetuning_task(tuned, [features], CONFIG, lambda: None)
     batch = task.batch(torch.arange(4000))
     shift = pipe.scheduler.shift  # moves 1/2 to s/(s + 1)
     assert shift == 3
@@ -592,7 +607,7 @@ def test_pictures_are_shuffled_and_the_last_tenth_is_held_out(model: Path) -> No
         pipe, images, [f"number {i}" for i in range(20)]
     )
     tuned = finetune.Tuned(pipe, pipe.transformer, None)
-    task = finetune.finetuning_task(tuned, features, CONFIG, lambda: None, drop=0.0)
+    task = finetune.finetuning_task(tuned, [features], CONFIG, lambda: None, drop=0.0)
     shown = latents_of(task, torch.arange(54), features)
     epochs = shown[:18], shown[18:36], shown[36:]
     assert all(sorted(epoch) == list(range(18)) for epoch in epochs)
@@ -600,7 +615,7 @@ def test_pictures_are_shuffled_and_the_last_tenth_is_held_out(model: Path) -> No
     steps = [{(b - a) % 18 for a, b in zip(e, e[1:], strict=False)} for e in epochs]
     assert all(len(kinds) > 6 for kinds in steps)  # no walk in even strides
     assert latents_of(task, torch.tensor([40, 7]), features) == [shown[40], shown[7]]
-    other = finetune.finetuning_task(tuned, features, CONFIG, lambda: None, 1, 0.0)
+    other = finetune.finetuning_task(tuned, [features], CONFIG, lambda: None, 1, 0.0)
     assert latents_of(other, torch.arange(18), features) != shown[:18]
     held = features.select(slice(18, 20))
     expected = mean_loss(pipe, held)
@@ -724,3 +739,154 @@ def test_options_of_fine_tuning_arrive(
     how = {"compile": True, "recompute": True, "crop": False, "lora": LoraConfig(2)}
     finetune_pictures(replace(options, **how))
     assert len(asked) == 1 and read[0][3] is False and configs[0].compile
+
+
+# What practitioners ask for
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((100, 100), (64, 64)), ((300, 200), (80, 48)), ((1, 9), (40, 80))],
+)
+def test_a_bucket_has_about_the_pictures_shape(size: tuple, expected: tuple) -> None:
+    sizes = bucket_sizes(64, 8, 80)
+    assert all(w % 8 == h % 8 == 0 and w * h <= 64**2 for w, h in sizes)
+    assert all(max(s) <= min(80, 2 * min(s)) for s in sizes)
+    assert sizes[bucket_of(size, sizes)] == expected
+
+
+def test_pictures_keep_their_shape_in_buckets(tmp_path: Path) -> None:
+    for i, size in enumerate(((60, 30), (30, 60), (62, 31))):
+        picture = Image.new("RGB", size, "black")
+        picture.paste("white", (0, 0, size[0] // 2, size[1]))  # the left half
+        picture.save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"number {i}")
+    known, how = Sizes(32, 8, 64), PictureConfig(buckets=True, trigger="ink,")
+    tall, wide = read_sets(tmp_path, captions_of(tmp_path), known, how)
+    assert tall[0].shape == (1, 3, 40, 24) and wide[0].shape == (2, 3, 24, 40)
+    assert wide[1] == ["ink, number 0", "ink, number 2"]
+    for images in (tall[0], wide[0]):
+        left, right = images.float().chunk(2, dim=-1)
+        assert left.mean() > 240 and right.mean() < 15
+    (square,) = read_sets(tmp_path, captions_of(tmp_path), known, PictureConfig())
+    assert square[0].shape == (3, 3, 32, 32)
+
+
+def features(n: int, side: int, value: float) -> Features:
+    texts = torch.zeros(2, 3, 4), torch.zeros(2, 4)
+    latents = torch.full((n, 2, side, side), value)
+    return Features(latents, torch.ones(n).long(), *texts)
+
+
+def test_every_step_has_one_shape_and_half_are_the_prior() -> None:
+    sets = [features(30, 4, 1.0), features(10, 6, 2.0)]
+    prior, shown = features(5, 4, 3.0), []
+    batches = mixed_batches(sets, prior, 4, seed=0, drop=0.0, shift=1.0)
+    for step in range(400):
+        numbers = torch.arange(4 * step, 4 * step + 4)
+        (value,) = batches(numbers)["x0"].unique().tolist()
+        parts = [batches(part)["x0"].unique().tolist() for part in numbers.split(2)]
+        assert parts == [[value], [value]]  # parts of a step, on other processes too
+        shown.append(value)
+    share = {value: shown.count(value) / 400 for value in (1.0, 2.0, 3.0)}
+    assert share[3.0] == pytest.approx(0.5, abs=0.07)
+    assert share[1.0] / share[2.0] == pytest.approx(3, rel=0.35)
+    alone = mixed_batches(sets[:1], None, 4, seed=0, drop=0.0, shift=1.0)
+    assert alone.shares == [1.0] and len(alone(torch.arange(4))["x0"]) == 4
+
+
+def one_step(model: Path, pictures: Path, output: Path, **how: object) -> dict:
+    """The tensors of a LoRA after a few steps."""
+    lora, data = how.pop("lora", LoraConfig(2)), PictureConfig(**how)
+    config = replace(CONFIG, steps=3, validate_every=3)
+    return load_file(finetune.finetune(model, pictures, output, config, lora, how=data))
+
+
+@pytest.mark.slow
+def test_a_prior_is_drawn_once_and_changes_what_is_learned(
+    model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn, draw = [], finetune.prior_latents
+    monkeypatch.setattr(
+        finetune, "prior_latents", lambda *a: drawn.append(a[1:3]) or draw(*a)
+    )
+    how = {"prior": "a red dress", "prior_pictures": 3}
+    kept = one_step(model, pictures, tmp_path / "a", **how)
+    again = one_step(model, pictures, tmp_path / "a", **how)
+    plain = one_step(model, pictures, tmp_path / "b")
+    assert drawn == [("a red dress", 3)]
+    assert all(torch.equal(kept[k], again[k]) for k in kept)
+    assert not all(torch.equal(kept[k], plain[k]) for k in kept)
+
+
+@pytest.mark.slow
+def test_prompts_are_drawn_at_their_seeds(
+    model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    how = {"prompts": ("a red dress", "a blue bag")}
+    one_step(model, pictures, tmp_path / "a", **how)
+    with Image.open(tmp_path / "a" / "grids" / "000003.png") as sheet:
+        assert sheet.width == 2 * sheet.height
+
+
+@pytest.mark.slow
+def test_corrections_learn_beside_8_bits(
+    model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned, begin = [], finetune.begin_tuning
+    monkeypatch.setattr(
+        finetune, "begin_tuning", lambda *a: tuned.append(begin(*a)) or tuned[-1]
+    )
+    made = one_step(model, pictures, tmp_path / "a", lora=LoraConfig(2, fp8=True))
+    layers = adapted_layers(tuned[0].pipe.transformer)
+    kinds = {type(layer.layer) for _, layer in layers}
+    assert kinds == {Float8Linear}
+    learned = [bool(x.any()) for name, x in made.items() if "lora_B" in name]
+    assert sum(learned) >= len(learned) - 2  # the last block's text asks nothing
+
+
+@pytest.mark.slow
+def test_both_clips_learn_and_diffusers_loads_them(
+    model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    lora = LoraConfig(2, encoders=True)
+    made = one_step(model, pictures, tmp_path / "a", lora=lora)
+    parts = {name.split(".")[0] for name in made}
+    assert parts == {"transformer", "text_encoder", "text_encoder_2"}
+    for part in parts:
+        own = [x for n, x in made.items() if n.startswith(f"{part}.") and "_B" in n]
+        assert sum(bool(x.any()) for x in own) > len(own) / 2, part
+    from diffusers import StableDiffusion3Pipeline
+
+    theirs = StableDiffusion3Pipeline.from_pretrained(model)
+    theirs.load_lora_weights(str(tmp_path / "a"))
+    bare = minidiff.load(model)
+    ours = with_lora(minidiff.load(model), tmp_path / "a")
+    with torch.no_grad():
+        context, pooled = ours.encode_prompt("a red dress")
+        reference = theirs.encode_prompt(
+            "a red dress", None, None, max_sequence_length=ours.max_sequence_length
+        )
+    assert relative_error(pooled, reference[2]) <= 1e-5
+    assert relative_error(context, reference[0]) <= 1e-5
+    assert relative_error(pooled, bare.encode_prompt("a red dress")[1]) > 1e-5
+
+
+def test_what_is_reencoded_is_what_was_encoded(model: Path, pictures: Path) -> None:
+    pipe = minidiff.load(model)
+    images, captions = read_folder(pictures, 32)
+    made = finetune.encode_pictures(pipe, images, captions, ids=True)
+    batch = made.fixed(0)
+    with torch.no_grad():
+        again = finetune.reencoded(pipe, batch | {"pooled": torch.empty(0)})
+    assert relative_error(again["context"], batch["context"]) < 1e-6
+    assert relative_error(again["pooled"], batch["pooled"]) < 1e-6
+
+
+def test_words_that_say_nothing_are_refused(pictures: Path, tmp_path: Path) -> None:
+    bad = {"--trigger is empty": {"trigger": "  "}, "--prompt is": {"prompts": (" ",)}}
+    bad |= {"--prior is empty": {"prior": " "}, "--prior-pict": {"prior_pictures": 0}}
+    for message, how in bad.items():
+        data = PictureConfig(**how)
+        with pytest.raises(ValueError, match=message):
+            finetune.finetune("tiny", pictures, tmp_path, CONFIG, how=data)

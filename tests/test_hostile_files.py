@@ -32,6 +32,7 @@ from minidiff.files import (
     single_file,
     weights,
 )
+from minidiff.files.lora_files import METADATA
 from minidiff.files.sentencepiece import read_model
 from minidiff.flow_matching import Scheduler
 from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
@@ -672,7 +673,7 @@ SMALL = MMDiTConfig(
 CONV = "transformer.pos_embed.proj.lora_"
 LORAS = [
     ({}, None, "holds no LoRA: it has no tensors"),
-    ({A: GOOD[A]}, None, "lacks lora_A or lora_B; expected diffusers' keys"),
+    ({A: GOOD[A]}, None, "of .*to_q it has down; expected all matrices"),
     (GOOD | {f"{PART}.lora_C": torch.ones(1)}, None, "has .*lora_C; expected"),
     ({A: GOOD[A].int(), B: GOOD[B].int()}, None, "lora_A.weight is I32; expected one"),
     ({A: GOOD[A].bool(), B: GOOD[B].bool()}, None, "lora_A.weight is BOOL; expected"),
@@ -686,24 +687,24 @@ LORAS = [
     (
         {A: torch.ones(3, 32), B: GOOD[B]},
         None,
-        "lora_A of rank 3, lora_B of rank 2; exp",
+        r"of shapes \[32, 2\] and \[3, 32\]; expected one rank",
     ),
     (
         {A: torch.ones(2, 31), B: GOOD[B]},
         None,
         r"of shape \[32, 31\]; expected \[32, 32",
     ),
-    ({LONG: GOOD[A]}, None, "has xxx*…; expected diffusers' keys"),
-    ({f"transformer.{LONG}": GOOD[A]}, None, "transformer.xx*… lacks lora_A or lora_B"),
+    ({LONG: GOOD[A]}, None, "has xxx*…; expected LoRA, LoHa, LoKr or DoRA"),
+    ({f"transformer.{LONG}": GOOD[A]}, None, "has transformer.xx*…; expected LoRA"),
     (
         {"lora_unet_joint_blocks_0.lora_down.weight": GOOD[A]},
         None,
-        "has lora_unet_joint",
+        "kohya keys.: of lora_unet_joint_blocks_0 it has down",
     ),
     (
         {"base_model.model.a.lora_A.weight": GOOD[A]},
         None,
-        "has base_model.model.a; exp",
+        "peft keys.: of base_model.model.a it has down",
     ),
     (
         {f"{CONV}A.weight": torch.ones(2, 16, 2, 2), f"{CONV}B.weight": GOOD[B]},
@@ -720,10 +721,12 @@ LORAS = [
         None,
         "was made for another model: this one has no linear layer text_encoder_2",
     ),
-    (GOOD | {f"{PART}.lora_magnitude_vector": torch.ones(1)}, None, "expected plain L"),
-    (GOOD, {"transformer.use_dora": True}, "has transformer.use_dora; expected plain"),
-    (GOOD, {"transformer.use_rslora": True}, "has transformer.use_rslora; expected pl"),
-    (GOOD, {f"transformer.{LONG[:9_999]}.use_dora": 1}, "has transformer.xx*…; expect"),
+    (
+        GOOD | {f"{PART}.lora_magnitude_vector": torch.ones(1)},
+        None,
+        r"shape \[1\]; exp",
+    ),
+    (GOOD, {"transformer.use_rslora": 3, ALPHA: 4}, 2.0),  # no truth value
     (GOOD, "{", "metadata is '{'; expected a JSON object"),
     (GOOD, "null", "metadata is 'null'; expected a JSON object"),
     (GOOD, '{"a":' * 100_000, "metadata is .*; expected a JSON object"),
@@ -755,7 +758,7 @@ LORAS = [
 def test_lora_files(tmp_path, tensors, notes, expected):
     file = tmp_path / "lora.safetensors"
     text = notes if isinstance(notes, str) else json.dumps(notes)
-    save_file(tensors, file, {lora.METADATA: text} if notes else None)
+    save_file(tensors, file, {METADATA: text} if notes else None)
     with torch.device("meta"):
         models = {"transformer": MMDiT(SMALL)}
     if isinstance(expected, str):

@@ -21,6 +21,7 @@ from benchmarks.memory_count import (
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.drawing import image_to_image
 from minidiff.engine import memory, tiling
+from minidiff.engine.adapters import load_lora
 from minidiff.engine.kernels import Float8Linear
 from minidiff.engine.loading import Given, blueprint, open_model
 from minidiff.engine.memory import GIB, Call, Plan, choose, estimate
@@ -28,7 +29,6 @@ from minidiff.engine.tiling import Tiled
 from minidiff.files import layout, weights
 from minidiff.interface.checks import device_and_dtype
 from minidiff.interface.request import Request
-from minidiff.lora import load_lora
 from minidiff.vae import VAE, Posterior, VAEConfig
 
 PAGE = Path(__file__).parents[1] / "book" / "performance.md"

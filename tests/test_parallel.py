@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from minidiff.files.lora_files import FILE
 from minidiff.files.weights import TINY
-from minidiff.lora import FILE
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 LAUNCH += ["--nproc-per-node", "2", "--local-addr", "127.0.0.1"]

@@ -71,6 +71,7 @@ FIGURES: dict[str, Callable[[], Any]] = {
     "panels": lambda: viz.show_points({"σ = 1": {"n": torch.randn(9, 2)}, "σ = 0": {}}),
     "map": lambda: viz.show_pipeline("vae"),
     "quadrants": lambda: viz.show_quadrants({"even": (4, 4), "thin": (1, 40)}),
+    "factors": lambda: viz.show_factors({"tall": (60, 20), "wide": (20, 60)}, rank=3),
     "block": lambda: viz.show_joint_block(),
     "positions": lambda: viz.show_positions(
         torch.randn(1, 64, 32), {"whole": (8, 8), "part": (4, 6)}, (3, 4)

@@ -74,7 +74,7 @@ def sample(
     ] = None,
     lora: Annotated[
         list[Path] | None,
-        WHO("LoRA, a file in diffusers' keys or its folder.", metavar="<path>"),
+        WHO("LoRA, any common trainer's file, or its folder.", metavar="<path>"),
     ] = None,
     lora_scale: Annotated[float | None, WHO("Its strength.", usual="1")] = None,
     device: Device = None,

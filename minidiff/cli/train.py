@@ -49,12 +49,38 @@ def train(
         str | None, FROM("Fine-tune this model on the pictures in --data.", "--from")
     ] = None,
     learning_rate: Annotated[float | None, FROM("Of AdamW.", usual="1e-4")] = None,
+    buckets: Annotated[
+        bool, FROM("Pictures keep about their shape.", "--buckets")
+    ] = False,
+    trigger: Annotated[str | None, FROM("Words before every caption.")] = None,
+    prior: Annotated[
+        str | None,
+        FROM(
+            "What is to stay as it is: in half of the steps the model learns pictures "
+            "that it drew of this prompt before."
+        ),
+    ] = None,
+    prior_pictures: Annotated[int | None, FROM("How many of them.", usual="50")] = None,
+    prompt: Annotated[
+        list[str] | None,
+        FROM(
+            "Drawn at each validation at a fixed seed; may be given several times.",
+            usual="four captions",
+        ),
+    ] = None,
+    accumulation: Annotated[
+        int | None, FROM("Parts of a batch, one after the other.", usual="1")
+    ] = None,
     lora: Annotated[bool, LORA("Train a LoRA, not all weights.", "--lora")] = False,
     rank: Annotated[int | None, LORA("Of its matrices.", usual="8")] = None,
     alpha: Annotated[float | None, LORA("Its strength.", usual="the rank")] = None,
     targets: Annotated[
         str | None, LORA("Its layers: to_q,to_k,…", usual="those of attention")
     ] = None,
+    fp8: Annotated[bool, LORA("The blocks' own weights in 8 bits.", "--fp8")] = False,
+    train_text_encoders: Annotated[
+        bool, LORA("Both CLIPs learn too.", "--train-text-encoders")
+    ] = False,
     data: Annotated[
         Path | None,
         HOW(
@@ -89,8 +115,12 @@ def train(
     transformer.
     """
     given = locals() | {"from": from_model}
-    refuse(given, "lora", "rank", "alpha", "targets")
-    refuse(given | {"lora": lora or None}, "from", "lora", "learning_rate")
+    flags = ("lora", "fp8", "train_text_encoders", "buckets")
+    asked = given | {name: given[name] or None for name in flags}
+    refuse(asked, "lora", "rank", "alpha", "targets", "fp8", "train_text_encoders")
+    refuse(asked, "prior", "prior_pictures")
+    refuse(asked, "from", "lora", "learning_rate", "buckets", "trigger", "prior")
+    refuse(asked, "from", "prompt", "accumulation")
     given |= {"device": find_device(device), "compile": compile}
     if from_model is None:
         from minidiff.recipes.train import TrainOptions, train_stages
@@ -104,12 +134,12 @@ def train(
     from minidiff.learning import parallel
     from minidiff.recipes import finetune
 
-    update = (
-        finetune.lora_config(8 if rank is None else rank, alpha, targets)
-        if lora
-        else None
-    )
-    given |= {"model": from_model, "pictures": data, "lora": update}
+    rank = 8 if rank is None else rank
+    update = alpha, targets, fp8, train_text_encoders
+    given |= {"lora": finetune.lora_config(rank, *update) if lora else None}
+    given |= {"model": from_model, "pictures": data, "prompts": tuple(prompt or ())}
+    pictures = fields_of(finetune.PictureConfig, given)
+    given |= {"how": finetune.PictureConfig(**pictures)}
     options = finetune.FinetuneOptions(**fields_of(finetune.FinetuneOptions, given))
     made = finetune.finetune_pictures(options)
     if parallel.rank() == 0:

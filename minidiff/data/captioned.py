@@ -7,7 +7,7 @@ hub's image folders.
 
 import functools
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,27 +133,35 @@ def read_folder(
     return read_pictures(Path(folder), captions_of(Path(folder)), size, crop)
 
 
-def read_pictures(
-    folder: Path, found: dict[str, str], size: int, crop: bool = True
-) -> tuple[Tensor, list[str]]:
-    """The pictures with captions ``found``, uint8 (N, 3, size, size), and the captions.
+def read_each(folder: Path, found: dict[str, str]) -> Iterator[tuple[Image.Image, str]]:
+    """The pictures with captions ``found``, in RGB, and each its caption.
 
-    A picture that cannot be read or has no caption is named on stderr and left out;
-    ValueError if none is left.
+    One that cannot be read or has no caption is named on stderr and left out.
     """
     tell_of_others(folder, found)
-    pictures = torch.empty(len(found), 3, size, size, dtype=torch.uint8)
-    captions: list[str] = []
     for name, caption in found.items():
         try:
             picture = in_rgb(open_picture(folder / name))
-            pictures[len(captions)] = to_tensor(fitted(picture, size, crop))
         except MemoryError:
             raise
         except Exception as error:  # Pillow has many names for a damaged file
             known = str(error) if name in str(error) else f"{folder / name}: {error}"
             tell(f"{known}; it is left out")
             continue
+        yield picture, caption
+
+
+def read_pictures(
+    folder: Path, found: dict[str, str], size: int, crop: bool = True
+) -> tuple[Tensor, list[str]]:
+    """The pictures with captions ``found``, uint8 (N, 3, size, size), and the captions.
+
+    ValueError if none can be read.
+    """
+    pictures = torch.empty(len(found), 3, size, size, dtype=torch.uint8)
+    captions: list[str] = []
+    for picture, caption in read_each(folder, found):
+        pictures[len(captions)] = to_tensor(fitted(picture, size, crop))
         captions.append(caption)
     if not captions:
         raise ValueError(f"{folder}: none of its pictures can be read")

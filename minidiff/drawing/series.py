@@ -81,9 +81,9 @@ class Series:
         stdout is for names. Raises ValueError or OSError for a file that is of no use.
         """
         from minidiff.engine import loading, memory
+        from minidiff.files.lora_files import lora_file
         from minidiff.files.weights import open_tensors
         from minidiff.interface.checks import find_target
-        from minidiff.lora import lora_file
 
         if self.lora:
             open_tensors(lora_file(self.lora))  # before all else
@@ -100,7 +100,7 @@ class Series:
 
     def with_lora(self, pipe: "Pipeline", fused: bool) -> "Pipeline":
         """``pipe`` with the LoRA, ``fused`` into the weights or beside them."""
-        from minidiff.lora import load_lora
+        from minidiff.engine.adapters import load_lora
 
         if self.lora:
             load_lora(pipe, self.lora, self.lora_scale, fused)

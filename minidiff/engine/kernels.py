@@ -155,6 +155,10 @@ class Float8Linear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.out_features, self.in_features = rows.values.shape
 
+    def matrix(self) -> Tensor:
+        """The weights (out, in) that the 8 bits stand for, float32."""
+        return self.weight.float() * self.scale
+
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype) * self.scale.to(x.dtype)
         return F.linear(x, weight, self.bias)

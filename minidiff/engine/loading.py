@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from minidiff.dit import MMDiT, MMDiTConfig
+from minidiff.engine.adapters import Adapters
 from minidiff.engine.memory import (
     GIB,
     NOTHING,
@@ -168,7 +169,9 @@ class Opened:
         encoders = [models.get(name) for name in ENCODERS]
         transformer, vae = models["transformer"], models["vae"]
         readers, how = (self.files.tokenizers, encoders), self.files.scheduler
-        return Pipeline(*readers, transformer, vae, how, self.files.origin)
+        pipe = Pipeline(*readers, transformer, vae, how, self.files.origin)
+        pipe.adapters = Adapters(pipe)
+        return pipe
 
     def rehearsal(self, plan: Plan | None = None) -> Pipeline:
         """A pipeline without weights: its ``check`` refuses what the real one would.

@@ -352,6 +352,10 @@ class StreamedLinear(nn.Module):
         self.stored = layer.weight.detach(), bias
         self.out_features, self.in_features = layer.weight.shape
 
+    def matrix(self) -> Tensor:
+        """The weights (out, in), where and as they are stored."""
+        return self.stored[0]
+
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = (
             None if t is None else t.to(x.device).to(x.dtype) for t in self.stored

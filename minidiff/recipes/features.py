@@ -52,16 +52,22 @@ class Features:
     """Encoded pictures, and the encodings of their captions.
 
     Sample i has ``latents[i]`` and the row ``place[i]`` of ``context`` and ``pooled``;
-    row 0 is the empty prompt's.
+    row 0 is the empty prompt's. ``ids``: what both CLIPs read of each row, for
+    encoders that learn.
     """
 
     latents: Tensor  # (n, C, h, w), scaled
     place: Tensor  # (n,)
     context: Tensor  # (R, L, D)
     pooled: Tensor  # (R, P)
+    ids: Tensor | None = None  # (R, 2, L)
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that there is, by name."""
+        return {name: x for name, x in vars(self).items() if x is not None}
 
     def select(self, samples: slice) -> "Features":
         """Some of the samples, with the captions of all."""
@@ -76,7 +82,8 @@ class Features:
         )
         rows = {"context": self.context[self.place], "pooled": self.pooled[self.place]}
         batch = {"x0": self.latents, "noise": noise} | rows
-        return {name: x.float() for name, x in batch.items()}
+        batch = {name: x.float() for name, x in batch.items()}
+        return batch if self.ids is None else batch | {"ids": self.ids[self.place]}
 
 
 @torch.no_grad()
@@ -131,6 +138,8 @@ class FlowBatches:
             context, pooled = drop_encoders(context, pooled, keep, self.widths)
         batch = {"x0": f.latents[place], "context": context, "pooled": pooled}
         batch = {name: x.to(indices.device).float() for name, x in batch.items()}
+        if f.ids is not None:
+            batch["ids"] = f.ids[row].to(indices.device)
         return batch | self.levels(indices)
 
     def levels(self, indices: Tensor) -> Batch:

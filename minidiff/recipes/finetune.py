@@ -7,7 +7,7 @@ one that diffusers loads.
 import functools
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minidiff.data.captioned import captions_of, read_pictures
+from minidiff.data.captioned import captions_of
+from minidiff.engine.adapters import components
 from minidiff.engine.loading import blueprint, load
-from minidiff.engine.memory import StreamedEmbedding, StreamedLinear, free_memory, weigh
-from minidiff.files.pictures import from_bytes, save_sheet
+from minidiff.engine.memory import (
+    StreamedEmbedding,
+    StreamedLinear,
+    free_memory,
+    to_float8,
+    weigh,
+)
+from minidiff.files.lora_files import FILE
+from minidiff.files.pictures import save_sheet
 from minidiff.interface.checks import check_range
 from minidiff.interface.terminal import tell
 from minidiff.learning import parallel, steps
@@ -32,28 +40,39 @@ from minidiff.learning.run import (
     is_out_of_memory,
     lasting,
 )
-from minidiff.lora import ATTENTION, FILE, LowRank, add_lora, save_lora
-from minidiff.recipes.features import (
-    Features,
-    FlowBatches,
-    collect,
-    encode_latents,
-    shuffled,
-    validation,
+from minidiff.lora import ATTENTION, LowRank, add_lora, save_lora
+from minidiff.recipes.features import Features, validation
+from minidiff.recipes.own_pictures import (
+    PictureConfig,
+    Sizes,
+    encode_pictures,
+    features_of,
+    mixed_batches,
+    prior_latents,
+    read_sets,
+    split_pictures,
 )
 from minidiff.sampling import Pipeline
+from minidiff.text_encoders import assemble
 from minidiff.training import Batch, Task, TrainingConfig, fit, transformer_loss
 
-MOST_HELD_OUT = 32  # pictures: each costs eight looks at a validation
+ENCODERS = ("text_encoder", "text_encoder_2")
+CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Rank and strength of the corrections, and which layers get one."""
+    """Rank and strength of the corrections, and which layers get one.
+
+    ``fp8``: the blocks' own weights are in 8 bits. ``encoders``: both CLIPs' attention
+    gets corrections too.
+    """
 
     rank: int = 8
     alpha: float | None = None
     targets: tuple[str, ...] = tuple(ATTENTION)
+    fp8: bool = False
+    encoders: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,7 +88,8 @@ class FinetuneOptions:
         device: "cpu", "cuda", …
         compile: the step.
         recompute: less memory for more time.
-        crop: the pictures' middle, or all of them squeezed.
+        accumulation: parts of a batch, one after the other.
+        how: what is made of the pictures.
     """
 
     model: str
@@ -82,7 +102,8 @@ class FinetuneOptions:
     device: str = "cpu"
     compile: bool = False
     recompute: bool = False
-    crop: bool = True
+    accumulation: int = 1
+    how: PictureConfig = PictureConfig()
 
     def config(self) -> TrainingConfig:
         """How the pictures are learned from."""
@@ -96,6 +117,7 @@ class FinetuneOptions:
             warmup_steps=min(100, self.steps // 10 + 1),
             bfloat16=self.device.startswith("cuda"),
             compile=self.compile,
+            accumulation=self.accumulation,
             save_every=100,
             validate_every=max(100, self.steps // 5),
         )
@@ -105,17 +127,24 @@ def finetune_pictures(options: FinetuneOptions) -> Path:
     """Fine-tune as ``options`` say; the file or folder that it wrote."""
     o = options
     config = o.config()
-    how = {"crop": o.crop, "recompute": o.recompute}
-    return finetune(o.model, o.pictures, o.output, config, o.lora, o.device, **how)
+    more: dict[str, Any] = {"how": o.how, "recompute": o.recompute}
+    return finetune(o.model, o.pictures, o.output, config, o.lora, o.device, **more)
 
 
-def lora_config(rank: int, alpha: float | None, names: str | None) -> LoraConfig:
+def lora_config(
+    rank: int,
+    alpha: float | None,
+    names: str | None,
+    fp8: bool = False,
+    encoders: bool = False,
+) -> LoraConfig:
     """Of --rank, --alpha and --targets; ValueError for numbers that cannot be."""
     check_range("--rank", rank, 1)
     if alpha is not None and not 0 < alpha < math.inf:
         raise ValueError(f"--alpha is {alpha}; expected a finite number above 0")
     chosen = names.split(",") if names else ATTENTION
-    return LoraConfig(rank, alpha, tuple(name.strip() for name in chosen))
+    targets = tuple(name.strip() for name in chosen)
+    return LoraConfig(rank, alpha, targets, fp8, encoders)
 
 
 def finetune(
@@ -125,10 +154,10 @@ def finetune(
     config: TrainingConfig,
     lora: LoraConfig | None = None,
     device: str = "cpu",
-    crop: bool = True,
     drop: float = 0.1,
     seed: int = 0,
     recompute: bool = False,
+    how: PictureConfig = PictureConfig(),  # noqa: B008
 ) -> Path:
     """Train ``model`` on the folder ``pictures``; the file or folder it wrote.
 
@@ -142,26 +171,29 @@ def finetune(
     captions = captions_of(Path(pictures))
     check_run(config, output)
     dtype = torch.bfloat16 if lora and config.bfloat16 else torch.float32
-    side = check_model(model, lora, dtype, device)
+    sizes = check_model(model, lora, dtype, device)
+    check_prompts(how)
     known = str(model) != "tiny" and Path(model).exists()  # no name of a model
     settings: dict[str, Any] = {"base": str(Path(model).resolve() if known else model)}
     settings |= {"folder": str(Path(pictures).resolve()), "lora": str(lora)}
     settings |= {"drop": drop, "seed": seed, **lasting(config)}
+    settings |= {"how": str(how)}
     with Run(output / "run", settings) as run:
-        images, texts = read_pictures(Path(pictures), captions, side, crop)
+        sets = read_sets(Path(pictures), captions, sizes, how)
         tuned = begin_tuning(model, lora, device, dtype, seed, recompute)
         pipe = tuned.pipe
-        name = encoding_name(pipe, images, texts)
         began = fingerprint(*all_weights(pipe.transformer), pipe.scheduler.shift)
-        run.add(encodings=name, began=began)
-        path = output / "cache" / f"{name}.safetensors"
-        kept = cached(path, lambda: vars(encode_pictures(pipe, images, texts)), "cpu")
-        features = Features(**kept)
+        learned = [encoded(tuned, *one, output) for one in sets]
+        names = " ".join(name for name, _ in learned)
+        run.add(encodings=names, began=began)
+        features = [one for _, one in learned]
+        prior = prior_of(tuned, how, seed, output / "cache", began)
+        shown = Shown(tuned, how.prompts or sets[0][1][:4], seed)
 
         def draw() -> None:
-            save_samples(pipe, features, seed, output / "grids" / f"{run.step:06}.png")
+            shown.save(output / "grids" / f"{run.step:06}.png")
 
-        task = finetuning_task(tuned, features, config, draw, seed, drop)
+        task = finetuning_task(tuned, features, config, draw, seed, drop, prior)
         averaged = fit(task, config, run, device)
     tuned.trained.load_state_dict(averaged.state_dict())
     return output if parallel.rank() else export_tuned(model, tuned, output)
@@ -182,8 +214,8 @@ def check_run(config: TrainingConfig, output: Path) -> None:
 
 def check_model(
     model: Path | str, lora: LoraConfig | None, dtype: torch.dtype, device: str
-) -> int:
-    """The side in pixels of the pictures that ``model`` draws.
+) -> Sizes:
+    """The sizes in pixels of the pictures that ``model`` draws.
 
     ValueError for corrections that do not fit, and for a card that is too small.
     """
@@ -191,7 +223,9 @@ def check_model(
     if lora:  # a rank or names that these layers do not have
         add_lora(parts["transformer"], lora.rank, lora.alpha, lora.targets)
     check_card(parts, lora, dtype, device)
-    return parts["transformer"].config.sample_size * parts["vae"].config.factor
+    c, factor = parts["transformer"].config, parts["vae"].config.factor
+    grid = c.patch_size * factor
+    return Sizes(c.sample_size * factor, grid, c.pos_embed_max_size * grid)
 
 
 def check_card(
@@ -217,16 +251,30 @@ def check_card(
         )
 
 
+def check_prompts(how: PictureConfig) -> None:
+    """Raise ValueError for words that say nothing, and for no pictures to keep."""
+    texts = {"--trigger": [how.trigger], "--prior": [how.prior]}
+    for name, given in (texts | {"--prompt": how.prompts}).items():
+        if any(text and not text.strip() for text in given):
+            raise ValueError(f"{name} is empty; expected words")
+    check_range("--prior-pictures", how.prior_pictures, 1)
+
+
 # What learns, and from what
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """A pipeline, what of it learns, and with LoRA the corrections by layer."""
+    """A pipeline, what of it learns, and LoRA's corrections by part and layer."""
 
     pipe: Pipeline
     trained: nn.Module
-    updates: dict[str, LowRank] | None
+    updates: dict[str, dict[str, LowRank]] | None
+
+    @property
+    def encoders(self) -> bool:
+        """Whether the text encoders learn."""
+        return len(self.updates or ()) > 1
 
 
 def begin_tuning(
@@ -240,6 +288,8 @@ def begin_tuning(
     """Load the model, and make of it what learns."""
     cuda = device.startswith("cuda")  # the encoders visit the card while they encode
     streamed: dict[str, Any] = {"t5": "streamed", "clip": "streamed"} if cuda else {}
+    if lora and lora.encoders:
+        streamed.pop("clip", None)
     with redirect_stdout(sys.stderr):  # stdout is for the result's name
         pipe = load(model, device, dtype, **streamed)
     pipe.progress = False
@@ -247,8 +297,9 @@ def begin_tuning(
     updates = None
     torch.manual_seed(seed)
     if lora:
-        updates = add_lora(pipe.transformer, lora.rank, lora.alpha, lora.targets)
-        trained = nn.ModuleList(updates.values()).float()
+        updates = begin_lora(pipe, lora)
+        every = [one for layers in updates.values() for one in layers.values()]
+        trained = nn.ModuleList(every).float()
     else:
         for parameter in trained.parameters():  # it may be a read-only memory map
             parameter.data = parameter.data.clone()
@@ -258,19 +309,58 @@ def begin_tuning(
     return Tuned(pipe, trained, updates)
 
 
-def encode_pictures(pipe: Pipeline, images: Tensor, captions: list[str]) -> Features:
-    """Pictures, uint8 (N, 3, H, W), and captions as ``pipe``'s encoders make them.
+def begin_lora(pipe: Pipeline, lora: LoraConfig) -> dict[str, dict[str, LowRank]]:
+    """New corrections by part and layer, at their layers."""
+    if lora.fp8:
+        to_float8(pipe.transformer)
+    given = lora.rank, lora.alpha
+    updates = {"transformer": add_lora(pipe.transformer, *given, lora.targets)}
+    for name, encoder in components(pipe).items() if lora.encoders else ():
+        if name in ENCODERS:
+            updates[name] = add_lora(encoder, *given, CLIP_ATTENTION)
+    return updates
 
-    All is in main memory: megabytes for each picture.
-    """
-    pictures = (from_bytes(x).to(pipe.device, pipe.dtype) for x in images.split(1))
-    latents = encode_latents(pipe.vae, pictures, len(images), torch.empty(0))
-    rows = {text: i for i, text in enumerate(dict.fromkeys(["", *captions]))}
-    texts = list(rows)  # each once
-    parts = (texts[i : i + 32] for i in range(0, len(texts), 32))  # T5 may be streamed
-    pairs = (tuple(x.cpu() for x in pipe.encode_prompt(part)) for part in parts)
-    place = torch.tensor([rows[caption] for caption in captions])
-    return Features(latents, place, *collect(len(texts), pairs))
+
+def encoded(
+    tuned: Tuned, images: Tensor, captions: list[str], output: Path
+) -> tuple[str, Features]:
+    """Pictures of one shape with their captions, encoded once, and a name for them."""
+    name = encoding_name(tuned.pipe, images, captions, tuned.encoders)
+    path = output / "cache" / f"{name}.safetensors"
+
+    def make() -> dict[str, Tensor]:
+        more = tuned.encoders
+        return encode_pictures(tuned.pipe, images, captions, more).tensors()
+
+    return name, Features(**cached(path, make, "cpu"))
+
+
+def prior_of(
+    tuned: Tuned, how: PictureConfig, seed: int, cache: Path, began: str
+) -> Features | None:
+    """What is to stay, as the model draws it before it learns; None for no prompt."""
+    if not how.prior:
+        return None
+    count, pipe = how.prior_pictures, tuned.pipe
+    name = fingerprint("prior", how.prior, count, seed, began)
+    made = cached(
+        cache / f"{name}.safetensors",
+        lambda: {"latents": prior_latents(pipe, how.prior, count, seed)},
+        "cpu",
+    )
+    texts = [how.prior] * count
+    return features_of(pipe, made["latents"], texts, tuned.encoders)
+
+
+def reencoded(pipe: Pipeline, batch: Batch) -> Batch:
+    """A batch as the encoders read it now, where it says what they read."""
+    if "ids" not in batch:
+        return batch
+    clips = [pipe.text_encoders[i](batch["ids"][:, i]) for i in range(2)]
+    (hidden_l, hidden_g), pooled = zip(*clips, strict=True)
+    t5 = batch["context"][:, hidden_l.shape[1] :].to(hidden_l)
+    context = assemble(hidden_l, hidden_g, t5)
+    return batch | {"context": context, "pooled": torch.cat(pooled, -1)}
 
 
 def all_weights(model: nn.Module) -> list[Tensor]:
@@ -285,55 +375,49 @@ def all_weights(model: nn.Module) -> list[Tensor]:
     return [found[name] for name in sorted(found)]
 
 
-def encoding_name(pipe: Pipeline, images: Tensor, captions: list[str]) -> str:
+def encoding_name(
+    pipe: Pipeline, images: Tensor, captions: list[str], more: bool = False
+) -> str:
     """A name for what ``encode_pictures`` returns, made of all that goes into it."""
     parts = (pipe.vae, *filter(None, pipe.text_encoders))
     weights = [fingerprint(x.to(pipe.dtype)) for p in parts for x in all_weights(p)]
     ids = [tokenizer(captions) for tokenizer in filter(None, pipe.tokenizers)]
-    return fingerprint("", images, captions, pipe.vae.config, *ids, *weights)
-
-
-def split_pictures(features: Features) -> tuple[Features, Features]:
-    """What is learned from, and the last tenth (1 to 32 pictures), which is not.
-
-    One picture alone is learned from.
-    """
-    n = len(features)
-    held = min(MOST_HELD_OUT, max(1, n // 10)) if n > 1 else 0
-    return features.select(slice(0, n - held)), features.select(slice(n - held, n))
+    kind = "ids" if more else ""
+    return fingerprint(kind, images, captions, pipe.vae.config, *ids, *weights)
 
 
 def finetuning_task(
     tuned: Tuned,
-    features: Features,
+    features: Sequence[Features],
     config: TrainingConfig,
     draw: Callable[[], None],
     seed: int = 0,
     drop: float = 0.1,
+    prior: Features | None = None,
 ) -> Task:
-    """Learn the transformer, or its corrections, on encoded pictures.
+    """Learn the transformer, or corrections, on encoded pictures, a set a shape.
 
     Validation looks at the pictures that are held out, a batch at a time, then calls
     ``draw``, while the averaged weights are in place.
     """
     pipe, model = tuned.pipe, tuned.trained
-    learned, held = split_pictures(features)
-    order = functools.partial(shuffled, n=len(learned), seed=seed + 2)
-    shift = pipe.scheduler.shift
-    batch = FlowBatches(learned, order, seed, seed + 1, drop, shift=shift)
-    fixed = held.fixed(seed)
+    learned, held = zip(*map(split_pictures, features), strict=True)
+    levels: dict[str, Any] = {"drop": drop, "shift": pipe.scheduler.shift}
+    batch = mixed_batches(learned, prior, config.batch_size, seed, **levels)
+    fixed = [part.fixed(seed) for part in held if len(part)]
 
     def loss(_: nn.Module, batch: Batch) -> Tensor:
-        return transformer_loss(pipe.transformer, batch)
+        return transformer_loss(pipe.transformer, reencoded(pipe, batch))
 
+    @torch.no_grad()
     @torch.autocast(pipe.device.type, torch.bfloat16, enabled=config.bfloat16)
     def validate(averaged: nn.Module) -> dict[str, object]:
         now = {k: v.clone() for k, v in model.state_dict().items()}
         model.load_state_dict(averaged.state_dict())
-        found: dict[str, object] = {"held_out": len(held)}
-        if len(held):
-            size = config.batch_size
-            found |= validation(pipe.transformer, fixed, pipe.device, size)
+        found: dict[str, object] = {"held_out": sum(map(len, held))}
+        if fixed:
+            look = functools.partial(looked_at, pipe, at_once=config.batch_size)
+            found |= mean_of(list(map(look, fixed)), [len(b["x0"]) for b in fixed])
         draw()
         model.load_state_dict(now)
         return found
@@ -341,29 +425,65 @@ def finetuning_task(
     return Task(model, loss, batch, validate)
 
 
-@torch.no_grad()
-def save_samples(pipe: Pipeline, features: Features, seed: int, file: Path) -> None:
-    """Draw the first four captions with the model's usual settings, as one picture.
+def looked_at(pipe: Pipeline, fixed: Batch, at_once: int) -> dict[str, Any]:
+    """The losses on a fixed batch, as the encoders read it now."""
+    on_device = {key: x.to(pipe.device) for key, x in fixed.items()}
+    batch = reencoded(pipe, on_device) if "ids" in fixed else fixed
+    return validation(pipe.transformer, batch, pipe.device, at_once)
 
-    Where the memory does not hold a drawing, a line on stderr takes its place.
-    """
-    if parallel.rank():
-        return
-    guided = [0] if pipe.defaults.guidance_scale > 1 else []  # the empty prompt
-    factor = pipe.vae.config.factor
-    height, width = (side * factor for side in features.latents.shape[2:])
-    pictures = []
-    try:
-        for i, row in enumerate(features.place[:4].tolist()):
-            rows = [*guided, row]
-            noise = pipe.prepare_latents(1, height, width, seed + i)
-            text = features.context[rows], features.pooled[rows]
-            pictures.append(pipe.decode(pipe.denoise(noise, *text)))
-        save_sheet(torch.cat(pictures), len(pictures), file)
-    except (ValueError, RuntimeError) as error:
-        if not (isinstance(error, ValueError) or is_out_of_memory(error)):
-            raise
-        tell(f"{file.name} is not drawn: {error}")
+
+def mean_of(
+    found: Sequence[Mapping[str, Any]], counts: Sequence[int]
+) -> dict[str, Any]:
+    """The mean of validations over all their pictures."""
+    whole = sum(counts)
+    shares = [count / whole for count in counts]
+    levels = zip(*(one["by_level"] for one in found), strict=True)
+    mean = [math.fsum(a * b for a, b in zip(x, shares, strict=True)) for x in levels]
+    return {"validation": sum(mean) / len(mean), "by_level": mean}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Prompts drawn at each validation, at fixed seeds, as one picture."""
+
+    tuned: Tuned
+    prompts: Sequence[str]
+    seed: int
+
+    @functools.cached_property
+    def text(self) -> Batch:
+        """The empty prompt and the prompts, encoded once."""
+        pipe, count = self.tuned.pipe, len(self.prompts)
+        empty = torch.empty(count, 0)
+        made = features_of(pipe, empty, list(self.prompts), self.tuned.encoders)
+        rows = torch.cat([torch.zeros(1).long(), made.place])
+        text = {"context": made.context[rows], "pooled": made.pooled[rows]}
+        return text if made.ids is None else text | {"ids": made.ids[rows]}
+
+    @torch.no_grad()
+    def save(self, file: Path) -> None:
+        """Draw with the model's usual settings.
+
+        Where the memory does not hold a drawing, a line on stderr takes its place.
+        """
+        if parallel.rank():
+            return
+        pipe, pictures = self.tuned.pipe, []
+        text = {key: x.to(pipe.device) for key, x in self.text.items()}
+        text = reencoded(pipe, text)
+        guided = [0] if pipe.defaults.guidance_scale > 1 else []  # the empty prompt
+        try:
+            for i in range(len(self.prompts)):
+                rows = [*guided, i + 1]
+                noise = pipe.prepare_latents(1, seed=self.seed + i)
+                told = text["context"][rows], text["pooled"][rows]
+                pictures.append(pipe.decode(pipe.denoise(noise, *told)))
+            save_sheet(torch.cat(pictures), len(pictures), file)
+        except (ValueError, RuntimeError) as error:
+            if not (isinstance(error, ValueError) or is_out_of_memory(error)):
+                raise
+            tell(f"{file.name} is not drawn: {error}")
 
 
 def export_tuned(model: Path | str, tuned: Tuned, output: Path) -> Path:
@@ -373,5 +493,5 @@ def export_tuned(model: Path | str, tuned: Tuned, output: Path) -> Path:
         whole.transformer = tuned.pipe.transformer.cpu()
         whole.save_pretrained(output / "model")
         return output / "model"
-    save_lora({"transformer": tuned.updates}, output / FILE)
+    save_lora(tuned.updates, output / FILE)
     return output / FILE

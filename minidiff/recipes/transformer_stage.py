@@ -79,7 +79,7 @@ class SceneEncoder:
         """Of n scenes; ``keep`` uses the job's cache, if it has one."""
         kept = self.job.cache if keep else None
         path = kept and kept / self.file_name(scenes, n)
-        made = cached(path, lambda: vars(self.encode(scenes, n)), self.job.device)
+        made = cached(path, lambda: self.encode(scenes, n).tensors(), self.job.device)
         return Features(**made)
 
     def file_name(self, scenes: AnyScenes, n: int) -> str:
