@@ -20,6 +20,7 @@ from minidiff.interface.terminal import status, tell
 
 if TYPE_CHECKING:
     from minidiff.drawing.series import Series
+    from minidiff.interface.request import Request
     from minidiff.sampling import Pipeline
 
 EXAMPLES = examples(
@@ -147,33 +148,36 @@ def begin(series: "Series", given: dict[str, Any]) -> "tuple[Series, Pipeline]":
     import torch
 
     from minidiff.drawing.image_to_image import Start
-    from minidiff.drawing.previews import write_previews
     from minidiff.engine.memory import Plan
     from minidiff.files.tokenizer_files import seen, unknown_words
+
+    model, image, dtype = given["model"], given["image"], given["dtype"]
+    start = image and Start(mask_image=given["mask"], **fields_of(Start, given))
+    series = replace(series, request=asked_for(given), start=start)
+    pipe = series.load(
+        model,
+        given["text_encoders"],
+        find_device(given["device"]),
+        dtype and getattr(torch, dtype),
+        fields_of(Plan, given) | not_none(memory=given["memory"]),
+        fast=given["fast"],
+        compile=given["compile"],
+    )
+    if line := unknown_words(series.texts, seen(model)):
+        tell(line)
+    return series, pipe
+
+
+def asked_for(given: dict[str, Any]) -> "Request":
+    """The request that the options make; the series has prompts and seeds."""
+    from minidiff.drawing.previews import write_previews
     from minidiff.interface.request import Request
 
     asked = fields_of(Request, given) | {"prompt": "", "seed": 0}
     asked |= not_none(num_inference_steps=given["steps"])
     if file := given["preview"]:
         asked["callback_on_step_end"] = write_previews(file)
-    start = given["image"] and Start(
-        mask_image=given["mask"], **fields_of(Start, given)
-    )
-    series = replace(series, request=Request(**asked), start=start)
-    dtype = given["dtype"] and getattr(torch, given["dtype"])
-    plan = fields_of(Plan, given) | not_none(memory=given["memory"])
-    target = find_device(given["device"]), dtype
-    pipe = series.load(
-        given["model"],
-        given["text_encoders"],
-        *target,
-        plan,
-        fast=given["fast"],
-        compile=given["compile"],
-    )
-    if line := unknown_words(series.texts, seen(given["model"])):
-        tell(line)
-    return series, pipe
+    return Request(**asked)
 
 
 def one_of(files: list[Path] | None) -> Path | None:

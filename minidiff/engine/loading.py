@@ -327,7 +327,7 @@ def open_single_file(given: Given) -> Files:
 
     The encoders may be single files too, or folders of the hub's layout.
     """
-    file, t5 = Path(given.model), given.t5
+    file = Path(given.model)
     if file.suffix != ".safetensors":
         raise ValueError(
             f"{file} is a file; expected a folder in the hub's layout, or an official "
@@ -343,24 +343,28 @@ def open_single_file(given: Given) -> Files:
         name: single_file.prepare_part(name, *PARTS[name], opened)
         for name in ("transformer", "vae")
     }
-    if (folder / "text_encoder").is_dir():
-        parts |= {
-            name: prepare_component(*PARTS[name], folder / name, given.variant)
-            for name in ENCODERS
-            if not name.endswith("_3") or (t5 and (folder / name).is_dir())
-        }
-    else:
-        files = single_file.find_text_encoders(folder, t5)
-        parts |= {
-            name: single_file.prepare_part(name, *PARTS[name], encoder)
-            for name, encoder in files.items()
-        }
+    parts |= open_encoders(folder, given)
     present = [n for n in TOKENIZERS if (folder / n).is_dir() or not n.endswith("_3")]
     check_t5(folder, parts, present)
-    if t5 and "text_encoder_3" not in parts:
+    if given.t5 and "text_encoder_3" not in parts:
         warnings.warn(f"{folder} holds no T5, so it is left out", stacklevel=5)
     rest = read_tokenizers(folder, present), Scheduler(3.0)
     return Files(file.stem, file.stem, parts, *rest)
+
+
+def open_encoders(folder: Path, given: Given) -> dict[str, Prepared]:
+    """The text encoders in ``folder``: its folders, or single files."""
+    if (folder / "text_encoder").is_dir():
+        return {
+            name: prepare_component(*PARTS[name], folder / name, given.variant)
+            for name in ENCODERS
+            if not name.endswith("_3") or (given.t5 and (folder / name).is_dir())
+        }
+    files = single_file.find_text_encoders(folder, given.t5)
+    return {
+        name: single_file.prepare_part(name, *PARTS[name], encoder)
+        for name, encoder in files.items()
+    }
 
 
 def check_t5(folder: Path, parts: Collection[str], tokenizers: Collection[str]) -> None:

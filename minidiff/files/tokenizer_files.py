@@ -469,6 +469,19 @@ def _parse_unigram(path: Path) -> tuple[list[Piece], bytes]:
     return pieces, maps[0] if maps else b""
 
 
+# Words are cut at spaces, for which ▁ stands
+METASPACE = {
+    "type": "Metaspace",
+    "replacement": "▁",
+    "prepend_scheme": "always",
+    "split": True,
+}
+SPLITTER = {
+    "type": "Sequence",
+    "pretokenizers": [{"type": "WhitespaceSplit"}, METASPACE],
+}
+
+
 def write_unigram(
     folder: str | Path, scores: dict[str, float], charsmap: bytes, settings: Settings
 ) -> None:
@@ -476,17 +489,11 @@ def write_unigram(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     numbers = {piece: number for number, piece in enumerate(scores)}
-    metaspace = {
-        "type": "Metaspace",
-        "replacement": "▁",
-        "prepend_scheme": "always",
-        "split": True,
-    }
     eos = settings.names["eos_token"]
-    template = [
-        {"Sequence": {"id": "A", "type_id": 0}},
-        {"SpecialToken": {"id": eos, "type_id": 0}},
-    ]
+    normalizer = {"type": "Precompiled"}
+    normalizer["precompiled_charsmap"] = base64.b64encode(charsmap).decode()
+    end = {"SpecialToken": {"id": eos, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     content = {
         "version": "1.0",
         "truncation": None,
@@ -494,25 +501,17 @@ def write_unigram(
         "added_tokens": [
             {"id": numbers[token.content], **entry(token)} for token in settings.added
         ],
-        "normalizer": {
-            "type": "Precompiled",
-            "precompiled_charsmap": base64.b64encode(charsmap).decode(),
-        }
-        if charsmap
-        else None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [{"type": "WhitespaceSplit"}, metaspace],
-        },
+        "normalizer": normalizer if charsmap else None,
+        "pre_tokenizer": SPLITTER,
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": template,
-            "pair": [*template, {"Sequence": {"id": "B", "type_id": 0}}, template[1]],
+            "single": [first, end],
+            "pair": [first, end, second, end],
             "special_tokens": {
                 eos: {"id": eos, "ids": [numbers[eos]], "tokens": [eos]}
             },
         },
-        "decoder": metaspace,
+        "decoder": METASPACE,
         "model": {
             "type": "Unigram",
             "unk_id": numbers[settings.names["unk_token"]],
