@@ -33,6 +33,10 @@ KINDS = {
     stat.S_IFSOCK: "a socket",
 }
 
+if sys.platform != "win32":
+    import fcntl
+HIDDEN = ".minidiff-"
+
 
 def excerpt(found: object, longest: int = LONGEST_ECHO) -> str:
     """What an error repeats of what was found: of a long text the beginning."""
@@ -99,12 +103,6 @@ def read_prompts(file: Path | str) -> list[str]:
     if not (prompts := [line.strip() for line in lines if line.strip()]):
         raise ValueError(f"{file} holds no prompt; expected one on each line")
     return prompts
-
-
-if sys.platform != "win32":
-    import fcntl
-
-HIDDEN = ".minidiff-"
 
 
 # One file

@@ -22,6 +22,11 @@ PATIENCE = 30.0  # seconds without an answer
 SLOWEST = 1_000  # bytes a second
 LONGEST = 20_000_000  # bytes, where an answer does not say how many it has
 
+COMPONENTS = ("scheduler", "text_encoder*", "tokenizer*", "transformer", "vae")
+KINDS = ("*.json", "*.txt", "*.model", "*.safetensors")
+# fp16 copies of the text encoders, and the single files' folder of them
+LEFT_OUT = ("*.fp16*", "text_encoders/*")
+
 
 class NoAnswer(ConnectionError):
     """A hub that is silent, too slow or asks to wait, or something that is no hub.
@@ -180,10 +185,7 @@ def check_name(host: str, name: str | None, known: str) -> None:
         raise NoAnswer(f"{host} names a file {excerpt(repr(name))}; expected its hash")
 
 
-COMPONENTS = ("scheduler", "text_encoder*", "tokenizer*", "transformer", "vae")
-KINDS = ("*.json", "*.txt", "*.model", "*.safetensors")
-# fp16 copies of the text encoders, and the single files' folder of them
-LEFT_OUT = ("*.fp16*", "text_encoders/*")
+# Downloads
 
 
 def download_model(

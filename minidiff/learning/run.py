@@ -37,6 +37,17 @@ from minidiff.learning import parallel
 
 Tensors = dict[str, Tensor]
 
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+RESULTS = ("model", "judge", "pytorch_lora_weights.safetensors")
+
+
+# Tensors in a file with a checksum, and names made of what made them
+
 
 def fingerprint(*parts: object) -> str:
     """A short name for what made a file: tensors by their bytes, others by repr."""
@@ -97,17 +108,6 @@ def cached(
             path.parent.mkdir(parents=True, exist_ok=True)
             save_tensors(path, made)
     return {name: x.to(device) for name, x in made.items()}
-
-
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-RESULTS = ("model", "judge", "pytorch_lora_weights.safetensors")
 
 
 class TrainingError(ValueError):

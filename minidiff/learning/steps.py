@@ -20,6 +20,11 @@ from minidiff.learning.run import Run, TrainingError, is_out_of_memory
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
+MOST_STEPS, MOST_SAMPLES = 10**9, 2**20  # in a run, and in a batch
+
+
+# All that a run needs to go on: weights, their average, the optimiser's moments
+
 
 def save_state(
     run: Run, step: int, model: nn.Module, ema: nn.Module, optimizer: Optimizer
@@ -149,7 +154,7 @@ def load_whole(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     )
 
 
-MOST_STEPS, MOST_SAMPLES = 10**9, 2**20  # in a run, and in a batch
+# When to log, save and look
 
 
 def check_batch(steps: int, batch_size: int, shares: int) -> None:

@@ -63,6 +63,9 @@ STAGES = (  # in the order in which one needs another
     ),
 )
 
+PIPELINE = ("model_index.json", WORDS, "scheduler", *TOKENIZERS, *loading.PARTS)
+POOLS = ("pictures", "latents", "captions")
+
 
 def run_stages(job: Job, stages: Iterable[Stage]) -> None:
     """Run ``stages`` in order; one that is done already is left alone.
@@ -182,7 +185,7 @@ def check_needs(stages: Iterable[Stage], model: Path) -> None:
         made |= set(stage.makes)
 
 
-PIPELINE = ("model_index.json", WORDS, "scheduler", *TOKENIZERS, *loading.PARTS)
+# The model to go on from: opened, checked, and copied to where a job's stands
 
 
 def open_start(start: Path) -> Path:
@@ -239,9 +242,6 @@ def check_same(model: Path, start: Path) -> None:
                 f"{here} is not {start}'s: expected another --output, or the "
                 "model that it began with"
             )
-
-
-POOLS = ("pictures", "latents", "captions")
 
 
 @dataclass(frozen=True)
