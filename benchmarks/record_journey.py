@@ -21,7 +21,7 @@ from minidiff.classroom.journey import (  # noqa: E402
     PROMPT,
     RECORD,
     SEED,
-    describe,
+    describe_tensor,
 )
 from minidiff.sampling import Pipeline  # noqa: E402
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="tiny")
     pipe = minidiff.load(parser.parse_args().model)
-    tensors = {name: describe(x) for name, x in journey(pipe).items()}
+    tensors = {name: describe_tensor(x) for name, x in journey(pipe).items()}
     record = {"prompt": PROMPT, "seed": SEED, "tensors": tensors}
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
     for name, entry in tensors.items():

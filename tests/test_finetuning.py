@@ -41,9 +41,9 @@ from minidiff.recipes.finetune import (
 from minidiff.recipes.own_pictures import (
     PictureConfig,
     Sizes,
-    bucket_of,
     bucket_sizes,
     mixed_batches,
+    nearest_bucket,
     read_sets,
 )
 from minidiff.sampling import Pipeline
@@ -752,7 +752,7 @@ def test_a_bucket_has_about_the_pictures_shape(size: tuple, expected: tuple) -> 
     sizes = bucket_sizes(64, 8, 80)
     assert all(w % 8 == h % 8 == 0 and w * h <= 64**2 for w, h in sizes)
     assert all(max(s) <= min(80, 2 * min(s)) for s in sizes)
-    assert sizes[bucket_of(size, sizes)] == expected
+    assert sizes[nearest_bucket(size, sizes)] == expected
 
 
 def test_pictures_keep_their_shape_in_buckets(tmp_path: Path) -> None:

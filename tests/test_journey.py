@@ -12,7 +12,7 @@ from minidiff.classroom import journey
 def record(tmp_path, monkeypatch):
     x = torch.randn(1, 16, 16, 16)
     path = tmp_path / "journey.json"
-    path.write_text(json.dumps({"tensors": {"latents": journey.describe(x)}}))
+    path.write_text(json.dumps({"tensors": {"latents": journey.describe_tensor(x)}}))
     monkeypatch.setattr(journey, "RECORD", path)
     journey._record.cache_clear()
     yield x

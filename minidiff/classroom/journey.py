@@ -19,7 +19,7 @@ SEED = 0
 RECORD = Path(__file__).parent.parent / "pretrained" / "journey.json"
 
 
-def fingerprint(x: Tensor) -> list[float]:
+def tensor_fingerprint(x: Tensor) -> list[float]:
     """Four numbers that tell tensors apart: projections on fixed random directions.
 
     Each is the product with a standard normal vector, divided by √n: of the size of the
@@ -47,13 +47,13 @@ def check(name: str, x: Tensor, tolerance: float = 1e-3) -> str:
     shape, line = list(x.shape), f"{name}: {tuple(x.shape)}"
     known = _record()[name]
     assert shape == known["shape"], f"{line}, the journey has {known['shape']}"
-    pairs = zip(fingerprint(x), known["fingerprint"], strict=True)
+    pairs = zip(tensor_fingerprint(x), known["fingerprint"], strict=True)
     error = max(abs(a - b) for a, b in pairs) / max(known["rms"], 1e-12)
     assert error < tolerance, f"{line} differs from the journey's by {error:.1e}"
     return f"{line}, the same in every chapter"
 
 
-def describe(x: Tensor) -> dict:
+def describe_tensor(x: Tensor) -> dict:
     """The entry of one tensor in the record."""
     rms = x.detach().cpu().double().square().mean().sqrt().item()
-    return {"shape": list(x.shape), "rms": rms, "fingerprint": fingerprint(x)}
+    return {"shape": list(x.shape), "rms": rms, "fingerprint": tensor_fingerprint(x)}

@@ -80,7 +80,7 @@ def check_runnable(pipe: Pipeline) -> None:
 def runtime() -> dict[str, str]:
     """The worker's script, and the kernel."""
     kernel = (HERE / "kernel.wasm").read_bytes()
-    return {"script": joined(RUNTIME), "kernel": encoded(kernel)}
+    return {"script": joined(RUNTIME), "kernel": in_base64(kernel)}
 
 
 def joined(names: tuple[str, ...]) -> str:
@@ -130,7 +130,10 @@ def tokenizer_table(tokenizer: CLIPTokenizer | T5Tokenizer) -> dict[str, Any]:
     }
     if isinstance(t, CLIPTokenizer):
         return table | {"merges": list(map(" ".join, t.ranks))}
-    return table | {"scores": list(t.scores.values()), "charsmap": encoded(t.charsmap)}
+    return table | {
+        "scores": list(t.scores.values()),
+        "charsmap": in_base64(t.charsmap),
+    }
 
 
 def unicode_tables() -> dict[str, Any]:
@@ -168,7 +171,7 @@ def write_part(folder: Path, part: str, module: nn.Module) -> dict[str, Any]:
     with replacing(folder / f"{file}.bin") as grown:
         grown.write_bytes(content)
     start = f"minidiff.weights[{file!r}] = "
-    write_script(folder / f"{file}.js", start, encoded(content))
+    write_script(folder / f"{file}.js", start, in_base64(content))
     return {"file": file, "table": table}
 
 
@@ -202,7 +205,7 @@ def panels(weight: Tensor) -> Tensor:
 # Files
 
 
-def encoded(content: bytes) -> str:
+def in_base64(content: bytes) -> str:
     """In base64."""
     return base64.b64encode(content).decode()
 

@@ -67,7 +67,7 @@ def bucket_sizes(side: int, grid: int, largest: int) -> list[tuple[int, int]]:
     return found
 
 
-def bucket_of(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> int:
+def nearest_bucket(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> int:
     """The number of the bucket nearest in shape to a picture (width, height)."""
     shape = math.log(size[0] / size[1])
     far = [abs(math.log(width / height) - shape) for width, height in sizes]
@@ -105,7 +105,7 @@ def read_sets(
     sizes = bucket_sizes(*known) if how.buckets else [(known.side, known.side)]
     sets: dict[int, tuple[list[Tensor], list[str]]] = {}
     for picture, caption in read_each(folder, captions):
-        number = bucket_of(picture.size, sizes)
+        number = nearest_bucket(picture.size, sizes)
         images, texts = sets.setdefault(number, ([], []))
         images.append(to_tensor(shaped(picture, sizes[number], how)))
         texts.append(f"{how.trigger} {caption}".strip())
