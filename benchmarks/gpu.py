@@ -44,6 +44,7 @@ from torch.nn import functional as F
 from transformers import T5EncoderModel
 
 from minidiff.dit import MMDiT, MMDiTConfig
+from minidiff.efficiency import quantize
 from minidiff.engine.fast import (
     CompiledMMDiT,
     FastDecoder,
@@ -52,7 +53,7 @@ from minidiff.engine.fast import (
     has_fp8_products,
     pixel_attention,
 )
-from minidiff.engine.kernels import quantize, quantize_rows
+from minidiff.engine.kernels import quantize_rows
 from minidiff.engine.loading import TOKENIZERS, blueprint, load, read_tokenizers
 from minidiff.engine.memory import Plan, place_part, to_float8
 from minidiff.files.layout import hub_config

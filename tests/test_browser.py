@@ -11,6 +11,7 @@ MODES = {"light": (1280, "light"), "dark": (1280, "dark"), "phone": (390, "dark"
 PROBE = """
 async () => {
   if (window.MathJax?.startup) await MathJax.startup.promise;
+  await new Promise(seen => requestAnimationFrame(() => requestAnimationFrame(seen)));
   const root = document.documentElement;
   const images = [...document.images].filter(i => !(i.complete && i.naturalWidth > 0));
   const maths = [...document.querySelectorAll(".math")]
@@ -53,32 +54,35 @@ def pages(book: Path) -> list[Path]:
     return sorted(found) + sorted(longest.values()) + ends
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_every_page(chromium: Any, book: Path, mode: str) -> None:
-    width, theme = MODES[mode]
-    context = chromium.new_context(
-        viewport={"width": width, "height": 900}, color_scheme=theme
-    )
-    problems: list[str] = []
-    for path in pages(book):
-        found = visit(context, path, theme)
-        problems += [f"{path.relative_to(book)}: {line}" for line in found]
+def test_every_page(chromium: Any, book: Path) -> None:
+    context = chromium.new_context()
+    problems = [
+        f"{path.relative_to(book)}: {line}"
+        for path in pages(book)
+        for line in visit(context, path)
+    ]
     context.close()
     assert not problems, "\n".join(problems)
 
 
-def visit(context: Any, path: Path, theme: str) -> list[str]:
-    """What is wrong with a page."""
+def visit(context: Any, path: Path) -> list[str]:
+    """What is wrong with a page, in each of the modes."""
     page, problems = context.new_page(), []
     page.on("pageerror", lambda error: problems.append(f"script error: {error}"))
     page.on("console", lambda m: m.type == "error" and problems.append(m.text))
     page.on("requestfailed", lambda r: problems.append(f"request failed: {r.url}"))
     page.on("request", lambda r: problems.append(foreign(r.url)))
-    page.goto(path.as_uri(), wait_until="load")
-    state = page.evaluate(PROBE)
-    if state.pop("theme") != theme:
-        problems.append(f"theme is not {theme}")
-    problems += [f"{kind}: {found}" for kind, found in state.items() if found]
+    for number, (mode, (width, theme)) in enumerate(MODES.items()):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.emulate_media(color_scheme=theme)
+        if number == 0:
+            page.goto(path.as_uri(), wait_until="load")
+        state = page.evaluate(PROBE)
+        if state.pop("theme") != theme:
+            problems.append(f"{mode}: theme is not {theme}")
+        problems += [
+            f"{mode}, {kind}: {found}" for kind, found in state.items() if found
+        ]
     page.close()
     return [problem for problem in problems if problem]
 

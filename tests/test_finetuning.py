@@ -21,10 +21,9 @@ from minidiff.data import captioned
 from minidiff.data.captioned import captions_of, read_folder, read_pictures
 from minidiff.data.fashion_mnist import CLASSES
 from minidiff.data.garments import Scenes
+from minidiff.efficiency import Float8Linear, weigh
 from minidiff.engine import memory
 from minidiff.engine.adapters import load_lora
-from minidiff.engine.kernels import Float8Linear
-from minidiff.engine.memory import weigh
 from minidiff.files.pictures import from_bytes
 from minidiff.learning import steps
 from minidiff.learning.run import read_log

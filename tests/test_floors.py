@@ -18,7 +18,7 @@ FLOORS = (
     ("attention",),
     ("dit",),
     ("training",),
-    ("sampling",),
+    ("efficiency", "sampling"),
     ("lora",),
     ("engine", "live"),
     ("judging",),

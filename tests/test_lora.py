@@ -19,11 +19,10 @@ from transformers import CLIPTextModelWithProjection
 
 from minidiff import lora
 from minidiff.dit import MMDiT
+from minidiff.efficiency import Float8Linear, StreamedLinear, quantize
 from minidiff.engine import adapters, memory
 from minidiff.engine.fast import FastMMDiT
-from minidiff.engine.kernels import Float8Linear, quantize
 from minidiff.engine.loading import blueprint
-from minidiff.engine.memory import StreamedLinear
 from minidiff.files.lora_files import FILE, METADATA
 from minidiff.files.weights import check_whole
 from minidiff.interface.checks import check_dtypes

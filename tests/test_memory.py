@@ -20,9 +20,9 @@ from benchmarks.memory_count import (
 )
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.drawing import image_to_image
+from minidiff.efficiency import Float8Linear
 from minidiff.engine import memory, tiling
 from minidiff.engine.adapters import load_lora
-from minidiff.engine.kernels import Float8Linear
 from minidiff.engine.loading import Given, blueprint, open_model
 from minidiff.engine.memory import GIB, Call, Plan, choose, estimate
 from minidiff.engine.tiling import Tiled

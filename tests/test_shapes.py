@@ -11,7 +11,16 @@ from PIL import Image
 from pipelines import save_tokenizers
 from shapes import Claim, Tracer, unify
 
-from minidiff import attention, dit, sampling, text_encoders, tokenizer, training, vae
+from minidiff import (
+    attention,
+    dit,
+    efficiency,
+    sampling,
+    text_encoders,
+    tokenizer,
+    training,
+    vae,
+)
 from minidiff import flow_matching as fm
 from minidiff.drawing import previews
 from minidiff.drawing.image_to_image import image_to_image
@@ -20,7 +29,7 @@ from minidiff.files.pictures import to_pil
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = ("tokenizer", "text_encoders", "vae", "attention", "dit", "flow_matching")
-CHAPTERS += ("training", "sampling")
+CHAPTERS += ("training", "sampling", "efficiency")
 ABOVE = ("engine/fast", "engine/tiling", "drawing/previews", "drawing/image_to_image")
 
 
@@ -103,7 +112,7 @@ def compare(pipe: sampling.Pipeline) -> None:
     attention.attend_loops(q[0, 0], k[0, 0], v[0, 0])
     attention.attend_matrices(q, k, v)
     text_encoders.attend_in_loops(q[0, 0], k[0, 0], v[0, 0], torch.zeros(5, 5), 0.3)
-    text_encoders.attend(q, k, v, torch.zeros(5, 5), 0.3)
+    text_encoders.attend_all(q, k, v, torch.zeros(5, 5), 0.3)
     text_encoders.similarity(torch.randn(5, 7))
     vae.group_norm_in_loops(torch.randn(2, 8, 4, 6), 4)
     vae.group_norm_at_once(torch.randn(2, 8, 4, 6), 4)
@@ -116,6 +125,9 @@ def compare(pipe: sampling.Pipeline) -> None:
     given = torch.randn(1, 5, 192), torch.randn(1, 160)
     levels, guided = torch.tensor([1.0, 0.5]), (given, given)
     sampling.denoise_naively(pipe.transformer, x0[:1], *guided, levels, 2.0)
+    efficiency.attend_tiles(*torch.randn(3, 1, 2, 5, 8), tile=2)
+    efficiency.restore_nf4(efficiency.quantize_nf4(torch.randn(3, 128)))
+    efficiency.double(torch.randn(2, 6, 4, 5), vae.Upsample(6))
     exact = fm.exact_velocity(torch.randn(5, 2))
     fm.euler_loops(exact, torch.randn(3, 2), torch.tensor([1.0, 0.5]))
 

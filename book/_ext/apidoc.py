@@ -23,6 +23,7 @@ CHAPTERS = {
     "minidiff.flow_matching",
     "minidiff.training",
     "minidiff.sampling",
+    "minidiff.efficiency",
 }
 # What minidiff.viz lists under its own name, and what matplotlib adds to its figures
 LEFT_OUT = (

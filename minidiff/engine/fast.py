@@ -26,14 +26,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minidiff.attention import Attention
 from minidiff.dit import MLP, Chunks, FinalLayer, JointBlock, MMDiT
-from minidiff.engine.kernels import (
+from minidiff.efficiency import (
     FLOAT8,
     Float8Linear,
     Rows,
+    double,
+    interleave,
+    quantize,
+)
+from minidiff.engine.kernels import (
     group_norm_silu,
     has_fp8,
     norm_heads,
-    quantize,
     quantize_rows,
     residual_norm,
 )
@@ -299,11 +303,6 @@ def read_out(layer: FinalLayer, x: "Tensor | Stream", modulation: Tensor) -> Ten
     return out.transpose(0, 1)  # (N·B, p·p·C) → (N, B, p·p·C) → (B, N, p·p·C)
 
 
-def interleave(x: Tensor) -> Tensor:
-    """Tokens (B, L, D) → rows (L·B, D), the batch's samples next to one another."""
-    return x.transpose(0, 1).contiguous().flatten(0, 1)
-
-
 def self_attention(qkv: Tensor, batch: int, heads: int, first: int = 0) -> Tensor:
     """Attention among rows: qkv (L·B, 3·H·d) → (L·B, H·d), heads side by side.
 
@@ -509,32 +508,7 @@ class FastDecoder(Decoder):
         if not self.fold:
             x = F.interpolate(x, scale_factor=2.0)
             return Pending(F.conv2d(x, layer.conv.weight, padding=1), layer.conv.bias)
-        y = F.conv2d(x, folded_kernel(layer), padding=1)  # → (B, 4·C, H+1, W+1)
-        batch, channels, height, width = x.shape
-        shape = batch, channels, 2 * height, 2 * width
-        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAST)
-        for i, phase in enumerate(y.chunk(4, dim=1)):
-            a, b = divmod(i, 2)
-            out[:, :, a::2, b::2] = phase[:, :, a : a + height, b : b + width]
-        return Pending(out, layer.conv.bias)
-
-
-def folded_kernel(layer: Upsample) -> Tensor:
-    """Doubling the sides and then a 3×3 kernel, as four 2×2 kernels: (4·C, C, 2, 2).
-
-    Output row 2i reads the rows i−1, i, i of the small picture: two taps, the second
-    the sum of two of the three weights; row 2i+1 reads i, i, i+1. Columns likewise.
-    """
-    weight = layer.conv.weight.float()  # of which some are summed
-    kernels = [k for rows in two_taps(weight, 2) for k in two_taps(rows, 3)]
-    folded = torch.cat(kernels).to(layer.conv.weight.dtype)  # → (4·C, C, 2, 2)
-    return folded.contiguous(memory_format=LAST)
-
-
-def two_taps(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Three weights along ``dim`` as two, for the even and for the odd outputs."""
-    a, b, c = weight.unbind(dim)
-    return torch.stack([a, b + c], dim), torch.stack([a + b, c], dim)
+        return Pending(double(x, layer), layer.conv.bias)
 
 
 def pixels(x: Tensor) -> Tensor:

@@ -14,25 +14,18 @@ import os
 from collections.abc import Callable, Sequence
 from functools import wraps
 from importlib.util import find_spec
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+
+from minidiff.efficiency import Rows, quantize
 
 Given = ParamSpec("Given")
 Made = TypeVar("Made")
-FLOAT8 = torch.float8_e4m3fn
-FLOAT8_MAX = 448.0
 TRITON = find_spec("triton") is not None  # PyTorch for the CPU comes without it
 INTERPRET = TRITON and os.environ.get("TRITON_INTERPRET") == "1"
-
-
-class Rows(NamedTuple):
-    """Values (R, D); in fp8 each row is multiplied by its ``scale`` (R, 1), float32."""
-
-    values: Tensor
-    scale: Tensor | None = None
 
 
 def has_kernels(x: Tensor) -> bool:
@@ -53,13 +46,6 @@ def fused(plain: Callable[Given, Made]) -> Callable[Given, Made]:
         return getattr(triton_kernels, f"triton_{plain.__name__}")(*args, **named)
 
     return run
-
-
-def quantize(x: Tensor) -> Rows:
-    """Rows (R, D) → fp8 with one scale a row, so that the largest value becomes 448."""
-    x = x.float()
-    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / FLOAT8_MAX
-    return Rows((x / scale).to(FLOAT8), scale)
 
 
 @fused
@@ -136,29 +122,3 @@ def group_norm_silu(
 def has_fp8(device: torch.device) -> bool:
     """Whether a GPU, or Triton on it, knows fp8: Ada, and what came after it."""
     return torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-class Float8Linear(nn.Module):
-    """A linear layer that stores its matrix (out, in) in fp8 with ``scale`` (out, 1).
-
-    Called, it brings the matrix back to the dtype of its input and multiplies.
-    """
-
-    weight: Tensor
-    scale: Tensor
-    bias: Tensor | None
-
-    def __init__(self, rows: Rows, bias: Tensor | None) -> None:
-        super().__init__()
-        self.register_buffer("weight", rows.values)
-        self.register_buffer("scale", rows.scale)
-        self.register_buffer("bias", None if bias is None else bias.detach())
-        self.out_features, self.in_features = rows.values.shape
-
-    def matrix(self) -> Tensor:
-        """The weights (out, in) that the 8 bits stand for, float32."""
-        return self.weight.float() * self.scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype) * self.scale.to(x.dtype)
-        return F.linear(x, weight, self.bias)

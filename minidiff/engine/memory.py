@@ -10,7 +10,7 @@ half of its place in bfloat16.
 
 import gc
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,10 +18,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from minidiff.dit import MMDiT
-from minidiff.engine.kernels import Float8Linear, Rows, has_fp8, quantize
+from minidiff.efficiency import (
+    Float8Linear,
+    Rows,
+    StreamedLinear,
+    quantize,
+    store,
+    swap,
+    weigh,
+)
+from minidiff.engine.kernels import has_fp8
 from minidiff.engine.tiling import Tiled
 from minidiff.files.weights import Prepared
 from minidiff.interface.checks import check_choice, check_fast, check_range
@@ -107,12 +115,6 @@ LADDER = (
 
 
 # Choosing
-
-
-def weigh(module: nn.Module, kind: Callable[[str], bool] = lambda name: True) -> int:
-    """How many numbers the parameters and buffers of the chosen names hold."""
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    return sum(t.numel() for name, t in tensors if kind(name))
 
 
 @dataclass(frozen=True)
@@ -340,29 +342,6 @@ def size_in_words(size: tuple[int, ...], vae: VAE) -> str:
 # Layers whose weights stay in the file
 
 
-class StreamedLinear(nn.Module):
-    """A linear layer whose weights are brought to the input's device at each call.
-
-    They are not parameters: ``.to()`` leaves them where they are, in the memory map.
-    """
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        bias = None if layer.bias is None else layer.bias.detach()
-        self.stored = layer.weight.detach(), bias
-        self.out_features, self.in_features = layer.weight.shape
-
-    def matrix(self) -> Tensor:
-        """The weights (out, in), where and as they are stored."""
-        return self.stored[0]
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = (
-            None if t is None else t.to(x.device).to(x.dtype) for t in self.stored
-        )
-        return F.linear(x, weight, bias)
-
-
 class StreamedEmbedding(nn.Module):
     """An embedding whose table stays in the memory map: only rows that are read move.
 
@@ -465,16 +444,7 @@ def to_float8(model: MMDiT) -> MMDiT:
     """
     for name, _ in adapted_layers(model):
         raise ValueError(f"{name} has a LoRA beside it; expected 8 bits first")
-    for name, layer in list(model.named_modules()):
-        if is_float8(Plan(fp8=True), model, name):
-            swap(model, name, Float8Linear(quantize(layer.weight), layer.bias))
-    return model
-
-
-def swap(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put ``layer`` where ``name`` is in ``model``."""
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, layer)
+    return store(model, lambda x: Float8Linear(quantize(x.weight), x.bias))
 
 
 def check_speed(

@@ -6,11 +6,12 @@ the next. Group norms then see one tile at a time, so the result differs slightl
 the whole.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from minidiff.efficiency import tiled
 from minidiff.vae import VAE, Posterior
 
 
@@ -59,45 +60,3 @@ class Tiled(VAE):
             return moments(images)
         tile, step = self.tile, self.tile * 3 // 4
         return tiled(moments, images, tile * factor, step * factor, tile, step)
-
-
-def tiled(
-    run: Callable[[Tensor], Tensor],
-    x: Tensor,
-    tile: int,
-    step: int,
-    size: int,
-    kept: int,
-) -> Tensor:
-    """``run`` on a tile at each ``step`` of x (B, C, H, W), the results put together.
-
-    A result has ``size`` rows and columns where a tile has ``tile``; the first ``kept``
-    stay, and what comes behind them fades into the next.
-    """
-    if max(x.shape[2:]) <= tile:
-        return run(x)
-    columns = range(0, x.shape[3], step)
-    rows = [
-        [run(x[:, :, i : i + tile, j : j + tile]) for j in columns]
-        for i in range(0, x.shape[2], step)
-    ]
-    bands = []
-    for i, row in enumerate(rows):
-        for j, piece in enumerate(row):
-            if i > 0:
-                blend(rows[i - 1][j], piece, size - kept, dim=2)
-            if j > 0:
-                blend(row[j - 1], piece, size - kept, dim=3)
-        bands.append(torch.cat([piece[..., :kept, :kept] for piece in row], dim=3))
-    return torch.cat(bands, dim=2)  # bands (B, C', kept, W') → (B, C', H', W')
-
-
-def blend(before: Tensor, after: Tensor, extent: int, dim: int) -> None:
-    """Fade the end of ``before`` into the start of ``after``, in place."""
-    extent = min(before.shape[dim], after.shape[dim], extent)
-    start = after.narrow(dim, 0, extent)
-    end = before.narrow(dim, before.shape[dim] - extent, extent)
-    shape = [1] * after.ndim
-    shape[dim] = extent
-    weight = torch.arange(extent, device=after.device) / extent  # 0 … 1
-    start.copy_(end.lerp(start, weight.to(after.dtype).view(shape)))

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from minidiff.engine.kernels import FLOAT8, Rows
+from minidiff.efficiency import FLOAT8, Rows
 
 
 @triton.jit

@@ -17,15 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.data.captioned import captions_of
+from minidiff.efficiency import StreamedLinear, weigh
 from minidiff.engine.adapters import components
 from minidiff.engine.loading import blueprint, load
-from minidiff.engine.memory import (
-    StreamedEmbedding,
-    StreamedLinear,
-    free_memory,
-    to_float8,
-    weigh,
-)
+from minidiff.engine.memory import StreamedEmbedding, free_memory, to_float8
 from minidiff.files.lora_files import FILE
 from minidiff.files.pictures import save_sheet
 from minidiff.interface.checks import check_range
