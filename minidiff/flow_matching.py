@@ -27,7 +27,7 @@ After it you will be able to
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -463,14 +463,30 @@ def sigma_schedule(
 # %%
 @dataclass(frozen=True)
 class Scheduler:
-    """The two numbers of the hub's scheduler_config.json that fix a schedule."""
+    """The two numbers of the hub's scheduler_config.json that fix a schedule.
+
+    ``solvers``: those that can follow it. ``usual``: steps and guidance of a model that
+    it makes another; None where the model's name tells them.
+    """
 
     shift: float = 3.0
     num_train_timesteps: int = 1000
+    solvers: ClassVar[tuple[str, ...]] = ("euler", "heun", "dpmpp_2m")
+
+    @property
+    def usual(self) -> tuple[int, float] | None:
+        return None
 
     def sigmas(self, steps: int) -> Tensor:
         """:func:`sigma_schedule` with this shift, (steps + 1,)."""
         return sigma_schedule(steps, self.shift, self.num_train_timesteps)
+
+    def told(self, sigmas: Tensor) -> Tensor:
+        """What the network is told at ``sigmas`` (S + 1,): here the levels themselves.
+
+        The network of chapter 9 is told how far it is to go, too.
+        """
+        return sigmas
 
 
 # %% [markdown]
@@ -862,7 +878,7 @@ class ClassifierFree(Guidance):
 # noise and says nothing about its origin, so the best guess is the same for all. The
 # model does the same as far as it can: one step gives the average picture *of this
 # prompt*, pushed by guidance away from the average of all pictures. (Distilled models
-# such as Large Turbo are trained so that few steps suffice.)
+# such as Large Turbo are trained so that few steps suffice: chapter 9.)
 #
 # **Two.** Turn the sign: give the solver $-v$. Where do the points go?
 

@@ -264,7 +264,8 @@ OTHERS = Defaults(28, 7.0)  # what diffusers takes where nothing is said
 # %% [markdown]
 # A model is recognised by its configuration: Medium's first blocks have a second
 # attention, Large's do not. Large and Large Turbo have one and the same configuration,
-# so there the hub's name decides; folders that we save remember it.
+# so there the hub's name decides; folders that we save remember it. A scheduler may
+# have the last word: that of chapter 9 knows what suits its model.
 #
 # A pipeline holds the parts. What may be set on it is declared at the top, and any
 # other name is refused: a wrong one would do nothing, and tell nobody.
@@ -376,7 +377,7 @@ def velocity_of(
     """
     context, pooled = (x.to(pipe.device, pipe.dtype) for x in (context, pooled))
     levels = {sigma: i for i, sigma in enumerate(sigmas.tolist())}
-    times = sigmas[:, None].to(pipe.device)  # (S,) → (S, 1)
+    times = pipe.scheduler.told(sigmas)[:, None].to(pipe.device)  # (S,) → (S, 1)
     modulations = pipe.transformer.modulations(times, pooled)
 
     @torch.no_grad()
@@ -431,7 +432,7 @@ def solve(
     to end here. ``sigmas`` replaces the schedule, and ``guidance`` the one that
     ``guidance_scale`` stands for.
     """
-    checks.check_choice("sampler", sampler, SAMPLERS)
+    checks.check_choice("sampler", sampler, pipe.scheduler.solvers)
     checks.check_sigmas(sigmas)
     steps = checks.given(num_inference_steps, pipe.defaults.num_inference_steps)
     sigmas = checks.given(sigmas, pipe.scheduler.sigmas(steps))
@@ -470,7 +471,7 @@ def settle(pipe: Parts, request: Request) -> Request:
 
     Raises ValueError for what this model cannot draw, or its memory not hold.
     """
-    checks.check_choice("sampler", request.sampler, SAMPLERS)
+    checks.check_choice("sampler", request.sampler, pipe.scheduler.solvers)
     checks.check_dtypes(pipe.transformer, pipe.vae)
     guidance = choose_guidance(pipe, request.guidance_scale, request.guidance)
     guidance.check(pipe)
@@ -484,6 +485,8 @@ def settle(pipe: Parts, request: Request) -> Request:
         width=width,
         seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
     )
+    if request.sigmas is None:
+        pipe.scheduler.sigmas(request.steps or 1)  # refuses what it cannot make
     length = text_length(request, pipe, pipe.max_sequence_length)
     request = replace(request, max_sequence_length=length)
     size = latents_size(pipe, request)
@@ -596,7 +599,8 @@ class Pipeline(Parts):
         self.transformer, self.vae, self.scheduler = transformer, vae, scheduler
         known = recognize(transformer.config, name)
         self.name = known.name if known else "sd3"
-        self.defaults = DEFAULTS.get(self.name, OTHERS)
+        usual = scheduler.usual
+        self.defaults = Defaults(*usual) if usual else DEFAULTS.get(self.name, OTHERS)
         self.settings = {"model": name or self.name}
         checks.check_parts(self.text_encoders, transformer, vae)
 
@@ -909,7 +913,8 @@ class Pipeline(Parts):
 # - **Many users** share a batch, with their own prompts, seeds and guidance scales, and
 #   texts are cached.
 # - **Distillation** changes the weights rather than the code. Large Turbo is the
-#   example at hand: the same transformer, four steps, no guidance.
+#   example at hand: the same transformer, four steps, no guidance. Chapter 9 makes such
+#   a model.
 #
 # ## What else the package does
 #

@@ -19,7 +19,7 @@ FLOORS = (
     ("dit",),
     ("training",),
     ("efficiency", "sampling"),
-    ("lora",),
+    ("distillation", "lora"),
     ("engine", "live"),
     ("judging",),
     ("recipes",),

@@ -22,6 +22,7 @@ from minidiff import (
     vae,
 )
 from minidiff import flow_matching as fm
+from minidiff.distillation import distribution_matching_loss
 from minidiff.drawing import previews
 from minidiff.drawing.image_to_image import image_to_image
 from minidiff.engine import fast, tiling
@@ -29,7 +30,7 @@ from minidiff.files.pictures import to_pil
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = ("tokenizer", "text_encoders", "vae", "attention", "dit", "flow_matching")
-CHAPTERS += ("training", "sampling", "efficiency")
+CHAPTERS += ("training", "sampling", "distillation", "efficiency")
 ABOVE = ("engine/fast", "engine/tiling", "drawing/previews", "drawing/image_to_image")
 
 
@@ -122,6 +123,8 @@ def compare(pipe: sampling.Pipeline) -> None:
     x0, noise = torch.randn(2, 2, 16, 4, 4)
     fm.flow_matching_loss(lambda x, sigma: x, x0, noise, torch.rand(2))
     fm.dpmpp_2m(lambda x, sigma: x, x0, torch.tensor([1.0, 0.5, 0.0]))
+    still = lambda x, sigma: x  # noqa: E731
+    distribution_matching_loss(x0, still, still, noise, torch.rand(2))
     given = torch.randn(1, 5, 192), torch.randn(1, 160)
     levels, guided = torch.tensor([1.0, 0.5]), (given, given)
     sampling.denoise_naively(pipe.transformer, x0[:1], *guided, levels, 2.0)

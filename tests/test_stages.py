@@ -148,7 +148,8 @@ def go_on(job: Job, made: Path, tmp_path: Path) -> Callable[..., Path]:
     quick |= {"log_every": 1, "save_every": 2, "validate_every": 0, "bfloat16": False}
     recipe = tmp_path / "recipe.json"
     small = {"latents": 32, "pictures": 4, "held": 8, "keep_latents": True}
-    recipe.write_text(json.dumps({"transformer": quick, "vae": quick, **small}))
+    stages = {"transformer": quick, "vae": quick, "turbo": quick}
+    recipe.write_text(json.dumps(stages | small))
 
     def go(stage: str, output: Path, start: Path = made, **flags) -> Path:
         TABLES[output / "model"] = TABLES[job.model]
@@ -171,6 +172,28 @@ def test_a_stage_goes_on_from_a_model(
     assert (again / "step-4.safetensors").exists()
     assert not (again / "step-6.safetensors").exists()
     assert files(go_on(stage, tmp_path / "killed")) == new
+
+
+def test_turbo_shares_all_but_the_transformer(
+    go_on: Callable[..., Path], made: Path, tmp_path: Path
+) -> None:
+    assert files(go_on("turbo", tmp_path / "whole")) == files(made)
+    turbo = tmp_path / "whole" / "turbo"
+    parts = {path.name for path in turbo.iterdir()}
+    assert parts == {"model_index.json", "scheduler", "transformer"}
+    pipe, teacher = minidiff.load(turbo), minidiff.load(made)
+    assert pipe.defaults == (4, 1.0) and torch.equal(
+        pipe.vae.decoder.conv_in.weight, teacher.vae.decoder.conv_in.weight
+    )
+    pairs = zip(*(p.transformer.parameters() for p in (pipe, teacher)), strict=True)
+    assert not all(torch.equal(a, b) for a, b in pairs)
+    killed_after_step(4, lambda: go_on("turbo", tmp_path / "killed"))
+    go_on("turbo", tmp_path / "killed")
+    assert files(tmp_path / "killed" / "turbo") == files(turbo)
+    with pytest.raises(ValueError, match="a batch of 6 samples in 1 parts; expected 4"):
+        go_on("turbo", tmp_path / "odd", batch_size=6)
+    with pytest.raises(ValueError, match="shares its text_encoder with another"):
+        go_on("turbo", tmp_path / "from", turbo)
 
 
 def test_a_stage_goes_on_where_its_start_has_moved(

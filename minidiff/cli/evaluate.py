@@ -18,6 +18,7 @@ from minidiff.interface.terminal import tell
 
 EXAMPLES = examples(
     "minidiff evaluate --model my-model/model --output found.json",
+    "minidiff evaluate --model my-model/turbo --steps 1 --beside my-model/model",
     "minidiff evaluate -n 100 --garments one --guidance-scale 3 --seed 5",
 )
 WHAT, HOW = Group("What is measured"), Group("How to draw")
@@ -42,7 +43,12 @@ def evaluate(
         Path | None,
         WHAT("Folder of Fashion-MNIST's parquet files.", usual="$MINIDIFF_DATA"),
     ] = None,
-    steps: Annotated[int, HOW("Denoising steps.")] = 28,
+    beside: Annotated[
+        str | None, WHAT("Another model, of which diversity is a share.")
+    ] = None,
+    steps: Annotated[
+        int | None, HOW("Denoising steps.", usual="the model's own")
+    ] = None,
     guidance_scale: Annotated[
         float | None, HOW("How closely to follow a prompt.", usual="the model's own")
     ] = None,

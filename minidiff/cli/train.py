@@ -23,7 +23,8 @@ ONE = "as the recipe says"
 def train(
     output: Annotated[Path, OUT("Folder of the model and its runs.")],
     stage: Annotated[
-        str, WHAT("tokenizers, clip, t5, vae, judge, transformer, or all.")
+        str,
+        WHAT("tokenizers, clip, t5, vae, judge, transformer, or all; turbo distils."),
     ] = "all",
     recipe: Annotated[
         str | None,
@@ -106,13 +107,16 @@ def train(
     With --from, fine-tune a model on a folder of pictures, each with its caption in a
     .txt beside it or in metadata.jsonl.
 
-    A JSON file as --recipe changes some of "shipped", for example
-    {"vae": {"steps": 5000}, "latents": 4096}. Of clip, t5, vae, judge and transformer:
-    steps, batch_size, learning_rate, warmup_steps, weight_decay, beta2, max_grad_norm,
+    --stage turbo makes a model of 1 to 8 steps without guidance: of OUTPUT/model (or
+    --start) under OUTPUT/turbo, with --from of any model, under OUTPUT/model.
+
+    A JSON file as --recipe changes some of "shipped", for example {"vae": {"steps":
+    5000}, "latents": 4096}. Of clip, t5, vae, judge, transformer and turbo: steps,
+    batch_size, learning_rate, warmup_steps, weight_decay, beta2, max_grad_norm,
     ema_decay, plateau, muon, accumulation, bfloat16, compile, sharded, log_every,
-    save_every, validate_every. Of all: pictures, latents, captions, held, two_garments,
-    uniform_levels, keep_latents, hold_latents, shift, scenes. Muon is for vae and
-    transformer.
+    save_every, validate_every. Of all: pictures, latents, captions, held,
+    two_garments, uniform_levels, keep_latents, hold_latents, shift, scenes,
+    guidance. Muon is for vae, transformer and turbo.
     """
     given = locals() | {"from": from_model}
     flags = ("lora", "fp8", "train_text_encoders", "buckets")
@@ -126,13 +130,13 @@ def train(
         from minidiff.recipes.train import TrainOptions, train_stages
 
         return train_stages(TrainOptions(**fields_of(TrainOptions, given)))
-    if recipe or start or scenes or stage != "all" or seed is not None:
+    if recipe or start or scenes or stage not in ("all", "turbo") or seed is not None:
         found = "--from has no stages, recipe, start, scenes or seed"
-        raise ValueError(f"{found}; its pictures are --data")
+        raise ValueError(f"{found} (but --stage turbo); its pictures are --data")
     if data is None:
         raise ValueError("--from needs --data: a folder of pictures with captions")
     from minidiff.learning import parallel
-    from minidiff.recipes import finetune
+    from minidiff.recipes import finetune, jumps, turbo
 
     rank = 8 if rank is None else rank
     update = alpha, targets, fp8, train_text_encoders
@@ -140,7 +144,10 @@ def train(
     given |= {"model": from_model, "pictures": data, "prompts": tuple(prompt or ())}
     pictures = fields_of(finetune.PictureConfig, given)
     given |= {"how": finetune.PictureConfig(**pictures)}
+    few = stage == "turbo"
+    if few and batch_size is None:
+        given |= {"batch_size": jumps.SIZES}
     options = finetune.FinetuneOptions(**fields_of(finetune.FinetuneOptions, given))
-    made = finetune.finetune_pictures(options)
+    made = turbo.distil(options) if few else finetune.finetune_pictures(options)
     if parallel.rank() == 0:
         print(made)

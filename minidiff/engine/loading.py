@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from minidiff.distillation import JumpScheduler
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.engine.adapters import Adapters
 from minidiff.engine.memory import (
@@ -40,14 +41,14 @@ from minidiff.files.layout import (
     SCHEDULER,
     Published,
     config_file,
+    make_config,
     named,
-    read_config,
+    part_folder,
     read_index,
     recognize,
 )
 from minidiff.files.tokenizer_files import seen
 from minidiff.files.weights import (
-    TINY,
     Prepared,
     check_variant,
     count_parameters,
@@ -55,6 +56,7 @@ from minidiff.files.weights import (
     on_meta,
     open_tensors,
     prepare_component,
+    shipped,
 )
 from minidiff.flow_matching import Scheduler
 from minidiff.interface import checks
@@ -104,7 +106,8 @@ def load(
     """A pipeline, ready to draw.
 
     ``model``: "tiny", "sd3.5-medium", "sd3.5-large", "sd3.5-large-turbo", a hub id, a
-    folder in the hub's diffusers layout, or an official single file; then
+    folder in the hub's diffusers layout (which may share parts with one beside it:
+    ``layout.part_folder``), or an official single file; then
     ``text_encoders`` is the folder with the encoders and the tokenizers. ``variant``,
     such as "fp16", chooses weights of that name where a folder has them, ``revision`` a
     commit, tag or branch on the hub. ``device`` None is the CPU; ``dtype`` None is
@@ -250,7 +253,7 @@ def open_model(
     model, encoders = given.model, given.text_encoders
     if given.variant is not None:
         hub.check_word("variant", given.variant)
-    if given.revision is not None and (str(model) == "tiny" or Path(model).exists()):
+    if given.revision is not None and (shipped(model) or Path(model).exists()):
         found = f"revision is {given.revision!r}, but {model} is here"
         raise ValueError(f"{found}; expected the name of a model on the hub")
     if Path(model).is_file():
@@ -258,7 +261,7 @@ def open_model(
     elif encoders is not None:
         found = f"text_encoders is {str(encoders)!r}, but {model} is no single file"
         raise ValueError(f"{found} and has its own")
-    elif weights or str(model) == "tiny" or Path(model).exists():
+    elif weights or shipped(model) or Path(model).exists():
         files = open_folder(given)
     else:
         files = outline(given)
@@ -277,9 +280,9 @@ def open_folder(given: Given) -> Files:
     folder = find_model(given)
     check_variant(folder, given.variant)
     index, present = read_index(folder)
-    scheduler = read_scheduler(folder / "scheduler")
+    scheduler = read_scheduler(part_folder(folder, "scheduler"))
     parts: dict[str, Prepared] = {
-        name: prepare_component(*classes, folder / name, given.variant)
+        name: prepare_component(*classes, part_folder(folder, name), given.variant)
         for name, classes in PARTS.items()
         if name in present and (given.t5 or name != "text_encoder_3")
     }
@@ -306,7 +309,7 @@ def outline(given: Given) -> Files:
         folder = find_model(given, weights=False)
         present, origin = read_index(folder)[1], known_as(given, folder)
         models = {
-            name: load_component(*classes, folder / name, device="meta")
+            name: load_component(*classes, part_folder(folder, name), device="meta")
             for name, classes in PARTS.items()
             if name in present
         }
@@ -380,7 +383,7 @@ def read_tokenizers(
 ) -> list[CLIPTokenizer | T5Tokenizer | None]:
     """The three tokenizers, None for one that is not ``present``."""
     return [
-        cls.from_pretrained(folder / name) if name in present else None
+        cls.from_pretrained(part_folder(folder, name)) if name in present else None
         for name, cls in TOKENIZERS.items()
     ]
 
@@ -402,8 +405,8 @@ def known_as(given: Given, folder: Path) -> str:
 def find_model(given: Given, weights: bool = True) -> Path:
     """The folder that a model's name stands for; downloaded if it is on the hub."""
     model = given.model
-    if str(model) == "tiny":
-        return TINY
+    if folder := shipped(model):
+        return folder
     if str(model) and Path(model).is_dir():
         return Path(model)
     owner, _, name = str(model).partition("/")
@@ -427,24 +430,34 @@ def read_scheduler(folder: Path) -> Scheduler:
         raise ValueError(f"{found}; expected {SCHEDULER} (solvers: sampler=…)")
     if used := [name for name in DYNAMIC if content.get(name)]:
         raise ValueError(f"{folder} asks for {used[0]}, which minidiff does not have")
-    return read_config(Scheduler, folder)
+    file, jumps = config_file(folder), content.get("_jumps")
+    if jumps is None:
+        return make_config(Scheduler, content, file)
+    return make_config(JumpScheduler, content | {"jumps": jumps}, file)
+
+
+def usual_of(model: Path | str) -> tuple[int, float]:
+    """The steps and the guidance that are usual for a model."""
+    files = outline(Given(model))
+    known = recognize(files.models["transformer"].config, files.origin) or OTHERS
+    usual = known.num_inference_steps, known.guidance_scale
+    if on_hub(model):
+        return usual
+    folder = part_folder(find_model(Given(model), weights=False), "scheduler")
+    return (folder.exists() and read_scheduler(folder).usual) or usual
 
 
 def describe_model(model: Path | str) -> str:
     """A table of a model's parts, and how it is meant to be drawn from."""
-    files = outline(Given(model))
-    parts, origin = files.models, files.origin
+    parts: dict[str, Any] = blueprint(model)
     sizes = {name: count_parameters(part) for name, part in parts.items()}
     rows = [f"{'part':<16}{'parameters':>16}{'MB':>10}"]
     for name, size in (sizes | {"all": sum(sizes.values())}).items():
         rows.append(f"{name:<16}{size:>16,}{2 * size / 1e6:>10,.1f}")
     config = parts["transformer"].config
     side = config.sample_size * parts["vae"].config.factor
-    usual = recognize(config, origin) or OTHERS
-    rows.append(
-        f"{side}×{side} pixels, {usual.num_inference_steps} steps, "
-        f"guidance {usual.guidance_scale}"
-    )
+    steps, scale = usual_of(model)
+    rows.append(f"{side}×{side} pixels, {steps} steps, guidance {scale}")
     if words := sorted(seen(model)):
         rows += textwrap.wrap(f"{len(words)} words: {', '.join(words)}", 79)
     return "\n".join(rows)

@@ -19,7 +19,24 @@ TOKENIZERS = {
     "tokenizer_2": "CLIPTokenizer",
     "tokenizer_3": "T5TokenizerFast",
 }
+INDEX = "model_index.json"
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+
+
+def part_folder(folder: Path, name: str) -> Path:
+    """Where a pipeline keeps ``name``, one of its parts or files.
+
+    What is not in its folder lies in the one beside it whose name is ``_base`` in its
+    index. Raises ValueError for a base that is no such name.
+    """
+    own = folder / name
+    base = None if own.exists() else read_json(folder / INDEX).get("_base")
+    if base is None:
+        return own
+    if not isinstance(base, str) or base != Path(base).name or base in ("", ".."):
+        found = f"{folder / INDEX}: _base is {excerpt(repr(base))}"
+        raise ValueError(f"{found}; expected the name of a folder beside it")
+    return folder.resolve().parent / base / name
 
 
 def read_index(folder: Path) -> tuple[dict[str, Any], list[str]]:
@@ -27,7 +44,7 @@ def read_index(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
     Raises FileNotFoundError without one, ValueError for what is no SD3 pipeline.
     """
-    index = read_json(folder / "model_index.json")
+    index = read_json(folder / INDEX)
     if not str(index.get("_class_name")).startswith("StableDiffusion3"):
         found = excerpt(index.get("_class_name"))
         raise ValueError(f"{folder} is a {found}; expected a StableDiffusion3Pipeline")
@@ -49,13 +66,18 @@ def pipeline_index(present: Collection[str]) -> dict[str, object]:
 
 
 def save_scheduler(scheduler: Any, folder: Path) -> None:
-    """Write the hub's scheduler_config.json."""
+    """Write the hub's scheduler_config.json; of a distilled model's with ``_jumps``.
+
+    diffusers passes over names that begin so.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "_class_name": SCHEDULER,
         "shift": scheduler.shift,
         "num_train_timesteps": scheduler.num_train_timesteps,
     }
+    if jumps := getattr(scheduler, "jumps", None):
+        content["_jumps"] = jumps
     write_json(folder / "scheduler_config.json", content)
 
 

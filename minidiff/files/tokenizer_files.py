@@ -26,8 +26,9 @@ from minidiff.files.disk import (
     write_json,
     write_text,
 )
+from minidiff.files.layout import INDEX, part_folder
 from minidiff.files.sentencepiece import CharacterMap, Piece, read_model
-from minidiff.files.weights import TINY
+from minidiff.files.weights import shipped
 from minidiff.interface.checks import check_range
 
 WHITE_SPACE = "".join(
@@ -540,8 +541,9 @@ def write_words(folder: Path, texts: Iterable[str]) -> None:
 
 
 def seen(model: Path | str) -> frozenset[str]:
-    """The words that a model, "tiny" or its folder, has seen; none if it says none."""
-    path = (TINY if str(model) == "tiny" else Path(model)) / WORDS
+    """The words that a model, its name or folder, has seen; none if it says none."""
+    folder = shipped(model) or Path(model)
+    path = part_folder(folder, WORDS) if (folder / INDEX).is_file() else folder / WORDS
     return (
         frozenset(words_of(read_text(path, LONGEST_TABLE)))
         if path.is_file()

@@ -29,6 +29,7 @@ from minidiff.files.disk import (
     write_json,
 )
 from minidiff.files.layout import (
+    INDEX,
     MODELS,
     Config,
     component_class,
@@ -153,7 +154,8 @@ RENAMES: dict[str, Rename] = {
 }
 
 
-TINY = Path(__file__).parents[1] / "pretrained" / "tiny"
+PRETRAINED = Path(__file__).parents[1] / "pretrained"
+TINY = PRETRAINED / "tiny"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 LONGEST_HEADER = 10_000_000  # bytes; Large's has 150,000
@@ -170,6 +172,13 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 # Files
+
+
+def shipped(model: Path | str) -> Path | None:
+    """The folder of a model that ships with this package, by its name."""
+    folder = PRETRAINED / str(model)
+    known = str(model) in ("tiny", "tiny-turbo") and (folder / INDEX).is_file()
+    return folder if known else None
 
 
 def weight_files(folder: Path | str, variant: str | None = None) -> list[Path]:

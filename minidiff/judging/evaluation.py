@@ -7,14 +7,17 @@ from typing import Any
 
 import torch
 
+from minidiff.data.garments import prompts
 from minidiff.engine.loading import blueprint, load
 from minidiff.files.disk import read_json
 from minidiff.interface import checks
 from minidiff.interface.terminal import status
 from minidiff.judging import metrics, witness, world
 from minidiff.judging.attention_maps import attention_correlation
+from minidiff.judging.diversity import MOST, SEEDS, diversity
 from minidiff.judging.inception import load_inception
 from minidiff.judging.judge import JUDGE, load_judge
+from minidiff.sampling import Pipeline
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Evaluation:
     model: str
     n: int = 500
     guidance_scale: float | None = None
-    steps: int = 28
+    steps: int | None = None
     garments: str = "all"
     seed: int = metrics.EVALUATION_SEED
     judge: Path | None = None
@@ -35,19 +38,21 @@ class Evaluation:
     data: Path | None = None
     device: str = "cpu"
     prompts: Path | None = None
+    beside: str | None = None
 
     def __post_init__(self) -> None:
         checks.check_range("--seed", self.seed, 0, metrics.LARGEST_SEED)
         checks.check_range("-n", self.n, 2, metrics.MOST_PROMPTS)
-        checks.check_range("--steps", self.steps, 1, 1000)
+        checks.check_range("--steps", self.steps or 1, 1, 1000)
         checks.check_number("guidance_scale", self.guidance_scale or 1.0)
         metrics.choose_rows(self.garments)
         if self.prompts and not self.of_world:
             raise ValueError(
                 "--prompts needs the judge of the world of things (--judge)"
             )
-        parts = blueprint(self.model)
-        metrics.check_side(parts["transformer"], parts["vae"])
+        for model in filter(None, (self.model, self.beside)):
+            parts = blueprint(model)
+            metrics.check_side(parts["transformer"], parts["vae"])
 
     @property
     def of_world(self) -> bool:
@@ -60,16 +65,44 @@ class Evaluation:
         free = self.prompts and world.read_free_prompts(self.prompts)
         with status(f"loading {self.model}"):
             judge = witness.load_witness(self.judge or JUDGE, self.device)
-            cpu = self.device == "cpu"
-            pipe = load(self.model, self.device, torch.float32, fast=cpu)
-        pipe.progress = False
-        scale = self.guidance_scale or pipe.defaults.guidance_scale
-        options: dict[str, Any] = {"num_inference_steps": self.steps}
-        options["guidance_scale"] = scale
-        sizes = self.n, self.seed, self.data, 20 if cpu else 500
-        found = world.WorldEvaluation(pipe, judge, *sizes, log, **options)
+            pipe = self.open(self.model)
+        sizes = self.n, self.seed, self.data, self.batch
+        found = world.WorldEvaluation(pipe, judge, *sizes, log, **self.options(pipe))
         result = {"prompts": found.free(free)} if free else found.rows()
+        texts = world.row_prompts(world.ROWS["all scenes"], MOST, self.seed)[0]
+        result |= self.compare(pipe, lambda x: judge.read(x)[0], texts)
         return result | {"model": self.model}
+
+    def open(self, model: str) -> Pipeline:
+        """The pipeline of that name, in float32, that shows no progress."""
+        pipe = load(model, self.device, torch.float32, fast=self.device == "cpu")
+        pipe.progress = False
+        return pipe
+
+    def options(self, pipe: Pipeline) -> dict[str, Any]:
+        """How it draws: as asked, or in its own usual way."""
+        usual = pipe.defaults
+        return {
+            "num_inference_steps": self.steps or usual.num_inference_steps,
+            "guidance_scale": self.guidance_scale or usual.guidance_scale,
+        }
+
+    @property
+    def batch(self) -> int:
+        """Pictures at a time: the caches of a CPU hold few."""
+        return 20 if self.device == "cpu" else 500
+
+    def compare(
+        self, pipe: Pipeline, extract: metrics.Extract, texts: list[str]
+    ) -> dict[str, Any]:
+        """The diversity beside another model's, if one is asked for."""
+        if self.beside is None:
+            return {}
+        with status(f"loading {self.beside}"):
+            other = self.open(self.beside)
+        how = self.seed, self.batch
+        found = diversity(pipe, other, extract, texts, *how, **self.options(pipe))
+        return {"diversity": {"beside": self.beside, "share": found}}
 
     def measure(self, log: Callable[[str], None]) -> dict[str, Any]:
         """Load the models and measure: what ``table`` prints, ready for JSON."""
@@ -79,22 +112,20 @@ class Evaluation:
             judge = load_judge(self.judge or JUDGE, self.device)
             weights = self.inception
             inception = load_inception(weights, self.device) if weights else None
-            cpu = self.device == "cpu"  # its caches hold few pictures at a time
-            pipe = load(self.model, self.device, torch.float32, fast=cpu)
-        pipe.progress = False
+            pipe = self.open(self.model)
         result = metrics.assess(
             pipe,
             judge,
             n=self.n,
-            guidance_scale=self.guidance_scale,
-            num_inference_steps=self.steps,
+            **self.options(pipe),
             folder=self.data,
             seed=self.seed,
-            batch=20 if cpu else 500,
+            batch=self.batch,
             rows=metrics.choose_rows(self.garments),
             log=log,
             inception=inception,
         )
+        result |= self.compare(pipe, judge.features, prompts(MOST, seed=self.seed)[0])
         found = attention_correlation(pipe, folder=self.data)
         return result | {"model": self.model, "attention": found}
 
@@ -102,4 +133,10 @@ class Evaluation:
 def table(result: dict[str, Any]) -> str:
     """What was measured as a Markdown table, with lines beneath it."""
     of_world = "psnr" in result or "prompts" in result
-    return (world if of_world else metrics).format_table(result)
+    lines = [(world if of_world else metrics).format_table(result)]
+    if found := result.get("diversity"):
+        lines.append(
+            f"Diversity: {found['share']:.2f} of that of {found['beside']} (spread of "
+            f"the judge's features over {SEEDS} pictures of a prompt)."
+        )
+    return "\n".join(lines)

@@ -140,6 +140,7 @@ class Stage:
         needs, makes: parts of OUTPUT/model.
         goes_on: whether it can begin with another model's weights.
         only: the scenes it can learn from, if not from any.
+        named: whether it is run only where it is named, not among all.
     """
 
     name: str
@@ -148,6 +149,7 @@ class Stage:
     makes: tuple[str, ...] = ()
     goes_on: bool = False
     only: str | None = None
+    named: bool = False
 
 
 def export_part(job: Job, model: nn.Module, name: str) -> None:

@@ -24,9 +24,23 @@ LIMITS = {
     "hold_latents": (0, MOST),
     "ema_decay": (0, 1),
     "two_garments": (0, 1),
+    "guidance": (1, 100),
     "plateau": (0, 1),
     "beta2": (0, 0.999999),  # Adam would divide by 0 at 1
 }
+
+
+TURBO = TrainingConfig(
+    4000,
+    32,
+    1e-3,
+    100,
+    ema_decay=0.998,
+    muon=True,
+    save_every=100,
+    validate_every=500,
+    bfloat16=True,
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,8 @@ class Recipe:
     keep_latents: bool = False  # of the autoencoder only the decoder learns
     hold_latents: float = 0.0  # how strongly, where both learn: see ``held_loss``
     shift: float = 1.0  # moves noise levels towards 1
+    turbo: TrainingConfig = TURBO
+    guidance: float = 2.5  # of the teacher from which turbo learns
     scenes: str = "composed"  # or "plain" (garments as they are), "world", a folder
 
     @property
@@ -62,7 +78,7 @@ class Recipe:
 
 LEARNED = tuple(f.name for f in fields(Recipe) if f.type is TrainingConfig)
 WORLD = "world"  # scenes of garments and everyday things, told in free sentences
-MUON = ("vae", "transformer")  # the stages that Muon may serve
+MUON = ("vae", "transformer", "turbo")  # the stages that Muon may serve
 
 
 def find_recipe(name: str, cuda: bool = False) -> Recipe:
@@ -81,7 +97,7 @@ def find_recipe(name: str, cuda: bool = False) -> Recipe:
     chosen = changed(find_recipe("shipped", cuda), read_json(Path(name)), name)
     for stage in LEARNED:
         if getattr(chosen, stage).muon and stage not in MUON:
-            known = " and ".join(MUON)
+            known = ", ".join(MUON)
             raise ValueError(f"{name}, {stage}: muon is for {known}")
     return chosen
 
@@ -149,7 +165,8 @@ def check_latents(recipe: Recipe, none: bool) -> None:
 def read_recipes() -> dict[str, Recipe]:
     """The recipes of ``recipes.json`` by name, all others as changes of "shipped"."""
     content = read_json(Path(__file__).with_name("recipes.json"))
-    stages = {name: TrainingConfig(**content["shipped"][name]) for name in LEARNED}
+    known = content["shipped"]
+    stages = {n: TrainingConfig(**known[n]) for n in LEARNED if n in known}
     shipped = Recipe(**content["shipped"] | stages)
     return {name: changed(shipped, own, name) for name, own in content.items()}
 

@@ -43,6 +43,7 @@ from minidiff.recipes.recipe import (
 )
 from minidiff.recipes.text_stages import clip_lesson, t5_lesson, train_tokenizers
 from minidiff.recipes.transformer_stage import transformer_lesson
+from minidiff.recipes.turbo_stage import turbo_lesson
 from minidiff.recipes.vae_stage import vae_lesson
 from minidiff.training import fit
 
@@ -60,6 +61,13 @@ STAGES = (  # in the order in which one needs another
         needs=(*TOKENIZERS, *ENCODERS, "vae"),
         makes=("transformer",),
         goes_on=True,
+    ),
+    Stage(
+        "turbo",
+        turbo_lesson,
+        needs=(*TOKENIZERS, *ENCODERS, "vae", "transformer"),
+        goes_on=True,
+        named=True,
     ),
 )
 
@@ -125,11 +133,21 @@ def open_run(job: Job, stage: str) -> Run:
         settings = {name: settings[name] for name in kept}
         return Run(job.runs / stage, settings)
     settings |= lasting(config)
-    began = job.begin_part(stage).state_dict().values() if job.start else ()
-    settings["began"] = fingerprint(*began) if began else None
-    if stage == "transformer":
+    settings["began"] = beginning(job, stage)
+    if stage in ("transformer", "turbo"):
         settings["encoders"] = encoders_name(job)
+    if stage == "turbo":
+        settings["guidance"] = job.recipe.guidance
     return Run(job.runs / stage, settings)
+
+
+def beginning(job: Job, stage: str) -> str | None:
+    """A short name for the weights from which a stage goes on; None for new ones."""
+    if stage == "turbo":
+        return fingerprint(*job.load_part("transformer").state_dict().values())
+    if job.start is None:
+        return None
+    return fingerprint(*job.begin_part(stage).state_dict().values())
 
 
 def encoders_name(job: Job) -> str:
@@ -142,7 +160,7 @@ def encoders_name(job: Job) -> str:
 
 def samples(job: Job) -> dict[str, object]:
     """The settings that change what is learned from, the same for all stages."""
-    passing = {*LEARNED, "held"}  # validation's scenes are not learned from
+    passing = {*LEARNED, "held", "guidance"}  # validation's are not learned from
     values = {f.name: getattr(job.recipe, f.name) for f in fields(Recipe)}
     values = {k: v for k, v in values.items() if k not in passing}
     if job.composed or job.world:
@@ -165,7 +183,8 @@ def choose_stages(name: str, start: Path | None, scenes: str) -> tuple[Stage, ..
     case = "" if scenes in ("composed", WORLD) else case
     if start:
         possible, case = [s for s in STAGES if s.goes_on], " with --start"
-    chosen = tuple(s for s in possible if name in (s.name, "all"))
+    names = {s: (s.name,) if s.named else (s.name, "all") for s in possible}
+    chosen = tuple(s for s in possible if name in names[s])
     if not chosen:
         known = ", ".join(s.name for s in possible)
         raise ValueError(f"--stage is {name!r}; expected all, {known}{case}")
@@ -197,6 +216,9 @@ def open_start(start: Path) -> Path:
     if "text_encoder_3" not in parts:
         raise ValueError(f"--start is {start}, which lacks T5; expected all encoders")
     check_side(parts["transformer"], parts["vae"])
+    if shared := [name for name in parts if not (folder / name).is_dir()]:
+        found = f"--start is {start}, which shares its {shared[0]} with another"
+        raise ValueError(f"{found}; expected a model with parts of its own")
     return folder
 
 
