@@ -137,7 +137,7 @@ def test_a_file_changes_the_recipe(tmp_path: Path) -> None:
             "max_grad_norm is 0; expected above 0",
         ),
         ('{"shift": 0.0}', "shift is 0.0; expected above 0"),
-        ('{"clip": {"muon": true}}', "clip: muon is for vae and transformer"),
+        ('{"clip": {"muon": true}}', "clip: muon is for vae, transformer, turbo"),
         ('{"t5": {"ema_decay": 2.0}}', "ema_decay is 2.0; expected 0 to 1"),
         ('{"clip": {"learning_rate": NaN}}', "learning_rate is nan; expected above 0"),
         ('{"clip": {"beta2": 1.0}}', "beta2 is 1.0; expected 0 to 0.999999"),

@@ -43,7 +43,8 @@ class Evaluation:
     def __post_init__(self) -> None:
         checks.check_range("--seed", self.seed, 0, metrics.LARGEST_SEED)
         checks.check_range("-n", self.n, 2, metrics.MOST_PROMPTS)
-        checks.check_range("--steps", self.steps or 1, 1, 1000)
+        if self.steps is not None:
+            checks.check_range("--steps", self.steps, 1, 1000)
         checks.check_number("guidance_scale", self.guidance_scale or 1.0)
         metrics.choose_rows(self.garments)
         if self.prompts and not self.of_world:

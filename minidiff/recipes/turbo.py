@@ -29,7 +29,6 @@ from minidiff.recipes.finetune import (
     check_run,
     encoded,
 )
-from minidiff.recipes.own_pictures import read_sets, split_pictures
 from minidiff.recipes.jumps import (
     JUMPS,
     Comparison,
@@ -38,6 +37,7 @@ from minidiff.recipes.jumps import (
     check_rows,
     without,
 )
+from minidiff.recipes.own_pictures import read_sets, split_pictures
 from minidiff.training import Batch, Task, fit
 
 
@@ -76,7 +76,8 @@ def check_options(options: FinetuneOptions) -> None:
     """Raise ValueError for options of fine-tuning that jumps do not have."""
     lora, how = options.lora or LoraConfig(), options.how
     others = {"--fp8": lora.fp8, "--train-text-encoders": lora.encoders}
-    others |= {"--buckets": how.buckets, "--prior": how.prior, "--prompt": how.prompts}
+    others |= {"--buckets": how.buckets, "--prior": bool(how.prior)}
+    others |= {"--prompt": bool(how.prompts)}
     if given := [name for name, value in others.items() if value]:
         raise ValueError(f"{given[0]} is given; --stage turbo expects none")
 
