@@ -61,7 +61,7 @@ def learn(pipe: Pipeline, folder: Path) -> Path:
     for i, (picture, text) in enumerate(zip(drawn, texts, strict=True)):
         picture.save(data / f"{i}.png")
         (data / f"{i}.txt").write_text(text)
-    how = {"steps": 100, "batch_size": 8, "learning_rate": 1e-2}
+    how = {"steps": 200, "batch_size": 8, "learning_rate": 1e-2}
     lora = LoraConfig(rank=8)
     return finetune_pictures(
         FinetuneOptions("tiny", data, folder / "ink", lora=lora, **how)
@@ -81,7 +81,7 @@ def their_difference(pipe: Pipeline, file: Path) -> float:
     """The largest difference of a pixel to what diffusers draws with the file."""
     from diffusers import StableDiffusion3Pipeline
 
-    theirs = StableDiffusion3Pipeline.from_pretrained(TINY)
+    theirs = StableDiffusion3Pipeline.from_pretrained(TINY, torch_dtype=torch.float32)
     theirs.load_lora_weights(str(file.parent))
     text, noise = prompts(OTHERS)[0], pipe.prepare_latents(1, seed=0)
     theirs.set_progress_bar_config(disable=True)

@@ -876,7 +876,7 @@ def check_target(one: Stored, target: Target) -> None:
 # drawing.remove()
 # yellow = add_lora(pipe.transformer, rank=8)
 # tint = torch.tensor([1.0, 0.85, 0.45]).view(3, 1, 1)
-# learn(pipe.transformer, lesson(photos * tint), steps=30, rate=1e-2)
+# learn(pipe.transformer, lesson(photos * tint), steps=60, rate=2e-2)
 # save_lora({"transformer": yellow}, folder / "paper.safetensors")
 # detach(yellow.values(), pipe.transformer)
 
@@ -1036,7 +1036,7 @@ def fuse(updates: Mapping[str, Update], model: nn.Module, weight: float = 1.0) -
 #   way round, compares two different tasks. And levels drawn uniformly may be weighted
 #   by the logit-normal density, or drawn from it and not weighted; a trainer that does
 #   both counts the middle twice. Ours draws from it, shifts as the model's own
-#   scheduler does, in training and in validation, and weighs nothing.
+#   scheduler does when a picture is drawn, and weighs nothing.
 # - **It starts elsewhere.** PiSSA starts $A$ and $B$ at the first singular directions
 #   of $W$ itself; LoRA+ gives $B$ a larger rate than $A$. They learn faster so.
 # - **It keeps many in memory.** Servers batch requests that wear different LoRAs and

@@ -392,7 +392,7 @@ def test_options_of_training_arrive(run, folder, tmp_path, monkeypatch, kind):
         options += ["--from", "tiny", "--data", "d", "--learning-rate", 0.5, "--lora"]
         options += ["--rank", 2, "--alpha", 6, "--targets", "to_q"]
         own = {"model": "tiny", "pictures": Path("d"), "learning_rate": 0.5}
-        options += ["--fp8", "--train-text-encoders", "--accumulation", 3, "--buckets"]
+        options += ["--fp8", "--encoders", "--accumulation", 3, "--buckets"]
         options += ["--trigger", "ink,", "--prior", "a bag", "--prior-pictures", 7]
         options += ["--prompt", "a", "--prompt", "b"]
         own |= {"lora": LoraConfig(2, 6, ("to_q",), True, True), "accumulation": 3}
@@ -485,7 +485,7 @@ def test_the_command_line_starts_without_torch():
     assert not imported("import minidiff.cli; minidiff.cli.program()") & heavy
 
 
-COMMANDS = ["sample", "train", "evaluate", "download", "info"]
+COMMANDS = ["sample", "train", "evaluate", "download", "info", "compare"]
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

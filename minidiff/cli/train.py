@@ -67,6 +67,7 @@ def train(
         FROM(
             "Drawn at each validation at a fixed seed; may be given several times.",
             usual="four captions",
+            metavar="<str>",
         ),
     ] = None,
     accumulation: Annotated[
@@ -79,9 +80,7 @@ def train(
         str | None, LORA("Its layers: to_q,to_k,…", usual="those of attention")
     ] = None,
     fp8: Annotated[bool, LORA("The blocks' own weights in 8 bits.", "--fp8")] = False,
-    train_text_encoders: Annotated[
-        bool, LORA("Both CLIPs learn too.", "--train-text-encoders")
-    ] = False,
+    encoders: Annotated[bool, LORA("Both CLIPs learn too.", "--encoders")] = False,
     data: Annotated[
         Path | None,
         HOW(
@@ -119,9 +118,9 @@ def train(
     guidance. Muon is for vae, transformer and turbo.
     """
     given = locals() | {"from": from_model}
-    flags = ("lora", "fp8", "train_text_encoders", "buckets")
+    flags = ("lora", "fp8", "encoders", "buckets")
     asked = given | {name: given[name] or None for name in flags}
-    refuse(asked, "lora", "rank", "alpha", "targets", "fp8", "train_text_encoders")
+    refuse(asked, "lora", "rank", "alpha", "targets", "fp8", "encoders")
     refuse(asked, "prior", "prior_pictures")
     refuse(asked, "from", "lora", "learning_rate", "buckets", "trigger", "prior")
     refuse(asked, "from", "prompt", "accumulation")
@@ -139,7 +138,7 @@ def train(
     from minidiff.recipes import finetune, jumps, turbo
 
     rank = 8 if rank is None else rank
-    update = alpha, targets, fp8, train_text_encoders
+    update = alpha, targets, fp8, encoders
     given |= {"lora": finetune.lora_config(rank, *update) if lora else None}
     given |= {"model": from_model, "pictures": data, "prompts": tuple(prompt or ())}
     pictures = fields_of(finetune.PictureConfig, given)
