@@ -364,7 +364,7 @@ def test_what_cannot_be_a_start(
     weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match=f"expected {len(whole)}"):
+    with pytest.raises(ValueError, match=rf"file \({len(whole) - 1} bytes"):
         go_on("vae", tmp_path / "new", copy)
     assert not (tmp_path / "new").exists()
     weights.write_bytes(whole)
