@@ -606,14 +606,14 @@ class Modulations(NamedTuple):
 # encoders' output (192 in Tiny, 4096 in SD3.5) to $D$. Then: embed, walk through the
 # blocks, and write the tokens back as a latent.
 #
-# Behind every block but the last there is a place for something from outside: a
-# *control* $u$ (one of `controls`, a vector for each patch) that is added to the image,
+# Behind every block there is a place for something from outside: a *control* $u_i$ (one
+# of `controls`, a vector for each patch) that is added to the image,
 #
-# $$x \leftarrow x + u_{\lfloor i \cdot K / N_b \rfloor} \quad \text{behind block } i,$$
+# $$x \leftarrow x + u_i \quad \text{behind block } i.$$
 #
-# with $K$ controls for $N_b$ blocks, so that few of them serve for many blocks. A
-# second network can thus say where a line or an edge should be, without a weight of
-# this one changing. Such a network, a ControlNet, is the subject of chapter 11.
+# A second network can thus say where a line or an edge should be, without a weight of
+# this one changing. Such a network, a ControlNet, is the subject of
+# [chapter 11](11_control.ipynb).
 
 
 # %%
@@ -712,9 +712,9 @@ class MMDiT(nn.Module):
         controls: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Velocity (B, C, h, w); given ``modulations``, ``sigma`` and ``pooled`` are
-        not read. Blocks in ``skip_layers`` are left out. ``controls`` (B, N, D), at
-        most one a block, are added behind the blocks. Raises ValueError for sizes that
-        the configuration cannot take."""
+        not read. Blocks in ``skip_layers`` are left out. ``controls[i]`` (B, N, D) is
+        added behind block i; there may be fewer than blocks. Raises ValueError for
+        sizes that the configuration cannot take."""
         height, width = self.check(latents, context, pooled)
         if modulations is None:
             if sigma is None or pooled is None:
@@ -728,8 +728,8 @@ class MMDiT(nn.Module):
         for i, block in enumerate(blocks):
             if i not in skip_layers:
                 context, x = block(context, x, modulations.blocks[i])
-            if controls and i < len(blocks) - 1:
-                x = x + controls[int(i / (len(blocks) / len(controls)))]
+            if i < len(controls):
+                x = x + controls[i]
         x = final_layer(x, modulations.final)  # → (B, N, p·p·C)
         return unpatchify(x, height, width, self.config.patch_size)
 

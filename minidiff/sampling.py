@@ -27,6 +27,7 @@ import math
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -64,6 +65,8 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
+# What a control says of a state and its level: what is added behind the blocks
+Steers: TypeAlias = Callable[[Tensor, Tensor], Sequence[Tensor]]
 Drawn: TypeAlias = "list[Image] | Tensor | np.ndarray"
 SAMPLERS = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
 
@@ -366,7 +369,11 @@ def encode_t5(pipe: Parts, texts: Sequence[str], length: int) -> Tensor:
 # %%
 @torch.no_grad()
 def velocity_of(
-    pipe: Parts, context: Tensor, pooled: Tensor, sigmas: Tensor
+    pipe: Parts,
+    context: Tensor,
+    pooled: Tensor,
+    sigmas: Tensor,
+    controls: Sequence[Steers] = (),
 ) -> Callable[..., Tensor]:
     """The transformer as a function ``v(x, sigma, skip_layers=())``.
 
@@ -383,11 +390,21 @@ def velocity_of(
     @torch.no_grad()
     def ask(x: Tensor, sigma: Tensor, skip_layers: Sequence[int] = ()) -> Tensor:
         now = modulations.step(levels[sigma.item()]).last(len(x))
-        how = {"modulations": now, "skip_layers": skip_layers}
-        text = context[-len(x) :]
-        return pipe.transformer(x.to(pipe.dtype), None, text, None, **how).float()
+        how: dict[str, Any] = {"modulations": now, "skip_layers": skip_layers}
+        text, x = context[-len(x) :], x.to(pipe.dtype)
+        how["controls"] = summed([said(x, sigma) for said in controls])
+        return pipe.transformer(x, None, text, None, **how).float()
 
     return ask
+
+
+def summed(said: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """What several controls say, added up block by block; one may say nothing."""
+    found = []
+    for column in zip_longest(*said):
+        first, *others = [u for u in column if u is not None]
+        found.append(sum(others, first))
+    return found
 
 
 def choose_guidance(
@@ -423,6 +440,7 @@ def solve(
     callback_on_step_end: Callback | None = None,
     sigmas: Tensor | None = None,
     guidance: Guidance | None = None,
+    controls: Sequence[Any] = (),
 ) -> Tensor:
     """Noise ``latents`` (B, C, h, w) to data, scaled latents of the same shape.
 
@@ -430,14 +448,15 @@ def solve(
     negative prompts first. ``callback_on_step_end(pipe, step, timestep, {"latents": …,
     "denoised": x̂₀})`` may return {"latents": …} to replace them, or raise StopIteration
     to end here. ``sigmas`` replaces the schedule, and ``guidance`` the one that
-    ``guidance_scale`` stands for.
+    ``guidance_scale`` stands for. ``controls`` are those of chapter 11.
     """
     checks.check_choice("sampler", sampler, pipe.scheduler.solvers)
     checks.check_sigmas(sigmas)
     steps = checks.given(num_inference_steps, pipe.defaults.num_inference_steps)
     sigmas = checks.given(sigmas, pipe.scheduler.sigmas(steps))
     guidance = choose_guidance(pipe, guidance_scale, guidance)
-    follow = guidance(velocity_of(pipe, context, pooled, sigmas), sigmas)
+    begun = [one.begin(pipe, latents, pooled, sigmas) for one in controls]
+    follow = guidance(velocity_of(pipe, context, pooled, sigmas, begun), sigmas)
     start, pipe._interrupt = latents.to(pipe.device, torch.float32), False
     with Watch(pipe, start, sigmas, callback_on_step_end) as watch:
         watch.latents = SAMPLERS[sampler](follow, start, sigmas, watch)
@@ -493,6 +512,8 @@ def settle(pipe: Parts, request: Request) -> Request:
     if request.latents is not None and request.latents.shape != size:
         found = tuple(request.latents.shape)
         raise ValueError(f"latents have shape {found}; expected {size}")
+    for control in request.controls:
+        control.check(pipe, request)
     if pipe.plan:
         pipe.plan.check_room(pipe, size, request.levels)
     return request
@@ -534,6 +555,7 @@ def run(pipe: "Pipeline", request: Request) -> Drawn:
         callback_on_step_end=request.callback_on_step_end,
         sigmas=request.sigmas,
         guidance=request.guidance,
+        controls=request.controls,
     )
     if request.output_type == "latent":
         return latents
@@ -930,6 +952,7 @@ class Pipeline(Parts):
 # | Inpainting | the same, with `mask_image` | `--mask` |
 # | LoRA: use some (chapter 10) | `pipe.adapters.load` | `--lora`, `--lora-scale` |
 # | LoRA: train one | `finetune.finetune` | `minidiff train --from … --lora` |
+# | By a sketch (chapter 11) | `control.Control` | `--control`, `--control-image` |
 # | Previews | `previews.show_previews` | `--preview` |
 # | Memory plans | `load(memory="12GB")` | `--memory 12GB` |
 # | Fewer passes through memory | `load(fast=True)` | `--fast` |

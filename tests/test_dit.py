@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from minidiff import dit
+from minidiff.control import spread
 from minidiff.dit import MMDiT, MMDiTConfig, position_table
 from minidiff.files.layout import read_config
 from minidiff.files.weights import join_stored, transformer_sources
@@ -96,9 +97,10 @@ def parity(
     ours, theirs = pair(config)
     given = inputs(config, size)
     tokens = size[0] * size[1] // config.patch_size**2
-    extra = [torch.randn(2, tokens, config.width) for _ in range(controls)] or None
-    expected = theirs_on(theirs, given, skip, extra)
-    found = ours(**given, skip_layers=skip or (), controls=extra)
+    extra = [torch.randn(2, tokens, config.width) for _ in range(controls)]
+    expected = theirs_on(theirs, given, skip, extra or None)
+    every = spread(extra, config.num_layers) if extra else None
+    found = ours(**given, skip_layers=skip or (), controls=every)
     return relative_error(found, expected)
 
 
@@ -128,16 +130,16 @@ def test_every_control_formula_agrees_with_diffusers() -> None:
     for count in (5, 6, 19, 23, 37, 38):
         extra = [torch.full((1, 1, SMALL.width), 0.1 * n) for n in range(1, count + 1)]
         expected = theirs_on(theirs, given, controls=extra)
-        assert relative_error(ours(**given, controls=extra), expected) <= BOUND
+        found = ours(**given, controls=spread(extra, 38))
+        assert relative_error(found, expected) <= BOUND
 
 
 @pytest.mark.parametrize(
     "line, mutant",
     [
-        ("controls and i < len(blocks) - 1", "controls"),
-        ("controls and i < len(blocks) - 1", "controls and i not in skip_layers"),
-        ("int(i / (len(blocks) / len(controls)))", "i % len(controls)"),
-        ("int(i / (len(blocks) / len(controls)))", "min(i, len(controls) - 1)"),
+        ("i < len(controls)", "i < len(controls) - 1"),
+        ("i < len(controls)", "i < len(controls) and i not in skip_layers"),
+        ("+ controls[i]", "+ controls[0]"),
         ("x = x + controls", "x = x - controls"),
     ],
 )

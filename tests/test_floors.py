@@ -19,7 +19,7 @@ FLOORS = (
     ("dit",),
     ("training",),
     ("efficiency", "sampling"),
-    ("distillation", "lora"),
+    ("control", "distillation", "lora"),
     ("engine", "live"),
     ("judging",),
     ("recipes",),

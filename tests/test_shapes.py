@@ -13,6 +13,7 @@ from shapes import Claim, Tracer, unify
 
 from minidiff import (
     attention,
+    control,
     dit,
     efficiency,
     sampling,
@@ -30,7 +31,7 @@ from minidiff.files.pictures import to_pil
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = ("tokenizer", "text_encoders", "vae", "attention", "dit", "flow_matching")
-CHAPTERS += ("training", "sampling", "distillation", "efficiency")
+CHAPTERS += ("training", "sampling", "distillation", "control", "efficiency")
 ABOVE = ("engine/fast", "engine/tiling", "drawing/previews", "drawing/image_to_image")
 
 
@@ -135,6 +136,18 @@ def compare(pipe: sampling.Pipeline) -> None:
     fm.euler_loops(exact, torch.randn(3, 2), torch.tensor([1.0, 0.5]))
 
 
+def steer(pipe: sampling.Pipeline) -> None:
+    """Two drawings by one sketch, a picture and then a map of edges."""
+    net = control.begin_control(pipe.transformer)
+    sketch = torch.rand(1, 32, 48).round()
+    for image in (to_pil(sketch.expand(1, 3, -1, -1))[0], sketch):
+        one = control.Control(image, net)
+        size = {"height": 32, "width": 48, "num_inference_steps": 1}
+        pipe(["a red dress", "a bag"], control=one, output_type="pt", **size)
+    control.canny(torch.rand(2, 3, 8, 6))
+    control.encode_weighted(pipe, "a (red:1.5) dress")
+
+
 def go_beyond(pipe: sampling.Pipeline) -> None:
     """What the rooms above make of a pipeline that also draws in tiles."""
     previews.fit_preview(pipe.vae)(torch.randn(2, 16, 4, 6))
@@ -151,7 +164,7 @@ def claims(tmp_path_factory: pytest.TempPathFactory) -> list[Claim]:
     pipe = pipeline(tmp_path_factory.mktemp("tokenizers"))
     files = [ROOT / "minidiff" / f"{name}.py" for name in (*CHAPTERS, *ABOVE)]
     tracer = Tracer(files)
-    for work in (draw, train, compare, go_beyond):
+    for work in (draw, train, compare, steer, go_beyond):
         tracer.run(lambda work=work: work(pipe))
     return tracer.claims
 

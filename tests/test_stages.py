@@ -52,6 +52,7 @@ def job(fashion: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
         vae=replace(quick, steps=12, batch_size=4),
         judge=quick,
         transformer=quick,
+        control=quick,
         pictures=64,
         latents=32,
         held=8,
@@ -149,6 +150,7 @@ def go_on(job: Job, made: Path, tmp_path: Path) -> Callable[..., Path]:
     recipe = tmp_path / "recipe.json"
     small = {"latents": 32, "pictures": 4, "held": 8, "keep_latents": True}
     stages = {"transformer": quick, "vae": quick, "turbo": quick}
+    stages["control"] = quick | {"validate_every": 8}
     recipe.write_text(json.dumps(stages | small))
 
     def go(stage: str, output: Path, start: Path = made, **flags) -> Path:
@@ -194,6 +196,24 @@ def test_turbo_shares_all_but_the_transformer(
         go_on("turbo", tmp_path / "odd", batch_size=6)
     with pytest.raises(ValueError, match="shares its text_encoder with another"):
         go_on("turbo", tmp_path / "from", turbo)
+
+
+def test_a_control_net_learns_beside_a_model(
+    go_on: Callable[..., Path], made: Path, tmp_path: Path
+) -> None:
+    """The model stays; a run that was killed ends where one that was not does."""
+    assert files(go_on("control", tmp_path / "whole")) == files(made)
+    net = minidiff.load_control(tmp_path / "whole" / "control")
+    assert (net.kind, net.last, net.config.num_layers) == ("edges", False, 2)
+    assert all(layer.weight.any() for layer in net.controlnet_blocks)
+    killed_after_step(4, lambda: go_on("control", tmp_path / "killed"))
+    assert not (tmp_path / "killed" / "control").exists()
+    go_on("control", tmp_path / "killed")
+    whole, again = (files(tmp_path / n / "control") for n in ("whole", "killed"))
+    assert whole == again
+    last = read_log(tmp_path / "whole" / "runs" / "control" / "log.jsonl")[-1]
+    assert 0 <= last["agreement"] <= 1 and last["validation"] > 0
+    assert (tmp_path / "whole" / "grids" / "control-000008.png").exists()
 
 
 def test_a_stage_goes_on_where_its_start_has_moved(

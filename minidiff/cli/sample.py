@@ -19,6 +19,7 @@ from minidiff.cli.options import (
 from minidiff.interface.terminal import status, tell
 
 if TYPE_CHECKING:
+    from minidiff.control import Control
     from minidiff.drawing.series import Series
     from minidiff.interface.request import Request
     from minidiff.sampling import Pipeline
@@ -29,7 +30,7 @@ EXAMPLES = examples(
 )
 WHAT, SIZE = Group("What to draw"), Group("How many, how large")
 START, HOW = Group("From a picture"), Group("How to draw")
-ROOM, SPEED = Group("Memory"), Group("Speed")
+STEER, ROOM, SPEED = Group("By a sketch"), Group("Memory"), Group("Speed")
 OWN, PROMPT = "the model's own", "the prompt"
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -68,6 +69,19 @@ def sample(
     ] = None,
     mask: Annotated[
         Path | None, START("White where to draw, black where to keep.")
+    ] = None,
+    control: Annotated[
+        Path | None, STEER("ControlNet: diffusers' folder, or an official single file.")
+    ] = None,
+    control_image: Annotated[
+        Path | None, STEER("What it reads, as it is: edges, depth, …")
+    ] = None,
+    control_strength: Annotated[float | None, STEER("How strongly.", usual="1")] = None,
+    control_start: Annotated[
+        float | None, STEER("From this share of the steps on.", usual="0")
+    ] = None,
+    control_end: Annotated[
+        float | None, STEER("Up to this share of the steps.", usual="1")
     ] = None,
     model: Annotated[str, WHO(f"{MODEL} or an official single file.")] = "tiny",
     text_encoders: Annotated[
@@ -125,6 +139,9 @@ def sample(
     refuse(given, "prompts", "batch_size")
     refuse(given, "lora", "lora_scale")
     refuse(given, "skip_layers", "skip_layer_scale")
+    steers = ("control_image", "control_strength", "control_start", "control_end")
+    refuse(given, "control", *steers)
+    refuse(given, "control_image, the picture that it reads", "control")
     series = Series(find_texts(prompt, prompts), **fields_of(Series, given))
     outputs = Outputs(output, len(series), overwrite, preview)
     with outputs.held():
@@ -177,7 +194,20 @@ def asked_for(given: dict[str, Any]) -> "Request":
     asked |= not_none(num_inference_steps=given["steps"])
     if file := given["preview"]:
         asked["callback_on_step_end"] = write_previews(file)
+    asked["control"] = given["control"] and steered_by(given)
     return Request(**asked)
+
+
+def steered_by(given: dict[str, Any]) -> "Control":
+    """What --control and its image make."""
+    import torch
+
+    from minidiff.control import Control, load_control
+
+    dtype = given["dtype"] and getattr(torch, given["dtype"])
+    net = load_control(given["control"], find_device(given["device"]), dtype)
+    how = {name: given[f"control_{name}"] for name in ("strength", "start", "end")}
+    return Control(given["control_image"], net, **not_none(**how))
 
 
 def one_of(files: list[Path] | None) -> Path | None:

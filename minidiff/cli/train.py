@@ -24,7 +24,7 @@ def train(
     output: Annotated[Path, OUT("Folder of the model and its runs.")],
     stage: Annotated[
         str,
-        WHAT("tokenizers, clip, t5, vae, judge, transformer, or all; turbo distils."),
+        WHAT("tokenizers, clip, t5, vae, judge, transformer, or all; turbo, control."),
     ] = "all",
     recipe: Annotated[
         str | None,
@@ -107,11 +107,12 @@ def train(
     .txt beside it or in metadata.jsonl.
 
     --stage turbo makes a model of 1 to 8 steps without guidance: of OUTPUT/model (or
-    --start) under OUTPUT/turbo, with --from of any model, under OUTPUT/model.
+    --start) under OUTPUT/turbo, with --from of any model, under OUTPUT/model. --stage
+    control makes a ControlNet that reads edges, for OUTPUT/model, under OUTPUT/control.
 
     A JSON file as --recipe changes some of "shipped", for example {"vae": {"steps":
-    5000}, "latents": 4096}. Of clip, t5, vae, judge, transformer and turbo: steps,
-    batch_size, learning_rate, warmup_steps, weight_decay, beta2, max_grad_norm,
+    5000}, "latents": 4096}. Of clip, t5, vae, judge, transformer, turbo and control:
+    steps, batch_size, learning_rate, warmup_steps, weight_decay, beta2, max_grad_norm,
     ema_decay, plateau, muon, accumulation, bfloat16, compile, sharded, log_every,
     save_every, validate_every. Of all: pictures, latents, captions, held,
     two_garments, uniform_levels, keep_latents, hold_latents, shift, scenes,

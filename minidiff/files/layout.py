@@ -185,12 +185,38 @@ def component_class(folder: Path | str) -> str:
     return str(content.get("_class_name") or first)
 
 
+# Of diffusers' SD3ControlNetModel, where it has SD3.5 Large's layout: blocks of the
+# image's stream alone, and the transformer's own patches and positions
+IMAGE_ONLY: dict[str, Any] = {
+    "joint_attention_dim": None,
+    "use_pos_embed": False,
+    "pos_embed_type": None,
+    "qk_norm": None,
+    "extra_conditioning_channels": 0,
+    "force_zeros_for_pooled_projection": False,
+}
+
+
+def check_image_only(folder: Path | str) -> dict[str, Any]:
+    """A ControlNet's config.json; ValueError unless it is laid out as Large's are."""
+    path = config_file(folder)
+    content = read_json(path)
+    for name, expected in IMAGE_ONLY.items():
+        if (found := content.get(name, "not said")) != expected:
+            what = f"{path}: {name} is {excerpt(repr(found))}"
+            raise ValueError(f"{what}; expected {expected!r}, as in SD3.5 Large's")
+    return content
+
+
 def hub_config(config: Any, class_name: str) -> dict[str, Any]:
     """The config.json with which diffusers or transformers builds ``class_name``."""
     content = asdict(config)
     if class_name == "SD3Transformer2DModel":
         width = config.num_attention_heads * config.attention_head_dim
         return {"_class_name": class_name, "caption_projection_dim": width, **content}
+    if class_name == "SD3ControlNetModel":
+        table = {"pos_embed_max_size": None, "sample_size": 128}
+        return {"_class_name": class_name, **table, **IMAGE_ONLY, **content}
     if class_name == "AutoencoderKL":
         levels = len(config.block_out_channels)
         return {

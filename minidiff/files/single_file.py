@@ -8,6 +8,7 @@ text encoders lie beside it or in ``text_encoders/``: ``clip_l``, ``clip_g``, ``
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -141,13 +142,30 @@ def t5_sizes(shapes: Shapes) -> dict[str, Any]:
     }
 
 
+def controlnet_sizes(shapes: Shapes) -> dict[str, Any]:
+    """The sizes of a ControlNet of SD3.5 Large's: heads of 64 channels."""
+    width, channels, patch, _ = shape_of(shapes, "pos_embed_input.proj.weight", 4)
+    text = "time_text_embed.text_embedder.linear_1.weight"
+    return {
+        "patch_size": patch,
+        "in_channels": channels,
+        "num_layers": count(shapes, r"transformer_blocks\.{}"),
+        "attention_head_dim": 64,
+        "num_attention_heads": width // 64,
+        "pooled_projection_dim": shape_of(shapes, text, 2)[1],
+    }
+
+
 PARTS: dict[str, tuple[str, Callable[[Shapes], dict[str, Any]]]] = {
     "text_encoder": ("", clip_l_sizes),
     "text_encoder_2": ("", clip_sizes),
     "text_encoder_3": ("", t5_sizes),
     "transformer": (TRANSFORMER, transformer_sizes),
     "vae": (VAE, vae_sizes),
+    "controlnet": ("", controlnet_sizes),
 }
+# In a ControlNet's file, and read by nobody: its patches are the transformer's
+UNREAD = ("control_type", "pos_embed.proj.", "context_embedder.")
 
 
 # Reading
@@ -162,6 +180,9 @@ def prepare_part(
     """
     prefix, sizes = PARTS[part]
     file = file if isinstance(file, TensorFile) else weights.open_tensors(file)
+    if part == "controlnet":
+        kept = {n: e for n, e in file.entries.items() if not n.startswith(UNREAD)}
+        file = replace(file, entries=kept)
     shapes = {name: entry.shape for name, entry in file.entries.items()}
     check_known(file.path, shapes, prefix)
     source = f"{file.path} is no {part}"
@@ -175,6 +196,8 @@ def prepare_part(
         raise ValueError(f"{source}: {error}") from None
 
     def rename(names: Iterable[str]) -> dict[str, Source]:
+        if part == "controlnet":
+            return weights.single_controlnet_sources(names)
         own = {name: Source((prefix + name,)) for name in names}
         return own | ({PROJECTION: IDENTITY} if part == "text_encoder" else {})
 

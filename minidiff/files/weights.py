@@ -76,6 +76,28 @@ def _transformer_source(name: str, last: str) -> Source:
     return Source(tuple(prefix + s + end for s in stored), how)
 
 
+def controlnet_sources(names: Iterable[str]) -> dict[str, Source]:
+    """Where diffusers' SD3ControlNetModel keeps each of a ControlNet's tensors."""
+    return {name: _controlnet_source(name, BLOCK) for name in names}
+
+
+def single_controlnet_sources(names: Iterable[str]) -> dict[str, Source]:
+    """Where the official single files of SD3.5 Large's ControlNets keep them.
+
+    They name the blocks' tensors as we do, and time and text as diffusers.
+    """
+    return {name: _controlnet_source(name, {}) for name in names}
+
+
+def _controlnet_source(name: str, block: Mapping[str, str]) -> Source:
+    inner, _, end = name.rpartition(".")
+    if found := re.match(r"(transformer_blocks\.\d+\.)(.*)", inner):
+        stored = block.get(f"x_block.{found[2]}", found[2]).split()
+        names = tuple(f"{found[1]}{s}.{end}" for s in stored)
+        return Source(names, "stack" if len(names) > 1 else "copy")
+    return Source((f"{TRANSFORMER.get(inner, inner)}.{end}",))
+
+
 def vae_sources(names: Iterable[str]) -> dict[str, Source]:
     """Where diffusers' AutoencoderKL keeps each of the VAE's tensors ``names``.
 
@@ -151,6 +173,7 @@ Rename = Callable[[Iterable[str]], dict[str, Source]]
 RENAMES: dict[str, Rename] = {
     "SD3Transformer2DModel": transformer_sources,
     "AutoencoderKL": vae_sources,
+    "SD3ControlNetModel": controlnet_sources,
 }
 
 

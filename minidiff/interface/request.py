@@ -57,6 +57,7 @@ class Request:
     whatever else is drawn with it (None: a random seed), or from ``latents``
     (B, C, h, w). ``sigmas`` (S + 1,) replaces the model's schedule, ``guidance`` the
     classifier-free one of ``guidance_scale``, of which 1 or less means none.
+    ``control`` steers besides the words: a ``minidiff.control.Control``, or a list.
     ``max_sequence_length`` counts T5's tokens. ``callback_on_step_end(pipe, step,
     timestep, tensors)`` is called after each step. ``output_type``: "pil" is a list of
     pictures, "pt" a tensor (B, 3, H, W) in [0, 1], "np" an array (B, H, W, 3), "latent"
@@ -88,6 +89,7 @@ class Request:
     callback_on_step_end: Callback | None = None
     sigmas: Tensor | None = None
     guidance: Any = None
+    control: Any = None
     output_type: str = "pil"
 
     def __post_init__(self) -> None:
@@ -106,6 +108,10 @@ class Request:
         if not callable(call := self.callback_on_step_end or print):
             found = f"callback_on_step_end is a {type(call).__name__}"
             raise TypeError(f"{found}; expected a function")
+        for one in self.controls:
+            if not callable(getattr(one, "begin", None)):
+                found = f"control is a {type(one).__name__}"
+                raise TypeError(f"{found}; expected a Control, or a list of them")
         for end in ("", "negative_"):
             self._check_embeds(end)
         _ = self.prompts, self.negatives  # refused here, if ever
@@ -145,6 +151,12 @@ class Request:
         return checks.as_prompts("negative_prompt", *no, count=self.rows)
 
     @property
+    def controls(self) -> tuple[Any, ...]:
+        """What steers besides the words."""
+        given = () if self.control is None else self.control
+        return tuple(given) if isinstance(given, list | tuple) else (given,)
+
+    @property
     def rows(self) -> int:
         """How many prompts there are."""
         given = self.prompt_embeds
@@ -182,6 +194,7 @@ class Request:
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         given |= {"num_inference_steps": self.steps, "guidance": None}
         given |= self.guidance.settings
+        given["control"] = "; ".join(map(str, self.controls)) or None
         given["seed"] = self.seeds[index] if self.latents is None else None
         row = index // self.num_images_per_prompt
         return {

@@ -52,6 +52,7 @@ class Recipe:
     vae: TrainingConfig
     judge: TrainingConfig
     transformer: TrainingConfig
+    control: TrainingConfig
     pictures: int  # scenes kept as pictures, for CLIP and the autoencoder
     latents: int  # scenes kept as latents, for the transformer
     captions: int = 20_000  # that the tokenizers learn from

@@ -31,6 +31,7 @@ from minidiff.judging.metrics import check_side
 from minidiff.learning import parallel
 from minidiff.learning.run import Run, check_folder, check_other, fingerprint, lasting
 from minidiff.learning.steps import check_batch
+from minidiff.recipes.control_stage import control_lesson
 from minidiff.recipes.job import Job, Stage, announce
 from minidiff.recipes.judge_stage import judge_lesson, witness_lesson
 from minidiff.recipes.recipe import (
@@ -65,6 +66,13 @@ STAGES = (  # in the order in which one needs another
     Stage(
         "turbo",
         turbo_lesson,
+        needs=(*TOKENIZERS, *ENCODERS, "vae", "transformer"),
+        goes_on=True,
+        named=True,
+    ),
+    Stage(
+        "control",
+        control_lesson,
         needs=(*TOKENIZERS, *ENCODERS, "vae", "transformer"),
         goes_on=True,
         named=True,
@@ -134,7 +142,7 @@ def open_run(job: Job, stage: str) -> Run:
         return Run(job.runs / stage, settings)
     settings |= lasting(config)
     settings["began"] = beginning(job, stage)
-    if stage in ("transformer", "turbo"):
+    if stage in ("transformer", "turbo", "control"):
         settings["encoders"] = encoders_name(job)
     if stage == "turbo":
         settings["guidance"] = job.recipe.guidance
@@ -143,7 +151,7 @@ def open_run(job: Job, stage: str) -> Run:
 
 def beginning(job: Job, stage: str) -> str | None:
     """A short name for the weights from which a stage goes on; None for new ones."""
-    if stage == "turbo":
+    if stage in ("turbo", "control"):
         return fingerprint(*job.load_part("transformer").state_dict().values())
     if job.start is None:
         return None
