@@ -33,7 +33,7 @@ LIMITS = {
 TURBO = TrainingConfig(
     4000,
     32,
-    1e-3,
+    3e-4,  # larger steps draw the student away before it knows its teacher
     100,
     ema_decay=0.998,
     muon=True,
