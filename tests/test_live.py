@@ -17,9 +17,11 @@ from torch import Tensor
 
 import minidiff
 from minidiff.attention import record_attention
+from minidiff.files.sentencepiece import case_folding
 from minidiff.live import kernel
-from minidiff.live.exporting import export_pipeline, runtime
+from minidiff.live.exporting import export_pipeline, runtime, tokenizer_table
 from minidiff.sampling import Pipeline, starting_noise
+from minidiff.tokenizer import T5Tokenizer
 
 PROMPT = "a red dress on a blue background"
 GROUNDS = ("blue", "pink", "white", "black", "green")
@@ -151,6 +153,20 @@ def test_ids_of_texts_of_every_plane(
         expected = tokenizer(texts, lengths[i]).tolist()
         wrong = [t for t, a, b in zip(texts, found, expected, strict=True) if a[i] != b]
         assert not wrong, f"{wrong[0]!r}"
+
+
+def test_a_character_map_is_followed(page: Any, pipe: Pipeline) -> None:
+    """The world's T5 reads capitals as small letters, as a SentencePiece map tells."""
+    plain = pipe.tokenizers[2]
+    folded = T5Tokenizer(plain.scores, case_folding(), plain.settings)
+    page.evaluate(
+        "(table) => { window.folded = makeTokenizer(table, model.about.unicode); }",
+        tokenizer_table(folded),
+    )
+    texts = ["A Red DRESS", "É E\u0301 A\u0301B", "ÀA 👗 A\u200dB", *of_every_plane(60)]
+    found = page.evaluate("(texts) => texts.map((t) => folded.encode(t, 32))", texts)
+    assert found == folded(texts, 32).tolist()
+    assert found != plain(texts, 32).tolist()
 
 
 @pytest.mark.parametrize("count", [1, 5, 16, 37, 4096])

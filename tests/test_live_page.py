@@ -1,12 +1,16 @@
 """The page that draws: from the disk and from a server, by keyboard, told in words."""
 
 import functools
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 import torch
 from helpers import relative_error
@@ -205,7 +209,7 @@ def test_a_page_for_ones_own_pipeline(
     chromium: Any, pipe: Pipeline, tmp_path: Path
 ) -> None:
     shown = viz.live(pipe, "a <b> dress", tmp_path / "own")
-    assert f'<iframe src="{tmp_path}/own/index.html"' in shown._repr_html_()
+    assert 'data-prompt="a &lt;b&gt; dress"' in shown._repr_html_()
     page = chromium.new_page()
     page.goto((tmp_path / "own" / "index.html").as_uri())
     line = page.get_by_label("Say what the picture shows")
@@ -213,6 +217,33 @@ def test_a_page_for_ones_own_pipeline(
     page.get_by_role("slider", name="steps").fill("2")
     page.wait_for_selector("[data-drawn=whole]")
     page.context.close()
+
+
+@pytest.mark.slow
+def test_a_notebook_shows_the_page(
+    chromium: Any,
+    pipe: Pipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    jupyterlab: Callable[[Path], AbstractContextManager[str]],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = {"text/html": viz.live(pipe, "a dress")._repr_html_()}
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
+    output = nbformat.v4.new_output("display_data", data)
+    notebook.cells.append(nbformat.v4.new_code_cell("viz.live", outputs=[output]))
+    nbformat.write(notebook, "page.ipynb")
+    command = [sys.executable, "-m", "jupyter", "trust", "page.ipynb"]
+    with jupyterlab(tmp_path) as url:
+        subprocess.run(command, check=True, capture_output=True)
+        page = chromium.new_page(viewport={"width": 1200, "height": 1400})
+        page.goto(f"{url}/lab/tree/page.ipynb?token=t")
+        page.wait_for_selector("figure[data-ready]")
+        page.get_by_role("slider", name="steps").first.fill("2")
+        page.wait_for_selector("[data-drawn=whole]")
+        assert "prompt=" not in page.url
+        page.context.close()
 
 
 def test_the_plane_is_chapter_six(chromium: Any, site: Path) -> None:

@@ -3,7 +3,8 @@
 
 minidiff.inside = (figure) => {
   const { make } = minidiff;
-  const address = new URLSearchParams(location.search);
+  const notebook = "notebook" in figure.dataset;
+  const address = new URLSearchParams(notebook ? "" : location.search);
   const at = { step: Infinity, block: 0, head: -1, token: null, patch: null };
   for (const name of ["step", "block", "head"]) {
     if (address.has(name)) at[name] = Number(address.get(name));
@@ -28,6 +29,7 @@ minidiff.inside = (figure) => {
   figure.append(figure.querySelector("figcaption") ?? "");
 
   function keep(name) {
+    if (notebook) return;
     const kept = new URLSearchParams(location.search);
     kept.set("open", name);
     history.replaceState(null, "", `?${kept}${location.hash}`);

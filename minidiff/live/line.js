@@ -18,9 +18,10 @@ minidiff.line = (figure) => {
   const { make } = minidiff, DRAFT = 350; // ms that a draft may take while one types
   const models = minidiff.exported, names = Object.keys(models);
   const image = figure.querySelector("img");
-  const address = new URLSearchParams(location.search);
+  const notebook = "notebook" in figure.dataset; // its address is not ours
+  const address = new URLSearchParams(notebook ? "" : location.search);
   const state = { model: names[0], seed: 0, prompt: image.dataset.prompt, ...usual(names[0]) };
-  let asked = 0, speed = 0, result = null;
+  let asked = 0, speed = 0, result = null, loaded = "";
 
   function usual(name) {
     return { steps: models[name].steps, guidance: models[name].guidance };
@@ -69,7 +70,8 @@ minidiff.line = (figure) => {
   }
   const actions = make("div", side, { className: "live-actions" });
   const save = make("button", actions, { type: "button", textContent: "Save as PNG" });
-  const link = make("button", actions, { type: "button", textContent: "Copy link" });
+  const link = make("button", actions,
+    { type: "button", textContent: "Copy link", hidden: notebook });
   if (figure.dataset.inside) {
     const inside = make("a", actions, { textContent: "Look inside", href: figure.dataset.inside });
     inside.onclick = () => { inside.href = `${figure.dataset.inside}${location.search}`; };
@@ -94,6 +96,7 @@ minidiff.line = (figure) => {
   }
 
   function remember() {
+    if (notebook) return;
     const { prompt, seed, steps, guidance, model } = state;
     const kept = new URLSearchParams(location.search);
     const now = { prompt, seed, steps, guidance, model };
@@ -119,7 +122,8 @@ minidiff.line = (figure) => {
     const turn = ++asked, request = { ...state };
     try {
       if (!result && turn === 1) status.textContent = "loading the model …";
-      const { about } = await minidiff.open(state.model);
+      const { about, seconds } = await minidiff.open(state.model);
+      loaded = `; loaded in ${seconds.toFixed(1)} s`;
       mark(about);
       const calls = request.guidance > 1 ? 2 : 1;
       const affordable = Math.max(2, Math.floor(DRAFT / (speed || 60) / calls));
@@ -149,7 +153,7 @@ minidiff.line = (figure) => {
     const seconds = ((drawn.times.steps + drawn.times.decoder) / 1000).toFixed(2);
     status.textContent = draft ? `a draft of ${request.steps} steps, ${seconds} s …`
       : `drawn in ${seconds} s: ${request.steps} steps, ${speed.toFixed(0)} ms for each of `
-        + `${calls} calls of the transformer, ${drawn.times.decoder.toFixed(0)} ms for the decoder`;
+        + `${calls} calls of the transformer, ${drawn.times.decoder.toFixed(0)} ms for the decoder${loaded}`;
     figure.dataset.drawn = draft ? "draft" : "whole";
     await tokens(request, drawn);
     if (!draft) figure.dispatchEvent(new CustomEvent("drawn", { detail: { request, drawn } }));
@@ -227,8 +231,14 @@ minidiff.line = (figure) => {
   if (address.has("prompt") || "run" in figure.dataset) run();
 };
 
-addEventListener("DOMContentLoaded", () => {
-  document.querySelectorAll("figure.minidiff-live:has(img)").forEach(minidiff.line);
-  document.querySelectorAll(".minidiff-inside").forEach(minidiff.inside);
-  document.querySelectorAll(".minidiff-plane").forEach(minidiff.plane);
-});
+// Bring to life what is on the page and was not yet.
+minidiff.start = () => {
+  const kinds = { "minidiff-live:has(img)": "line", "minidiff-inside": "inside", "minidiff-plane": "plane" };
+  for (const [name, kind] of Object.entries(kinds)) {
+    document.querySelectorAll(`.${name}`).forEach((figure) => {
+      if (!figure.dataset[`${kind}Begun`]) minidiff[kind](figure);
+      figure.dataset[`${kind}Begun`] = "1";
+    });
+  }
+};
+if (document.readyState === "loading") addEventListener("DOMContentLoaded", minidiff.start);

@@ -23,28 +23,53 @@ PAGE = """<!doctype html>
 """
 
 
-class Page:
-    """A page in a folder; a notebook beside the folder shows it."""
+# JupyterLab tells a picture where the notebook's folder is: what else is there follows
+NOTEBOOK = """<figure class="minidiff-live minidiff-inside" data-notebook>
+<img src="{folder}/first.png" alt="{prompt}" data-prompt="{prompt}">
+</figure>
+<script>
+document.querySelectorAll("[data-notebook]:not([data-asked]) img").forEach((image) => {{
+  image.closest("figure").dataset.asked = "1";
+  const load = (tag, properties) => new Promise((done) => {{
+    const part = Object.assign(document.createElement(tag), properties);
+    part.onload = done;
+    document.head.append(part);
+  }});
+  const place = (file) => new URL(file, image.src).href;
+  const begin = async () => {{
+    if (!image.naturalWidth || image.dataset.begun) return;
+    image.dataset.begun = "1";
+    await load("link", {{ rel: "stylesheet", href: place("live.css") }});
+    await load("script", {{ src: place("page.js") }});
+    await load("script", {{ src: place("models.js") }});
+    minidiff.start();
+  }};
+  image.addEventListener("load", begin);
+  if (image.complete) begin();
+}});
+</script>"""
 
-    def __init__(self, file: Path, height: int) -> None:
-        self.file, self.height = file, height
+
+class Page:
+    """A page in a folder; a notebook beside the folder shows it too."""
+
+    def __init__(self, file: Path, prompt: str) -> None:
+        self.file, self.prompt = file, prompt
 
     def __repr__(self) -> str:
         return f"the page {self.file}"
 
     def _repr_html_(self) -> str:
-        source = html.escape(self.file.as_posix(), quote=True)
-        style = f"width: 100%; height: {self.height}px; border: 0"
-        return f'<iframe src="{source}" title="the model" style="{style}"></iframe>'
+        words = html.escape(self.prompt, quote=True)
+        folder = html.escape(self.file.parent.as_posix(), quote=True)
+        return NOTEBOOK.format(folder=folder, prompt=words)
 
 
-def live(
-    pipe: Pipeline, prompt: str, folder: Path | str = "live", height: int = 1100
-) -> Page:
+def live(pipe: Pipeline, prompt: str, folder: Path | str = "live") -> Page:
     """Export ``pipe`` and write a page that draws with it, opened at ``prompt``.
 
-    ``folder`` lies beside the notebook, ``height`` is in pixels. Raises ValueError for
-    a pipeline that the runtime cannot run.
+    ``folder`` lies beside the notebook. Raises ValueError for a pipeline that the
+    runtime cannot run.
     """
     folder = Path(folder)
     export_pipeline(pipe, folder, pipe.settings["model"])
@@ -52,4 +77,4 @@ def live(
     save_sheet(picture, 1, folder / "first.png")
     text = PAGE.format(prompt=html.escape(prompt, quote=True))
     write_text(folder / "index.html", text)
-    return Page(folder / "index.html", height)
+    return Page(folder / "index.html", prompt)
