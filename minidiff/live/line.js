@@ -241,4 +241,4 @@ minidiff.start = () => {
     });
   }
 };
-if (document.readyState === "loading") addEventListener("DOMContentLoaded", minidiff.start);
+if (document.readyState !== "complete") addEventListener("DOMContentLoaded", minidiff.start);
