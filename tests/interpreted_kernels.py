@@ -13,6 +13,7 @@ from small import AUTOENCODER, TRANSFORMER
 from test_speed_paths import inputs, transformer
 from torch.nn import functional as F
 
+from minidiff import efficiency
 from minidiff.engine import kernels, triton_kernels
 from minidiff.engine.fast import FastDecoder, FastMMDiT
 from minidiff.vae import VAE
@@ -43,7 +44,7 @@ def check_decoder():
 
 def check_float8():
     """With values that are scaled, not rounded: the interpreter rounds some wrongly."""
-    kernels.FLOAT8 = triton_kernels.FLOAT8 = torch.float32
+    efficiency.FLOAT8 = triton_kernels.FLOAT8 = torch.float32
     x, y, table = torch.randn(6, 96), torch.randn(6, 96), torch.randn(2, 6, 96)
     given = [(y, table[:, 0])], [(table[:, i], table[:, i + 1]) for i in (1, 3)], True
     pairs = [

@@ -232,7 +232,7 @@ def test_a_gpu_multiplies_in_fp8_beside_bfloat16_alone(monkeypatch, dtype):
 
 def on_a_gpu(monkeypatch, capability, dtype=torch.bfloat16, width=32):
     """A stand-in for a model in fp8 on a GPU of some capability."""
-    weight = SimpleNamespace(dtype=kernels.FLOAT8, is_cuda=True, device="cpu")
+    weight = SimpleNamespace(dtype=fast.FLOAT8, is_cuda=True, device="cpu")
     bias = torch.zeros(1, dtype=dtype)
     layer = SimpleNamespace(weight=weight, bias=bias, in_features=width)
     block = SimpleNamespace(x_block=SimpleNamespace(mlp=SimpleNamespace(fc1=layer)))
