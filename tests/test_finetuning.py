@@ -657,9 +657,9 @@ def test_a_grid_is_what_the_pipeline_draws(
 ) -> None:
     pipe = minidiff.load(model)
     pipe.progress = False
-    images, captions = read_folder(pictures, 32)
-    features = finetune.encode_pictures(pipe, images, captions)
-    finetune.save_samples(pipe, features, 5, tmp_path / "grid.png")
+    captions = read_folder(pictures, 32)[1]
+    tuned = finetune.Tuned(pipe, pipe.transformer, None)
+    finetune.Shown(tuned, captions, 5).save(tmp_path / "grid.png")
     pixels = np.array(Image.open(tmp_path / "grid.png"))
     shown = torch.tensor(pixels).permute(2, 0, 1) / 255
     for i, x in enumerate(pipe(captions, seed=5, output_type="pt")):

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend
 
 import minidiff
 from benchmarks import gpu
+from minidiff import efficiency
 from minidiff.attention import record_attention
 from minidiff.dit import MMDiT
 from minidiff.engine import fast, kernels, memory
@@ -325,8 +326,8 @@ def test_fast_decoder(config, fold):
 def test_a_wrong_fold_would_show(monkeypatch):
     vae, latents = randomize(VAE(AUTOENCODER)), torch.randn(1, 16, 4, 4)
     expected = vae.decode(latents)
-    right = fast.folded_kernel
-    monkeypatch.setattr(fast, "folded_kernel", lambda u: right(u).flip(0))
+    right = efficiency.folded_kernel
+    monkeypatch.setattr(efficiency, "folded_kernel", lambda u: right(u).flip(0))
     assert relative_error(FastDecoder.of(vae.decoder)(latents), expected) > 1e-2
 
 
