@@ -56,8 +56,8 @@ class PictureConfig:
 def bucket_sizes(side: int, grid: int, largest: int) -> list[tuple[int, int]]:
     """Widths and heights in pixels, multiples of ``grid`` up to ``largest``.
 
-    For each width the tallest whose area is at most ``side``², and no side more than
-    twice the other.
+    For each width the tallest whose area is at most that of a square of ``side``, and
+    no side more than twice the other.
     """
     found = []
     for width in range(grid, largest + 1, grid):
