@@ -231,6 +231,10 @@ class StreamedLinear(nn.Module):
         self.stored = layer.weight.detach(), bias
         self.out_features, self.in_features = layer.weight.shape
 
+    def matrix(self) -> Tensor:
+        """The weights (out, in), where and as they are stored."""
+        return self.stored[0]
+
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = (
             None if t is None else t.to(x.device).to(x.dtype) for t in self.stored
@@ -333,6 +337,10 @@ class Float8Linear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.out_features, self.in_features = rows.values.shape
 
+    def matrix(self) -> Tensor:
+        """The weights (out, in) that the 8 bits stand for, float32."""
+        return self.weight.float() * self.scale
+
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype) * self.scale.to(x.dtype)
         return F.linear(x, weight, self.bias)
@@ -411,11 +419,11 @@ def quantize_nf4(x: Tensor) -> Nibbles:
     return Nibbles(codes[::2] | codes[1::2] << 4, scale, (x.shape[0], x.shape[1]))
 
 
-def restore_nf4(x: Nibbles, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The matrix (R, D) that ``x`` stands for."""
+def restore_nf4(x: Nibbles) -> Tensor:
+    """The matrix (R, D) that ``x`` stands for, float32."""
     codes = torch.stack([x.codes & 15, x.codes >> 4], dim=1)  # (n/2,) → (n/2, 2)
     unit = normal_levels().to(x.codes.device)[codes.int()].view(-1, BLOCK)
-    return (unit * x.scale.float()[:, None]).view(x.shape).to(dtype)
+    return (unit * x.scale.float()[:, None]).view(x.shape)
 
 
 class NF4Linear(nn.Module):
@@ -434,10 +442,13 @@ class NF4Linear(nn.Module):
         self.register_buffer("bias", bias)
         self.out_features, self.in_features = stored.shape
 
-    def forward(self, x: Tensor) -> Tensor:
+    def matrix(self) -> Tensor:
+        """The weights (out, in) that the 4 bits stand for, float32."""
         shape = self.out_features, self.in_features
-        weight = restore_nf4(Nibbles(self.codes, self.scale, shape), x.dtype)
-        return F.linear(x, weight, self.bias)
+        return restore_nf4(Nibbles(self.codes, self.scale, shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix().to(x.dtype), self.bias)
 
 
 # %% [markdown]

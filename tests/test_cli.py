@@ -341,9 +341,9 @@ def test_no_arguments_and_help(run):
 
 def test_help_lists_the_whole_configuration(run):
     code, out, _ = run("train", "--help")
-    listed = re.search(r"transformer: (.*?)\. Of all: (.*?)\.", " ".join(out.split()))
+    listed = re.search(r"and control: (.*?)\. Of all: (.*?)\.", " ".join(out.split()))
     of_stage, of_all = (text.split(", ") for text in listed.groups())
-    stages = ["clip", "t5", "vae", "judge", "transformer"]
+    stages = ["clip", "t5", "vae", "judge", "transformer", "turbo", "control"]
     assert code == 0 and of_stage == [f.name for f in fields(TrainingConfig)]
     assert sorted([*stages, *of_all]) == sorted(f.name for f in fields(Recipe))
 
@@ -505,7 +505,8 @@ def test_help_is_in_groups(run):
     groups = re.split(r"╭─ (.*?) ─+╮", out)[1:]
     found = dict(zip(groups[::2], groups[1::2], strict=True))
     names = [*("Arguments", "Options", "What to draw", "How many, how large")]
-    names += [*("How to draw", "From a picture", "Model", "Memory", "Speed", "Output")]
+    names += [*("How to draw", "From a picture", "By a sketch", "Model", "Memory")]
+    names += ["Speed", "Output"]
     assert list(found) == names
     assert re.findall("--[a-z0-9-]+", found["Options"]) == ["--help"]
     listed = re.findall(r"│ +(--[a-z0-9-]+)", out)

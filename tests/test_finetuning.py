@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import minidiff
 from minidiff.cli import train as command
 from minidiff.data import captioned
-from minidiff.data.captioned import captions_of, read_folder, read_pictures
+from minidiff.data.captioned import captions_of, read_folder
 from minidiff.data.fashion_mnist import CLASSES
 from minidiff.data.garments import Scenes
 from minidiff.efficiency import Float8Linear, weigh
@@ -723,21 +723,21 @@ def test_options_of_fine_tuning_arrive(
 ) -> None:
     asked, read, configs, fit = [], [], [], finetune.fit
 
-    def reading(*given: object) -> tuple:
+    def reading(*given: object) -> list:
         read.append(given)
-        return read_pictures(*given)
+        return read_sets(*given)
 
     def learning(task: Task, config: TrainingConfig, *rest: object) -> nn.Module:
         configs.append(config)
         return fit(task, replace(config, compile=False), *rest)
 
     monkeypatch.setattr(steps, "recompute", asked.append)
-    monkeypatch.setattr(finetune, "read_pictures", reading)
+    monkeypatch.setattr(finetune, "read_sets", reading)
     monkeypatch.setattr(finetune, "fit", learning)
     options = FinetuneOptions(str(model), pictures, tmp_path / "out", 1)
-    how = {"compile": True, "recompute": True, "crop": False, "lora": LoraConfig(2)}
-    finetune_pictures(replace(options, **how))
-    assert len(asked) == 1 and read[0][3] is False and configs[0].compile
+    how = {"compile": True, "recompute": True, "lora": LoraConfig(2)}
+    finetune_pictures(replace(options, **how, how=PictureConfig(crop=False)))
+    assert len(asked) == 1 and read[0][3].crop is False and configs[0].compile
 
 
 # What practitioners ask for

@@ -20,7 +20,7 @@ import json, re, sys, threading, time
 from pathlib import Path
 import torch
 from minidiff.dit import MMDiT, MMDiTConfig
-from minidiff.engine.memory import Plan, place
+from minidiff.engine.memory import Plan, place_part
 from minidiff.files.weights import prepare_component
 
 def anonymous():
@@ -40,7 +40,7 @@ prepared = prepare_component(MMDiT, MMDiTConfig, sys.argv[1])
 before = anonymous()
 thread = threading.Thread(target=watch)
 thread.start()
-model = place(prepared, Plan(**json.loads(sys.argv[2])), "cpu", torch.bfloat16)
+model = place_part(prepared, Plan(**json.loads(sys.argv[2])), "cpu", torch.bfloat16)
 done = True
 thread.join()
 print(json.dumps([max(peak, anonymous()) - before, model.training]))

@@ -29,7 +29,8 @@ def train(
     recipe: Annotated[
         str | None,
         WHAT(
-            "gpu, shipped, longer, further, muon, details, trial, or a JSON file.",
+            "gpu, shipped, world, trial, longer, further, muon, details, or a JSON "
+            "file.",
             usual="gpu on a GPU, else shipped",
         ),
     ] = None,

@@ -4,6 +4,7 @@ import math
 import sys
 import warnings
 from collections.abc import Collection, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -230,7 +231,7 @@ def check_dtypes(transformer: nn.Module, vae: nn.Module) -> None:
 
 def check_number(name: str, value: Any) -> None:
     """Raise ValueError unless ``value`` is a finite number."""
-    number = isinstance(value, int | float)
+    number = isinstance(value, Real)  # of NumPy too
     if not (number and abs(value) <= sys.float_info.max):
         raise ValueError(f"{name} is {value!r}; expected a finite number")
 
