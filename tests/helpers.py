@@ -1,6 +1,7 @@
 """What several tests need."""
 
 import json
+import re
 import urllib.request
 from types import ModuleType, SimpleNamespace
 
@@ -55,3 +56,9 @@ def request(url: str, model: dict | None = None) -> dict:
     asked = urllib.request.Request(url, data, headers, method=method)
     with urllib.request.urlopen(asked) as answer:
         return json.load(answer)
+
+
+def short(value: object) -> str:
+    """A case's name, the same in every process."""
+    value = sorted(value) if isinstance(value, set) else value
+    return re.sub(" at 0x[0-9a-f]+", "", repr(value))[:40]

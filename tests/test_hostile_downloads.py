@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import short
 from huggingface_hub import constants
 from safetensors.torch import save
 
@@ -241,7 +242,7 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(("act", "message"), BROKEN, ids=lambda x: str(x)[:50])
+@pytest.mark.parametrize(("act", "message"), BROKEN, ids=short)
 def test_broken_hubs(server, fetch, monkeypatch, act, message):
     monkeypatch.setattr(hub, "LONGEST", 500_000)
     monkeypatch.setattr(hub, "SLOWEST", 10_000)
@@ -274,7 +275,7 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize(("how", "message"), CALLS, ids=lambda x: str(x)[:30])
+@pytest.mark.parametrize(("how", "message"), CALLS, ids=short)
 def test_bad_calls(fetch, how, message):
     refused(message, lambda: fetch(**how))
 
@@ -286,7 +287,7 @@ CHANGED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "sent", "message"), CHANGED, ids=lambda x: str(x)[:9])
+@pytest.mark.parametrize(("name", "sent", "message"), CHANGED, ids=short)
 def test_damaged_files_are_named_and_come_again(server, fetch, name, sent, message):
     server.sent[name] = sent
     refused(message, fetch)
@@ -312,7 +313,7 @@ RIGHT = [
 ]
 
 
-@pytest.mark.parametrize(("how", "names"), RIGHT, ids=lambda x: str(x)[:30])
+@pytest.mark.parametrize(("how", "names"), RIGHT, ids=short)
 def test_what_is_fetched(server, fetch, how, names):
     folder = fetch(**how)
     found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}

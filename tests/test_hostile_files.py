@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import short
 from safetensors.torch import save_file
 from torch import nn
 
@@ -40,11 +41,6 @@ from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
 from minidiff.vae import VAE, VAEConfig
 
 LONG = "x" * 1_000_000
-
-
-def repr_short(value: Any) -> str:
-    """A case's name."""
-    return repr(value)[:40]
 
 
 def refused(message: str, call: Callable[[], Any]) -> None:
@@ -138,7 +134,7 @@ JSONS = [
 ]
 
 
-@pytest.mark.parametrize(("content", "message"), JSONS, ids=repr_short)
+@pytest.mark.parametrize(("content", "message"), JSONS, ids=short)
 def test_json(tmp_path, content, message):
     file = tmp_path / "config.json"
     file.write_text(content)
@@ -319,7 +315,7 @@ RAW = [
 ]
 
 
-@pytest.mark.parametrize(("content", "message"), RAW, ids=repr_short)
+@pytest.mark.parametrize(("content", "message"), RAW, ids=short)
 def test_safetensors(tmp_path, content, message):
     file = tmp_path / "model.safetensors"
     file.write_bytes(content)
@@ -399,7 +395,7 @@ INDEX = [
 ]
 
 
-@pytest.mark.parametrize(("index", "files", "message"), INDEX, ids=repr_short)
+@pytest.mark.parametrize(("index", "files", "message"), INDEX, ids=short)
 def test_shards(tmp_path, index, files, message):
     (tmp_path / "model.safetensors.index.json").write_text(index)
     for name, tensors in files.items():
@@ -545,7 +541,7 @@ CLIP = [
 ]
 
 
-@pytest.mark.parametrize(("name", "change", "message"), CLIP, ids=repr_short)
+@pytest.mark.parametrize(("name", "change", "message"), CLIP, ids=short)
 def test_clips_tokenizer(tmp_path, name, change, message):
     folder = shutil.copytree(TINY_CLIP, tmp_path / "tokenizer")
     if name == WHOLE:  # all that it says counts
@@ -597,7 +593,7 @@ UNIGRAM = [
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), UNIGRAM, ids=repr_short)
+@pytest.mark.parametrize(("change", "message"), UNIGRAM, ids=short)
 def test_t5s_tokenizer(tmp_path, change, message):
     folder = shutil.copytree(TINY_T5, tmp_path / "tokenizer")
     edited(folder, WHOLE, change)
@@ -636,7 +632,7 @@ SPIECE = [
 ]
 
 
-@pytest.mark.parametrize(("content", "message"), SPIECE, ids=repr_short)
+@pytest.mark.parametrize(("content", "message"), SPIECE, ids=short)
 def test_spiece_model(tmp_path, monkeypatch, content, message):
     monkeypatch.setattr(sentencepiece, "MOST_PIECES", 1_000)
     (tmp_path / "spiece.model").write_bytes(content)
@@ -754,7 +750,7 @@ LORAS = [
 ]
 
 
-@pytest.mark.parametrize(("tensors", "notes", "expected"), LORAS, ids=repr_short)
+@pytest.mark.parametrize(("tensors", "notes", "expected"), LORAS, ids=short)
 def test_lora_files(tmp_path, tensors, notes, expected):
     file = tmp_path / "lora.safetensors"
     text = notes if isinstance(notes, str) else json.dumps(notes)
@@ -841,7 +837,7 @@ SINGLES = [
 ]
 
 
-@pytest.mark.parametrize(("changed", "message"), SINGLES, ids=repr_short)
+@pytest.mark.parametrize(("changed", "message"), SINGLES, ids=short)
 def test_single_files(tmp_path, changed, message):
     config = MMDiTConfig(
         num_layers=2,

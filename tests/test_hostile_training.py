@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import short
 from PIL import Image
 from regression import assert_same, trained
 from safetensors.torch import load_file, save_file
@@ -46,11 +47,6 @@ def refused(message: str, call: Callable[[], Any]) -> None:
         call()
     told = str(failed.value)
     assert "\n" not in told and len(told) < 900, told[:1000]
-
-
-def short(value: object) -> str:
-    """A case's name."""
-    return repr(value)[:40]
 
 
 # Recipes
