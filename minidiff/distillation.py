@@ -865,7 +865,7 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 # - **LoRA.** Distilling only small corrections of the weights needs a fraction of the
 #   memory and gives a file that can be taken off again (chapter 10).
 # - **Weights of the loss.** sCM and others learn how strongly each level counts. Ours
-#   counts all sizes alike.
+#   is fixed: the smallest jumps count as much as all others together.
 #
 # ## Exercises
 #

@@ -16,7 +16,7 @@ from minidiff.cli import train as command
 from minidiff.distillation import JumpScheduler, euler_step, flow_map_loss, jump
 from minidiff.dit import MMDiT
 from minidiff.flow_matching import guide, interpolate, shift_sigma
-from minidiff.judging.diversity import SEEDS, spread
+from minidiff.judging.diversity import SEEDS, feature_spread
 from minidiff.learning.run import read_log
 from minidiff.lora import add_lora
 from minidiff.recipes import turbo
@@ -112,8 +112,8 @@ def test_batches_hold_each_size_as_often() -> None:
 def test_spread_is_within_prompts_alone() -> None:
     centres = 100 * torch.randn(5, 1, 3)
     around = torch.tensor([[1.0, 0, 0], [-1, 0, 0]]).repeat(SEEDS // 2, 1)
-    assert spread(centres + around) == pytest.approx(1.0, abs=1e-4)
-    assert spread(centres + 0.5 * around) == pytest.approx(0.5, abs=1e-4)
+    assert feature_spread(centres + around) == pytest.approx(1.0, abs=1e-4)
+    assert feature_spread(centres + 0.5 * around) == pytest.approx(0.5, abs=1e-4)
 
 
 # Any model of the family

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from minidiff.files.layout import ENCODERS
 from minidiff.files.lora_files import FILE, PEFT_FILE, lora_file
 from minidiff.interface.checks import check_number
 from minidiff.lora import (
@@ -28,8 +29,7 @@ Pairs: TypeAlias = list[tuple[dict[str, Update], nn.Module]]
 
 def components(pipe: Pipeline) -> dict[str, nn.Module]:
     """What a file can adapt, under the names that it uses."""
-    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    encoders = zip(names, pipe.text_encoders, strict=False)
+    encoders = zip(ENCODERS, pipe.text_encoders, strict=False)
     return {"transformer": pipe.transformer} | {n: e for n, e in encoders if e}
 
 

@@ -12,7 +12,7 @@ SEEDS = 8  # pictures of each prompt
 MOST = 64  # prompts
 
 
-def spread(features: Tensor) -> float:
+def feature_spread(features: Tensor) -> float:
     """Root mean square distance of features (P, S, D) from their prompt's mean."""
     away = features - features.mean(1, keepdim=True)
     return away.square().sum(-1).mean().sqrt().item()
@@ -47,5 +47,6 @@ def diversity(
     """
     draw: Callable[..., Tensor] = features_by_prompt
     common = extract, texts[:MOST], seed, batch
-    own = spread(draw(pipe, *common, **how))
-    return round(own / spread(draw(other, *common, **other.defaults._asdict())), 4)
+    own = feature_spread(draw(pipe, *common, **how))
+    theirs = feature_spread(draw(other, *common, **other.defaults._asdict()))
+    return round(own / theirs, 4)

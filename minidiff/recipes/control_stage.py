@@ -39,7 +39,6 @@ from minidiff.training import Batch, Task
 from minidiff.vae import VAE
 
 DROP = 0.5  # how often the empty prompt takes the caption's place: the sketch must do
-SCALE = 2.5  # of the tiny model's guidance
 SHOWN = 16  # held-out scenes that a validation draws
 
 
@@ -89,7 +88,9 @@ class Held:
         return sum(losses) / levels
 
     @torch.no_grad()
-    def draw(self, transformer: MMDiT, net: ControlNet | None, vae: VAE) -> Tensor:
+    def draw(
+        self, transformer: MMDiT, net: ControlNet, vae: VAE, scale: float
+    ) -> Tensor:
         """The first captions (B, 3, H, W) in [0, 1], in 28 steps, by their edges."""
         n = min(SHOWN, len(self.features))
         f, noise = self.features, self.fixed["noise"][:n]
@@ -99,10 +100,10 @@ class Held:
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
             asked = torch.cat([x, x]), sigma.expand(2 * n)
-            said = net and controls_of(net, transformer, *asked, pooled, condition)
+            said = controls_of(net, transformer, *asked, pooled, condition)
             v = transformer(*asked, context, pooled, controls=said)
             empty, full = v.chunk(2)
-            return guide(empty, full, SCALE)
+            return guide(empty, full, scale)
 
         x = euler(velocity, noise, Scheduler(shift=1.0).sigmas(28).to(noise.device))
         return (vae.decode(vae.unscale(x)) / 2 + 0.5).clamp(0, 1)
@@ -130,7 +131,7 @@ def control_lesson(job: Job) -> Lesson:
     held, folder = hold(job, encoder), job.output / "grids"
 
     def validate(net: ControlNet) -> dict[str, object]:
-        drawn = held.draw(transformer, net, encoder.vae)
+        drawn = held.draw(transformer, net, encoder.vae, recipe.guidance)
         met = agreement(drawn, held.edges).mean().item()
         if not parallel.rank():
             step = job.run.step if job.run else 0

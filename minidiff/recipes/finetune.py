@@ -21,6 +21,7 @@ from minidiff.efficiency import StreamedLinear, weigh
 from minidiff.engine.adapters import components
 from minidiff.engine.loading import blueprint, load
 from minidiff.engine.memory import StreamedEmbedding, free_memory, to_float8
+from minidiff.files.layout import ENCODERS
 from minidiff.files.lora_files import FILE
 from minidiff.files.pictures import save_sheet
 from minidiff.interface.checks import check_range
@@ -51,7 +52,7 @@ from minidiff.sampling import Pipeline
 from minidiff.text_encoders import assemble
 from minidiff.training import Batch, Task, TrainingConfig, fit, transformer_loss
 
-ENCODERS = ("text_encoder", "text_encoder_2")
+CLIPS = tuple(ENCODERS)[:2]
 CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
@@ -311,7 +312,7 @@ def begin_lora(pipe: Pipeline, lora: LoraConfig) -> dict[str, dict[str, LowRank]
     given = lora.rank, lora.alpha
     updates = {"transformer": add_lora(pipe.transformer, *given, lora.targets)}
     for name, encoder in components(pipe).items() if lora.encoders else ():
-        if name in ENCODERS:
+        if name in CLIPS:
             updates[name] = add_lora(encoder, *given, CLIP_ATTENTION)
     return updates
 

@@ -196,13 +196,6 @@ def check_rows(config: TrainingConfig) -> None:
         raise ValueError(f"turbo has {found}; expected {SIZES} sizes of jumps in each")
 
 
-def own_weights(model: MMDiT) -> MMDiT:
-    """The same transformer; its weights may have been a read-only memory map."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    return model
-
-
 def export_turbo(student: MMDiT, folder: Path, shift: float, base: str) -> None:
     """Write what makes a folder beside ``base`` a few-step model: float16 weights.
 

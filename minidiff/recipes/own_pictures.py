@@ -1,4 +1,4 @@
-"""How own pictures are learned from: shapes, captions, repeats, what is to stay."""
+"""How own pictures are learned from: shapes, captions, what is to stay."""
 
 import functools
 import itertools

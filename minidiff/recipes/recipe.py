@@ -63,7 +63,7 @@ class Recipe:
     hold_latents: float = 0.0  # how strongly, where both learn: see ``held_loss``
     shift: float = 1.0  # moves noise levels towards 1
     turbo: TrainingConfig = TURBO
-    guidance: float = 2.5  # of the teacher from which turbo learns
+    guidance: float = 2.5  # of turbo's teacher, and of what control draws
     scenes: str = "composed"  # or "plain" (garments as they are), "world", a folder
 
     @property

@@ -49,6 +49,8 @@ from minidiff.recipes.vae_stage import vae_lesson
 from minidiff.training import fit
 
 CLIP_L, CLIP_G, T5 = ENCODERS
+READ = (*TOKENIZERS, *ENCODERS, "vae")  # by the transformer
+WHOLE = (*READ, "transformer")
 STAGES = (  # in the order in which one needs another
     Stage("tokenizers", train_tokenizers, makes=tuple(TOKENIZERS)),
     Stage("clip", clip_lesson, needs=tuple(TOKENIZERS), makes=(CLIP_L, CLIP_G)),
@@ -59,24 +61,12 @@ STAGES = (  # in the order in which one needs another
     Stage(
         "transformer",
         transformer_lesson,
-        needs=(*TOKENIZERS, *ENCODERS, "vae"),
+        needs=READ,
         makes=("transformer",),
         goes_on=True,
     ),
-    Stage(
-        "turbo",
-        turbo_lesson,
-        needs=(*TOKENIZERS, *ENCODERS, "vae", "transformer"),
-        goes_on=True,
-        named=True,
-    ),
-    Stage(
-        "control",
-        control_lesson,
-        needs=(*TOKENIZERS, *ENCODERS, "vae", "transformer"),
-        goes_on=True,
-        named=True,
-    ),
+    Stage("turbo", turbo_lesson, needs=WHOLE, goes_on=True, named=True),
+    Stage("control", control_lesson, needs=WHOLE, goes_on=True, named=True),
 )
 
 PIPELINE = ("model_index.json", WORDS, "scheduler", *TOKENIZERS, *loading.PARTS)
@@ -286,7 +276,7 @@ class TrainOptions:
         recipe: "gpu" (large batches, for a large GPU), "shipped" (what began the
             shipped model, an hour and a half of two CPU cores), "trial" (a few steps of
             everything), "world" (garments and things), a name of
-            ``minidiff.recipes.recipe`` (with ``start``) or a JSON file (see
+            ``recipes.json`` (with ``start``) or a JSON file (see
             ``find_recipe``); by default "gpu" on a GPU, else "shipped".
         steps, batch_size: of the one stage named, for the recipe's.
         compile: for the recipe's.

@@ -75,7 +75,7 @@ def distil(options: FinetuneOptions, seed: int = 0) -> Path:
 def check_options(options: FinetuneOptions) -> None:
     """Raise ValueError for options of fine-tuning that jumps do not have."""
     lora, how = options.lora or LoraConfig(), options.how
-    others = {"--fp8": lora.fp8, "--train-text-encoders": lora.encoders}
+    others = {"--fp8": lora.fp8, "--encoders": lora.encoders}
     others |= {"--buckets": how.buckets, "--prior": bool(how.prior)}
     others |= {"--prompt": bool(how.prompts)}
     if given := [name for name, value in others.items() if value]:

@@ -14,7 +14,6 @@ from minidiff.recipes.jumps import (
     JumpBatches,
     check_rows,
     export_turbo,
-    own_weights,
 )
 from minidiff.recipes.transformer_stage import NAME, SceneEncoder, plain_attention
 from minidiff.training import Task
@@ -42,7 +41,7 @@ def turbo_lesson(job: Job) -> Lesson:
     def export(student: MMDiT) -> None:
         export_turbo(student, job.output / "turbo", shift, job.model.name)
 
-    student = own_weights(copy.deepcopy(taught.teacher)).requires_grad_(True)
+    student = copy.deepcopy(taught.teacher).requires_grad_(True)
     if job.recompute:
         recompute(student.joint_blocks)
     order = functools.partial(place_in_pool, n=len(features))
