@@ -959,8 +959,7 @@ class MMDiT(nn.Module):
 
 # %% tags=["active-ipynb"]
 # from diffusers import SD3Transformer2DModel
-# from minidiff.files.weights import transformer_sources
-# from minidiff.files.weights import join_stored
+# from minidiff.files.weights import join_stored, transformer_sources
 #
 # sizes = MMDiTConfig(16, 2, 16, 16, 3, 16, 4, 48, 24, 12, (0, 1), "rms_norm")
 # theirs = SD3Transformer2DModel(caption_projection_dim=64, **vars(sizes)).eval()

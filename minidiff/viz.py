@@ -16,27 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff.classroom.interactive import (
-    Interactive as Interactive,
+from minidiff.classroom.interactive import (  # noqa: F401
+    Interactive,
+    attention_explorer,
+    denoising_scrubber,
+    latent_pictures,
+    to_frames,
+    to_pictures,
 )
-from minidiff.classroom.interactive import (
-    attention_explorer as attention_explorer,
-)
-from minidiff.classroom.interactive import (
-    denoising_scrubber as denoising_scrubber,
-)
-from minidiff.classroom.interactive import (
-    latent_pictures as latent_pictures,
-)
-from minidiff.classroom.interactive import (
-    to_frames as to_frames,
-)
-from minidiff.classroom.interactive import (
-    to_pictures as to_pictures,
-)
-from minidiff.live.page import (
-    live as live,
-)
+from minidiff.live.page import live  # noqa: F401
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

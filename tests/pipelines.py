@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from helpers import randomize
 
+import minidiff
+from minidiff.sampling import Pipeline
 from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
 
 TEXTS = [
@@ -141,3 +143,13 @@ def pair(folder: Path):
     pipe = minidiff.load(folder / "saved")
     pipe.progress = False
     return pipe, reference
+
+
+def halved(folder: Path) -> Pipeline:
+    """The pipeline of a folder, with weights that half precision holds."""
+    pipe = minidiff.load(folder)
+    pipe.progress = False
+    for part in (*pipe.text_encoders, pipe.transformer, pipe.vae):
+        for x in (*part.parameters(), *part.buffers()):
+            x.data = x.data.half().float()
+    return pipe

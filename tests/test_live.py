@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import relative_error
+from pipelines import halved
 from tokenizer_strings import strings
 from torch import Tensor
 
@@ -98,12 +99,7 @@ def pipe() -> Pipeline:
 @pytest.fixture(scope="module")
 def small_pipe(small: Path) -> Pipeline:
     """Of other sizes, with dual attention; weights that half precision holds."""
-    pipe = minidiff.load(small)
-    pipe.progress = False
-    for part in (*pipe.text_encoders, pipe.transformer, pipe.vae):
-        for x in (*part.parameters(), *part.buffers()):
-            x.data = x.data.half().float()
-    return pipe
+    return halved(small)
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ import pytest
 import torch
 from helpers import relative_error
 from PIL import Image
+from pipelines import halved
 
-import minidiff
 from minidiff import viz
 from minidiff.files.pictures import read_settings, save_picture
 from minidiff.flow_matching import exact_velocity
@@ -37,12 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:CLIP-L and CLIP-G read")
 @pytest.fixture(scope="module")
 def pipe(small: Path) -> Pipeline:
     """Its weights are what half precision holds."""
-    pipe = minidiff.load(small)
-    pipe.progress = False
-    for part in (*pipe.text_encoders, pipe.transformer, pipe.vae):
-        for x in (*part.parameters(), *part.buffers()):
-            x.data = x.data.half().float()
-    return pipe
+    return halved(small)
 
 
 @pytest.fixture(scope="module")

@@ -327,6 +327,21 @@ def test_another_configuration_is_refused(tmp_path: Path) -> None:
         trained(tmp_path, muon=True)
 
 
+def test_tensorboard_gets_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    class Board:
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            seen.append((name, value, step))
+
+    monkeypatch.setattr(runs, "tensorboard", lambda folder: Board())
+    with Run(tmp_path, {}) as run:
+        run.log({"step": 3, "loss": 0.5, "by_level": [1.0]})
+    assert seen == [("loss", 0.5, 3)]
+
+
 def test_only_the_last_checkpoints_and_the_best_stay(tmp_path: Path) -> None:
     with Run(tmp_path, {}, keep=3) as run:
         for step, score in enumerate([3.0, 1.0, 2.0, 4.0]):

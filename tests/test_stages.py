@@ -52,6 +52,7 @@ def job(fashion: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
         vae=replace(quick, steps=12, batch_size=4),
         judge=quick,
         transformer=quick,
+        turbo=quick,
         control=quick,
         pictures=64,
         latents=32,

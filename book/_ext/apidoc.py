@@ -5,6 +5,7 @@ chapter's module has the chapter's first page as its docstring, in Markdown: the
 page lists its names and links to the chapter instead.
 """
 
+import re
 import sys
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -14,17 +15,8 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 PACKAGE = Path(__file__).parents[2] / "minidiff"
-CHAPTERS = {
-    "minidiff.tokenizer",
-    "minidiff.text_encoders",
-    "minidiff.vae",
-    "minidiff.attention",
-    "minidiff.dit",
-    "minidiff.flow_matching",
-    "minidiff.training",
-    "minidiff.sampling",
-    "minidiff.efficiency",
-}
+PAIRS = (PACKAGE.parent / "jupytext.toml").read_text(encoding="utf-8")
+CHAPTERS = {f"minidiff.{name}" for name in re.findall(r"minidiff//(\w+)/py", PAIRS)}
 # What minidiff.viz lists under its own name, and what matplotlib adds to its figures
 LEFT_OUT = (
     "Interactive, attention_explorer, denoising_scrubber, latent_pictures, "

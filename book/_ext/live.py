@@ -1,7 +1,6 @@
 """The model of the book's pages: exported into the static files when the book is built.
 
-Beside it lies a picture of each ``data-prompt`` that a page names, for readers whose
-browser runs no scripts.
+Beside it lies a picture of the journey's prompt, for browsers that run no scripts.
 """
 
 from pathlib import Path
@@ -9,11 +8,11 @@ from pathlib import Path
 from sphinx.application import Sphinx
 
 import minidiff
+from minidiff.classroom.journey import PROMPT
 from minidiff.files.pictures import save_picture
 from minidiff.live.exporting import export_pipeline
 
 MODEL = "tiny"
-PROMPT = "a red dress on a blue background"
 
 
 def add(app: Sphinx, error: Exception | None) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from minidiff.cli.options import examples
-from minidiff.interface.terminal import printable
+from minidiff.interface.terminal import cut, printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -69,17 +69,12 @@ def table(one: dict[str, str], other: dict[str, str]) -> list[str]:
     """The settings of two pictures, a line each; those that differ are marked."""
     names = list(dict.fromkeys((*one, *other)))
     rows = [(n, one.get(n, "–"), other.get(n, "–")) for n in names]
-    shown = [[cut_to(printable(x), 36) for x in row] for row in rows]
+    shown = [[cut(printable(x), 36) for x in row] for row in rows]
     wide = [max((len(row[i]) for row in shown), default=0) for i in range(2)]
     return [
         f"{name:<{wide[0]}}  {a:<{wide[1]}}  {b}{'' if x == y else '  <'}"
         for (name, a, b), (_, x, y) in zip(shown, rows, strict=True)
     ]
-
-
-def cut_to(text: str, length: int) -> str:
-    """``text``, or its beginning."""
-    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def first_difference(one: dict[str, str], other: dict[str, str]) -> str | None:

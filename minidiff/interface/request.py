@@ -105,7 +105,8 @@ class Request:
         checks.check_choice("output_type", self.output_type, OUTPUTS)
         if self.guidance_scale is not None:
             checks.check_number("guidance_scale", self.guidance_scale)
-        if not callable(call := self.callback_on_step_end or print):
+        call = self.callback_on_step_end
+        if not (call is None or callable(call)):
             found = f"callback_on_step_end is a {type(call).__name__}"
             raise TypeError(f"{found}; expected a function")
         for one in self.controls:

@@ -45,7 +45,7 @@ class Evaluation:
         checks.check_range("-n", self.n, 2, metrics.MOST_PROMPTS)
         if self.steps is not None:
             checks.check_range("--steps", self.steps, 1, 1000)
-        checks.check_number("guidance_scale", self.guidance_scale or 1.0)
+        checks.check_number("guidance_scale", checks.given(self.guidance_scale, 1.0))
         metrics.choose_rows(self.garments)
         if self.prompts and not self.of_world:
             raise ValueError(
@@ -85,7 +85,7 @@ class Evaluation:
         usual = pipe.defaults
         return {
             "num_inference_steps": self.steps or usual.num_inference_steps,
-            "guidance_scale": self.guidance_scale or usual.guidance_scale,
+            "guidance_scale": checks.given(self.guidance_scale, usual.guidance_scale),
         }
 
     @property

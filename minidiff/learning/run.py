@@ -6,7 +6,9 @@ line), ``step-N.safetensors`` (the last few checkpoints, with a checksum),
 however it ends.
 """
 
+import functools
 import hashlib
+import importlib.util
 import json
 import math
 import sys
@@ -41,8 +43,10 @@ if sys.platform == "win32":
     import msvcrt
 else:
     import fcntl
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
 RESULTS = ("model", "judge", "pytorch_lora_weights.safetensors")
 
 
@@ -322,6 +326,10 @@ class Run:
         except OSError as error:
             reason = f"cannot write {self.log_file}: {error.strerror}"
             raise OSError(f"{reason}; {self.last_good()}") from error
+        if board := tensorboard(self.folder):
+            for name, value in record.items():
+                if name != "step" and isinstance(value, int | float):
+                    board.add_scalar(name, value, record.get("step", 0))
 
 
 def take_lock(path: Path) -> IO[str]:
@@ -355,6 +363,16 @@ def step_of(checkpoint: Path) -> int:
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether PyTorch could not get memory, on a GPU or on the CPU."""
     return isinstance(error, torch.OutOfMemoryError) or is_refused_memory(error)
+
+
+@functools.cache
+def tensorboard(folder: Path) -> Any:
+    """A writer of TensorBoard's files in ``folder``; None where it is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder)
 
 
 def read_log(path: Path | str) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from minidiff.files import tokenizer_files
 from minidiff.files.disk import replacing, write_text
+from minidiff.files.layout import MODELS
 from minidiff.files.tokenizer_files import seen
 from minidiff.sampling import Pipeline
 from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
@@ -49,16 +50,13 @@ def export_pipeline(pipe: Pipeline, folder: Path, model: Path | str) -> None:
     about = about_pipeline(pipe) | {"name": name, "words": sorted(seen(model))}
     about["parts"] = {
         part: write_part(folder, part, module)
-        for part, module in zip(PARTS, modules(pipe), strict=True)
+        for part, module in zip(MODELS, modules(pipe), strict=True)
     }
     write_script(folder / f"{name}.js", f"minidiff.models[{name!r}] = ", about)
     write_script(folder / "runtime.js", "minidiff.runtime = ", runtime())
     write_script(folder / "models.js", INDEX, exported(folder) | {name: usual(pipe)})
     write_text(folder / "page.js", joined(PAGE))
     write_text(folder / "live.css", (HERE / "live.css").read_text("utf-8"))
-
-
-PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae")
 
 
 def modules(pipe: Pipeline) -> list[nn.Module]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from minidiff.control import (
+    VALUES,
     ControlNet,
     begin_control,
     canny,
@@ -52,7 +53,7 @@ def scene_edges(scenes: AnyScenes, n: int) -> Iterator[Tensor]:
 def encode_edges(vae: VAE, scenes: AnyScenes, n: int) -> Tensor:
     """Scaled latents (n, C, h, w) of the scenes' edges, float16."""
     half = torch.empty(0, dtype=torch.float16, device=scenes.device)
-    edges = ((2 * e - 1).expand(-1, 3, -1, -1) for e in scene_edges(scenes, n))
+    edges = (VALUES["edges"](e).expand(-1, 3, -1, -1) for e in scene_edges(scenes, n))
     return encode_latents(vae, edges, n, half, autocast=True)
 
 

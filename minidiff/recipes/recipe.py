@@ -30,19 +30,6 @@ LIMITS = {
 }
 
 
-TURBO = TrainingConfig(
-    4000,
-    32,
-    3e-4,  # larger steps draw the student away before it knows its teacher
-    100,
-    ema_decay=0.998,
-    muon=True,
-    save_every=100,
-    validate_every=500,
-    bfloat16=True,
-)
-
-
 @dataclass(frozen=True)
 class Recipe:
     """How long each stage learns, and from how many scenes."""
@@ -52,6 +39,7 @@ class Recipe:
     vae: TrainingConfig
     judge: TrainingConfig
     transformer: TrainingConfig
+    turbo: TrainingConfig
     control: TrainingConfig
     pictures: int  # scenes kept as pictures, for CLIP and the autoencoder
     latents: int  # scenes kept as latents, for the transformer
@@ -62,7 +50,6 @@ class Recipe:
     keep_latents: bool = False  # of the autoencoder only the decoder learns
     hold_latents: float = 0.0  # how strongly, where both learn: see ``held_loss``
     shift: float = 1.0  # moves noise levels towards 1
-    turbo: TrainingConfig = TURBO
     guidance: float = 2.5  # of turbo's teacher, and of what control draws
     scenes: str = "composed"  # or "plain" (garments as they are), "world", a folder
 
