@@ -1,9 +1,17 @@
-"""The built book: no warning (the fixture), and every link and figure resolves."""
+"""The built book: every link and figure resolves; each page in a real browser.
+
+Without a warning it is built by the fixture, once: both kinds of tests stand in one
+file so that one process has it.
+"""
 
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import pytest
+from figures import check_explorer, check_scrubber
 
 LOCAL = ("", "file")
 FETCHED = ("stylesheet", "preload", "modulepreload", "icon")
@@ -80,3 +88,133 @@ def test_pages_have_search_copy_buttons_and_neighbours(book: Path) -> None:
     text = (book / "book" / "setup.html").read_text(encoding="utf-8")
     for wanted in ("search-button", "copybutton.js", "theme-switch", "prev-next"):
         assert wanted in text, f"no {wanted} in the page"
+
+
+# In a browser: both themes, and a phone's width
+
+MODES = {"light": (1280, "light"), "dark": (1280, "dark"), "phone": (390, "dark")}
+
+PROBE = """
+async () => {
+  if (window.MathJax?.startup) await MathJax.startup.promise;
+  await new Promise(seen => requestAnimationFrame(() => requestAnimationFrame(seen)));
+  const root = document.documentElement;
+  const images = [...document.images].filter(i => !(i.complete && i.naturalWidth > 0));
+  const maths = [...document.querySelectorAll(".math")]
+    .filter(m => !m.querySelector("mjx-container"));
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  const raw = [];
+  while (walker.nextNode()) {
+    const text = walker.currentNode.data, parent = walker.currentNode.parentElement;
+    if (/\\$\\$|\\$\\\\[a-z]|\\\\\\(|\\\\\\[|\\{cite\\}|:::|-\\|-/.test(text)
+        && !parent.closest("pre, code, script, style, textarea")) raw.push(text);
+  }
+  const wide = [...document.querySelectorAll("body *")].filter(e => {
+    const box = e.getBoundingClientRect();
+    return box.width && box.right > root.clientWidth + 1;
+  });
+  return {
+    theme: root.dataset.theme,
+    images: images.map(i => i.src.slice(0, 200)),
+    maths: maths.map(m => m.textContent),
+    errors: [...document.querySelectorAll("mjx-merror, [data-mjx-error]")]
+      .map(m => m.textContent),
+    raw,
+    overflow: root.scrollWidth > root.clientWidth
+      ? wide.slice(0, 5).map(e => e.tagName + "." + e.className) : [],
+  };
+}
+"""
+
+
+def pages(book: Path) -> list[Path]:
+    """All that is written, and of the sources' pages the longest of each folder."""
+    found = [
+        path for name in ("book", "notebooks") for path in (book / name).rglob("*.html")
+    ]
+    sources = sorted(
+        (book / "_modules").rglob("*.html"), key=lambda p: p.stat().st_size
+    )
+    longest = {path.parent: path for path in sources}
+    ends = [book / "genindex.html", book / "search.html"]
+    return sorted(found) + sorted(longest.values()) + ends
+
+
+def test_every_page(chromium: Any, book: Path) -> None:
+    context = chromium.new_context()
+    problems = [
+        f"{path.relative_to(book)}: {line}"
+        for path in pages(book)
+        for line in visit(context, path)
+    ]
+    context.close()
+    assert not problems, "\n".join(problems)
+
+
+def visit(context: Any, path: Path) -> list[str]:
+    """What is wrong with a page, in each of the modes."""
+    page, problems = context.new_page(), []
+    page.on("pageerror", lambda error: problems.append(f"script error: {error}"))
+    page.on("console", lambda m: m.type == "error" and problems.append(m.text))
+    page.on("requestfailed", lambda r: problems.append(f"request failed: {r.url}"))
+    page.on("request", lambda r: problems.append(foreign(r.url)))
+    for number, (mode, (width, theme)) in enumerate(MODES.items()):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.emulate_media(color_scheme=theme)
+        if number == 0:
+            page.goto(path.as_uri(), wait_until="load")
+        state = page.evaluate(PROBE)
+        if state.pop("theme") != theme:
+            problems.append(f"{mode}: theme is not {theme}")
+        problems += [
+            f"{mode}, {kind}: {found}" for kind, found in state.items() if found
+        ]
+    page.close()
+    return [problem for problem in problems if problem]
+
+
+def foreign(url: str) -> str:
+    kept = url.startswith(("file:", "data:", "blob:", "about:"))
+    return "" if kept else f"request off the machine: {url}"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_interactive_figures_of_the_book(chromium: Any, book: Path, mode: str) -> None:
+    width, theme = MODES[mode]
+    context = chromium.new_context(
+        viewport={"width": width, "height": 900},
+        color_scheme=theme,
+        device_scale_factor=3,  # as phones have: a small canvas is shown pixel by pixel
+    )
+    kinds = set()
+    for path in sorted((book / "notebooks").glob("*.html")):
+        if "minidiff-figure" not in path.read_text(encoding="utf-8"):
+            continue
+        page = context.new_page()
+        page.goto(path.as_uri())
+        for kind, check in (("scrubber", check_scrubber), ("explorer", check_explorer)):
+            for figure in page.locator(f"[data-kind={kind}]").all():
+                check(figure)
+                kinds.add(kind)
+        page.close()
+    context.close()
+    assert kinds == {"scrubber", "explorer"}, f"only {kinds} in the book"
+
+
+LARGEST = 45e6  # bytes that the first page may load from the disk
+
+
+def test_the_first_page_draws_from_the_disk(chromium: Any, book: Path) -> None:
+    page = chromium.new_page()
+    page.goto((book / "book" / "index.html").as_uri())
+    line = page.get_by_label("Say what the picture shows")
+    line.fill("a green bag on a white background")
+    page.wait_for_selector("[data-drawn]")
+    assert page.locator(".live-picture canvas").is_visible()
+    page.get_by_role("link", name="Look inside").click()
+    page.wait_for_selector("[data-drawn]")
+    kept = page.get_by_label("Say what the picture shows").input_value()
+    assert kept == "a green bag on a white background"
+    page.context.close()
+    loaded = (book / "_static" / "live").glob("*.js")
+    assert sum(file.stat().st_size for file in loaded) < LARGEST
