@@ -1,5 +1,6 @@
 """Self-checks of the book's exercises, run in the reader's own kernel."""
 
+import hashlib
 from collections.abc import Callable
 
 
@@ -28,3 +29,12 @@ def check(test: Callable[[], None]) -> Callable[[], None]:
 
     run()
     return run
+
+
+def seal(answer: object) -> str:
+    """Eight signs by which a check knows an answer that it does not hold.
+
+    >>> seal(round(22 / 7, 2)) == seal(3.14), seal(3.14) == seal(3.15)
+    (True, False)
+    """
+    return hashlib.sha256(str(answer).encode()).hexdigest()[:8]
