@@ -485,7 +485,7 @@ def test_the_command_line_starts_without_torch():
     assert not imported("import minidiff.cli; minidiff.cli.program()") & heavy
 
 
-COMMANDS = ["sample", "train", "evaluate", "download", "info", "compare"]
+COMMANDS = ["sample", "train", "evaluate", "download", "info", "compare", "doctor"]
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

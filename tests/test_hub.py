@@ -144,6 +144,35 @@ def test_only_what_is_needed_at_the_pinned_revision(server, download):
     assert not fetched
 
 
+def test_access_is_told_in_a_line(server, download, monkeypatch):
+    """Without a token in it; ``download`` sets the hub."""
+    download(words=("info", "tiny"))
+    for refuse, told in [
+        (None, f"{REPOSITORY}: its files can be fetched with this token"),
+        ((401, "GatedRepo"), f"{REPOSITORY} is gated (the hub answers 401): it needs"),
+        ((403, "GatedRepo"), f"{REPOSITORY} is gated (the hub answers 403): it needs"),
+        ((404, "RepoNotFound"), "sd3.5-medium is not on the hub: the hub answers 404"),
+    ]:
+        server.refuse = refuse
+        line = hub.access("sd3.5-medium")
+        assert line.startswith(told) and "\n" not in line and "hf_secret" not in line
+    monkeypatch.delenv("HF_TOKEN")
+    server.refuse = None
+    assert hub.access(REPOSITORY).endswith("its files can be fetched")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    told = "no answer (OfflineModeIsEnabled): offline, or not reachable"
+    assert hub.access("sd3.5-medium") == told
+
+
+@pytest.mark.slow
+def test_what_the_cache_has(download):
+    download(words=("info", "tiny"))
+    assert hub.cached("sd3.5-medium") is None
+    code, folder, _ = download()
+    assert code == 0 and hub.cached("sd3.5-medium") == Path(folder)
+    assert hub.cached(REPOSITORY) == Path(folder) and hub.cached("some/one") is None
+
+
 @pytest.mark.slow
 def test_the_full_name_stands_for_the_same_revision(server, download):
     code, folder, _ = download(words=("download", REPOSITORY))

@@ -13,7 +13,10 @@ from dataclasses import fields
 from typing import Any, TextIO
 
 INTERRUPTED = 130  # 128 and SIGINT's number, as shells count
-COMMANDS = ("sample", "train", "evaluate", "download", "export", "info", "compare")
+COMMANDS = (
+    *("sample", "train", "evaluate", "download", "export", "info", "compare"),
+    "doctor",
+)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """What the commands declare alike: groups of options, the device, the version."""
 
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -30,6 +30,14 @@ def examples(*lines: str) -> str:
 WHO, OUT = Group("Model"), Group("Output")
 Device = Annotated[
     str | None, WHO("cpu, cuda, cuda:1 or mps.", usual="cuda if there is one")
+]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    WHO(
+        "float32, bfloat16 or float16.",
+        usual="float32 on a CPU, else bfloat16",
+        metavar="<str>",
+    ),
 ]
 Overwrite = Annotated[bool, OUT("Replace files that exist already.", "--overwrite")]
 

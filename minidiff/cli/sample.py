@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,7 @@ from minidiff.cli.options import (
     OUT,
     WHO,
     Device,
+    Dtype,
     Group,
     Overwrite,
     examples,
@@ -32,7 +33,6 @@ WHAT, SIZE = Group("What to draw"), Group("How many, how large")
 START, HOW = Group("From a picture"), Group("How to draw")
 STEER, ROOM, SPEED = Group("By a sketch"), Group("Memory"), Group("Speed")
 OWN, PROMPT = "the model's own", "the prompt"
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def sample(
@@ -93,14 +93,7 @@ def sample(
     ] = None,
     lora_scale: Annotated[float | None, WHO("Its strength.", usual="1")] = None,
     device: Device = None,
-    dtype: Annotated[
-        Dtype | None,
-        WHO(
-            "float32, bfloat16 or float16.",
-            usual="float32 on a CPU, else bfloat16",
-            metavar="<str>",
-        ),
-    ] = None,
+    dtype: Dtype = None,
     memory: Annotated[
         str | None, ROOM("8GB, 12GB, 16GB, 24GB, …: a plan that fits.")
     ] = None,

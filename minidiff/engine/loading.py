@@ -404,7 +404,19 @@ def known_as(given: Given, folder: Path) -> str:
 
 def find_model(given: Given, weights: bool = True) -> Path:
     """The folder that a model's name stands for; downloaded if it is on the hub."""
-    model = given.model
+    if folder := find_local(given.model):
+        return folder
+    at, kind = given.revision, given.variant
+    return hub.download_model(
+        str(given.model), given.t5, weights=weights, revision=at, variant=kind
+    )
+
+
+def find_local(model: Path | str) -> Path | None:
+    """The folder of a model that is no hub's; None for a name on the hub.
+
+    Raises ValueError, or FileNotFoundError for a single file, where it is neither.
+    """
     if folder := shipped(model):
         return folder
     if str(model) and Path(model).is_dir():
@@ -414,10 +426,7 @@ def find_model(given: Given, weights: bool = True) -> Path:
     if Path(model).suffix == ".safetensors" and not Path(model).exists():
         raise FileNotFoundError(f"{model} is missing")
     if named(model) or hub_id:
-        at, kind = given.revision, given.variant
-        return hub.download_model(
-            str(model), given.t5, weights=weights, revision=at, variant=kind
-        )
+        return None
     known = ", ".join(PUBLISHED)
     raise ValueError(f"model is {str(model)!r}; expected {known} or a folder")
 

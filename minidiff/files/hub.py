@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minidiff.files.disk import excerpt
-from minidiff.files.layout import named
+from minidiff.files.layout import INDEX, named
 from minidiff.files.weights import of_variant, open_tensors
 
 PATIENCE = 30.0  # seconds without an answer
@@ -24,6 +24,7 @@ LONGEST = 20_000_000  # bytes, where an answer does not say how many it has
 
 COMPONENTS = ("scheduler", "text_encoder*", "tokenizer*", "transformer", "vae")
 KINDS = ("*.json", "*.txt", "*.model", "*.safetensors")
+HASH = "[0-9a-f]{40}|[0-9a-f]{64}"  # names of files in the hub's cache
 # fp16 copies of the text encoders, and the single files' folder of them
 LEFT_OUT = ("*.fp16*", "text_encoders/*")
 
@@ -209,12 +210,10 @@ def download_model(
     """
     from huggingface_hub import HfApi
 
-    began, repository = time.time(), name
+    began = time.time()
     check_word("revision", revision)
     check_word("variant", variant)
-    if known := named(name):
-        name, repository = known.name, known.repository
-        revision = revision or known.revision
+    name, repository, revision = on_hub(name, revision)
     kinds = KINDS if weights else ["*.json"]
     wanted = [f"{part}/{kind}" for part in COMPONENTS for kind in kinds]
     unwanted = [*LEFT_OUT] if t5 else [*LEFT_OUT, "text_encoder_3/*"]
@@ -231,6 +230,46 @@ def download_model(
         raise FileNotFoundError(f"{repository} has no model_index.json: no pipeline")
     verify(folder, 0 if check_all else began)
     return folder
+
+
+def on_hub(name: str, revision: str | None = None) -> tuple[str, str, str | None]:
+    """A model's name here, its repository, and which commit, tag or branch of it."""
+    if known := named(name):
+        return known.name, known.repository, revision or known.revision
+    return name, name, revision
+
+
+def cached(name: str) -> Path | None:
+    """The folder of a repository or alias as far as it was downloaded; None: not yet.
+
+    The hub is not asked.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    _, repository, revision = on_hub(name)
+    index = try_to_load_from_cache(repository, INDEX, revision=revision)
+    return Path(index).parent if isinstance(index, str) else None
+
+
+def access(name: str, patience: float = 10) -> str:
+    """Whether the hub would give the files of a model, in a line.
+
+    A silent hub is waited for for ``patience`` seconds.
+    """
+    from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_url
+
+    name, repository, revision = on_hub(name)
+    token = get_token()
+    url = hf_hub_url(repository, INDEX, revision=revision)
+    try:
+        with judged(patience):
+            get_hf_file_metadata(url, token=token)
+    except Exception as error:
+        chain = list(causes(error))
+        if any(getattr(cause, "response", None) for cause in chain):
+            return str(explained(error, name, repository, revision))
+        return f"no answer ({type(chain[-1]).__name__}): offline, or not reachable"
+    return f"{repository}: its files can be fetched{' with this token' * bool(token)}"
 
 
 def check_word(option: str, value: str | None) -> None:
@@ -347,7 +386,7 @@ def verify(folder: Path, since: float = 0) -> None:
         stored = file.resolve()
         if not stored.is_file() or stored.stat().st_mtime < since:
             continue
-        if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", stored.name):
+        if not re.fullmatch(HASH, stored.name):
             if file.suffix == ".safetensors":  # not from the hub's cache
                 open_tensors(file)
             continue
@@ -357,6 +396,13 @@ def verify(folder: Path, since: float = 0) -> None:
                 f"{file} is damaged: its {kind} begins with {found[:10]}, the hub's "
                 f"with {stored.name[:10]}; {discarded(stored)}; download it again"
             )
+
+
+def identify(file: Path) -> tuple[str, str, str | None]:
+    """A file's kind of hash, its hash, and the one that the hub published, if known."""
+    name = file.resolve().name
+    published = name if re.fullmatch(HASH, name) else None
+    return *file_hash(file, len(name) == 40 and bool(published)), published
 
 
 def file_hash(file: Path, small: bool) -> tuple[str, str]:
