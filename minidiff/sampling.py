@@ -27,6 +27,7 @@ import math
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -35,7 +36,7 @@ import torch
 from torch import Tensor
 
 from minidiff.dit import MMDiT
-from minidiff.files.layout import MODELS, PUBLISHED, TOKENIZERS, recognize
+from minidiff.files.layout import ENCODERS, MODELS, PUBLISHED, TOKENIZERS, recognize
 from minidiff.files.pictures import to_pil
 from minidiff.files.weights import save_folder
 from minidiff.flow_matching import (
@@ -340,13 +341,23 @@ def encode_texts(
     lengths = [pipe.tokenizers[0].model_max_length] * 2
     lengths.append(max_sequence_length or pipe.max_sequence_length)
     checks.warn_of_cuts(pipe, texts, lengths)
+    read = partial(read_by_all, pipe, texts, lengths)
+    context, pooled = read()
+    models = dict(zip(ENCODERS, pipe.text_encoders, strict=True))
+    checks.warn_of_overflow("the prompt's encoding", context, read, **models)
+    return context, pooled
+
+
+def read_by_all(
+    pipe: Parts, texts: Sequence[Sequence[str]], lengths: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """What the three encoders say of their texts: context (B, L, D), pooled (B, P)."""
     clips = []
     for i in range(2):
         ids = pipe.tokenizers[i](texts[i], max_length=lengths[i])  # (B, L)
         clips.append(pipe.text_encoders[i](ids.to(pipe.device)))
     hidden, pooled = zip(*clips, strict=True)
     context = assemble(hidden[0], hidden[1], encode_t5(pipe, texts[2], lengths[2]))
-    checks.warn_of_overflow("the prompt's encoding", context.to(pipe.dtype))
     return context.to(pipe.dtype), torch.cat(pooled, dim=-1).to(pipe.dtype)
 
 
@@ -456,10 +467,14 @@ def solve(
     sigmas = checks.given(sigmas, pipe.scheduler.sigmas(steps))
     guidance = choose_guidance(pipe, guidance_scale, guidance)
     begun = [one.begin(pipe, latents, pooled, sigmas) for one in controls]
-    follow = guidance(velocity_of(pipe, context, pooled, sigmas, begun), sigmas)
     start, pipe._interrupt = latents.to(pipe.device, torch.float32), False
-    with Watch(pipe, start, sigmas, callback_on_step_end) as watch:
-        watch.latents = SAMPLERS[sampler](follow, start, sigmas, watch)
+
+    def follow() -> Callable[..., Tensor]:
+        return guidance(velocity_of(pipe, context, pooled, sigmas, begun), sigmas)
+
+    again = lambda: follow()(start, sigmas[0])  # noqa: E731
+    with Watch(pipe, start, sigmas, callback_on_step_end, again) as watch:
+        watch.latents = SAMPLERS[sampler](follow(), start, sigmas, watch)
     return watch.latents
 
 
@@ -473,7 +488,8 @@ def pictures_of(pipe: Parts, latents: Tensor) -> Tensor:
     """Scaled latents (B, C, h, w) → pictures (B, 3, H, W) in [0, 1]."""
     latents = pipe.vae.unscale(latents).to(pipe.device, pipe.dtype)
     pictures = pipe.vae.decode(latents).float()
-    checks.warn_of_overflow("the picture", pictures)
+    again = partial(pipe.vae.decode, latents)
+    checks.warn_of_overflow("the picture", pictures, again, vae=pipe.vae)
     return (pictures / 2 + 0.5).clamp(0, 1)
 
 

@@ -149,13 +149,19 @@ def share(form: type[Module], model: nn.Module) -> Module:
     return shared
 
 
+def is_watched(*parts: Any) -> bool:
+    """Whether a layer has hooks: fused passes would go by them."""
+    layers = (layer for part in parts for layer in part.modules())
+    return any(x._forward_hooks or x._forward_pre_hooks for x in layers)
+
+
 class FastMMDiT(MMDiT):
     """An ``MMDiT`` whose blocks run with interleaved samples and in fused passes.
 
     With ``fp8`` the products of the blocks take 8-bit inputs, scaled for each row of
     tokens and each output channel; those layers must then be ``Float8Linear``.
-    ``attention`` is the backend to try first. Where gradients are wanted or attention
-    is recorded, the blocks run as they are.
+    ``attention`` is the backend to try first. Where gradients are wanted, or a layer of
+    the blocks has a hook, the blocks run as they are.
     """
 
     fp8: bool = False
@@ -178,8 +184,8 @@ class FastMMDiT(MMDiT):
     @property
     def runs_fast(self) -> bool:
         """Whether a call now takes the fused passes."""
-        recorded = any(b.attention._forward_pre_hooks for b in self.joint_blocks)
-        return not (recorded or torch.is_grad_enabled())
+        watched = is_watched(self.joint_blocks, self.final_layer)
+        return not (watched or torch.is_grad_enabled())
 
     def forward(self, *given: Any, **options: Any) -> Tensor:
         """As ``MMDiT.forward``: velocity (B, C, h, w)."""
@@ -453,8 +459,11 @@ class FastDecoder(Decoder):
         return fast
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) → images, by the fused passes but for gradients."""
-        if torch.is_grad_enabled():
+        """Latents (B, C, h, w) → images, by the fused passes but for gradients.
+
+        A decoder whose layers have hooks runs as it is, too.
+        """
+        if torch.is_grad_enabled() or is_watched(*self.children()):
             return super().forward(latents)
         with torch.cuda.device_of(latents):
             return self.fused(latents)

@@ -3,7 +3,8 @@
 import math
 import sys
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -262,13 +263,67 @@ def warn_of_cuts(
         warn(f"{who} {length} tokens; not seen: {cut!r}")
 
 
-def warn_of_overflow(name: str, values: Tensor) -> None:
-    """Warn where ``values`` are not all finite numbers: the picture would be black."""
+def warn_of_overflow(
+    name: str, values: Tensor, again: Callable[[], object], **models: Any
+) -> None:
+    """Warn where ``values`` are not all finite numbers: the picture would be black.
+
+    ``again`` computes them once more, so that the first layer of ``models`` where it
+    happens can be named.
+    """
     if not values.isfinite().all():
+        where = first_overflow(again, models)
         warn(
-            f"{name} holds infinite values or NaN, so the picture will be black; "
+            f"{name} holds infinite values or NaN, so the picture will be black"
+            f"{where and f' (first in {where})'}; "
             "where float16 overflows, load with dtype=torch.bfloat16"
         )
+
+
+def first_overflow(again: Callable[[], object], models: Mapping[str, Any]) -> str:
+    """The first layer in ``again()`` that makes what is not finite of what is.
+
+    Its name, and why; empty where no layer of ``models`` does.
+    """
+    found: list[str] = []
+
+    def look(name: str, layer: nn.Module, given: Any, named: Any, made: Any) -> None:
+        if not found and is_finite(given, named) and not is_finite(made):
+            found.append(f"{name}: {why(layer, made)}")
+
+    layers = [
+        (f"{part}.{name}".rstrip("."), layer)
+        for part, model in models.items()
+        for name, layer in (model.named_modules() if model else ())
+    ]
+    handles = [
+        layer.register_forward_hook(partial(look, name), with_kwargs=True)
+        for name, layer in layers
+    ]
+    try:
+        again()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return "".join(found)
+
+
+def is_finite(*values: Any) -> bool:
+    """Whether all numbers in tensors, and in lists and dictionaries of them, are."""
+    parts = [x.values() if isinstance(x, dict) else x for x in values]
+    return all(
+        bool(x.isfinite().all()) if isinstance(x, Tensor) else is_finite(*x)
+        for x in parts
+        if isinstance(x, Tensor | Iterable) and not isinstance(x, str)
+    )
+
+
+def why(layer: nn.Module, made: Any) -> str:
+    """What to say of a layer whose answer is not finite, its inputs being so."""
+    if not is_finite(layer.parameters(recurse=False)):
+        return "weights that are not finite"
+    half = isinstance(made, Tensor) and made.dtype == torch.float16
+    return "values beyond float16's 65504" if half else "values that are not finite"
 
 
 def chosen(**settings: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -69,15 +69,21 @@ class Watch:
 
     Called by the solver after each step. As a context it swallows the StopIteration
     with which a callback ends the drawing; ``latents`` is then the step's state, or
-    what the callback had put in its place in the tensors given to it.
+    what the callback had put in its place in the tensors given to it. ``again`` asks
+    the first step's question once more, to find what went wrong in it.
     """
 
     def __init__(
-        self, pipe: Any, latents: "Tensor", sigmas: "Tensor", callback: Any
+        self,
+        pipe: Any,
+        latents: "Tensor",
+        sigmas: "Tensor",
+        callback: Any,
+        again: Callable[[], object],
     ) -> None:
         from tqdm import tqdm
 
-        self.pipe, self.callback = pipe, callback
+        self.pipe, self.callback, self.again = pipe, callback, again
         self.latents, self.tensors = latents, {"latents": latents}
         hidden = None if pipe.progress else True  # None: shown on a terminal alone
         label = pipe.progress if isinstance(pipe.progress, str) else None
@@ -100,7 +106,8 @@ class Watch:
         if step == 0:
             from minidiff.interface import checks
 
-            checks.warn_of_overflow("the first step", x0_hat)
+            models = {"transformer": self.pipe.transformer}
+            checks.warn_of_overflow("the first step", x0_hat, self.again, **models)
         if self.callback is None:
             return None
         self.tensors = {"latents": x, "denoised": x0_hat}
