@@ -61,11 +61,11 @@ function softmaxRows(x, length, bias, from) {
   for (let i = 0; i < x.rows; i++) {
     const at = i * columns, b = from + i * length;
     let most = -Infinity, total = 0;
-    for (let j = 0; j < length; j++) {
-      if (bias) data[at + j] += bias[b + j];
-      if (data[at + j] > most) most = data[at + j];
-    }
-    for (let j = 0; j < length; j++) total += data[at + j] = Math.exp(data[at + j] - most);
+    for (let j = 0; bias && j < length; j++) data[at + j] += bias[b + j];
+    for (let j = 0; j < length; j++) most = Math.max(most, data[at + j]);
+    memory.exp(data.byteOffset + 4 * at, length, most);
+    for (let j = 0; j < length; j++) total += data[at + j];
     for (let j = 0; j < length; j++) data[at + j] /= total;
+    data.fill(0, at + length, at + columns);
   }
 }

@@ -64,7 +64,7 @@ function timestepEmbedding(timesteps, width = 256) {
 
 // Two linear layers with SiLU between.
 function embedder(x, weights, name) {
-  const inner = apply(linear(x, weights, `${name}.mlp.0`), silu);
+  const inner = silu(linear(x, weights, `${name}.mlp.0`));
   return linear(inner, weights, `${name}.mlp.2`);
 }
 
@@ -75,7 +75,7 @@ function modulations(sigmas, pooled, weights, config) {
   const c = embedder(timestepEmbedding(times), weights, "t_embedder");
   const text = embedder(Matrix.from(1, pooled.length, pooled), weights, "y_embedder");
   for (let i = 0; i < c.data.length; i++) c.data[i] += text.data[i % c.columns];
-  apply(c, silu);
+  silu(c);
   const of = (name) => linear(c, weights, `${name}.adaLN_modulation.1`);
   const blocks = Array.from({ length: config.num_layers }, (_, i) => ({
     context: of(`joint_blocks.${i}.context_block`), x: of(`joint_blocks.${i}.x_block`),
@@ -101,10 +101,10 @@ function modulate(x, shift, scale) {
 }
 
 // In place: x + gate · update.
-function addGated(x, gate, update) {
+function addGated(x, gate, { data: update }) {
   const { data, columns } = x;
   for (let at = 0; at < data.length; at += columns) {
-    for (let c = 0; c < columns; c++) data[at + c] += gate[c] * update.data[at + c];
+    for (let c = 0; c < columns; c++) data[at + c] += gate[c] * update[at + c];
   }
 }
 
@@ -120,8 +120,7 @@ function projectHeads(x, weights, name, qkv, width) {
   });
 }
 
-// One block: two streams with their own weights, one attention over both. In place; true
-// where the text is dropped, after the last block.
+// One block: two streams with their own weights, one attention over both. In place.
 function jointBlock(context, x, modulation, step, weights, name, heads, options) {
   const width = x.columns, streams = [
     { tokens: context, name: `${name}.context_block`, m: chunks(modulation.context, step, width) },
@@ -145,7 +144,7 @@ function jointBlock(context, x, modulation, step, weights, name, heads, options)
     const own = read.part(stream.start, stream.start + tokens.rows);
     addGated(tokens, m[2], linear(own, weights, `${stream.name}.attn.proj`));
     const normed = modulate(layerNorm(tokens, 1e-6), m[3], m[4]);
-    const inner = apply(linear(normed, weights, `${stream.name}.mlp.fc1`), geluTanh);
+    const inner = geluTanh(linear(normed, weights, `${stream.name}.mlp.fc1`));
     addGated(tokens, m[5], linear(inner, weights, `${stream.name}.mlp.fc2`));
   }
 }

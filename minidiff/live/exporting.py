@@ -187,10 +187,12 @@ def laid_out(module: nn.Module) -> dict[str, Tensor]:
 
 
 def in_panels(layer: nn.Linear | nn.Conv2d) -> Tensor:
-    """Panels of eight columns, (⌈N/8⌉, K, 8); of a 3 × 3 convolution, one per tap."""
+    """Panels of eight columns, (⌈N/8⌉, K, 8); of a 3 × 3 convolution, for each of its
+    rows, where K are the channels of three neighbours."""
     weight = layer.weight
     if isinstance(layer, nn.Conv2d) and layer.padding != (0, 0):
-        return torch.stack([panels(tap) for tap in weight.flatten(2).unbind(2)])
+        rows = weight.permute(2, 0, 3, 1)  # (N, C, 3, 3) → (3, N, 3, C)
+        return torch.stack([panels(row.flatten(1)) for row in rows])
     return panels(weight.flatten(1))
 
 

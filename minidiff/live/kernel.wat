@@ -1,10 +1,14 @@
-;; y += x · w, the one piece of the runtime that is not JavaScript.
+;; The one piece of the runtime that is not JavaScript: products of matrices, and the
+;; exponential function, four numbers at a time.
 ;;
-;; x (rows, inner) and y (rows, columns) lie row by row, `x_stride` and `y_stride` bytes
-;; apart; w lies in panels of eight columns, (columns / 8, inner, 8). A tile of four rows
-;; and eight columns of y stays in registers while a row of the panel after the other is
-;; multiplied with a column of x. `rows` counts up to a multiple of four, so the buffers
-;; of x and y must end no earlier.
+;; matmul: y += x · w. x (rows, inner) and y (rows, columns) lie row by row, `x_stride` and
+;; `y_stride` bytes apart; w lies in panels of eight columns, (columns / 8, inner, 8). A
+;; tile of four rows and eight columns of y stays in registers while a row of the panel
+;; after the other is multiplied with a column of x. `rows` counts up to a multiple of
+;; four, so the buffers of x and y must end no earlier. Rows of x may overlap.
+;;
+;; exp: x ← exp(x − most), and gate: x ← x · sigmoid(a·x + b·x³), both in place for
+;; `count` numbers from `x` on, counted up to a multiple of four.
 (module
   (import "minidiff" "memory" (memory 1))
   (func (export "matmul")
@@ -76,4 +80,59 @@
       (local.set $w (i32.add (local.get $w) (i32.shl (local.get $inner) (i32.const 5))))
       (local.set $y (i32.add (local.get $y) (i32.const 32)))
       (br_if $panels (i32.gt_s
-        (local.tee $columns (i32.sub (local.get $columns) (i32.const 8))) (i32.const 0))))))
+        (local.tee $columns (i32.sub (local.get $columns) (i32.const 8))) (i32.const 0)))))
+
+  ;; exp x = 2ⁿ · exp r with n whole and |r| ≤ ln 2 / 2: the exponent's bits are n + 127,
+  ;; and Taylor's series up to r⁶ leaves 1e-7. Beyond what the bits can say it is 0 or ∞.
+  (func $exp (param $x v128) (result v128)
+    (local $n v128) (local $r v128) (local $sum v128)
+    (local.set $x (f32x4.min (f32x4.splat (f32.const 89))
+      (f32x4.max (f32x4.splat (f32.const -88.1)) (local.get $x))))
+    (local.set $n (f32x4.nearest
+      (f32x4.mul (local.get $x) (f32x4.splat (f32.const 1.44269504))))) ;; 1 / ln 2
+    ;; r = x − n · ln 2, where ln 2 is a short number and a small rest
+    (local.set $r (f32x4.sub (local.get $x)
+      (f32x4.mul (local.get $n) (f32x4.splat (f32.const 0.693359375)))))
+    (local.set $r (f32x4.add (local.get $r)
+      (f32x4.mul (local.get $n) (f32x4.splat (f32.const 2.12194440e-4)))))
+    (local.set $sum (f32x4.splat (f32.const 0.00138888889))) ;; 1/720
+    (local.set $sum (f32x4.add (f32x4.mul (local.get $sum) (local.get $r))
+      (f32x4.splat (f32.const 0.00833333333)))) ;; 1/120
+    (local.set $sum (f32x4.add (f32x4.mul (local.get $sum) (local.get $r))
+      (f32x4.splat (f32.const 0.0416666667)))) ;; 1/24
+    (local.set $sum (f32x4.add (f32x4.mul (local.get $sum) (local.get $r))
+      (f32x4.splat (f32.const 0.166666667)))) ;; 1/6
+    (local.set $sum (f32x4.add (f32x4.mul (local.get $sum) (local.get $r))
+      (f32x4.splat (f32.const 0.5))))
+    (local.set $sum (f32x4.add (f32x4.mul (local.get $sum) (local.get $r))
+      (f32x4.splat (f32.const 1))))
+    (local.set $sum (f32x4.add (f32x4.mul (local.get $sum) (local.get $r))
+      (f32x4.splat (f32.const 1))))
+    (f32x4.mul (local.get $sum) (i32x4.shl
+      (i32x4.add (i32x4.trunc_sat_f32x4_s (local.get $n)) (i32x4.splat (i32.const 127)))
+      (i32.const 23))))
+
+  (func (export "exp") (param $x i32) (param $count i32) (param $most f32)
+    (loop $numbers
+      (v128.store (local.get $x) (call $exp
+        (f32x4.sub (v128.load (local.get $x)) (f32x4.splat (local.get $most)))))
+      (local.set $x (i32.add (local.get $x) (i32.const 16)))
+      (br_if $numbers (i32.gt_s
+        (local.tee $count (i32.sub (local.get $count) (i32.const 4))) (i32.const 0)))))
+
+  (func (export "gate") (param $at i32) (param $count i32) (param $a f32) (param $b f32)
+    (local $x v128) (local $u v128)
+    (loop $numbers
+      (local.set $x (v128.load (local.get $at)))
+      ;; −u, where u = x · (a + b·x²)
+      (local.set $u (f32x4.neg (f32x4.mul (local.get $x)
+        (f32x4.add (f32x4.splat (local.get $a))
+          (f32x4.mul (f32x4.splat (local.get $b)) (f32x4.mul (local.get $x) (local.get $x)))))))
+      ;; from 45 on as ∞: numbers near 1e-38 would slow the products that follow
+      (local.set $u (f32x4.add (local.get $u) (v128.and
+        (f32x4.gt (local.get $u) (f32x4.splat (f32.const 45))) (f32x4.splat (f32.const 45)))))
+      (v128.store (local.get $at) (f32x4.div (local.get $x)
+        (f32x4.add (f32x4.splat (f32.const 1)) (call $exp (local.get $u)))))
+      (local.set $at (i32.add (local.get $at) (i32.const 16)))
+      (br_if $numbers (i32.gt_s
+        (local.tee $count (i32.sub (local.get $count) (i32.const 4))) (i32.const 0))))))

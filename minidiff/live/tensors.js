@@ -13,7 +13,7 @@ async function openMemory(kernel, floats) {
   memory.all = new Float32Array(memory.buffer.buffer);
   memory.top = 0; // in floats
   const imports = { minidiff: { memory: memory.buffer } };
-  memory.matmul = (await WebAssembly.instantiate(kernel, imports)).instance.exports.matmul;
+  Object.assign(memory, (await WebAssembly.instantiate(kernel, imports)).instance.exports);
 }
 
 // `count` floats, not cleared, beginning at a multiple of 16 bytes.
@@ -106,16 +106,16 @@ function linear(x, weights, name, y, column = 0) {
 
 // Each row to mean 0 and variance 1; times `weight` plus `bias` where there are any.
 function layerNorm(x, eps, weight, bias) {
-  const { rows, columns } = x, y = new Matrix(rows, columns);
+  const { rows, columns, data } = x, y = new Matrix(rows, columns), normed = y.data;
   for (let i = 0, at = 0; i < rows; i++, at += columns) {
     let mean = 0, variance = 0;
-    for (let j = 0; j < columns; j++) mean += x.data[at + j];
+    for (let j = 0; j < columns; j++) mean += data[at + j];
     mean /= columns;
-    for (let j = 0; j < columns; j++) variance += (x.data[at + j] - mean) ** 2;
+    for (let j = 0; j < columns; j++) variance += (data[at + j] - mean) ** 2;
     const scale = 1 / Math.sqrt(variance / columns + eps);
     for (let j = 0; j < columns; j++) {
-      const value = (x.data[at + j] - mean) * scale;
-      y.data[at + j] = weight ? value * weight[j] + bias[j] : value;
+      const value = (data[at + j] - mean) * scale;
+      normed[at + j] = weight ? value * weight[j] + bias[j] : value;
     }
   }
   return y;
@@ -132,30 +132,35 @@ function rmsNorm(data, start, end, weight, eps) {
   }
 }
 
-// In place: f of every number.
-function apply(x, f) {
-  const { data } = x;
-  for (let i = 0; i < data.length; i++) data[i] = f(data[i]);
-  return x;
-}
-
 // In place: x + y.
-function add(x, y) {
-  for (let i = 0; i < x.data.length; i++) x.data[i] += y.data[i];
+function add(x, { data: other }) {
+  const { data } = x;
+  for (let i = 0; i < data.length; i++) data[i] += other[i];
   return x;
 }
 
-const silu = (x) => x / (1 + Math.exp(-x));
-const quickGelu = (x) => x / (1 + Math.exp(-1.702 * x));
-const TWICE = -2 * Math.sqrt(2 / Math.PI);
-const geluTanh = (x) => // 0.5 · x · (1 + tanh u) = x · sigmoid(2u)
-  x / (1 + Math.exp(TWICE * x * (1 + 0.044715 * x * x)));
-const gelu = (x) => 0.5 * x * (1 + erf(x / Math.SQRT2));
+// In place: x · sigmoid(a·x + b·x³), the form that most activations have.
+function gate(x, a, b) {
+  memory.gate(x.data.byteOffset, x.data.length, a, b);
+  return x;
+}
+
+const silu = (x) => gate(x, 1, 0);
+const quickGelu = (x) => gate(x, 1.702, 0);
+const TWICE = 2 * Math.sqrt(2 / Math.PI);
+const geluTanh = (x) => gate(x, TWICE, 0.044715 * TWICE); // (1 + tanh u) / 2 = sigmoid(2u)
+
+// In place: x · (1 + erf(x / √2)) / 2.
+function gelu(x) {
+  const { data } = x;
+  for (let i = 0; i < data.length; i++) data[i] *= 0.5 * (1 + erf(data[i] / Math.SQRT2));
+  return x;
+}
 
 // The error function to 1.5e-7 (Abramowitz and Stegun 1964, 7.1.26).
 function erf(x) {
   const t = 1 / (1 + 0.3275911 * Math.abs(x));
-  const series = [0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429];
-  const sum = series.reduceRight((total, a) => (total + a) * t, 0);
+  const sum = t * (0.254829592 + t * (-0.284496736
+    + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))));
   return Math.sign(x) * (1 - sum * Math.exp(-x * x));
 }

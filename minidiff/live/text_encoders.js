@@ -36,7 +36,7 @@ function clip(ids, weights, config) {
     const read = attend(qkv, config.num_attention_heads, { bias: later });
     add(x, linear(read, weights, `${layer}.self_attn.out_proj`));
     const inner = linear(norm(x, `${layer}.layer_norm2`), weights, `${layer}.mlp.fc1`);
-    add(x, linear(apply(inner, activation), weights, `${layer}.mlp.fc2`));
+    add(x, linear(activation(inner), weights, `${layer}.mlp.fc2`));
   }
   const end = config.eos_token_id === 2 // the first of the largest ids, as of old
     ? ids.indexOf(Math.max(...ids)) : Math.max(0, ids.indexOf(config.eos_token_id));
@@ -60,7 +60,7 @@ function t5(ids, weights, config) {
     const read = attend(qkv, config.num_heads, { scale: 1, bias });
     add(x, linear(read, weights, `${first}.SelfAttention.o`));
     const normed = norm(x, `${second}.layer_norm`);
-    const gate = apply(linear(normed, weights, `${second}.DenseReluDense.wi_0`), geluTanh);
+    const gate = geluTanh(linear(normed, weights, `${second}.DenseReluDense.wi_0`));
     const value = linear(normed, weights, `${second}.DenseReluDense.wi_1`);
     for (let j = 0; j < gate.data.length; j++) gate.data[j] *= value.data[j];
     add(x, linear(gate, weights, `${second}.DenseReluDense.wo`));

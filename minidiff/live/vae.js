@@ -1,9 +1,9 @@
 // Chapter 3: the decoder of the autoencoder, from latents to pixels.
 "use strict";
 
-// A picture with its channels side by side and a rim of one cell around it, so that a
-// convolution is nine products with the whole picture, shifted by a cell each way. Only
-// what comes out of `normalized` and `enlarged` has zeros in the rim.
+// A picture with its channels side by side and a rim of one cell around it, so that three
+// neighbours in a row are one run of numbers. Only what comes out of `pictureOf`,
+// `normalized` and `enlarged` has zeros in the rim.
 class Picture extends Matrix {
   constructor(height, width, channels) {
     super((height + 2) * (width + 2) + 2, channels);
@@ -34,43 +34,58 @@ function pictureOf(latents, channels, height, width) {
   return x;
 }
 
-// A 3 × 3 convolution: weights (9, N / 8, C, 8).
+// A 3 × 3 convolution, weights (3, N / 8, 3·C, 8): for each row of the nine a product with
+// the whole picture, whose rows of 3·C numbers overlap: a cell and its two neighbours.
 function convolve(x, weights, name) {
-  const taps = weights[`${name}.weight`], [, panels, inner] = taps.shape;
+  const kernel = weights[`${name}.weight`], bias = weights[`${name}.bias`];
+  const [, panels, inner] = kernel.shape, size = panels * inner * PANEL;
   const y = new Picture(x.height, x.width, PANEL * panels);
-  for (let i = 0; i < y.rows; i++) y.data.set(weights[`${name}.bias`], i * y.columns);
+  for (let i = 0; i < y.rows; i++) y.data.set(bias, i * y.columns);
   const first = x.width + 3, last = x.height * (x.width + 2) + x.width + 1;
-  for (let tap = 0; tap < 9; tap++) {
-    const shift = (Math.floor(tap / 3) - 1) * (x.width + 2) + (tap % 3) - 1;
-    const size = panels * inner * PANEL;
-    const w = Object.assign(taps.subarray(tap * size, (tap + 1) * size), { shape: taps.shape });
-    const cells = { columns: x.columns, data: x.data.subarray((first + shift) * x.columns) };
-    const out = { columns: y.columns, data: y.data.subarray(first * y.columns) };
-    addProduct(cells, w, out, 0, last - first);
+  const out = { columns: y.columns, data: y.data.subarray(first * y.columns) };
+  for (let row = 0; row < 3; row++) {
+    const left = first + (row - 1) * (x.width + 2) - 1;
+    const cells = { columns: x.columns, data: x.data.subarray(left * x.columns) };
+    const part = kernel.subarray(row * size, (row + 1) * size);
+    addProduct(cells, Object.assign(part, { shape: kernel.shape }), out, 0, last - first);
   }
   return y;
 }
 
-// Group normalisation, then SiLU unless told otherwise; zeros in the rim.
+// Group normalisation, which is one factor and one term for each channel, then SiLU
+// unless told otherwise; zeros in the rim.
 function normalized(x, weights, name, groups, activate = silu) {
+  const { columns, data } = x, y = new Picture(x.height, x.width, columns);
+  const { factor, term } = normalization(x, weights, name, groups), normed = y.data;
+  normed.fill(0);
+  x.eachRow((start, end) => {
+    for (let at = start; at < end; at += columns) {
+      for (let c = 0; c < columns; c++) normed[at + c] = data[at + c] * factor[c] + term[c];
+    }
+  });
+  return activate(y);
+}
+
+// What takes each group of channels to mean 0 and variance 1, with the layer's weights.
+function normalization(x, weights, name, groups) {
+  const { columns, data } = x, size = columns / groups, count = x.height * x.width * size;
   const weight = weights[`${name}.weight`], bias = weights[`${name}.bias`];
-  const y = new Picture(x.height, x.width, x.columns), size = x.columns / groups;
-  const sums = new Float64Array(groups), squares = new Float64Array(groups);
-  const each = (f) => x.eachRow((start, end) => {
-    for (let at = start, c = 0; at < end; at++, c = c + 1 === x.columns ? 0 : c + 1) f(at, c);
+  const sums = new Float64Array(columns), squares = new Float64Array(columns);
+  x.eachRow((start, end) => {
+    for (let at = start; at < end; at += columns) {
+      for (let c = 0; c < columns; c++) {
+        sums[c] += data[at + c];
+        squares[c] += data[at + c] ** 2;
+      }
+    }
   });
-  const group = Uint16Array.from({ length: x.columns }, (_, c) => Math.floor(c / size));
-  const count = x.height * x.width * size;
-  each((at, c) => { sums[group[c]] += x.data[at]; });
-  const mean = sums.map((sum) => sum / count);
-  each((at, c) => { squares[group[c]] += (x.data[at] - mean[group[c]]) ** 2; });
-  const scale = squares.map((square) => 1 / Math.sqrt(square / count + 1e-6));
-  y.data.fill(0);
-  each((at, c) => {
-    const g = group[c];
-    y.data[at] = activate((x.data[at] - mean[g]) * scale[g] * weight[c] + bias[c]);
-  });
-  return y;
+  const mean = (of, c) => { // over the group of channel c
+    const first = c - (c % size);
+    return of.subarray(first, first + size).reduce((a, b) => a + b) / count;
+  };
+  const factor = weight.map((w, c) =>
+    w / Math.sqrt(mean(squares, c) - mean(sums, c) ** 2 + 1e-6));
+  return { factor, term: bias.map((b, c) => b - mean(sums, c) * factor[c]) };
 }
 
 function resnetBlock(x, weights, name, groups) {

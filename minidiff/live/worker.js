@@ -51,8 +51,12 @@ async function drawOne(request, id, progress) {
   return { pixels, side: pixelSide(model.about), latents: x, ids, times, trace };
 }
 
-const toBuffer = (data) => typeof data === "string"
-  ? Uint8Array.from(atob(data), (c) => c.charCodeAt(0)).buffer : data;
+function toBuffer(data) {
+  if (typeof data !== "string") return data;
+  const text = atob(data), bytes = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+  return bytes.buffer;
+}
 
 // Let messages that came meanwhile be heard.
 const breath = () => new Promise((done) => {
