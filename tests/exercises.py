@@ -13,9 +13,8 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 
 def cells(stem: str) -> list[nbformat.NotebookNode]:
-    return [
-        c for c in nbformat.read(NOTEBOOKS / stem, 4).cells if c.cell_type == "code"
-    ]
+    cells = nbformat.read(NOTEBOOKS / f"{stem}.ipynb", 4).cells
+    return [cell for cell in cells if cell.cell_type == "code"]
 
 
 class Desk:

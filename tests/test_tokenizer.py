@@ -1,22 +1,27 @@
 """Chapter 1: the same ids as transformers', on real and on trained vocabularies."""
 
 import json
+import re
 import shutil
 import struct
 import time
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from exercises import Desk
 from tokenizer_strings import strings
 
 from minidiff import tokenizer as chapter
+from minidiff.classroom import exercises
+from minidiff.classroom.journey import PROMPT
 from minidiff.files import sentencepiece, tokenizer_files
+from minidiff.files.weights import TINY
 from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer, Tokenizer, maximize
 
 transformers = pytest.importorskip("transformers")
@@ -566,3 +571,120 @@ def test_single_letters_stay_and_pairs_of_neighbours_do_not():
 def test_texts_in_which_nothing_repeats():
     t5 = T5Tokenizer.train(["ab"], 300)
     assert t5.decode(t5.encode("ab")) == "ab"
+
+
+# The chapter's tables and exercises
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return Path(chapter.__file__).read_text(encoding="utf-8")
+
+
+def test_the_rows_in_the_chapter_are_the_published_ones(folders, page):
+    rows = re.findall(
+        r"^# \| (CLIP-L|CLIP-G|T5) \| ([\d ]+) \| (\d+) … \|$", page, re.M
+    )
+    assert [name for name, _, _ in rows] == ["CLIP-L", "CLIP-G", "T5"]
+    for (_, ids, then), name in zip(rows, OURS, strict=True):
+        expected = ours(folders, name)([PROMPT], 77)[0].tolist()
+        found = [int(number) for number in ids.split()]
+        assert found + [int(then)] * (77 - len(found)) == expected
+
+
+def test_the_merges_in_the_chapter_are_the_published_ones(folders, page):
+    """All that the prompt's words need, and none besides."""
+    ranks = ours(folders, "tokenizer").ranks
+    text = page.split("# published = ")[1].split("}")[0].replace("#", "") + "}"
+    shown = eval(text)
+    assert shown == {pair: ranks[pair] for pair in shown}
+    used = set()
+    for word in PROMPT.split():
+        for before, after in pairwise(
+            chapter.merge_naively(chapter.word_symbols(word), ranks)
+        ):
+            used |= {p for p in pairwise(before) if "".join(p) in set(after)}
+    assert used == shown.keys()
+
+
+def test_what_the_chapter_says_of_the_published_t5(folders):
+    t5 = ours(folders, "tokenizer_3")
+    unknown = t5.unk_token_id
+    assert unknown not in t5.encode("é") and unknown in t5.encode("👗")
+    assert t5.encode("红裙子 红 裙子").count(unknown) == 3
+
+
+@pytest.fixture(scope="module")
+def desk() -> Desk:
+    scores = dict.fromkeys("▁undres", -4.0)
+    scores |= {"▁un": -3.0, "▁und": -4.0, "re": -3.0, "ress": -4.0, "dress": -3.0}
+    trie = chapter.build_trie(scores)
+
+    def all_paths(word: str) -> list[list[str]]:
+        heads = [word[:e] for e, _ in chapter.arcs(word, 0, trie, -99.0) if word]
+        tails = [[h, *tail] for h in heads for tail in all_paths(word[len(h) :])]
+        return tails if word else [[]]
+
+    clip_l = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
+    known = {"trie": trie, "all_paths": all_paths, "clip_l": clip_l}
+    known |= {"check": exercises.check, "seal": exercises.seal}
+    return Desk("01_tokenizer", chapter, known)
+
+
+def test_the_checks_accept_the_solutions(desk):
+    for number in ("1_1", "1_2", "1_3"):
+        assert desk.hand_in(number, desk.solution(number)) == "passed"
+
+
+WRONG = {
+    "emoji as one letter": ("1_1", "two_lengths = lambda: (5, 11)"),
+    "no ends": ("1_1", "two_lengths = lambda: (6, 12)"),
+    "an end-of-word symbol of its own": ("1_1", "two_lengths = lambda: (8, 17)"),
+    "all cuts": ("1_2", "count_paths = lambda word: 2 ** (len(word) - 1)"),
+    "the best path alone": ("1_2", "count_paths = lambda word: 1"),
+    "arcs, not paths": (
+        "1_2",
+        "count_paths = lambda w: sum(len([*arcs(w, i, trie, -99.0)]) "
+        "for i in range(len(w)))",
+    ),
+    "a guess for long words": (
+        "1_2",
+        "count_paths = lambda w: len(all_paths(w)) if len(w) < 30 else 10**18",
+    ),
+    "Viterbi": ("1_3", "greedy = best_path"),
+    "the shortest piece": (
+        "1_3",
+        """def greedy(word, trie):
+    pieces = []
+    while word:
+        end = min(end for end, _ in arcs(word, 0, trie, -99.0))
+        pieces, word = [*pieces, word[:end]], word[end:]
+    return pieces""",
+    ),
+    "the longest piece anywhere": (
+        "1_3",
+        """def greedy(word, trie):
+    spans = [(e - i, -i) for i in range(len(word))
+        for e, _ in arcs(word, i, trie, -99.0)]
+    if not spans:
+        return []
+    n, i = max(spans)
+    return greedy(word[:-i], trie) + [word[-i:n - i]] + greedy(word[n - i:], trie)""",
+    ),
+    "no trap": ("1_3", 'trap = lambda: ("xy", {"z": -1.0})'),
+    "an unknown letter for a trap": (
+        "1_3",
+        'trap = lambda: ("abc", {"ab": -1.0, "a": -1.0, "bc": -1.0})',
+    ),
+    "a trap that greedy escapes": (
+        "1_3",
+        'trap = lambda: ("ab", {"a": -5.0, "b": -5.0, "ab": -3.0})',
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_the_checks_refuse_wrong_answers(desk, wrong):
+    number, answer = WRONG[wrong]
+    right = desk.solution(number)
+    assert desk.hand_in(number, f"{right}\n\n{answer}").startswith("not yet")
