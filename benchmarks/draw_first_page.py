@@ -31,5 +31,5 @@ if __name__ == "__main__":
     pictures = minidiff.load("tiny")(prompts, seed=0)
     titles = [scene.replace(" on a ", " on ") for scene in SCENES]
     figure = viz.show_images(pictures, titles, columns=4)
-    picture = figure._repr_png_()  # as a notebook shows it
+    picture = figure.drawn("png")
     (ROOT / "book" / "_static" / "drawn.png").write_bytes(picture)

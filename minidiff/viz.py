@@ -1,10 +1,12 @@
 """Every figure of the book, importable by anyone.
 
-The functions take tensors and return matplotlib figures that a notebook shows. Their
-ground is transparent and their ink a middle grey, so that they can be read in light
-and in dark themes. matplotlib is imported when the first figure is drawn, and its
-global state is left alone. The two interactive figures, :func:`denoising_scrubber`
-and :func:`attention_explorer`, are in :mod:`minidiff.classroom.interactive`.
+The functions take tensors and return matplotlib figures that a notebook shows as SVG.
+Their ground is transparent and their ink the theme's, so that they can be read in
+light and in dark; a thing has one colour throughout (:mod:`minidiff.classroom.colors`).
+matplotlib is imported when the first figure is drawn, and its global state is left
+alone. The two interactive figures, :func:`denoising_scrubber` and
+:func:`attention_explorer`, are in :mod:`minidiff.classroom.interactive`, the map of the
+pipeline in :mod:`minidiff.classroom.map`.
 """
 
 import functools
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minidiff.classroom.colors import GREY, PALETTE, colors_of
 from minidiff.classroom.interactive import (  # noqa: F401
     Interactive,
     attention_explorer,
@@ -24,6 +27,7 @@ from minidiff.classroom.interactive import (  # noqa: F401
     to_frames,
     to_pictures,
 )
+from minidiff.classroom.map import show_pipeline  # noqa: F401
 from minidiff.live.page import live  # noqa: F401
 
 if TYPE_CHECKING:
@@ -70,16 +74,15 @@ def _axes(
     return figure, axes
 
 
-def _colors(count: int) -> list[str]:
-    from minidiff.classroom.figure import PALETTE
-
-    return [PALETTE[i % len(PALETTE)] for i in range(count)]
-
-
 def _blank(ax: "Axes") -> None:
     """No ticks and no frame."""
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
+
+
+def _edge(ax: "Axes") -> None:
+    """A thin edge around a picture, which may be as dark or light as the page."""
+    ax.spines[:].set(visible=True, linewidth=0.5, color=GREY)
 
 
 def _panels(rows: int, columns: int, aspect: float = 1.0) -> tuple["BookFigure", Any]:
@@ -115,9 +118,11 @@ def show_images(
     rows = math.ceil(len(pictures) / columns)
     figure, axes = _panels(rows, columns, pictures.shape[1] / pictures.shape[2])
     for ax, picture in zip(axes.flat, pictures, strict=False):
-        ax.imshow(picture, interpolation="nearest")
+        ax.imshow(picture)
+        _edge(ax)
+    room = int(min(108, 72 * WIDTH / columns) / 6)  # letters above a picture
     for ax, title in zip(axes.flat, titles or [], strict=False):
-        ax.set_title(_wrapped(title, 21 if columns < 6 else 14))
+        ax.set_title(_wrapped(title, room), fontsize=9.5 if columns > 4 else None)
     return figure
 
 
@@ -133,7 +138,7 @@ def show_latents(latents: Tensor) -> "BookFigure":
     limit = np.abs(values).max()
     for c, (ax, channel) in enumerate(zip(axes.flat, values, strict=False)):
         shown = ax.imshow(channel, "RdBu_r", vmin=-limit, vmax=limit)
-        ax.set_title(str(c), fontsize=8, pad=2)
+        ax.set_title(str(c), pad=2)
     figure.colorbar(shown, ax=axes.ravel().tolist(), shrink=0.8, aspect=30)
     return figure
 
@@ -145,11 +150,13 @@ def show_attention(
     image: Any = None,
     rows: Sequence[str] | None = None,
     low: float = -1.0,
+    common: bool = False,
 ) -> "BookFigure":
     """Where each word is found: heat maps (words, h, w) or (rows, words, h, w).
 
     With ``image``, a picture (3, H, W) in [``low``, 1], the maps lie over it and the
-    picture stands first. Each map is scaled from zero to its own maximum.
+    picture stands first. Each map is scaled from zero to its own maximum, which is
+    written beneath; with ``common`` all are to one, with a colour bar.
     """
     values = _numpy(maps)
     values = values[None] if values.ndim == 3 else values
@@ -157,21 +164,36 @@ def show_attention(
     first = 0 if picture is None else 1
     figure, axes = _panels(len(values), len(words) + first)
     for row, w in np.ndindex(values.shape[:2]):
-        axes[row, first + w].imshow(_heat(values[row, w], picture))
+        ax, most = axes[row, first + w], values[row, w].max()
+        ax.imshow(_heat(values[row, w], picture, values.max() if common else most))
+        if not common:
+            ax.set_xlabel(f"max {most:.3f}", fontsize=9)
         if row == 0:
-            axes[row, first + w].set_title(words[w])
+            ax.set_title(words[w])
     for row in range(len(values) * first):
         axes[row, 0].imshow(picture)
+        _edge(axes[row, 0])
     for ax, label in zip(axes[:, 0], rows or [], strict=False):
         ax.set_ylabel(label)
+    if common:
+        _bar(figure, axes, "inferno", values.max())
     return figure
 
 
-def _heat(values: np.ndarray, picture: np.ndarray | None) -> np.ndarray:
+def _bar(figure: "BookFigure", axes: Any, cmap: str, most: float) -> None:
+    """A colour bar from 0 to ``most`` beside all ``axes``."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    shown = ScalarMappable(Normalize(0, most), cmap)
+    figure.colorbar(shown, ax=axes.ravel().tolist(), shrink=0.8, aspect=30)
+
+
+def _heat(values: np.ndarray, picture: np.ndarray | None, most: float) -> np.ndarray:
     """A heat map (h, w) as colours, over a darkened picture if there is one."""
     from matplotlib import colormaps
 
-    scaled = values / max(values.max(), 1e-12)
+    scaled = values / max(most, 1e-12)
     colors = colormaps["inferno"](scaled)[..., :3]
     if picture is None:
         return colors
@@ -197,6 +219,7 @@ def show_trajectory(rows: Mapping[str, Tensor], sigmas: Tensor) -> "BookFigure":
         band[0].set_ylabel(label)
         for ax, step in zip(band, chosen, strict=True):
             ax.imshow(pictures[step])
+            _edge(ax)
     for ax, step in zip(axes[0], chosen, strict=True):
         ax.set_title(f"σ = {float(sigmas[step]):.2f}")
     return figure
@@ -238,7 +261,7 @@ def show_pieces(
     ``labels`` name the rows; ``notes`` (one a piece) are written below the chips. Long
     rows go on in a line below.
     """
-    width = 84  # characters
+    width = 78  # characters
     labels = labels or [""] * len(rows)
     notes = notes or [[""] * len(row) for row in rows]
     margin = max(len(label) for label in labels) + 2 if any(labels) else 0
@@ -246,7 +269,7 @@ def show_pieces(
     for row, note in zip(rows, notes, strict=True):
         placed, line = _place(row, note, line, width - margin)
         chips.append(placed)
-    step = 0.5 if any(n for note in notes for n in note) else 0.3
+    step = 0.58 if any(n for note in notes for n in note) else 0.36
     figure, axes = _axes(1, 1, (WIDTH, step * line + 0.1))
     axes[0, 0].set(xlim=(0, width), ylim=(line - 0.4, -0.6))
     _blank(axes[0, 0])
@@ -274,14 +297,15 @@ def _draw_chips(ax: "Axes", label: str, margin: int, placed: list[Any]) -> None:
     from zlib import crc32
 
     font: Style = {"va": "center", "parse_math": False, "family": MONOSPACE}
+    font["fontsize"] = 9.5
     if placed:
-        ax.text(0, placed[0][1], label, fontsize=8, **font)
+        ax.text(0, placed[0][1], label, **font)
     for x, y, piece, note in placed:
-        color = _colors(7)[crc32(piece.encode()) % 7]
+        color = PALETTE[crc32(piece.encode()) % 7]
         box = {"boxstyle": "round,pad=0.25", "fc": color + "20", "ec": color, "lw": 0.8}
         place = font | {"ha": "center"}
-        ax.text(margin + x, y, piece, fontsize=8, bbox=box, **place)
-        ax.text(margin + x, y + 0.45, note, fontsize=8, **place)
+        ax.text(margin + x, y, piece, bbox=box, **place)
+        ax.text(margin + x, y + 0.45, note, **place)
 
 
 def show_tokens(tokenizer: Any, text: str | Sequence[str]) -> "BookFigure":
@@ -321,7 +345,7 @@ def show_lattice(
     ax.set(xlim=(-0.3, len(text) + 0.3), ylim=(-0.9, longest + 0.6))
     for i, letter in enumerate(text):
         ax.text(i + 0.5, -0.55, _visible(letter), ha="center", parse_math=False)
-    ax.plot(range(len(text) + 1), [0] * (len(text) + 1), "o", color="C7", ms=4)
+    ax.plot(range(len(text) + 1), [0] * (len(text) + 1), "o", color=GREY, ms=4)
     for start, end, score in pieces:
         _arc(ax, start, end, f"{score:.1f}", (start, end) in set(best))
     return figure
@@ -330,12 +354,12 @@ def show_lattice(
 def _arc(ax: "Axes", start: int, end: int, label: str, chosen: bool) -> None:
     x = np.linspace(0, np.pi, 30)
     width = end - start
-    color = _colors(2)[1] if chosen else "#777b83"
+    color = PALETTE[1] if chosen else GREY
     path = start + width * (1 - np.cos(x)) / 2, (width - 0.35) * np.sin(x)
     ax.plot(*path, color=color, lw=2.4 if chosen else 1, zorder=3 if chosen else 2)
     weight = "bold" if chosen else None
     middle = start + width / 2, width - 0.25
-    ax.text(*middle, label, ha="center", weight=weight, fontsize=8)
+    ax.text(*middle, label, ha="center", weight=weight, fontsize=9.5)
 
 
 # Numbers
@@ -353,7 +377,7 @@ def show_curves(
     """Lines by name: each a sequence of y, or a pair (x, y)."""
     figure, axes = _axes(1, 1, (5.4, 3.0), grid=True)
     ax = axes[0, 0]
-    colors = _colors(len(curves))
+    colors = colors_of(curves)
     for i, (name, curve) in enumerate(curves.items()):
         x, y = curve if isinstance(curve, tuple) else (range(len(curve)), curve)
         style = {"ls": DASHES[i % 4], "marker": "o" if markers else None, "ms": 4}
@@ -402,11 +426,12 @@ def show_heatmap(
 
 
 def _write(ax: "Axes", values: np.ndarray, shown: Any, digits: int) -> None:
+    size = min(9.5, 85 / values.shape[1])
     for (row, column), value in np.ndenumerate(values):
         color = np.array(shown.cmap(shown.norm(value))[:3])
         light = color**2.2 @ (0.2126, 0.7152, 0.0722) > 0.18  # relative luminance
         style: Style = {"ha": "center", "va": "center", "color": "k" if light else "w"}
-        ax.text(column, row, f"{value:.{digits}f}", fontsize=7, **style)
+        ax.text(column, row, f"{value:.{digits}f}", fontsize=size, **style)
 
 
 @_drawn
@@ -420,12 +445,12 @@ def show_bars(
     figure, axes = _axes(1, 1, (5.8, 3.0))
     ax, base = axes[0, 0], np.zeros(len(nested))
     width = 0.7 if stacked else 0.8 / len(parts)
-    for i, (part, color) in enumerate(zip(parts, _colors(len(parts)), strict=True)):
+    for i, (part, color) in enumerate(zip(parts, colors_of(parts), strict=True)):
         heights = np.array([float(row.get(part, 0)) for row in nested.values()])
         x = np.arange(len(nested)) + (
             0 if stacked else (i - (len(parts) - 1) / 2) * width
         )
-        style = {"color": color, "label": part, "hatch": HATCHES[i % 4], "ec": "w"}
+        style = {"fc": color + "c0", "label": part, "hatch": HATCHES[i % 4], "ec": "w"}
         ax.bar(x, heights, width * 0.95, base if stacked else 0, lw=0, **style)
         base += heights
     room = max(6, 72 // len(nested))  # letters below a bar
@@ -444,7 +469,7 @@ def show_histogram(values: Mapping[str, Tensor], xlabel: str = "") -> "BookFigur
     flat = {name: _numpy(x).ravel() for name, x in values.items()}
     edges = np.histogram_bin_edges(np.concatenate(list(flat.values())), 60)
     figure, axes = _axes(1, 1, (5.4, 2.8), grid=True)
-    for color, (name, x) in zip(_colors(len(flat)), flat.items(), strict=True):
+    for color, (name, x) in zip(colors_of(flat), flat.items(), strict=True):
         style = {"histtype": "stepfilled", "fc": color + "30", "ec": color, "lw": 1.4}
         axes[0, 0].hist(x, edges, density=True, label=name, **style)
     axes[0, 0].set(xlabel=xlabel, ylabel="density")
@@ -467,81 +492,15 @@ def show_points(
     side = min(3.6, WIDTH / len(table))
     figure, axes = _axes(1, len(table), (side * len(table), side + 0.3), grid=True)
     for ax, (title, sets) in zip(axes.flat, table.items(), strict=True):
-        for color, (name, xy) in zip(_colors(len(sets)), sets.items(), strict=True):
-            ax.scatter(*_numpy(xy).T, s=7, c=color, label=name, lw=0, zorder=3)
+        for color, (name, xy) in zip(colors_of(sets), sets.items(), strict=True):
+            many = {"rasterized": len(xy) > 1000}
+            ax.scatter(*_numpy(xy).T, s=7, c=color, label=name, lw=0, zorder=3, **many)
         ax.set(title=title, aspect="equal", xlim=limits, ylim=limits)
         if any(sets):
             ax.legend(loc="upper left", markerscale=2)
     if paths is not None:
-        axes[0, 0].plot(*_numpy(paths).transpose(2, 0, 1), c="#777b83", lw=0.5)
+        axes[0, 0].plot(*_numpy(paths).transpose(2, 0, 1), c=GREY, lw=0.5)
     return figure
-
-
-# The map of the pipeline
-
-_BOXES = {  # name: (x, y, text)
-    "tokenizer": (0.0, 1.0, "tokenizer\n1"),
-    "text_encoders": (1.5, 1.0, "text\nencoders\n2"),
-    "attention": (3.25, 1.75, "attention\n4"),
-    "dit": (3.25, 1.0, "transformer\n5"),
-    "flow_matching": (3.25, 0.0, "flow\nmatching\n6"),
-    "vae": (5.0, 1.0, "VAE\n3"),
-    "training": (1.5, 0.0, "training\n7"),
-    "sampling": (5.0, 0.0, "sampling\n8"),
-}
-_ARROWS = [  # from, to, what travels
-    ("tokenizer", "text_encoders", "ids"),
-    ("text_encoders", "dit", "context"),
-    ("dit", "vae", "latents"),
-]
-
-
-@_drawn
-def show_pipeline(here: str | None = None) -> "BookFigure":
-    """The map of the pipeline, from prompt to picture; chapter ``here`` in colour."""
-    if here is not None and here not in _BOXES:
-        raise ValueError(f"unknown chapter {here!r}: expected one of {list(_BOXES)}")
-    figure, axes = _axes(1, 1, (WIDTH, 2.4))
-    ax = axes[0, 0]
-    _blank(ax)
-    ax.set(xlim=(-1.35, 6.6), ylim=(-0.45, 2.2))
-    for name, (x, y, text) in _BOXES.items():
-        _box(ax, x, y, text, name == here)
-    for start, end, label in _ARROWS:
-        _arrow(ax, _BOXES[start][0] + 0.5, _BOXES[end][0] - 0.5, 1.0, label)
-    _arrow(ax, -0.85, -0.5, 1.0, "")
-    _arrow(ax, 5.5, 5.85, 1.0, "")
-    ax.text(-0.9, 1.0, "prompt", ha="right", va="center")
-    ax.text(5.9, 1.0, "picture", ha="left", va="center")
-    ax.annotate(
-        "",
-        (3.25, 0.68),
-        (3.25, 0.34),
-        arrowprops={"arrowstyle": "<->", "ec": "#777b83"},
-    )
-    return figure
-
-
-def _box(ax: "Axes", x: float, y: float, text: str, chosen: bool) -> None:
-    from matplotlib.patches import FancyBboxPatch
-
-    color = _colors(2)[1] if chosen else "#777b83"
-    style: Style = {"fc": color + ("40" if chosen else "18"), "ec": color}
-    shape = "round,pad=0,rounding_size=0.08"
-    patch = FancyBboxPatch(
-        (x - 0.47, y - 0.32), 0.94, 0.64, shape, lw=2 if chosen else 1, **style
-    )
-    ax.add_patch(patch)
-    size = 8 if chosen and max(map(len, text.split())) > 10 else 9  # bold is wide
-    bold = "bold" if chosen else None
-    ax.text(x, y, text, ha="center", va="center", weight=bold, fontsize=size)
-
-
-def _arrow(ax: "Axes", start: float, end: float, y: float, label: str) -> None:
-    ax.annotate(
-        "", (end, y), (start, y), arrowprops={"arrowstyle": "->", "ec": "#777b83"}
-    )
-    ax.text((start + end) / 2, y + 0.07, label, ha="center", fontsize=8, style="italic")
 
 
 # Chapters 4 and 5: attention and the transformer
@@ -563,7 +522,7 @@ def _fields(ax: "Axes", text: float) -> None:
     ends = ((0, text, "words"), (text, 1 - text, "patches"))
     for row, (y, height, reader) in enumerate(ends):
         for column, (x, width, read) in enumerate(ends):
-            color = _colors(4)[2 * row + column]
+            color = PALETTE[2 * row + column]
             style = {"fc": color + "1c", "ec": color, "lw": 1}
             ax.add_patch(_rectangle((x, y), width, height, style))
             middle = x + width / 2, y + height / 2
@@ -571,7 +530,7 @@ def _fields(ax: "Axes", text: float) -> None:
             if min(width, height) > 0.3:
                 ax.text(*middle, f"{reader}\nread\n{read}", **place)
             elif max(width, height) > 0.3:
-                place |= {"fontsize": 7, "rotation": 90 * (height > width)}
+                place |= {"fontsize": 9, "rotation": 90 * (height > width)}
                 ax.text(*middle, f"{reader} read {read}", **place)
     ax.set(xlim=(0, 1), ylim=(1, 0), aspect="equal", xticks=[], yticks=[])
 
@@ -604,7 +563,7 @@ def show_joint_block() -> "BookFigure":
         )
         for y in (0, -4, -5, -7):
             end = (1 + side * 1.92, y)
-            style = {"arrowstyle": "->", "ec": _colors(1)[0], "lw": 0.8}
+            style = {"arrowstyle": "->", "ec": PALETTE[0], "lw": 0.8}
             ax.annotate("", end, (x - side * 0.45, -2.5), arrowprops=style)
     return figure
 
@@ -621,12 +580,12 @@ def _step(
     """A flat box of :func:`show_joint_block`, with an arrow to the row below."""
     if not text:
         return
-    color = _colors(2)[0] if blue else _colors(2)[1] if orange else "#777b83"
+    color = PALETTE[0] if blue else PALETTE[1] if orange else GREY
     style = {"fc": color + "30", "ec": color, "lw": 1}
     ax.add_patch(_rectangle((x - width / 2, y - 0.28), width, 0.56, style))
-    ax.text(x, y, text, ha="center", va="center", fontsize=8)
+    ax.text(x, y, text, ha="center", va="center", fontsize=9.5)
     for place in (x - 1, x + 1) if orange else (x,):
-        style = {"arrowstyle": "->", "ec": "#777b83", "lw": 0.8}
+        style = {"arrowstyle": "->", "ec": GREY, "lw": 0.8}
         ax.annotate("", (place, y - 0.72), (place, y - 0.28), arrowprops=style)
 
 
@@ -649,9 +608,12 @@ def show_positions(
     figure, axes = _axes(1, len(panels), (WIDTH, WIDTH / len(panels) + 0.5))
     for ax, (title, panel) in zip(axes.flat, panels.items(), strict=True):
         limits = (-1, 1) if "channel" in title else (panel.min(), 1)
-        ax.imshow(panel, "RdBu_r", vmin=limits[0], vmax=limits[1])
-        ax.set(title=title, xticks=[], yticks=[])
-    for color, (name, crop) in zip(_colors(len(crops)), crops.items(), strict=True):
+        cmap = "RdBu_r" if "channel" in title else "viridis"
+        shown = ax.imshow(panel, cmap, vmin=limits[0], vmax=limits[1])
+        ax.set(title=title.replace(" with", "\nwith"), xticks=[], yticks=[])
+        if ax in (axes[0, -2], axes[0, -1]):
+            figure.colorbar(shown, ax=ax, shrink=0.6, location="bottom", ticks=limits)
+    for color, (name, crop) in zip(PALETTE, crops.items(), strict=False):
         top, left = ((size - side) // 2 - 0.5 for side in crop)
         style = {"fill": False, "ec": color, "lw": 1.6, "label": name}
         for ax in axes.flat:
@@ -665,16 +627,26 @@ def show_positions(
 
 @_drawn
 def show_fields(fields: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> "BookFigure":
-    """Vector fields side by side: title → (points (N, 2), places (M, 2), arrows)."""
+    """Vector fields side by side: title → (points (N, 2), places (M, 2), arrows).
+
+    Arrows show the direction; how long a vector is, its colour, on one scale for all.
+    """
+    from matplotlib.colors import Normalize
+
     side = WIDTH / len(fields)
-    figure, axes = _axes(1, len(fields), (WIDTH, side + 0.3))
-    for ax, (title, (points, places, arrows)) in zip(
-        axes.flat, fields.items(), strict=True
+    figure, axes = _axes(1, len(fields), (WIDTH, side + 0.7))
+    lengths = [arrows.norm(dim=1) for _, _, arrows in fields.values()]
+    scale = Normalize(0, float(torch.cat(lengths).quantile(0.95)))
+    for ax, (title, (points, places, arrows)), length in zip(
+        axes.flat, fields.items(), lengths, strict=True
     ):
-        ax.scatter(*_numpy(points).T, s=5, c=_colors(1)[0], lw=0, zorder=3)
-        style = {"color": "#777b83", "width": 0.006, "angles": "xy"}
-        ax.quiver(*_numpy(places).T, *_numpy(arrows).T, **style)
+        ax.scatter(*_numpy(points).T, s=5, c=GREY, lw=0)
+        unit = _numpy(arrows / length[:, None])
+        style = {"width": 0.009, "angles": "xy", "norm": scale, "cmap": "plasma"}
+        shown = ax.quiver(*_numpy(places).T, *unit.T, _numpy(length), scale=20, **style)
         ax.set(title=title, aspect="equal")
+    bar = {"location": "bottom", "shrink": 0.5, "aspect": 40, "extend": "max"}
+    figure.colorbar(shown, ax=axes.ravel().tolist(), label="length", **bar)
     return figure
 
 
@@ -685,7 +657,7 @@ def show_vectors(
     """Named arrows (2,) from one place (2,), among sets of ``points`` (N, 2)."""
     figure, axes = _axes(1, 1, (5.0, 3.8), grid=True)
     ax, points = axes[0, 0], points or {}
-    colors = _colors(len(points) + len(vectors))
+    colors = colors_of([*points, *vectors])
     for color, (name, xy) in zip(colors, points.items(), strict=False):
         ax.scatter(*_numpy(xy).T, s=7, c=color, lw=0, label=name)
     style = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.007}
@@ -714,7 +686,7 @@ def show_factors(sizes: Mapping[str, tuple[int, int]], rank: int) -> "BookFigure
         parts = {"W": (0.0, outputs, inputs), "B": (inputs + gap, outputs, rank)}
         parts["A"] = (inputs + 2 * gap + rank, rank, inputs)
         for (name, (x, height, width)), color in zip(
-            parts.items(), _colors(3), strict=True
+            parts.items(), PALETTE[:3], strict=True
         ):
             style = {"fc": color + "30", "ec": color, "lw": 1}
             ax.add_patch(_rectangle((x, 0), width, height, style))

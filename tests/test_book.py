@@ -72,8 +72,8 @@ def test_figures_and_folds_have_names(book: Path) -> None:
     for path in sorted((book / "notebooks").glob("*.html")):
         text = path.read_text(encoding="utf-8")
         assert "<summary>" in text and "Toggle hidden content" not in text, path.name
-        figures += re.findall(r'<img[^>]*alt="([^"]*)"[^>]*_images', text)
-        figures += re.findall(r'<img[^>]*_images[^>]*alt="([^"]*)"', text)
+        for tag in re.findall(r"<img[^>]*(?:_images|data:image/svg)[^>]*>", text):
+            figures += re.findall(r'alt="([^"]*)"', tag) or [""]
     assert len(figures) > 60
     assert [alt for alt in figures if not alt.startswith("Figure (")] == []
 

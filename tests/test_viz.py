@@ -1,6 +1,8 @@
 """The figures: drawn without pyplot, and the interactive ones moved in a browser."""
 
+import html
 import io
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +18,9 @@ from figures import check_explorer, check_scrubber, displayed
 from PIL import Image
 
 from minidiff import viz
+from minidiff.classroom.colors import GROUNDS, colors_of
+
+ROOT, LIMIT = Path(__file__).parents[1], 200_000  # bytes of a figure
 
 STEPS, WORDS = 6, ["a", "red", "dress", "</s>"]
 
@@ -69,7 +74,10 @@ FIGURES: dict[str, Callable[[], Any]] = {
     "histogram": lambda: viz.show_histogram({"n": torch.randn(100)}),
     "points": lambda: viz.show_points({"n": torch.randn(9, 2)}, torch.randn(4, 3, 2)),
     "panels": lambda: viz.show_points({"σ = 1": {"n": torch.randn(9, 2)}, "σ = 0": {}}),
-    "map": lambda: viz.show_pipeline("vae"),
+    "fields": lambda: viz.show_fields(
+        {"σ": (*torch.randn(2, 9, 2), torch.randn(9, 2))}
+    ),
+    "vectors": lambda: viz.show_vectors(torch.zeros(2), {"v": torch.ones(2)}),
     "quadrants": lambda: viz.show_quadrants({"even": (4, 4), "thin": (1, 40)}),
     "factors": lambda: viz.show_factors({"tall": (60, 20), "wide": (20, 60)}, rank=3),
     "block": lambda: viz.show_joint_block(),
@@ -85,11 +93,63 @@ def test_figure_is_drawn_on_a_transparent_ground(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
-    png = FIGURES[name]()._repr_png_()
-    picture = np.asarray(Image.open(io.BytesIO(png)))
+    figure = FIGURES[name]()
+    picture = np.asarray(Image.open(io.BytesIO(figure.drawn("png"))))
     assert picture.shape[2] == 4 and picture[0, 0, 3] == 0
     assert 0 < (picture[..., 3] > 0).mean() < 1
     assert "matplotlib.pyplot" not in sys.modules
+    text = figure._repr_html_()
+    assert len(text) < LIMIT and f'alt="{html.escape(repr(figure))}"' in text
+
+
+# Colours: whatever is written can be read on both grounds, and in tinted boxes
+
+
+def rgb(color: str) -> np.ndarray:
+    return np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+
+
+def contrast(a: np.ndarray, b: np.ndarray) -> float:
+    """Of two colours, as WCAG 2 defines it."""
+    linear = [
+        np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) for c in (a, b)
+    ]
+    low, high = sorted(float(c @ (0.2126, 0.7152, 0.0722)) for c in linear)
+    return (high + 0.05) / (low + 0.05)
+
+
+def values(svg: str, theme: str) -> dict[str, str]:
+    """The variables' colours in a theme, from the figure's own style."""
+    light, dark = svg.split("prefers-color-scheme: dark", 1)
+    style = {"light": light, "dark": dark.split("</style>")[0]}[theme]
+    return dict(re.findall(r"--(\w+):(#\w{6});", style))
+
+
+@pytest.mark.parametrize("theme", GROUNDS)
+@pytest.mark.parametrize("name", FIGURES)
+def test_what_is_written_can_be_read(name: str, theme: str) -> None:
+    svg = FIGURES[name]().svg()
+    known, ground = values(svg, theme), rgb(GROUNDS[theme])
+    boxes = re.findall(
+        r'<path[^>]*style="fill: var\(--(\w+)\); fill-opacity: ([.\d]+)', svg
+    )
+    behind = [ground] + [
+        float(a) * rgb(known[k]) + (1 - float(a)) * ground
+        for k, a in boxes
+        if float(a) < 0.5  # in a bar nothing is written
+    ]
+    texts = set(re.findall(r"<text[^>]*fill: var\(--(\w+)\)", svg))
+    assert texts or name in ("pil", "grey")
+    for text in texts:
+        assert min(contrast(rgb(known[text]), b) for b in behind) >= 4.5
+    if name != "heatmap":  # its cells choose black or white
+        assert not re.findall(r"<text[^>]*fill: (?!var)[^;\"]+", svg)
+
+
+def test_a_thing_has_one_colour() -> None:
+    first = colors_of(["anything", "noise", "data"])
+    assert colors_of(["data", "noise"]) == first[:0:-1]
+    assert first[0] not in first[1:]
 
 
 @pytest.mark.slow
@@ -98,6 +158,8 @@ def test_a_figure_says_what_is_written_in_it() -> None:
     assert repr(figure) == "Figure (curves): loss, step, fast, slow"
     figure = viz.show_images(torch.zeros(2, 3, 4, 4), ["a red dress", "a bag"])
     assert repr(figure) == "Figure (images): a red dress, a bag"
+    assert repr(figure.captioned("Two.")) == "Figure (images): Two. a red dress, a bag"
+    assert "<figcaption>Two.</figcaption>" in figure._repr_html_()
     figure = viz.show_pieces([["dre", "s", "s"]], ["word"], [["1", "2", "2"]])
     assert repr(figure) == "Figure (pieces): word, dre, s, s"
     figure = viz.show_heatmap(torch.eye(2), ["0 a dress", "1 a bag"], digits=1)
@@ -111,6 +173,13 @@ def test_settings_of_matplotlib_are_left_alone() -> None:
     before = dict(matplotlib.rcParams)
     viz.show_bars({"a": 1})
     assert dict(matplotlib.rcParams) == before
+
+
+def test_the_map_leads_to_every_chapter_and_marks_one() -> None:
+    text = viz.show_pipeline("vae")._repr_html_()
+    links = re.findall(r'href="(\w+)\.ipynb"', text)
+    assert sorted(links) == sorted(p.stem for p in (ROOT / "notebooks").glob("*.ipynb"))
+    assert re.findall(r'<a href="(\w+)[^>]*aria-current', text) == ["03_vae"]
 
 
 def test_unknown_chapter_of_the_map() -> None:

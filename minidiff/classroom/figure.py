@@ -1,6 +1,13 @@
-"""A matplotlib figure that draws itself in a notebook, without pyplot's state."""
+"""A matplotlib figure that draws itself in a notebook as SVG, without pyplot's state.
 
+A colour of ours has two values: the one that matplotlib is given, for light grounds,
+and one for dark grounds. The SVG holds both, and the page's theme chooses.
+"""
+
+import base64
+import html
 import io
+import re
 import textwrap
 from collections.abc import Iterator
 from typing import Any
@@ -9,39 +16,50 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-DPI = 120
-INK = "#777b83"  # contrast above 4 on white and on the dark ground: no grey has 4.5
-PALETTE = ["#3f88c5", "#e0762b", "#2f9e6e", "#d6495f", "#9267d0", "#b08a1e", "#1d98a7"]
+from minidiff.classroom.colors import COLORS, GREY, INK
+
+NOT_DRAWN = r"<!--.*?-->|<metadata>.*?</metadata>|<\?xml.*?\?>|<!DOCTYPE.*?>\s*"
+DPI = 192  # of what is no vector: two pixels for one of the page's
+
 
 STYLE: Any = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8,
+    "font.size": 10.5,  # points: the page's small print
+    "axes.titlesize": 10.5,
+    "axes.labelsize": 10.5,
+    "xtick.labelsize": 9.5,
+    "ytick.labelsize": 9.5,
+    "legend.fontsize": 9.5,
     "legend.frameon": False,
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.titlecolor": INK,
-    "axes.edgecolor": INK,
+    "axes.edgecolor": GREY,
     "xtick.color": INK,
     "ytick.color": INK,
-    "grid.color": INK,
-    "grid.alpha": 0.25,
+    "grid.color": GREY,
+    "grid.alpha": 0.3,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "lines.linewidth": 1.6,
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],
+    "image.interpolation": "none",  # a picture's own pixels, enlarged by the reader
+    "svg.fonttype": "none",
+    "svg.hashsalt": "minidiff",
 }
 
 
 class BookFigure(Figure):
-    """A figure on a transparent ground, shown by a notebook as a PNG picture."""
+    """A figure on a transparent ground, shown by a notebook as an SVG picture."""
 
-    kind = "figure"
+    kind, caption = "figure", ""
+
+    def captioned(self, caption: str) -> "BookFigure":
+        """The figure with a sentence beneath it; screen readers begin with it."""
+        self.caption = caption
+        return self
 
     def __repr__(self) -> str:
         """What is written in it: the book gives it to those who cannot see it."""
@@ -50,13 +68,46 @@ class BookFigure(Figure):
         names = dict.fromkeys(t.get_text() for t in texts if t.get_text())
         inside = [t.get_text() for ax in self.axes for t in ax.texts]
         words = ", ".join([*names, *filter(_is_word, inside)])
+        words = " ".join(filter(None, (self.caption, words)))
         return textwrap.shorten(f"Figure ({self.kind}): {words}", 400)
 
-    def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
+    def drawn(self, form: str) -> bytes:
+        """The picture as a file of ``form``, "svg" or "png"."""
+        import matplotlib
+
+        nothing = {"Date": None, "Creator": None} if form == "svg" else {}
         options: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.05}
-        self.savefig(buffer, dpi=DPI, metadata={"Software": None}, **options)
+        buffer = io.BytesIO()
+        with matplotlib.rc_context(STYLE):
+            options["metadata"] = nothing or {"Software": None}
+            self.savefig(buffer, format=form, dpi=DPI, **options)
         return buffer.getvalue()
+
+    def svg(self) -> str:
+        """The picture as SVG, with both values of each colour."""
+        text = self.drawn("svg").decode()
+        text = re.sub(NOT_DRAWN, "", text, flags=re.S)
+        for name, color in COLORS.items():
+            text = text.replace(color.light, f"var(--{name})")
+        head, body = text.split(">", 1)  # <svg …>
+        return re.sub(r"\n\s*", "\n", f"{head}><style>{_themes()}</style>{body}")
+
+    def _repr_html_(self) -> str:
+        data = base64.b64encode(self.svg().encode()).decode()
+        label = html.escape(repr(self), quote=True)
+        picture = f'<img src="data:image/svg+xml;base64,{data}" alt="{label}">'
+        below = f"<figcaption>{html.escape(self.caption)}</figcaption>"
+        inner = picture + (below if self.caption else "")
+        return f'<figure class="minidiff-plot">{inner}</figure>'
+
+
+def _themes() -> str:
+    """The colours as CSS variables, for light and for dark."""
+    light, dark = (
+        "svg{" + "".join(f"--{k}:{c[i]};" for k, c in COLORS.items()) + "}"
+        for i in range(2)
+    )
+    return f"{light}@media (prefers-color-scheme: dark){{{dark}}}"
 
 
 def _names(ax: Axes) -> Iterator[Text]:
