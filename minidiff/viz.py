@@ -645,7 +645,7 @@ def show_fields(fields: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> "BookFig
         style = {"width": 0.009, "angles": "xy", "norm": scale, "cmap": "plasma"}
         shown = ax.quiver(*_numpy(places).T, *unit.T, _numpy(length), scale=20, **style)
         ax.set(title=title, aspect="equal")
-    bar = {"location": "bottom", "shrink": 0.5, "aspect": 40, "extend": "max"}
+    bar: Style = {"location": "bottom", "shrink": 0.5, "aspect": 40, "extend": "max"}
     figure.colorbar(shown, ax=axes.ravel().tolist(), label="length", **bar)
     return figure
 

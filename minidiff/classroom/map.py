@@ -21,11 +21,14 @@ class Station(NamedTuple):
         return f"{self.number:02}_{KEYS[self.number - 1]}"
 
 
-KEYS = ("tokenizer", "text_encoders", "vae", "attention", "dit", "flow_matching")
-KEYS += ("training", "sampling", "distillation", "lora", "control", "efficiency")
-NAMES = ("tokenizers", "text encoders", "VAE", "attention", "transformer")
-NAMES += ("flow matching", "training", "sampling", "distillation", "LoRA", "control")
-NAMES += ("memory and speed",)
+KEYS = (
+    "tokenizer text_encoders vae attention dit flow_matching training sampling "
+    "distillation lora control efficiency"
+).split()
+NAMES = (
+    "tokenizers,text encoders,VAE,attention,transformer,flow matching,training,"
+    "sampling,distillation,LoRA,control,memory and speed"
+).split(",")
 STATIONS = {k: Station(i + 1, NAMES[i]) for i, k in enumerate(KEYS)}
 
 STYLE = """
@@ -54,7 +57,7 @@ class Map:
     def __repr__(self) -> str:
         station = STATIONS.get(self.here or "")
         where = f"chapter {station.number}, {station.name}" if station else "the start"
-        return f"The map of the pipeline: you are at {where}"
+        return f"Figure (map): the way from prompt to picture; you are at {where}"
 
     def link(self, key: str) -> str:
         """The box of a chapter."""
