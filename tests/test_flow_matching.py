@@ -5,9 +5,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from exercises import Desk
 from helpers import relative_error
 
 from minidiff import flow_matching as fm
+from minidiff.classroom.exercises import check
 
 SHAPE = (3, 4, 5, 6)
 
@@ -293,3 +295,90 @@ def test_the_naive_solver_is_euler():
     sigmas = fm.sigma_schedule(9)
     naive = fm.euler_loops(velocity, x, sigmas)
     torch.testing.assert_close(naive, fm.euler(velocity, x, sigmas))
+
+
+def test_the_score_is_the_slope_of_the_density():
+    """Of one Gaussian around (1 − σ)·μ, and of a batch with a level each."""
+    mean, x = torch.tensor([0.7, -0.2]), torch.randn(3, 2)
+    for sigma in (0.4, torch.tensor([0.2, 0.5, 0.9])):
+        level = torch.as_tensor(sigma).expand(3)[:, None]
+        slope = -(x - (1 - level) * mean) / level**2
+        v = (x - mean) / level
+        torch.testing.assert_close(fm.score(x, v, sigma), slope, rtol=1e-4, atol=1e-4)
+
+
+# The chapter's exercises
+
+
+@pytest.fixture(scope="module")
+def desk():
+    return Desk("06_flow_matching", fm, {"check": check})
+
+
+@pytest.mark.parametrize("number", ["6_1", "6_2", "6_3"])
+def test_the_checks_accept_the_solutions(desk, number):
+    assert desk.hand_in(number, desk.solution(number)) == "passed"
+
+
+def midpoint(line):
+    """The midpoint method with another line."""
+    return f"""def midpoint(velocity, x, sigmas):
+    for sigma, sigma_next in pairwise(sigmas):
+        h = sigma_next - sigma
+        {line}
+    return x"""
+
+
+def renoise(line):
+    return f"def renoise(x, fresh, sigma, higher):\n    return {line}"
+
+
+WRONG = {
+    "levels instead of odds": ("6_1", "needed = lambda: 0.9 / 0.5"),
+    "a difference": ("6_1", "needed = lambda: 0.9 - 0.5"),
+    "one over the data's weight": ("6_1", "needed = lambda: 1 / (1 - 0.9)"),
+    "SD3.5's": ("6_1", "needed = lambda: 3.0"),
+    "Euler": ("6_2", "midpoint = euler"),
+    "Heun": ("6_2", "midpoint = heun"),
+    "half-way, at the old level": (
+        "6_2",
+        midpoint("x = x + h * velocity(x + h / 2 * velocity(x, sigma), sigma)"),
+    ),
+    "the old place, half-way": (
+        "6_2",
+        midpoint("x = x + h * velocity(x, sigma + h / 2)"),
+    ),
+    "two half steps": (
+        "6_2",
+        midpoint(
+            "x = x + h / 2 * velocity(x, sigma); "
+            "x = x + h / 2 * velocity(x, sigma + h / 2)"
+        ),
+    ),
+    "a mixture of state and noise": (
+        "6_3",
+        renoise("(1 - higher) * x + higher * fresh"),
+    ),
+    "noise added, nothing shrunk": (
+        "6_3",
+        renoise("x + (higher**2 - sigma**2) ** 0.5 * fresh"),
+    ),
+    "deviations added": (
+        "6_3",
+        renoise(
+            "(1 - higher) / (1 - sigma) * x + "
+            "(higher - (1 - higher) / (1 - sigma) * sigma) * fresh"
+        ),
+    ),
+    "the old noise forgotten": (
+        "6_3",
+        renoise("(1 - higher) / (1 - sigma) * x + higher * fresh"),
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_the_checks_refuse_wrong_answers(desk, wrong):
+    number, answer = WRONG[wrong]
+    right = desk.solution(number)
+    assert desk.hand_in(number, f"{right}\n\n{answer}").startswith("not yet")

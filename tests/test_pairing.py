@@ -206,7 +206,6 @@ def test_length(path: Path) -> None:
 UNCUT = {
     "01_tokenizer",
     "05_dit",
-    "06_flow_matching",
     "08_sampling",
 }  # chapters with longer cells
 

@@ -41,9 +41,12 @@ OF_THINGS = {thing: COLORS[k].light for k, names in THINGS.items() for thing in 
 
 
 def colors_of(names: Iterable[str]) -> list[str]:
-    """A colour for each name: its own where it is a known thing, else one not taken."""
+    """A colour for each name: its own where it is a known thing, else one not taken.
+
+    What follows a comma says more of the same thing: "euler, 8 steps".
+    """
     names = list(names)
-    own = [OF_THINGS.get(name) for name in names]
+    own = [OF_THINGS.get(name.split(",")[0]) for name in names]
     free = [c for c in PALETTE if c not in own] or PALETTE
     rest = iter(free * len(names))
     return [color or next(rest) for color in own]

@@ -87,6 +87,7 @@ class BookFigure(Figure):
         """The picture as SVG, with both values of each colour."""
         text = self.drawn("svg").decode()
         text = re.sub(NOT_DRAWN, "", text, flags=re.S)
+        text = re.sub(r"(\.\d\d)\d+", r"\1", text)  # hundredths of a point
         for name, color in COLORS.items():
             text = text.replace(color.light, f"var(--{name})")
         head, body = text.split(">", 1)  # <svg …>
