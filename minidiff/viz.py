@@ -493,7 +493,7 @@ def show_points(
     figure, axes = _axes(1, len(table), (side * len(table), side + 0.3), grid=True)
     for ax, (title, sets) in zip(axes.flat, table.items(), strict=True):
         for color, (name, xy) in zip(colors_of(sets), sets.items(), strict=True):
-            many = {"rasterized": len(xy) > 1000}
+            many: Style = {"rasterized": len(xy) > 1000}
             ax.scatter(*_numpy(xy).T, s=7, c=color, label=name, lw=0, zorder=3, **many)
         ax.set(title=title, aspect="equal", xlim=limits, ylim=limits)
         if len(table) == 1 and any(sets):
@@ -501,7 +501,7 @@ def show_points(
     if len(table) > 1:  # once for all, beneath
         shown = [ax.get_legend_handles_labels() for ax in axes.flat]
         names = {n: h for found in shown for h, n in zip(*found, strict=True)}
-        place = {"loc": "outside lower center", "ncols": len(names)}
+        place: Style = {"loc": "outside lower center", "ncols": len(names)}
         figure.legend(names.values(), names.keys(), markerscale=2, **place)
     if paths is not None:
         axes[0, 0].plot(*_numpy(paths).transpose(2, 0, 1), c=GREY, lw=0.5)
