@@ -14,10 +14,14 @@ After it you will be able to
   vector at the end token;
 - **compute** the bucket of a relative position, and show that T5 loses the order of
   the words without it;
-- **assemble** the context and the pooled vector that Stable Diffusion 3.5 expects.
+- **assemble** the context and the pooled vector that Stable Diffusion 3.5 expects;
+- **measure** what each reader knows, by leaving it out and by a linear probe.
+
+On a first reading, jump from "Three readers of one sentence" to "One context for the
+transformer", and come back for how the readers are made.
 """
 
-# %%
+# %% tags=["hide-input"]
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,11 +41,15 @@ from torch import Tensor, nn
 # words as before.
 # (<a href="../book/inside.html?open=context">See the context</a> of any other, live.)
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "hide-input"]
+# import copy
+# import re
+#
+# import minidiff
 # from minidiff import viz
 # from minidiff.classroom import journey
 # from minidiff.files.weights import TINY, load_component
-# from minidiff.classroom.exercises import check
+# from minidiff.classroom.exercises import check, seal
 # from minidiff.classroom.journey import PROMPT
 # from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
 #
@@ -74,23 +82,23 @@ from torch import Tensor, nn
 # two encoders at once, one for captions and one for pictures: the vector of a caption
 # should point in the direction of its own picture's, and away from all others' (chapter
 # 7 does it). This ties words to what can be *seen*, and leaves the encoder free to
-# forget what does not help to tell pictures apart, such as fine grammar. T5 never saw a
-# picture, but to fill gaps it must keep track of who does what to whom. The paper on
-# Stable Diffusion 3 finds that leaving T5 out costs little on simple prompts, and most
-# on long ones and on written words in the picture ([Esser et al.
-# 2024](https://arxiv.org/abs/2403.03206), section 5.3).
+# forget what does not help to tell pictures apart. T5 never saw a picture; it learned
+# to fill gaps in texts, for which it must keep track of what belongs to what. The paper
+# on Stable Diffusion 3 finds that leaving T5 out costs little on simple prompts, and
+# most on long ones and on written words in the picture ([Esser et al.
+# 2024](https://arxiv.org/abs/2403.03206), section 5.3). That is the plan. What each of
+# the three knows in the model that ships with this book is measured near the end.
 #
-# The symbols of this chapter, with the sizes of SD3.5 and of the tiny model that ships
-# with this book:
+# The symbols of this chapter, with the sizes of SD3.5:
 #
-# | | meaning | CLIP-L | CLIP-G | T5-XXL | tiny L, G, T5 |
-# |---|---|---|---|---|---|
-# | $L$ | tokens | 77 | 77 | 256 | 32, 32, 32 |
-# | $D$ | width of a state | 768 | 1280 | 4096 | 64, 96, 192 |
-# | $H$ | attention heads | 12 | 20 | 64 | 4, 6, 6 |
-# | $d$ | width of a head | 64 | 64 | 64 | 16, 16, 32 |
-# | $N$ | layers | 12 | 32 | 24 | 3, 3, 4 |
-# | $M$ | width inside the MLP | 3072 | 5120 | 10240 | 256, 384, 256 |
+# | | meaning | CLIP-L | CLIP-G | T5-XXL |
+# |---|---|---|---|---|
+# | $L$ | tokens | 77 | 77 | 256 |
+# | $D$ | width of a state | 768 | 1280 | 4096 |
+# | $H$ | attention heads | 12 | 20 | 64 |
+# | $d$ | width of a head | 64 | 64 | 64 |
+# | $N$ | layers | 12 | 32 | 24 |
+# | $M$ | width inside the MLP | 3072 | 5120 | 10240 |
 #
 # A batch of $B$ prompts adds an axis in front: states are tensors `(B, L, D)`. In the
 # configurations, which keep the names of the published files, $D$ is `hidden_size` or
@@ -123,10 +131,19 @@ from torch import Tensor, nn
 #
 # Why $1/\sqrt d$: if the entries of $q$ and $k$ are independent with mean 0 and
 # variance 1, their dot product has variance $d$, and the softmax would *saturate*: one
-# key takes nearly all weight, and hardly any gradient is left. T5 does without: its
-# query weights were *initialised* smaller by that factor, and training went on from
-# there.
-#
+# key takes nearly all weight, and hardly any gradient is left. (The derivative of a
+# weight $a_j$ by its own logit is $a_j (1 - a_j)$.) T5 does without: its query weights
+# were *initialised* smaller by that factor, and training went on from there.
+
+# %% tags=["active-ipynb"]
+# torch.manual_seed(0)
+# q, k = torch.randn(1000, 1, 64), torch.randn(1000, 77, 64)  # d = 64, 77 keys
+# for name, s in {"s = 1/√d": 64**-0.5, "s = 1": 1.0}.items():
+#     a = (s * q @ k.mT).softmax(-1)
+#     most, slope = a.amax(-1).mean(), (a * (1 - a)).sum(-1).mean()
+#     print(f"{name:9} the largest of 77 weights {most:.2f}, slopes' sum {slope:.2f}")
+
+# %% [markdown]
 # First as it is written, one pair of tokens at a time:
 
 
@@ -167,9 +184,10 @@ def attend_all(q: Tensor, k: Tensor, v: Tensor, b: Tensor, s: float) -> Tensor:
 # print("matrices = fused kernel:", torch.allclose(matrix, fused, atol=1e-6))
 
 # %% [markdown]
-# A layer has $H$ such heads. Each works in its own $d$ of the $D = H d$ features, so
-# that one may look for the colour before a noun while another looks for the
-# preposition. Cutting and joining the features costs nothing or one copy:
+# A layer has $H$ such heads. Each makes its own queries, keys and values, $d$ numbers
+# of each, from the whole state, so that one may look for the colour before a noun while
+# another looks for the preposition. The matrices of all heads lie in one, $D = H d$
+# wide; cutting and joining costs nothing or one copy:
 
 
 # %%
@@ -252,18 +270,19 @@ class CLIPAttention(nn.Module):
 
 
 # %% tags=["active-ipynb"]
-# layer, x = CLIPAttention(CLIPTextConfig.tiny_l()), torch.randn(1, 5, 64)
-# q, k, v = (split_heads(f(x), 4) for f in (layer.q_proj, layer.k_proj, layer.v_proj))
-# by_hand = layer.out_proj(merge_heads(attend_all(q, k, v, causal, 16**-0.5)))
+# config = CLIPTextConfig.tiny_l()
+# layer, x = CLIPAttention(config), torch.randn(1, 5, config.hidden_size)
+# projections = layer.q_proj, layer.k_proj, layer.v_proj
+# q, k, v = (split_heads(f(x), layer.heads) for f in projections)
+# heads = attend_all(q, k, v, causal, q.shape[-1] ** -0.5)
+# by_hand = layer.out_proj(merge_heads(heads))
 # print("matrices = class:", torch.allclose(by_hand, layer(x), atol=1e-6))
 
 # %% [markdown]
 # The MLP widens each state fourfold, activates it and narrows it again. The activation
 # of CLIP-G is $\mathrm{GELU}(x) = x\,\Phi(x)$, where $\Phi$ is the distribution
 # function of the standard normal distribution. OpenAI trained CLIP-L with a cheaper
-# curve, $x \cdot \mathrm{sigmoid}(1.702\,x)$. The two differ by up to 0.02; a trained
-# network adds up thousands of such differences, so weights must be used with the
-# activation that they were trained with. T5 takes a third form,
+# curve, $x \cdot \mathrm{sigmoid}(1.702\,x)$. T5 takes a third form,
 # $\tfrac12 x\,(1 + \tanh(\sqrt{2/\pi}\,(x + 0.044715\,x^3)))$, much closer to GELU.
 
 
@@ -279,11 +298,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 # %% tags=["active-ipynb"]
-# x = torch.linspace(-5, 5, 401)
-# forms = {"quick": quick_gelu(x), "tanh": F.gelu(x, approximate="tanh")}
-# errors = {f"{name} − exact": (x, y - F.gelu(x)) for name, y in forms.items()}
-# print({name: f"{y.abs().max():.4f}" for name, (_, y) in errors.items()})
-# viz.show_curves(errors, xlabel="x", ylabel="difference from GELU")
+# x = torch.linspace(-4, 4, 401)
+# forms = {"GELU": F.gelu(x), "quick": quick_gelu(x)}
+# forms["tanh"] = F.gelu(x, approximate="tanh")
+# apart = {name: f"{(y - forms['GELU']).abs().max():.4f}" for name, y in forms.items()}
+# print("largest difference from GELU:", apart)
+# viz.show_curves({name: (x, y) for name, y in forms.items()}, xlabel="x")
+
+# %% [markdown]
+# Small negative inputs pass a little, large ones not at all. The curves lie nearly on
+# one another; what the wrong one costs in a trained network is measured below, when we
+# have one. Weights are used with the activation that they were trained with.
 
 
 # %%
@@ -433,10 +458,23 @@ def check_clip_config(config: CLIPTextConfig) -> None:
 # %% tags=["active-ipynb"]
 # clip_l = load_component(CLIPTextEncoder, CLIPTextConfig, TINY / "text_encoder")
 # clip_g = load_component(CLIPTextEncoder, CLIPTextConfig, TINY / "text_encoder_2")
+# for name, model in {"CLIP-L": clip_l, "CLIP-G": clip_g}.items():
+#     c = model.config
+#     sizes = f"D {c.hidden_size}, H {c.num_attention_heads}, N {c.num_hidden_layers}"
+#     print(f"the book's {name}: {sizes}, {c.hidden_act}")
 # (hidden_l, pooled_l), (hidden_g, pooled_g) = clip_l(ids_l), clip_g(ids_g)
 # print("end token at position", end_positions(ids_l, eos_token_id=2).item())
 # print("states", tuple(hidden_l.shape), tuple(hidden_g.shape))
 # print("pooled", tuple(pooled_l.shape), tuple(pooled_g.shape))
+
+# %% tags=["active-ipynb"]
+# for layer in clip_l.text_model.encoder.layers:
+#     layer.mlp.activation = F.gelu
+# other, _ = clip_l(ids_l)
+# for layer in clip_l.text_model.encoder.layers:
+#     layer.mlp.activation = ACTIVATIONS[clip_l.config.hidden_act]
+# moved = (other - hidden_l).norm() / hidden_l.norm()
+# print(f"with GELU for its own activation CLIP-L's states move by {moved:.1%}")
 
 # %% [markdown]
 # ### One layer early
@@ -455,26 +493,17 @@ def check_clip_config(config: CLIPTextConfig) -> None:
 #     state.retain_grad()
 # clip_l.pool(states[-1], ids_l).square().sum().backward()
 # for i, state in enumerate(states):
-#     trained = (state.grad[0].abs().sum(-1) > 0).sum()
-#     print(f"after layer {i}: a gradient reaches {trained:2} of 32 positions")
+#     reached = (state.grad[0].abs().sum(-1) > 0).sum()
+#     print(f"after layer {i}: a gradient reaches {reached:2} positions")
+# _ = torch.set_grad_enabled(False)
 
 # %% [markdown]
-# The states after layer 2 carry a gradient at every position up to the end token; after
-# layer 3 at the end token alone. What does the last layer do to the words, then? The
-# picture shows how far each layer turns each token, as the cosine between its state
-# before and after: 1 means not at all.
-
-# %% tags=["active-ipynb"]
-# words = tokenize_l.tokens(ids_l[0].tolist())[:10]
-# before, after = torch.cat(states[:-1]), torch.cat(states[1:])  # (3, L, D)
-# turns = F.cosine_similarity(before, after, dim=-1)[:, :10]
-# rows = ["layer 1", "layer 2", "layer 3"]
-# viz.show_heatmap(turns, rows, words, digits=2)
-
-# %% [markdown]
-# The last layer turns the words about as far as it turns the end token. But only at the
-# end token has a loss ever asked in which direction; elsewhere the turn is a
-# by-product. So the words are taken before it.
+# In the last line a gradient reaches the end token alone, in the lines before it every
+# position up to the end token. So the last layer's output at the words is a by-product:
+# no loss ever asked for it. That says nothing yet of how bad it is. (An easy figure of
+# how far each layer turns each token looks much the same for a CLIP that was never
+# trained.) The probe near the end of the chapter compares the layers by what can be
+# read from them.
 #
 # ### Captions compared
 #
@@ -499,11 +528,40 @@ def similarity(vectors: Tensor) -> Tensor:
 # viz.show_heatmap(similarity(clip_l(tokenize_l(captions))[1]), rows, numbers, digits=2)
 
 # %% [markdown]
-# Read row 0: caption 1 says the same, caption 3 changes only the garment's class,
-# caption 5 has nothing in common with it, and the cosines fall in this order. Then read
-# row 2. It says what caption 0 says, but like caption 4 it names blue first and red
-# second, and 4 lies nearer. The tiny CLIP, trained for a few minutes, has learned more
-# about which colour comes first than about what belongs to what.
+# Read row 0: caption 1 says the same, 3 changes only the garment's class, 4 has the
+# same words with the colours exchanged, and 5 has nothing in common with it. A good
+# sentence vector puts them in an order: 1 near, 5 far, and 4 farther than 1. Six
+# captions are an anecdote, though. Count: over many scenes, how often does a caption
+# lie nearer to another caption of the same scene than to the one with the two colours
+# exchanged?
+
+# %% tags=["active-ipynb"]
+# from minidiff.data.garments import Attributes, prompts, scene_captions
+# from minidiff.judging.exam import exam, share
+#
+# def exchanged(scenes: Attributes, kind: str) -> Attributes:
+#     colors, ground = scenes.colors, scenes.background
+#     if kind == "two":
+#         return scenes._replace(colors=colors.flip(1))
+#     colors, ground = torch.stack([ground, colors[:, 1]], 1), colors[:, 0]
+#     return scenes._replace(colors=colors, background=ground)
+
+# %% tags=["active-ipynb"]
+# for kind in ("one", "two"):
+#     scenes = prompts(450, kind)[1]
+#     both = (scenes.colors[:, 0] < 6) & (scenes.background < 6)
+#     scenes = scenes.select(both)  # a garment may have the ground's colour
+#     plain = torch.zeros(len(scenes.layout), dtype=torch.long)
+#     texts = scene_captions(scenes, plain), scene_captions(scenes, plain + 2)
+#     texts += (scene_captions(exchanged(scenes, kind), plain),)
+#     first, same, other = (clip_l(tokenize_l(t))[1] for t in texts)
+#     near, far = (F.cosine_similarity(first, x) for x in (same, other))
+#     print(f"{kind:3} in the picture, n = {len(near)}: {share(near > far)} are nearer")
+
+# %% [markdown]
+# In brackets stands the interval in which the true share lies 19 times of 20. Half
+# would be chance. Where the share is below 100 % the pooled vector, which has to say
+# all in one, mixes up what belongs to what. The transformer has the states as well.
 
 # %% [markdown]
 # ## T5
@@ -667,9 +725,10 @@ class T5Attention(nn.Module):
 
 
 # %% tags=["active-ipynb"]
-# layer, x = T5Attention(T5Config.tiny(), has_bias=True), torch.randn(1, 5, 192)
+# config = T5Config.tiny()
+# layer, x = T5Attention(config, has_bias=True), torch.randn(1, 5, config.d_model)
 # bias = layer.relative_attention_bias(relative_buckets(5, 32, 128)).permute(2, 0, 1)
-# q, k, v = (split_heads(f(x), 6) for f in (layer.q, layer.k, layer.v))
+# q, k, v = (split_heads(f(x), layer.heads) for f in (layer.q, layer.k, layer.v))
 # by_hand = layer.o(merge_heads(attend_all(q, k, v, bias, s=1.0)))
 # print("matrices = class:", torch.allclose(by_hand, layer(x, bias), atol=1e-5))
 
@@ -760,21 +819,54 @@ class T5Encoder(nn.Module):
 
 
 # %% [markdown]
-# What did the heads of the tiny T5 learn about distance? One row per head: what it adds
-# for a key that stands so many places from the query.
+# What did the heads of the book's T5 learn about distance? One row per head: what it
+# adds to the logit of a key that stands so many places from the query.
 
 # %% tags=["active-ipynb"]
 # t5 = load_component(T5Encoder, T5Config, TINY / "text_encoder_3")
-# bias = t5.position_bias(32)[0]  # (H, L, L)
-# names = [f"head {h}" for h in range(6)]
+# bias = t5.position_bias(31)[0]  # (H, L, L)
+# names = [f"head {h}" for h in range(len(bias))]
 # ticks = [f"{n:+d}" if n % 5 == 0 else "" for n in range(-15, 16)]
-# viz.show_heatmap(bias[:, 15, :31], names, ticks, xlabel="key − query", signed=True)
+# viz.show_heatmap(bias[:, 15], names, ticks, xlabel="key − query", signed=True)
 
 # %% [markdown]
-# Every head has a profile of its own, with peaks at some distances and valleys at
-# others, behind the query as well as ahead of it. A head with a peak at −2 reads what
-# stands two places back. From a distance of eight on, columns are equal in groups,
-# since several offsets share a row.
+# From a distance of eight on, columns are equal in groups, since several offsets share
+# a row. A peak is no more than a head start: the logit has a second term, $q_i \cdot
+# k_j$. So look at the weights themselves. Take the head and the place with the highest
+# peak, among the words before the query, and print the mean weight that words give to
+# that place, block by block.
+
+# %% tags=["active-ipynb"]
+# def t5_weights(ids: Tensor) -> list[Tensor]:
+#     x, bias, weights = t5.shared(ids), t5.position_bias(ids.shape[1]), []
+#     for block in t5.encoder.block:
+#         attention, h = block.layer[0].SelfAttention, block.layer[0].layer_norm(x)
+#         projections = attention.q, attention.k
+#         q, k = (split_heads(f(h), attention.heads) for f in projections)
+#         weights.append((q @ k.mT + bias).softmax(-1)[0])  # → (H, L, L)
+#         x = block(x, bias)
+#     return weights
+
+# %% tags=["active-ipynb"]
+# text = tokenize_t5.encode(PROMPT)
+# weights, n = t5_weights(ids_t5), len(text)
+# head, place = divmod(bias[:, 15, 10:15].argmax().item(), 5)
+# back = 5 - place  # the highest peak, at most five places back
+# reads = [w[head, :n, :n].diagonal(-back).mean().item() for w in weights]
+# print(f"head {head}, {back} back: bias {bias[head, 15, 15 - back]:.2f},", end=" ")
+# print("mean weight by block:", *[f"{r:.2f}" for r in reads], f"(even: {1 / 32:.2f})")
+
+# %% tags=["active-ipynb"]
+# tokens = [piece.strip("▁") for piece in tokenize_t5.tokens(text)]
+# shown = weights[-1][head, :n, :n]
+# title = f"head {head} in the last block: rows read columns"
+# viz.show_heatmap(shown, tokens, tokens, title=title, digits=2)
+
+# %% [markdown]
+# Each row of this *attention map* shows one token reading the others (the rest up to 1
+# goes to padding). Where bias alone decided, a diagonal line would be all that is seen,
+# in every block alike; where the weights differ from block to block and from row to
+# row, queries and keys have their say.
 
 # %% [markdown]
 # ## One context for the transformer
@@ -809,15 +901,26 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 # context = assemble(hidden_l, hidden_g, t5(ids_t5))
 # pooled = torch.cat([pooled_l, pooled_g], dim=-1)
 # print("context", tuple(context.shape), "pooled", tuple(pooled.shape))
-# shown = context[0].clamp(-3, 3)
-# viz.show_heatmap(shown, xlabel="feature", ylabel="token", signed=True)
+# ends = [0, hidden_l.shape[-1], hidden_l.shape[-1] + hidden_g.shape[-1]]
+# ticks = [{0: "CLIP-L", ends[1]: "CLIP-G", ends[2]: "zeros"}.get(i, "")
+#     for i in range(context.shape[-1])]
+# rows = [{0: "CLIP", 32: "T5"}.get(i, "") for i in range(context.shape[1])]
+# viz.show_heatmap(context[0].clamp(-3, 3), rows, ticks, ylabel="token", signed=True)
+
+# %% tags=["active-ipynb"]
+# sets = {"CLIP-L": (hidden_l, ids_l), "CLIP-G": (hidden_g, ids_g)}
+# sets["T5"] = (t5(ids_t5), ids_t5)
+# for name, (x, ids) in sets.items():
+#     end = 8 + (name != "T5")  # of the prompt, with its special tokens
+#     alike = F.cosine_similarity(x[0, end:], x[0, -1:], dim=-1)
+#     print(f"{name:6} padding against its last row:", end=" ")
+#     print(f"cosine {alike[0]:.2f} at the first, {alike.mean():.2f} in the mean")
 
 # %% [markdown]
-# Above (colours stop at ±3), the 32 tokens of the two CLIPs: 160 features and then
-# zeros up to the width of T5. Below, the 32 tokens of T5. In both halves the first
-# rows, the words, differ from one another; the rows after the end token, the padding,
-# are almost alike. They are there in SD3.5 too, and nobody masks them: the transformer
-# reads them with the rest.
+# Above (colours stop at ±3) the tokens of the two CLIPs, with zeros up to the width of
+# T5; below, the tokens of T5. The first rows of each half are words. Behind them stands
+# padding: its rows resemble one another, the more the farther they are from the words.
+# It is there in SD3.5 too, and nobody masks it: the transformer reads it with the rest.
 #
 # On the meta device tensors have shapes but no values, so that we can send a prompt
 # through the encoders of SD3.5 itself:
@@ -833,16 +936,134 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 # print("context", context_shape, "pooled", (1, p.shape[1] + r.shape[1]))
 
 # %% [markdown]
+# ## What does each reader know?
+#
+# The direct way to find out is to leave a reader out. The finished pipeline draws the
+# pictures of 32 prompts that ask for two things each, always from the same noise, in
+# eight steps and without guidance (chapters 6 and 8); the *judge*, a small network that
+# was trained on real scenes alone, says what each picture shows. A reader is left out
+# by zeros in its place.
+
+# %% tags=["active-ipynb"]
+# from minidiff.data.rng import normal
+#
+# pipe = minidiff.load("tiny")
+# pipe.progress = False
+# texts, grade = exam(32, two=True)
+# context_all, pooled_all = pipe.encode_prompt(texts)
+# length, wide = ids_l.shape[1], hidden_l.shape[-1] + hidden_g.shape[-1]
+# table = pipe.text_encoders[2].encoder.block[0].layer[0].SelfAttention
+# table = table.relative_attention_bias.weight
+# kept = table.clone()
+# table.data.zero_()
+# unordered, _ = pipe.encode_prompt(texts)
+# _ = table.data.copy_(kept)
+
+# %% tags=["active-ipynb"]
+# def without(rows: slice, features: slice = slice(None)) -> Tensor:
+#     changed = context_all.clone()
+#     changed[:, rows, features] = 0
+#     return changed
+#
+#
+# clips, empty = slice(length), pipe.encode_prompt([""] * len(texts))[1]
+# trials = {"everything": (context_all, pooled_all)}
+# trials["no T5"] = without(slice(length, None)), pooled_all
+# trials["T5 without order"] = unordered, pooled_all
+# trials["no CLIP states"] = without(clips), pooled_all
+# trials["no CLIP at all"] = without(clips), torch.zeros_like(pooled_all)
+# trials["pooled of no words"] = context_all, empty
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# channels, *sides = pipe.prepare_latents(1).shape[1:]
+# noise = normal(0, torch.arange(len(texts)), (channels, *sides))
+# print(f"{'n = 32':20}{'all right':16}{'things':16}{'colours':16}")
+# for name, (states, vector) in trials.items():
+#     options = {"num_inference_steps": 8, "guidance_scale": 1.0, "output_type": "pt"}
+#     given = {"prompt_embeds": states, "pooled_prompt_embeds": vector}
+#     right = grade(pipe(None, latents=noise, **given, **options) * 2 - 1)
+#     kinds = "all", "things", "colors"
+#     print(f"{name:18}", *[f"{share(right[kind]):15}" for kind in kinds])
+
+# %% [markdown]
+# Read down a column. The first line is what this model can do in eight steps. Where a
+# line stays within the first one's interval, what was taken away was not missed, or its
+# loss is too small to be seen with 32 prompts. Where it falls, the transformer listened
+# there: it need not listen to the reader who knows best. A model that gets colours
+# right without any T5 has learned to take them from the CLIPs, and leaving out the
+# CLIPs then leaves it deaf, whatever T5 says.
+#
+# So the second question: what *could* be read? A *linear probe* is a matrix, fitted by
+# least squares, that guesses a property from a state; the better it guesses on captions
+# that it was not fitted to, the more plainly the state says it. We ask the token of
+# each first garment for the garment's own colour. Only what flowed through attention
+# can tell it: the embedding of "dress" is the same in each caption.
+
+# %% tags=["active-ipynb"]
+# def t5_states(ids: Tensor) -> list[Tensor]:
+#     states, bias = [t5.shared(ids)], t5.position_bias(ids.shape[1])
+#     for block in t5.encoder.block:
+#         states.append(block(states[-1], bias))
+#     return states
+#
+#
+# scenes = prompts(1200, "two", seed=5)[1]
+# texts = scene_captions(scenes, torch.zeros(1200, dtype=torch.long))
+# heads = [re.split(" left of | above ", text)[0] for text in texts]  # "a red dress"
+
+# %% tags=["active-ipynb"]
+# def probe(states: Tensor, answers: Tensor) -> Tensor:
+#     x = F.pad(states - states.mean(0), (0, 1), value=1.0)
+#     wanted = F.one_hot(answers).float()
+#     square = x[:800].T @ x[:800] + 1e-2 * torch.eye(x.shape[1])
+#     fit = torch.linalg.solve(square, x[:800].T @ wanted[:800])
+#     return (x[800:] @ fit).argmax(1) == answers[800:]
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# asked = {"its own": scenes.colors[:, 0], "the other's": scenes.colors[:, 1]}
+# readers = {"CLIP-L": (tokenize_l, clip_l.hidden_states)}
+# readers["CLIP-G"] = tokenize_g, clip_g.hidden_states
+# readers["T5"] = tokenize_t5, t5_states
+# found = {}
+# for name, (tokenize, states_of) in readers.items():
+#     places = torch.tensor([len(tokenize.encode(head)) - 2 for head in heads])
+#     layers = [x[torch.arange(1200), places] for x in states_of(tokenize(texts))]
+#     for whose, answers in asked.items():
+#         right = torch.stack([probe(x, answers) for x in layers])
+#         found[f"{name}, {whose}"] = F.pad(right.float().mean(1), (0, 9 - len(right)))
+#         print(f"{name:6} {whose:11} after the last layer, n = 400:", share(right[-1]))
+
+# %% tags=["active-ipynb"]
+# depth = max(len(clip_g.text_model.encoder.layers), len(t5.encoder.block))
+# ticks = ["embedding", *(f"layer {i + 1}" for i in range(depth))]
+# shown = torch.stack([*found.values()])[:, : depth + 1]
+# title = "colour guessed rightly from the garment's token (0: no such layer)"
+# viz.show_heatmap(shown, list(found), ticks, title=title, digits=2)
+
+# %% [markdown]
+# There are eight colours, so that a blind guess is right once in eight. The embeddings
+# are near that: a garment's token does not know its colour before it has read. Then
+# look how far each reader comes, and where. In CLIP the second colour of the caption
+# cannot reach the first garment, which stands before it (the causal mask); T5's tokens
+# see it. If "its own" is much higher than "the other's" there, T5 binds; if both are
+# high, its tokens know the colours of the whole sentence. And compare CLIP's last two
+# columns: they say whether taking the states one layer early matters for this property,
+# in this model.
+#
+# Two measures, two questions: a probe says what is *there*, leaving out says what is
+# *used*. A reader can know much and be ignored, because another is easier to read.
+
+# %% [markdown]
 # ## Predict, then break it
 #
 # Two captions use the same words in another order. In the first "red" belongs to the
 # dress, in the second to the background. We compare T5's states of the token "red" in
 # the two.
 #
-# Before you run the next cell, predict: what happens to their difference when the table
+# Before you open the answers, predict: what happens to their difference when the table
 # of relative positions is set to zero? And why could no amount of training mend it?
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "hide-output"]
 # swapped = [PROMPT, "a blue dress on a red background"]
 # ids = tokenize_t5(swapped)
 # at_red = ids == tokenize_t5.encode("red")[0]  # (2, 32), one True per row
@@ -853,20 +1074,22 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 #
 # print(f"with the table:    {gap(t5):.3f}")
 
-# %% tags=["active-ipynb"]
-# import copy
-#
+# %% tags=["active-ipynb", "hide-output"]
 # broken = copy.deepcopy(t5)
 # table = broken.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
 # nn.init.zeros_(table.weight)
 # print(f"without the table: {gap(broken):.3f}")
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
 # Nothing else in T5 knows about places. Without the table a query meets the same *set*
 # of keys in both captions, and a weighted mean does not depend on the order in which it
 # is taken. Every layer maps equal states to equal states, so that "red" is the same
-# vector in both captions, whatever the weights are. Such a model reads a bag of words:
-# it could not say which thing is red.
+# vector in both captions, whatever the weights are: such a T5 reads a bag of words.
+# (The line "T5 without order" of the table above shows what that costs the picture.)
+#
+# </details>
 
 # %% [markdown]
 # ## Parity
@@ -875,7 +1098,7 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 # must give the same states; the tests do this for many sizes, and show that each
 # comparison notices a wrong epsilon, a wrong activation, a missing mask.
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "hide-input"]
 # import warnings
 # from dataclasses import asdict
 #
@@ -884,6 +1107,7 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 
 # %% tags=["active-ipynb"]
 # def same(ours: nn.Module, theirs: nn.Module) -> bool:
+#     torch.manual_seed(0)
 #     for p in theirs.parameters():
 #         nn.init.normal_(p, std=0.2)
 #     ours.load_state_dict(theirs.state_dict(), strict=False)
@@ -926,41 +1150,67 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 # ## Exercises
 #
 # **2.1 Predict.** How many numbers does the context of one prompt hold in SD3.5, and
-# how many of them are padding zeros that `assemble` put there? Work it out before you
-# unfold the solution.
-
-# %% tags=["active-ipynb", "hide-cell"]
-# print("numbers:", (77 + 256) * 4096, "of them zeros:", 77 * (4096 - 768 - 1280))
-
-# %% [markdown]
-# **2.2 Code.** A pooled vector makes a search engine. Write `nearest`, which returns
-# the caption whose pooled vector points most nearly in the direction of the query's.
-# Run the check after each attempt.
+# how many of them are zeros that `assemble` filled in?
 
 # %% tags=["active-ipynb", "exercise"]
-# def nearest(query: str, captions: list[str]) -> str:
+# def two_numbers() -> tuple[int, int]:
+#     raise NotImplementedError  # all, and the zeros among them
+
+# %% tags=["active-ipynb", "check"]
+# @check
+# def exercise_2_1() -> None:
+#     every, zeros = two_numbers()
+#     assert seal(every) == "02b97719", "all: tokens times features"
+#     assert seal(zeros) == "a2069d05", "zeros: in which rows, in which columns?"
+
+# %% tags=["active-ipynb", "solution", "hide-cell"]
+# def two_numbers() -> tuple[int, int]:
+#     return (77 + 256) * 4096, 77 * (4096 - 768 - 1280)
+#
+#
+# exercise_2_1()
+# print(two_numbers(), f"{two_numbers()[1] / two_numbers()[0]:.1%} zeros")
+# # Only CLIP's 77 rows are filled, from 768 + 1280 features up to T5's 4096. A row of
+# # zeros would have cost nothing less: attention reads it like any other.
+
+# %% [markdown]
+# **2.2 Code.** Pooled vectors make a search engine. Write `nearest`: which row of a
+# shelf of vectors (N, D) points most nearly in the direction of the query (D,)? Vectors
+# may have any length.
+
+# %% tags=["active-ipynb", "exercise"]
+# def nearest(query: Tensor, shelf: Tensor) -> int:
 #     raise NotImplementedError
 
 # %% tags=["active-ipynb", "check"]
 # @check
 # def exercise_2_2() -> None:
-#     shelf = ["a green bag on a black background", "a pink coat on a white background"]
-#     shelf += ["a purple sneaker on a gray background"]
-#     for caption in shelf:
-#         found = nearest(f"a photo of {caption}", shelf)
-#         assert found == caption, f"you found {found} for {caption}"
+#     shelf = torch.tensor([[0.9, 0.5], [9, 7], [0.1, 0], [-5, 0], [2, -3]])
+#     for query, expected in (((1.0, 0.0), 2), ((2.0, 1.1), 0), ((-0.1, 0.01), 3)):
+#         found = int(nearest(torch.tensor(query), shelf))
+#         assert found == expected, f"{query} points like row {expected}, not {found}"
+#         longer = int(nearest(torch.tensor(query) * 50, shelf))
+#         assert longer == expected, f"fifty times {query} points elsewhere: {longer}"
 
 # %% tags=["active-ipynb", "solution", "hide-cell"]
-# def nearest(query: str, captions: list[str]) -> str:
-#     _, pooled = clip_l(tokenize_l([query, *captions]))
-#     return captions[similarity(pooled)[0, 1:].argmax()]
+# def nearest(query: Tensor, shelf: Tensor) -> int:
+#     return int(F.cosine_similarity(query[None], shelf).argmax())
 #
 #
 # exercise_2_2()
+# scenes = prompts(300, "one")[1]
+# plain = torch.zeros(300, dtype=torch.long)
+# shelf, queries = (scene_captions(scenes, plain + i) for i in (0, 3))
+# (_, rows), (_, asked) = (clip_l(tokenize_l(t)) for t in (shelf, queries))
+# right = [shelf[nearest(q, rows)] == text for q, text in zip(asked, shelf)]
+# print(f"found in other words, n = 300: {share(torch.tensor(right))}")
+# # The captions of one scene point the same way because CLIP's loss compared directions
+# # only; lengths were free, and without the norm a long vector wins every search.
 
 # %% [markdown]
 # **2.3 Code.** Rearrange a table of relative positions (32, H) so that T5, given the
-# ids in reverse, returns the old states in reverse. Beware of distance zero.
+# ids in reverse, returns the old states in reverse, for texts of any length. Beware of
+# distance zero.
 
 # %% tags=["active-ipynb", "exercise"]
 # def mirrored(table: Tensor) -> Tensor:
@@ -969,11 +1219,13 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 # %% tags=["active-ipynb", "check"]
 # @check
 # def exercise_2_3() -> None:
-#     other = copy.deepcopy(t5)
-#     table = other.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
-#     table.weight.data = mirrored(table.weight.data)
-#     difference = (other(ids_t5.flip(1)).flip(1) - t5(ids_t5)).abs().max()
-#     assert difference < 1e-4, "read backwards, the states are others"
+#     table = torch.arange(64.0).view(32, 2)
+#     found = mirrored(table.clone())
+#     assert found.shape == (32, 2), f"(32, 2) is expected, not {tuple(found.shape)}"
+#     rows = relative_buckets(200, 32, 128)  # of each pair of places
+#     wrong = (found[rows] != table[rows].transpose(0, 1)).any(-1)
+#     far = (torch.arange(200) - torch.arange(200)[:, None])[wrong].tolist()
+#     assert not far, f"read backwards, a key {far[0]:+d} away has another bias"
 
 # %% tags=["active-ipynb", "solution", "hide-cell"]
 # def mirrored(table: Tensor) -> Tensor:
@@ -983,13 +1235,46 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 #
 #
 # exercise_2_3()
+# other = copy.deepcopy(t5)
+# table = other.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+# table.weight.data = mirrored(table.weight.data)
+# apart = (other(ids_t5.flip(1)).flip(1) - t5(ids_t5)).abs().max()
+# print("read backwards, the states are the same:", apart.item() < 1e-4)
+# # The table is all that T5 knows of order: behind and ahead change places, no more.
 
 # %% [markdown]
-# **2.4 Explore.** In `CLIPTextEncoder.forward` return `states[-1]` instead of
-# `states[-2]` and run the cells from there (parity and the journey's check must fail):
-# how does the picture of the context change? Undo it, and leave `is_causal=True` out of
-# `CLIPAttention`: which captions does CLIP still tell apart? Last, put a word between
-# two others in a caption and see which of its states change, in CLIP and in T5.
+# **2.4 Explore.** What does the causal mask do? Take it away from CLIP-L (a subclass of
+# `CLIPAttention` without `is_causal`, set as the layers' `__class__`) and compare the
+# pooled vectors of the six captions. Put it back, and put a word between two others in
+# our prompt ("a red *long* dress …"): which states of the words *before* it change, in
+# CLIP and in T5?
+
+# %% tags=["active-ipynb", "hide-cell"]
+# class Unmasked(CLIPAttention):
+#     def forward(self, x: Tensor) -> Tensor:
+#         projections = self.q_proj, self.k_proj, self.v_proj
+#         q, k, v = (split_heads(f(x), self.heads) for f in projections)
+#         return self.out_proj(merge_heads(F.scaled_dot_product_attention(q, k, v)))
+#
+#
+# blind = copy.deepcopy(clip_l)
+# for layer in blind.text_model.encoder.layers:
+#     layer.self_attn.__class__ = Unmasked
+# for name, model in {"masked": clip_l, "unmasked": blind}.items():
+#     alike = similarity(model(tokenize_l(captions))[1])[0, 1:]
+#     print(f"{name:9} caption 0 against 1 … 5:", *[f"{c:.2f}" for c in alike])
+
+# %% tags=["active-ipynb", "hide-cell"]
+# longer = PROMPT.replace("red ", "red long ")
+# for name, f, tokenize, n in (("CLIP-L", lambda i: clip_l(i)[0], tokenize_l, 3),
+#         ("T5", t5, tokenize_t5, 2)):
+#     (a, b) = f(tokenize([PROMPT, longer]))
+#     moved = (a - b)[:n].norm(dim=-1) / a[:n].norm(dim=-1)
+#     moved = ", ".join(f"{m:.3f}" for m in moved)
+#     print(f"{name:6} the tokens before the new word move by {moved}")
+# # With the mask, nothing that comes later can reach an earlier token: exactly 0.
+# # Without it each token reads 31 others, the padding among them, which it never did in
+# # training; all captions then look alike to the end token.
 
 # %% [markdown]
 # ## Summary
@@ -999,8 +1284,9 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 # encoder and loaded trained weights into them. You **explained** by their gradients why
 # the states are taken before CLIP's last layer and the pooled vector at the end token.
 # You **computed** the buckets of relative positions and showed that T5 without them
-# reads a bag of words. You **assembled** the context and the pooled vector. This is
-# what our prompt hands on to the next chapters:
+# reads a bag of words. You **assembled** the context and the pooled vector, and
+# **measured** what each reader knows and which of them is listened to. This is what our
+# prompt hands on to the next chapters:
 
 # %% tags=["active-ipynb"]
 # rounded = [[round(x, 2) for x in v[:5].tolist()] for v in (context[0, 1], pooled[0])]

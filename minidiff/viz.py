@@ -407,7 +407,10 @@ def show_heatmap(
     signed: bool = False,
     digits: int | None = None,
 ) -> "BookFigure":
-    """A matrix (R, C) as colours; ``digits`` writes its values into the cells."""
+    """A matrix (R, C) as colours; ``digits`` writes its values into the cells.
+
+    ``rows`` and ``columns`` name all of them; "" leaves one without name and tick.
+    """
     values = _numpy(matrix)
     height = min(7.0, max(1.6, 5.0 * values.shape[0] / values.shape[1]))
     figure, axes = _axes(1, 1, (5.8, height + 0.6))
@@ -417,12 +420,17 @@ def show_heatmap(
     figure.colorbar(shown, cax=ax.inset_axes([1.03, 0, 0.03, 1]))
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if rows is not None:
-        ax.set_yticks(range(len(rows)), rows)
+        ax.set_yticks(*_named(rows))
     if columns is not None:
-        ax.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+        ax.set_xticks(*_named(columns), rotation=45, ha="right")
     if digits is not None:
         _write(ax, values, shown, digits)
     return figure
+
+
+def _named(names: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Places and names of those that have one."""
+    return [i for i, name in enumerate(names) if name], [*filter(None, names)]
 
 
 def _write(ax: "Axes", values: np.ndarray, shown: Any, digits: int) -> None:

@@ -5,11 +5,13 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 import torch.nn.functional as F
+from exercises import Desk
 from helpers import patch_functions, randomize, relative_error
 from torch import Tensor, nn
 from transformers.models.t5 import modeling_t5
 
 from minidiff import text_encoders
+from minidiff.classroom import exercises
 from minidiff.text_encoders import (
     CLIPTextConfig,
     CLIPTextEncoder,
@@ -409,3 +411,51 @@ def test_similarity():
     vectors = torch.tensor([[2.0, 0], [0, 3], [-1, 0], [1, 1]])
     expected = torch.tensor([1, 0, -1, 0.5**0.5])
     torch.testing.assert_close(text_encoders.similarity(vectors)[0], expected)
+
+
+# The chapter's exercises
+
+
+@pytest.fixture(scope="module")
+def desk() -> Desk:
+    known = {"check": exercises.check, "seal": exercises.seal}
+    return Desk("02_text_encoders", text_encoders, known)
+
+
+def test_the_checks_accept_the_solutions(desk):
+    for number in ("2_1", "2_2", "2_3"):
+        assert desk.hand_in(number, desk.solution(number)) == "passed"
+
+
+WRONG = {
+    "the pooled vectors too": ("2_1", "two_numbers = lambda: (1365216, 157696)"),
+    "every row filled": ("2_1", "two_numbers = lambda: (1363968, 681984)"),
+    "CLIP-G alone": ("2_1", "two_numbers = lambda: (1363968, 77 * (4096 - 1280))"),
+    "a dot product": ("2_2", "nearest = lambda q, x: int((x @ q).argmax())"),
+    "the distance": ("2_2", "nearest = lambda q, x: int((x - q).norm(dim=1).argmin())"),
+    "the query's length alone": (
+        "2_2",
+        "nearest = lambda q, x: int((x @ F.normalize(q, dim=0)).argmax())",
+    ),
+    "either way along the line": (
+        "2_2",
+        "nearest = lambda q, x: int((F.normalize(x, dim=1) @ q).abs().argmax())",
+    ),
+    "the far rows left": (
+        "2_3",
+        """def mirrored(table):
+    new = table.clone()
+    new[1:12], new[17:28] = table[17:28], table[1:12]
+    return new""",
+    ),
+    "distance zero moved": ("2_3", "mirrored = lambda table: table.roll(16, dims=0)"),
+    "the rows reversed": ("2_3", "mirrored = lambda table: table.flip(0)"),
+    "the sign turned": ("2_3", "mirrored = lambda table: -table"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_the_checks_refuse_wrong_answers(desk, wrong):
+    number, answer = WRONG[wrong]
+    right = desk.solution(number)
+    assert desk.hand_in(number, f"{right}\n\n{answer}").startswith("not yet")
