@@ -3,6 +3,7 @@
 import json
 import pickle
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -394,3 +395,17 @@ def test_known_leftovers_are_ignored(tmp_path):
     save_file(tensors, tmp_path / weights.WEIGHTS[1])
     loaded = load(tmp_path, "T5EncoderModel").state_dict()
     assert all(torch.equal(loaded[n], t) for n, t in model.state_dict().items())
+
+
+def test_weights_have_a_short_name(tmp_path, monkeypatch):
+    """The beginning of their SHA-256: computed, or the name in the hub's cache."""
+    file, content = tmp_path / "model.safetensors", b"some weights"
+    file.write_bytes(content)
+    digest = sha256(content).hexdigest()
+    assert weights.short_hash(file) == digest[:12]
+    monkeypatch.setattr(weights, "HASHED", 3)
+    assert weights.short_hash(file) is None
+    blob, link = tmp_path / ("ab" * 32), tmp_path / "link.safetensors"
+    blob.write_bytes(content)
+    link.symlink_to(blob)
+    assert weights.short_hash(link) == ("ab" * 32)[:12]

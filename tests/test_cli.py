@@ -21,7 +21,7 @@ from torch import nn
 from minidiff.cli import find_device
 from minidiff.dit import JointBlock
 from minidiff.files.pictures import read_settings
-from minidiff.files.weights import TINY, Prepared
+from minidiff.files.weights import TINY, Prepared, short_hash
 from minidiff.judging import metrics
 from minidiff.lora import LowRank, save_lora
 from minidiff.recipes.finetune import LoraConfig, PictureConfig
@@ -167,7 +167,9 @@ def test_settings_of_load(run, folder, tmp_path, name):
     assert err.count("memory plan: ") == err.count("\n") == planned
     if name == "knobs":
         assert "clip streamed, modulation streamed, vae_slicing True" in err
-    assert wanted.items() <= read_settings("a.png").items()
+    found = read_settings("a.png")
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert wanted.items() <= found.items() and found["weights"] == short_hash(file)
     run(*call[: -len(options)], "--output", "plain.png")
     plain, drawn = Image.open("plain.png").tobytes(), Image.open("a.png").tobytes()
     assert name == "fast" or (plain == drawn) == (name in ("memory", "knobs"))

@@ -17,6 +17,7 @@ EXAMPLES = examples(
 )
 # What a setting changes, the most telling first
 CAUSES = {
+    "weights": "the transformer is another one",
     "model": "other weights",
     "lora": "other corrections beside the weights",
     "lora_scale": "the corrections are added more or less",

@@ -57,6 +57,7 @@ from minidiff.files.weights import (
     open_tensors,
     prepare_component,
     shipped,
+    short_hash,
 )
 from minidiff.flow_matching import Scheduler
 from minidiff.interface import checks
@@ -229,6 +230,7 @@ class Opened:
             return here.load(fit, memory, fast, compile, **knobs)
         config, files = self.files.models["transformer"].config, self.files.parts
         check_speed(fit.plan, config, self.device, fast, compile)
+        weights = files["transformer"].found.values()
         parts: dict[str, Any] = load_parts(files, fit.plan, self.device, self.dtype)
         if fast or compile:
             from minidiff.engine.fast import accelerate
@@ -238,6 +240,7 @@ class Opened:
         pipe = self.pipeline(parts)
         pipe.plan, pipe.room = fit
         how = {"memory": memory, "fast": fast, "compile": compile, **knobs}
+        how["weights"] = short_hash(min(f.path for f in weights))
         pipe.settings |= checks.chosen(model=self.files.name, **how)
         return pipe
 

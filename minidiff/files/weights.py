@@ -6,6 +6,7 @@ diffusers layout names the transformer's and the autoencoder's tensors otherwise
 used for reading and for writing. Text encoders have one set of names in both layouts.
 """
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -182,6 +183,7 @@ TINY = PRETRAINED / "tiny"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 LONGEST_HEADER = 10_000_000  # bytes; Large's has 150,000
+HASHED = 2**26  # bytes of a file that are hashed in a moment
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 # Written by some, read by none: a copy of the table, the numbers 0, 1, 2, …, and (where
 # it is no parameter) OpenAI's projection of CLIP-L, which SD3 does not have
@@ -350,6 +352,21 @@ class Prepared(Generic[Model]):
         state = {name: read(device, dtype) for name, read in self.tensors()}
         self.model.load_state_dict(state, assign=True)
         return self.model.eval()
+
+
+def short_hash(file: Path) -> str | None:
+    """Twelve digits of a file's SHA-256, by which pictures name their weights.
+
+    The hub's cache calls its files by it. Of another file over ``HASHED`` bytes it
+    would take seconds, and there is none.
+    """
+    name = file.resolve().name
+    if re.fullmatch("[0-9a-f]{64}", name):
+        return name[:12]
+    if file.stat().st_size > HASHED:
+        return None
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:12]
 
 
 def prepare_weights(
