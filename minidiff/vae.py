@@ -12,11 +12,14 @@ After it you will be able to
 - **build** an encoder and a decoder from normalised convolutions and one attention,
   and load trained weights into them;
 - **read** a latent channel by channel;
-- **measure** what a smaller latent costs in the picture;
+- **measure** in bits what a latent says, and set it beside JPEG;
 - **explain** why latents are shifted and scaled before the transformer sees them.
+
+On a first reading, jump from "A picture as a distribution" to "Look at it": what lies
+between builds the network, block by block.
 """
 
-# %%
+# %% tags=["hide-input"]
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,13 +35,20 @@ from torch import Tensor, nn
 # picture of 64 × 64 pixels from it. The encoder, the decoder's other half, is needed in
 # training: the transformer learns from encoded pictures.
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "hide-input"]
+# import copy
+# import io
+# import math
+#
+# from PIL import Image
+#
 # import minidiff
 # from minidiff import viz
 # from minidiff.classroom import journey
+# from minidiff.files.pictures import from_bytes, to_pil, to_tensor
 # from minidiff.files.weights import TINY, load_component
 # from minidiff.data.garments import sample_scenes
-# from minidiff.classroom.exercises import check
+# from minidiff.classroom.exercises import check, seal
 # from minidiff.classroom.journey import PROMPT, SEED
 #
 # _ = torch.set_grad_enabled(False)
@@ -59,8 +69,9 @@ from torch import Tensor, nn
 
 # %% [markdown]
 # To learn what latents are we take them from pictures first: scenes composed from the
-# test set of Fashion-MNIST, which no part of the tiny model was trained on. The first
-# shows what our prompt asks for.
+# test set of Fashion-MNIST, which no part of the tiny model was trained on. Eight show
+# one garment, the first what our prompt asks for; eight show two. (Every garment was a
+# grey picture of 28 × 28 pixels and has been enlarged: do not look for threads.)
 
 # %% tags=["active-ipynb"]
 # images, captions = sample_scenes()
@@ -121,14 +132,42 @@ from torch import Tensor, nn
 # second; it is zero for $\mu = 0$, $s = 1$. The two terms pull against one another. The
 # first wants large, exact latents, the second latents that say nothing. The weight
 # $\beta$ is small (chapter 7 takes 0.0005, with means for the sums), so that it costs
-# little detail; but it is enough to keep latents from growing without bound, and the
-# noise $s$ makes sure that latents close to one another decode to pictures close to one
-# another. A generative model needs both, since what it draws will always be a little
-# off. Chapter 7 trains with such a loss. Three terms take the place of the first: two
-# ask for the right colours, one for the right edges. The autoencoders of Stable
-# Diffusion add a *perceptual* distance, between features of an image network, and a
-# *discriminator* that learns to tell restored pictures from real ones; a loss on pixels
-# alone blurs fine texture (Rombach et al. 2022, section 3.1).
+# little detail. A generative model needs latents that stay in bounds, and a decoder
+# that forgives: what it draws will always be a little off. Whether the noise teaches
+# that is tried out below, beside a control that trains without it. Chapter 7 trains
+# with such a loss.
+#
+# The divergence has a unit. In *nats*, or divided by $\ln 2$ in *bits*, it counts how
+# much the latent tells about the picture: to send a draw of $\mathcal N(\mu, s^2)$ to
+# somebody who expects $\mathcal N(0, 1)$ costs that many bits on average, for the best
+# of codes ([Hinton and van Camp 1993](https://doi.org/10.1145/168304.168306)). So
+# $\mathcal L$ weighs distortion against rate.
+#
+# ### What pixels do not ask for
+#
+# Why do the autoencoders of Stable Diffusion not stop at $\lVert x - D(z) \rVert$? Take
+# a texture that no latent can hold in full, such as fine noise. The decoder may paint a
+# texture of the same kind, or plain grey:
+
+# %% tags=["active-ipynb"]
+# cloth, other = 0.3 * torch.randn(2, 1, 1, 64, 64, generator=torch.manual_seed(0))
+# edge = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
+# roughness = lambda x: F.conv2d(x, edge).abs().mean()
+# for name, painted in {"another such cloth": other, "plain grey": 0 * cloth}.items():
+#     error, rough = (cloth - painted).square().mean(), roughness(painted)
+#     away = (rough - roughness(cloth)).abs()
+#     print(f"{name:19} squared error {error:.3f}, roughness is off by {away:.3f}")
+
+# %% [markdown]
+# Squared error prefers the grey, and by a factor of two: a texture that is right in
+# kind and wrong in place is wrong at both places. So a loss on pixels alone blurs what
+# it cannot hold. Two additions mend it (Rombach et al. 2022, section 3.1). A
+# *perceptual* loss compares features of an image network instead of pixels; our
+# roughness is the poorest of such features, and already prefers the texture. An
+# *adversarial* loss trains a second network, the discriminator, to tell restored
+# pictures from real ones, and pays the decoder for deceiving it: plain grey is quickly
+# found out. Both cost faithfulness, pixel by pixel, for what looks right. The book's
+# own autoencoder does with pixels, colours and edges (chapter 7).
 
 # %% [markdown]
 # ## Build it
@@ -258,8 +297,8 @@ class ResnetBlock(nn.Module):
 # ### One attention, in the middle
 #
 # A convolution sees three pixels across. At the coarsest level, where a picture is
-# small, one attention lets every place see every other: the left sleeve may know the
-# colour of the right one. It is the attention of chapter 2 with one head as wide as all
+# small, one attention lets every place see every other. (What that is worth here is
+# measured further down.) It is the attention of chapter 2 with one head as wide as all
 # channels and without a mask; queries, keys and values are made by 1 × 1 convolutions,
 # which are matrices applied to each pixel.
 
@@ -550,7 +589,8 @@ def check_image(images: Tensor, config: VAEConfig) -> None:
 #
 # $$ \mathrm{PSNR}(a, b) = 10 \log_{10} \frac{2^2}{\operatorname{mean}\,(a - b)^2}. $$
 #
-# Ten decibels more are a tenth of the error. Above the pictures, below what comes back.
+# Ten decibels more are a tenth of the error. Above the pictures, below what comes back:
+# three with one garment, and three with two.
 
 
 # %%
@@ -564,30 +604,79 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # posterior = vae.encode(images)
 # latents = posterior.mode()
 # restored = vae.decode(latents)
-# print("latents", tuple(latents.shape), f"PSNR {psnr(images, restored):.1f} dB")
-# viz.show_images(torch.cat([images[:6], restored[:6]]), columns=6)
+# each = [psnr(*pair) for pair in zip(images, restored)]
+# for kind, some in {"one garment": each[:8], "two garments": each[8:]}.items():
+#     mean = sum(some) / 8
+#     print(f"{kind:12} n = 8, mean PSNR {mean:.1f} dB, worst {min(some):.1f} dB")
+# rows = [0, 1, 2, 8, 9, 8 + each[8:].index(min(each[8:]))]
+# titles = [""] * 6 + [f"{each[i]:.1f} dB" for i in rows]
+# viz.show_images(torch.cat([images[rows], restored[rows]]), titles, columns=6)
 
 # %% [markdown]
-# Hardly a difference is seen. Look for it in what is fine, prints, seams, edges: fine
-# detail is lost first. This autoencoder is small and learned on a CPU
-# ([how](../book/training_log.md)).
+# The last column is the worst of the sixteen scenes. Garments of half the size have
+# finer detail for the same number of latent pixels, so that the lower mean is no
+# surprise. Look for the difference in what is fine, prints, seams, edges. This
+# autoencoder is small and learned on a CPU ([how](../book/training_log.md)).
 #
 # How wide are the distributions? Compare the noise $s$ with the spread of the means,
-# and look at what a draw does to the picture.
+# look at what a draw does to the picture, and count bits.
 
 # %% tags=["active-ipynb"]
-# noise = (0.5 * posterior.logvar).exp()
-# print(f"spread of the means {latents.std():.2f}, mean noise {noise.mean():.3f}")
+# def bits(mean: Tensor, s: Tensor) -> Tensor:
+#     nats = 0.5 * (mean.square() + s.square() - 1) - s.log()
+#     return nats.sum((1, 2, 3)) / math.log(2)  # (B, C, h, w) → (B,)
+#
+#
+# s = (0.5 * posterior.logvar).exp()
+# print(f"spread of the means {latents.std():.2f}, mean noise {s.mean():.3f}")
 # drawn = vae.decode(posterior.sample(torch.Generator().manual_seed(0)))
 # print(f"PSNR decoded from the mean {psnr(images, restored):.1f} dB")
 # print(f"PSNR decoded from a draw   {psnr(images, drawn):.1f} dB")
+# rate = bits(latents, s).mean().item()
+# print(f"{rate:,.0f} bits, {rate / 8:,.0f} bytes,", end=" ")
+# print(f"{rate / latents[0].numel():.1f} bits for each number")
 
 # %% [markdown]
-# The noise is a small fraction of the spread: the encoder is nearly certain, and a draw
-# costs almost nothing. So small a weight on the divergence does not press the latents
-# into a standard normal; it only keeps them from drifting apart and makes the decoder
-# robust to small errors. (The transformer of this book learns from the means, `mode`;
-# diffusers' training scripts take a draw.)
+# If $s$ were 1 and the means 0, a latent would tell nothing: 0 bits. The smaller the
+# noise beside the spread, the more it tells, about $\log_2$ of their ratio for each
+# number. (The transformer of this book learns from the means, `mode`; diffusers'
+# training scripts take a draw.)
+#
+# ### How far the middle sees
+#
+# Now for the attention in the middle. Restrict it to the 3 × 3 pixels around each, or
+# take its answer away altogether, in encoder and decoder, and see what the round trip
+# loses. (No weights are trained anew, so the rest does not adapt.)
+
+# %% tags=["active-ipynb"]
+# class Local(AttentionBlock):
+#     reach = 1
+#
+#     def forward(self, x: Tensor) -> Tensor:
+#         h, (height, width) = self.norm(x), x.shape[2:]
+#         place = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+#         far = (place - place[:, None]).abs().amax(-1) > self.reach
+#         bias = torch.zeros(far.shape).masked_fill(far, -torch.inf)
+#         q, k, v = (pixels_to_tokens(f(h)) for f in (self.q, self.k, self.v))
+#         h = attend_all(q, k, v, bias, q.shape[-1] ** -0.5)
+#         return x + self.proj_out(h[:, 0].mT.unflatten(2, (height, width)))
+#
+#
+# class Removed(AttentionBlock):
+#     def forward(self, x: Tensor) -> Tensor:
+#         return x
+
+# %% tags=["active-ipynb"]
+# for name, kind in {"all": AttentionBlock, "3 × 3": Local, "none": Removed}.items():
+#     cut = copy.deepcopy(vae)
+#     for half in (cut.encoder, cut.decoder):
+#         half.mid["attn_1"].__class__ = kind
+#     loss = psnr(images, cut.decode(cut.encode(images).mode()))
+#     print(f"the middle sees {name:5} {loss:.1f} dB")
+
+# %% [markdown]
+# The step from "all" to "3 × 3" is what far places told; the step from there to "none"
+# is what an attention does at home, as one more layer.
 #
 # ### Channel by channel
 #
@@ -600,62 +689,121 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # %% [markdown]
 # Look for the outline of the dress: a channel may be strong inside it, around it, or
 # only along its edge. To find out what a channel is *for*, take it away: set it to its
-# mean over the picture, decode, and see what is missing.
+# mean over the picture, decode, and count the decibels lost. One row is one scene.
 
 # %% tags=["active-ipynb"]
-# without = latents[:1].repeat(16, 1, 1, 1)  # (16, C, h, w): one copy per channel
-# for c in range(16):
-#     without[c, c] = latents[0, c].mean()
-# views = vae.decode(without)
-# losses = [f"{c}: {psnr(images[:1], views[c : c + 1]):.0f} dB" for c in range(16)]
-# viz.show_images(views, losses, columns=8)
+# chosen, lost = (0, 1, 2, 3, 8, 9), torch.zeros(6, 16)
+# for row, scene in enumerate(chosen):
+#     without = latents[scene].repeat(16, 1, 1, 1)  # one copy for each channel
+#     for c in range(16):
+#         without[c, c] = latents[scene, c].mean()
+#     views = vae.decode(without)
+#     left = [psnr(images[scene], view) for view in views]
+#     lost[row] = each[scene] - torch.tensor(left)
+# names = [f"{captions[i][:34]} ({each[i]:.0f} dB)" for i in chosen]
+# title = "decibels lost without a channel; in brackets: with all"
+# viz.show_heatmap(lost, names, [str(c) for c in range(16)], title=title, digits=0)
+
+# %% tags=["active-ipynb"]
+# most, least = lost[0].argmax().item(), lost[0].argmin().item()
+# views = latents[[0, 0, 0]].clone()
+# for view, channel in ((1, most), (2, least)):
+#     views[view, channel] = latents[0, channel].mean()
+# titles = ["all channels", f"without {most}", f"without {least}"]
+# viz.show_images(vae.decode(views), titles)
+# print("the strongest channel of each row:", lost.argmax(1).tolist())
 
 # %% [markdown]
-# One channel carries most: without it the dress fades. Some cost about ten decibels
-# each; the others can be removed with hardly a trace: they carry little, or only what
-# others carry too. Is the strongest the channel for red? One picture does not show it:
-# try another scene before you name a channel. Nothing in the loss asks for such
-# meanings.
+# A column that is high in each row is a channel that all scenes need; where the maximum
+# moves from row to row, a channel is needed for what *this* scene shows. Small numbers
+# mean that a channel carries little, or only what others carry too. Nothing in the loss
+# asks for meanings, so test a name on several scenes before you give it.
 
 # %% [markdown]
-# ## Reconstruction against compression
+# ## Rate and distortion
 #
-# How much of the latent could be dropped? The 16 channels are not independent.
-# Principal component analysis turns them into 16 new ones, ordered by variance; keep
-# the first $k$ and set the rest to their mean. As a rival take the plainest compression
-# there is: shrink the picture itself until it has equally many numbers, and enlarge it
-# again. (A component has 16 × 16 = 256 numbers, a small picture of side $n$ has
-# $3 n^2$.)
-
-
-# %%
-def keep_components(latents: Tensor, k: int) -> Tensor:
-    """Project ``latents`` (B, C, h, w) on the ``k`` directions of greatest variance."""
-    flat = latents.movedim(1, -1)  # (B, C, h, w) → (B, h, w, C)
-    mean = flat.mean((0, 1, 2))
-    axes = torch.linalg.svd((flat - mean).flatten(0, 2), full_matrices=False).Vh[:k]
-    return ((flat - mean) @ axes.T @ axes + mean).movedim(-1, 1)  # → (B, C, h, w)
-
+# Is that latent a good code? For pictures there is an honest rival, JPEG. At each
+# quality it spends so many bytes and restores so many decibels. Our latent can also be
+# made cheaper: turn up the noise. If a draw has noise $\max(s, t)$, its bits are fewer
+# and its picture worse. (Counted are the bits that the best of codes would need; the
+# files that JPEG writes are real, with some hundred bytes of tables at their
+# beginning.)
 
 # %% tags=["active-ipynb"]
-# ours, rival = [], []
-# for k in (kept := [1, 2, 3, 4, 6, 8, 12, 16]):
-#     ours.append(psnr(images, vae.decode(keep_components(latents, k))))
-#     small = F.interpolate(images, size=round((256 * k / 3) ** 0.5), mode="area")
-#     rival.append(psnr(images, F.interpolate(small, size=64, mode="bicubic")))
-# numbers = [256 * k for k in kept]
+# def jpeg(picture: Tensor, quality: int) -> tuple[int, float]:
+#     file = io.BytesIO()
+#     whole = to_pil((picture[None] + 1) / 2)[0]
+#     whole.save(file, "JPEG", quality=quality, subsampling=0)  # full colour
+#     back = from_bytes(to_tensor(Image.open(file)))
+#     return len(file.getvalue()), psnr(picture, back)
+#
+#
+# curves, table = {}, []
+# for quality in (5, 10, 20, 35, 50, 65, 80, 90, 95):
+#     table.append([jpeg(x, quality) for x in images])
+# curves["JPEG"] = torch.tensor(table).mean(1).unbind(1)
 
 # %% tags=["active-ipynb"]
-# curves = {"latent, k components": (numbers, ours), "small picture": (numbers, rival)}
-# viz.show_curves(curves, xlabel="numbers kept", ylabel="PSNR in dB", markers=True)
+# points, noise = [], torch.randn(latents.shape, generator=torch.manual_seed(0))
+# for t in (0.0, 0.03, 0.06, 0.12, 0.25, 0.5, 0.9):
+#     wide = s.clamp(min=t)
+#     views = vae.decode(latents + wide * noise)
+#     decibels = sum(psnr(*pair) for pair in zip(images, views)) / len(images)
+#     points.append((bits(latents, wide).mean() / 8, decibels))
+# curves["latent, noise turned up"] = torch.tensor(points).unbind(1)
+# flat, _ = jpeg(torch.zeros(3, 64, 64), 50)
+# print(f"a plain grey picture as JPEG: {flat} bytes; pixels without any code: 12288")
+# viz.show_curves(curves, xlabel="bytes", ylabel="PSNR in dB", markers=True)
 
 # %% [markdown]
-# From a few components on the latent lies above the small picture: for the same number
-# of numbers it gives the better one. With fewer, plain shrinking wins; but this decoder
-# never learned to do with so few, and an autoencoder trained with $k$ channels should
-# beat ours cut to $k$ components. Ours rises to the end: the autoencoder makes use of
-# all its room. (The bump at 3,072 numbers is a side of 32, exactly half of 64.) Measure
-# your own autoencoder against plain shrinking before you trust it.
+# Higher and further left is better. An autoencoder whose aim is to save bytes would
+# have to beat JPEG here. Ours was trained for something else: its room is fixed (16
+# numbers for each 4 × 4 pixels) and it uses the room that it has; nobody sends its
+# latents anywhere. What the curve teaches is its slope: how much a picture suffers when
+# its latent gets noisy. The transformer's latents are always a little off, and that is
+# the noise that counts.
+#
+# ### A control without noise
+#
+# Does noise in training make a decoder forgiving? To know, let two copies of the
+# decoder go on learning for ninety steps, from the same weights, on the same crops of
+# twelve of our scenes. One is given latents with noise, the other, the control, the
+# same latents without. Then disturb the latents of the four other scenes more and more.
+
+# %% tags=["active-ipynb"]
+# def tuned(level: float, steps: int = 90) -> nn.Module:
+#     random, net = torch.manual_seed(1), copy.deepcopy(vae.decoder)
+#     optimizer = torch.optim.AdamW(net.requires_grad_(True).parameters(), lr=2e-4)
+#     for _ in range(steps):
+#         rows = 2 + torch.randint(12, (4,), generator=random)
+#         y, x = torch.randint(9, (2,), generator=random).tolist()
+#         crop = images[rows, :, 4 * y : 4 * y + 32, 4 * x : 4 * x + 32]
+#         z = latents[rows, :, y : y + 8, x : x + 8]
+#         z = z + level * torch.randn(z.shape, generator=random)
+#         with torch.enable_grad():
+#             loss = (net(z) - crop).square().mean()
+#             optimizer.zero_grad()
+#             loss.backward()
+#         optimizer.step()
+#     return net
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# rows, curves = [0, 1, 14, 15], {}
+# levels, unseen = (0.0, 0.1, 0.2, 0.3, 0.5, 0.8, 1.1), images[rows]
+# noise = torch.randn(latents[rows].shape, generator=torch.manual_seed(2))
+# for name, level in {"learned with noise 0.5": 0.5, "control": 0.0}.items():
+#     net = tuned(level)
+#     decibels = [psnr(unseen, net(latents[rows] + t * noise)) for t in levels]
+#     curves[name] = levels, decibels
+#     print(f"{name:22}", *[f"{p:.1f}" for p in decibels])
+# xlabel = "deviation of the noise added"
+# viz.show_curves(curves, xlabel=xlabel, ylabel="PSNR in dB", markers=True)
+
+# %% [markdown]
+# At the left end nothing is disturbed, and the control, which learned for that, should
+# be ahead. Then look where the curves cross, and how far apart they are beyond. A
+# forgiving decoder is bought with sharpness; how much noise one trains with is a
+# choice, and the weight $\beta$ makes it.
 
 # %% [markdown]
 # ## A walk between two latents
@@ -671,10 +819,20 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # viz.show_images(torch.cat([walk, fade]), columns=7)
 
 # %% [markdown]
+#
+# %% tags=["active-ipynb"]
+# again = vae.encode(walk).mode()
+# moved = (again - torch.lerp(latents[0], latents[3], steps)).flatten(1).norm(dim=1)
+# share = moved / torch.lerp(latents[0], latents[3], steps).flatten(1).norm(dim=1)
+# print("encoded again, a latent of the walk moves by", *[f"{x:.0%}" for x in share])
+
+# %% [markdown]
 # The mixture of pixels is a double exposure: both garments, half transparent. The
 # decoded walk is hardly better: near its ends one garment wins, in the middle both show
-# through. A point between two latents is in general no picture's latent. Which latents
-# are, and how to draw one, is what the transformer has to learn.
+# through. The printed line says why. The two ends are latents of pictures: decoded and
+# encoded again they come back nearly where they were. In the middle they do not: a
+# point between two latents is in general no picture's latent. Which latents are, and
+# how to draw one, is what the transformer has to learn.
 
 # %% [markdown]
 # ## Why scale and shift
@@ -705,13 +863,16 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 #     print(f"signal to noise at σ = 0.5: {ratio:5.1f} dB")
 # normal = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
 # sets = {"latents": latents, "scaled": scaled, "noise": normal}
+# own = scaled.std((0, 2, 3))
+# print(f"deviation of single channels, scaled: {own.min():.2f} to {own.max():.2f}")
 # viz.show_histogram(sets, xlabel="value")
 
 # %% [markdown]
-# After shift and scale the values cover the range of the noise. Here they did nearly so
-# before, since the scale is near 1; SD3.5's unscaled latents would be a third narrower.
-# They need not be normally distributed: of their spread only the variance enters the
-# ratio.
+# After shift and scale the values cover the range of the noise. How much that changes
+# depends on the scale printed above: at 1 nothing, while SD3.5's unscaled latents are a
+# third narrower. The values need not be normally distributed: of their spread only the
+# variance enters the ratio. And one scale for all leaves channels of unlike spread; the
+# weaker of them drown earlier in the noise.
 
 # %% [markdown]
 # ## Predict, then break it
@@ -719,7 +880,8 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # Two mistakes that programs really make. **First**: the decoder is given the
 # transformer's latents as they are, without `unscale`. **Second**: `Downsample` pads on
 # the left and above instead of on the right and below. Which of the two costs more, and
-# what will the pictures look like? Write your guess down before you run the cells.
+# what will the pictures look like? (The scale is printed above.) Write your guess down
+# before you open the answer.
 
 # %% tags=["active-ipynb"]
 # class Misplaced(Downsample):
@@ -730,24 +892,29 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # for level in list(shifted.encoder.down)[:-1]:
 #     level["downsample"].__class__ = Misplaced
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "hide-output"]
 # forgotten, moved = vae.decode(scaled), vae.decode(shifted.encode(images).mode())
-# print(f"nothing broken:    {psnr(images, restored):.1f} dB")
-# print(f"unscale forgotten: {psnr(images, forgotten):.1f} dB")
-# print(f"border misplaced:  {psnr(images, moved):.1f} dB")
-# names = [row for row in ("intact", "no unscale", "border") for _ in range(4)]
-# viz.show_images(torch.cat([restored[:4], forgotten[:4], moved[:4]]), names, columns=4)
+# as_sd35 = vae.decode((latents - latents.mean()) * 1.5305 + latents.mean())
+# known = {"intact": restored, "no unscale": forgotten}
+# known |= {"scaled by 1.53": as_sd35, "border": moved}
+# for name, views in known.items():
+#     print(f"{name:15} {psnr(images, views):.1f} dB")
+# names = [name for name in known for _ in range(4)]
+# viz.show_images(torch.cat([views[:4] for views in known.values()]), names, columns=4)
 
 # %% [markdown]
-# Without `unscale` all contrasts in the latent are multiplied by the scale. Here that
-# is close to 1, and hardly anything is seen; with SD3.5's 1.53 contrasts would grow by
-# half. Outlines stay. Padding on the wrong side moves every picture three pixels to the
-# right and down, one at the first level and one of twice the size at the second, and
-# smears the border above and on the left. The garments themselves look nearly as
-# before, but a shift makes every edge wrong, and decibels count that. Neither mistake
-# raises an error.
-
-# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# Without `unscale` all contrasts in the latent are multiplied by the scale. Where that
+# is close to 1 hardly anything is seen; the third row shows a scale like SD3.5's, for
+# which contrasts grow by half. Outlines stay. Padding on the wrong side moves every
+# picture three pixels to the right and down, one at the first level and one of twice
+# the size at the second, and smears the border above and on the left. The garments
+# themselves look nearly as before, but a shift makes every edge wrong, and decibels
+# count that. Neither mistake raises an error.
+#
+# </details>
+#
 # ## Parity
 #
 # The official files and diffusers name the same tensors differently; one table in the
@@ -755,7 +922,7 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # pictures. The tests repeat this for several sizes, and show that another epsilon, a
 # border on the other side or a missing scale in the attention would be noticed.
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "hide-input"]
 # import warnings
 # from dataclasses import asdict
 #
@@ -770,6 +937,7 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # theirs = diffusers.AutoencoderKL(**asdict(VAEConfig.tiny()), **options).eval()
 
 # %% tags=["active-ipynb"]
+# torch.manual_seed(0)
 # for p in theirs.parameters():
 #     nn.init.normal_(p, std=0.1)
 # twin, weights = VAE(VAEConfig.tiny()).eval(), theirs.state_dict()
@@ -808,51 +976,72 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # ## Exercises
 #
 # **3.1 Predict.** SD3.5 draws a picture 1344 pixels wide and 768 high. What shape is
-# its latent, and how many times fewer numbers is that? Work it out, then unfold the
-# solution.
+# its latent, (C, h, w), and how many times fewer numbers is that?
 
-# %% tags=["active-ipynb", "hide-cell"]
+# %% tags=["active-ipynb", "exercise"]
+# def latent_of() -> tuple[tuple[int, int, int], float]:
+#     raise NotImplementedError  # the shape, and the compression
+
+# %% tags=["active-ipynb", "check"]
+# @check
+# def exercise_3_1() -> None:
+#     shape, times = latent_of()
+#     assert seal(tuple(shape)) == "4db9d71d", "channels, height, width"
+#     assert seal(float(times)) == "77c52f3f", "the picture's numbers over the latent's"
+
+# %% tags=["active-ipynb", "solution", "hide-cell"]
+# def latent_of() -> tuple[tuple[int, int, int], float]:
+#     return (16, 768 // 8, 1344 // 8), 3 * 8**2 / 16
+#
+#
+# exercise_3_1()
 # with torch.device("meta"):
 #     latent = large.encode(torch.zeros(1, 3, 768, 1344)).mode()
 # print(tuple(latent.shape), "compression", 3 * 768 * 1344 / latent.numel())
+# # Compression is 3 f² / C, whatever the sides: each latent pixel stands for 8 × 8
+# # pixels of three numbers, and holds sixteen.
 
 # %% [markdown]
-# **3.2 Code.** Write `divergence`, the second term of the loss without $\beta$: from
-# means and log-variances (B, C, h, w) the divergence from a standard normal, summed
-# over each picture's latent, (B,). Run the check after each attempt.
+# **3.2 Code.** Which channel carries how much? Write `channel_bits`: from means and
+# log-variances (B, C, h, w) the bits of every channel of every picture, (B, C).
 
 # %% tags=["active-ipynb", "exercise"]
-# def divergence(posterior: Posterior) -> Tensor:
+# def channel_bits(posterior: Posterior) -> Tensor:
 #     raise NotImplementedError
 
 # %% tags=["active-ipynb", "check"]
-# from torch.distributions import Normal, kl_divergence
-#
 # @check
 # def exercise_3_2() -> None:
-#     some = Posterior(*torch.randn(2, 3, 16, 4, 4))
-#     ours = Normal(some.mean, (0.5 * some.logvar).exp())
-#     expected = kl_divergence(ours, Normal(0.0, 1.0)).sum((1, 2, 3))
-#     found = divergence(some)
-#     assert found.shape == expected.shape, f"one per picture, not {found.shape}"
-#     same = torch.allclose(found.float(), expected, rtol=1e-3)
-#     assert same, "another value is expected"
+#     mean, logvar = torch.zeros(2, 2, 3, 5, 5)
+#     mean[0, 0, 0, 0], logvar[1, 2, 1, 1], logvar[0, 1] = 1.0, 2.0, -2.0
+#     found = channel_bits(Posterior(mean, logvar))
+#     assert found.shape == (2, 3), f"(2, 3) is expected, not {tuple(found.shape)}"
+#     assert found[1, :2].abs().max() < 1e-6, "mean 0 and deviation 1 tell nothing"
+#     for place, expected in (((0, 0), 0.721), ((1, 2), 3.167), ((0, 1), 20.475)):
+#         value = found[place].item()
+#         assert abs(value - expected) < 0.01, f"{place}: {expected}, not {value:.3f}"
 
 # %% tags=["active-ipynb", "solution", "hide-cell"]
-# def divergence(posterior: Posterior) -> Tensor:
+# def channel_bits(posterior: Posterior) -> Tensor:
 #     mean, logvar = posterior.mean, posterior.logvar
-#     each = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
-#     return each.sum((1, 2, 3))  # (B, C, h, w) → (B,)
+#     nats = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
+#     return nats.sum((2, 3)) / math.log(2)  # (B, C, h, w) → (B, C)
 #
 #
 # exercise_3_2()
-# mean = divergence(posterior).mean() / latents[0].numel()
-# print(f"on average {mean:.1f} per number")
+# found = channel_bits(posterior)[list(chosen)]
+# pairs = torch.stack([found.flatten(), lost.flatten()])
+# print("bits of each channel:", found.mean(0).round().int().tolist())
+# print(f"correlation with the decibels lost: {torch.corrcoef(pairs)[0, 1]:.2f}")
+# # Bits say how exactly a channel is sent, decibels what its message is worth to the
+# # picture. A channel may be exact and useless where others say the same, so the two
+# # need not agree.
 
 # %% [markdown]
-# **3.3 Code.** Write `to_bytes`, which turns decoded pictures into bytes from 0 to 255
-# by rounding, as diffusers does. Decoded values may stray a little outside [−1, 1]. How
-# many values change if you cut off the decimals instead?
+# **3.3 Code.** Write `to_bytes`, which turns decoded pictures into bytes from 0 to 255,
+# to the nearest one, as diffusers does: −1 becomes 0 and 1 becomes 255. Decoded values
+# may stray a little outside [−1, 1]. How many values change if you cut off the decimals
+# instead?
 
 # %% tags=["active-ipynb", "exercise"]
 # def to_bytes(images: Tensor) -> Tensor:
@@ -861,9 +1050,15 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # %% tags=["active-ipynb", "check"]
 # @check
 # def exercise_3_3() -> None:
-#     found = to_bytes(torch.tensor([-1.2, -1.0, 0.004, 0.01, 1.0, 1.01]))
+#     known = {-1.2: 0, -1.0: 0, -0.996: 1, -0.5: 64, 0.004: 128, 0.01: 129}
+#     known |= {0.5: 191, 0.99: 254, 1.0: 255, 1.01: 255}
+#     values = torch.tensor(list(known))
+#     before, found = values.clone(), to_bytes(values)
 #     assert found.dtype == torch.uint8, f"torch.uint8, not {found.dtype}"
-#     assert found.tolist() == [0, 0, 128, 129, 255, 255], f"found {found.tolist()}"
+#     assert torch.equal(values, before), "the pictures themselves were changed"
+#     pairs = zip(known.items(), found.tolist())
+#     wrong = [f"{value} → {byte}" for (value, right), byte in pairs if byte != right]
+#     assert not wrong, "not the nearest byte: " + ", ".join(wrong)
 
 # %% tags=["active-ipynb", "solution", "hide-cell"]
 # def to_bytes(images: Tensor) -> Tensor:
@@ -873,12 +1068,31 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # exercise_3_3()
 # cut = ((restored + 1) * 127.5).clamp(0, 255).to(torch.uint8)
 # print(f"changed by cutting off: {(cut != to_bytes(restored)).float().mean():.0%}")
+# # Decimals are spread evenly, so one half lies above one half and is rounded up: about
+# # half of all values, less those that are whole already, such as clamped ones.
 
 # %% [markdown]
 # **3.4 Explore.** Exchange half of the channels between two latents before decoding:
 # whose colours and whose outline appear? Walk on beyond the second picture, with steps
 # up to 1.5. Keep every second row and column of a latent, repeat each twice, and
-# decode.
+# decode. Say before each what you expect.
+
+# %% tags=["active-ipynb", "hide-cell"]
+# mixed = latents[[0, 3]].clone()
+# mixed[0, 8:], mixed[1, 8:] = latents[3, 8:], latents[0, 8:]
+# beyond = torch.lerp(latents[0], latents[3], torch.tensor(1.5))[None]
+# coarse = latents[:1, :, ::2, ::2].repeat_interleave(2, 2).repeat_interleave(2, 3)
+# views = vae.decode(torch.cat([latents[[0, 3]], mixed, beyond, coarse]))
+# names = ["first", "second", "8 channels of each", "the other way"]
+# viz.show_images(views, [*names, "1.5 times as far", "half the pixels"])
+
+# %% tags=["active-ipynb", "hide-cell"]
+# print(f"range beyond the second: {views[4].min():.1f} to {views[4].max():.1f}")
+# print(f"half the pixels: {psnr(images[0], views[5]):.1f} dB of {each[0]:.1f} dB")
+# # Channels do not divide into colour and outline: both mixtures show traces of both.
+# # Beyond a picture contrasts overshoot, and values leave [−1, 1] where they do.
+# # Latents are pictures in so far that a coarse one decodes to a coarse picture: each
+# # latent pixel tells mostly of its own 4 × 4 pixels.
 
 # %% [markdown]
 # ## Summary
@@ -886,11 +1100,11 @@ def keep_components(latents: Tensor, k: int) -> Tensor:
 # You **computed** that a latent of SD3.5 holds twelve times fewer numbers than its
 # picture, and that attention then compares 4,096 times fewer pairs. You **built**
 # encoder and decoder from normalised convolutions and one attention, and loaded trained
-# weights into them. You **read** latents channel by channel, and **measured** what
-# dropping a part costs in decibels. You **explained** by the ratio of signal to noise
-# why latents are shifted and scaled. What is left is the end of the journey: the latent
-# that arrived at the beginning of this chapter, through the decoder that you have
-# built.
+# weights into them. You **read** latents channel by channel, and **measured** them in
+# bits and decibels, beside JPEG and beside a control without noise. You **explained**
+# by the ratio of signal to noise why latents are shifted and scaled. What is left is
+# the end of the journey: the latent that arrived at the beginning of this chapter,
+# through the decoder that you have built.
 
 # %% tags=["active-ipynb"]
 # picture = (vae.decode(vae.unscale(drawn_latents)) / 2 + 0.5).clamp(0, 1)

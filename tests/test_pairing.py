@@ -204,7 +204,6 @@ def test_length(path: Path) -> None:
 
 
 UNCUT = {
-    "01_tokenizer",
     "05_dit",
     "08_sampling",
 }  # chapters with longer cells

@@ -1,14 +1,17 @@
 """The autoencoder against diffusers' AutoencoderKL and its own equations."""
 
+import math
 from dataclasses import asdict, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from exercises import Desk
 from helpers import patch_functions, randomize, relative_error
 from torch import Tensor, nn
 
 from minidiff import vae
+from minidiff.classroom import exercises
 from minidiff.files.weights import vae_sources
 from minidiff.vae import VAE, Posterior, VAEConfig
 
@@ -279,3 +282,69 @@ def test_keep_components():
     assert errors == sorted(errors, reverse=True)
     plane = z[:, :2].repeat(1, 4, 1, 1)  # two independent channels
     assert relative_error(vae.keep_components(plane, 2), plane) < 1e-5
+
+
+# The chapter's exercises
+
+
+@pytest.fixture(scope="module")
+def desk() -> Desk:
+    known = {"check": exercises.check, "seal": exercises.seal, "math": math}
+    return Desk("03_vae", vae, known)
+
+
+def test_the_checks_accept_the_solutions(desk):
+    for number in ("3_1", "3_2", "3_3"):
+        assert desk.hand_in(number, desk.solution(number)) == "passed"
+
+
+BITS = """def channel_bits(posterior):
+    mean, logvar = posterior.mean, posterior.logvar
+    return ({}).sum({}) / {}"""
+NATS = "0.5 * (mean.square() + logvar.exp() - 1 - logvar)"
+WRONG = {
+    "width before height": ("3_1", "latent_of = lambda: ((16, 168, 96), 12)"),
+    "the side alone": ("3_1", "latent_of = lambda: ((16, 96, 168), 8)"),
+    "f² without the channels": ("3_1", "latent_of = lambda: ((16, 96, 168), 64)"),
+    "four channels": ("3_1", "latent_of = lambda: ((4, 96, 168), 48)"),
+    "nats": ("3_2", BITS.format(NATS, (2, 3), 1)),
+    "one number a picture": ("3_2", BITS.format(NATS, (1, 2, 3), "math.log(2)")),
+    "no half": ("3_2", BITS.format(f"2 * {NATS}", (2, 3), "math.log(2)")),
+    "a variance for its logarithm": (
+        "3_2",
+        BITS.format("0.5 * (mean**2 + logvar**2 - 1 - 2 * logvar)", (2, 3), "0.69"),
+    ),
+    "the mean over places": (
+        "3_2",
+        BITS.format(NATS, (2, 3), "math.log(2) * mean[0, 0].numel()"),
+    ),
+    "256 steps, cut": (
+        "3_3",
+        "to_bytes = lambda x: ((x + 1) * 128).clamp(0, 255).to(torch.uint8)",
+    ),
+    "decimals cut off": (
+        "3_3",
+        "to_bytes = lambda x: ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8)",
+    ),
+    "not clamped": (
+        "3_3",
+        "to_bytes = lambda x: ((x + 1) * 127.5).round().to(torch.int32)"
+        ".to(torch.uint8)",
+    ),
+    "in place": (
+        "3_3",
+        "to_bytes = lambda x: x.add_(1).mul_(127.5).clamp_(0, 255).round_()"
+        ".to(torch.uint8)",
+    ),
+    "still numbers": (
+        "3_3",
+        "to_bytes = lambda x: ((x + 1) * 127.5).clamp(0, 255).round()",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_the_checks_refuse_wrong_answers(desk, wrong):
+    number, answer = WRONG[wrong]
+    right = desk.solution(number)
+    assert desk.hand_in(number, f"{right}\n\n{answer}").startswith("not yet")
