@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from minidiff.control import ControlNet, ControlNetConfig, controls_of
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.engine.loading import blueprint
 from minidiff.engine.memory import GIB, Plan, place_part
@@ -104,8 +105,8 @@ def in_files(model: nn.Module, plan: Plan) -> Iterator[Tensor]:
     for module in model.modules():
         stored = getattr(module, "stored", ())
         yield from (t for t in tree_leaves(stored) if isinstance(t, Tensor))
-    if plan.modulation == "streamed" and isinstance(model, MMDiT):
-        yield model.pos_embed
+    tables = [m.pos_embed for m in model.modules() if isinstance(m, MMDiT)]
+    yield from tables if plan.modulation == "streamed" else ()
 
 
 def pipeline(transformer: MMDiT) -> Pipeline:
@@ -116,28 +117,44 @@ def pipeline(transformer: MMDiT) -> Pipeline:
     return pipe
 
 
-def denoising_peak(config: MMDiTConfig, plan: Plan) -> float:
+def denoising_peak(config: MMDiTConfig, plan: Plan, blocks: int = 0) -> float:
     """GiB of a denoising call with guidance at 1024², weights included.
 
-    Of the steps, which all take the same memory, two are run.
+    Of the steps, which all take the same memory, two are run; with a ControlNet of so
+    many ``blocks``.
     """
     model = on_meta(MMDiT, config, plan)
+    nets = [control_net(config, blocks)] if blocks else []
     pipe = pipeline(model)
     x = torch.empty(1, 16, 128, 128, device="meta")
     context = torch.empty(2, 333, 4096, device="meta", dtype=torch.bfloat16)
     pooled = torch.empty(2, 2048, device="meta", dtype=torch.bfloat16)
     sigmas = pipe.scheduler.sigmas(28)
-    with fused_attention(), Count(model, plan) as count, torch.no_grad():
-        answers = pipe.velocity(context, pooled, sigmas)
+
+    def said(net: ControlNet, x: Tensor, sigma: Tensor) -> list[Tensor]:
+        x, level = x.bfloat16(), sigma.expand(len(x)).to(x)
+        return controls_of(net, model, x, level, pooled, x)
+
+    every = nn.ModuleList([model, *nets])
+    with fused_attention(), Count(every, plan) as count, torch.no_grad():
+        answers = pipe.velocity(
+            context, pooled, sigmas, [partial(said, n) for n in nets]
+        )
         velocity = ClassifierFree(4.5)(answers, sigmas)
         for sigma, following in zip(sigmas[:2], sigmas[1:3], strict=True):
             x = x + (following - sigma) * velocity(x, sigma)
     return count.peak / GIB
 
 
-def t5_peak(where: str) -> float:
+def control_net(config: MMDiTConfig, blocks: int) -> ControlNet:
+    """A ControlNet of so many blocks on the meta device, bfloat16."""
+    with torch.device("meta"):
+        return ControlNet(ControlNetConfig.of(config, blocks)).bfloat16()
+
+
+def t5_peak(where: str, nf4: bool = False) -> float:
     """GiB of T5-XXL encoding two prompts of 256 tokens, weights included."""
-    plan = Plan(t5=where)
+    plan = Plan(t5=where, nf4=nf4)
     model = on_meta(T5Encoder, T5Config.t5_xxl(), plan)
     with fused_attention(), Count(model, plan) as count, torch.no_grad():
         model(torch.zeros(2, 256, dtype=torch.long, device="meta"))
@@ -160,13 +177,17 @@ def main() -> None:
         "everything resident": Plan(),
         "AdaLN streamed": STREAMED,
         "AdaLN streamed, fp8 weights": replace(STREAMED, fp8=True),
+        "AdaLN streamed, NF4 weights": replace(STREAMED, nf4=True),
     }
     print("denoising, 28 steps, 1024×1024, guidance, bfloat16: GiB counted")
     for name, config in configs.items():
         for what, plan in plans.items():
             print(f"  {name:<8}{what:<30}{denoising_peak(config, plan):6.2f}")
+    what, large = "everything resident, ControlNet", configs["Large"]
+    print(f"  Large   {what:<30}{denoising_peak(large, Plan(), 19):6.2f}")
     for where in ("resident", "streamed"):
         print(f"  T5-XXL  {where:<30}{t5_peak(where):6.2f}")
+    print(f"  T5-XXL  {'resident, NF4 weights':<30}{t5_peak('resident', True):6.2f}")
     for work, side in (("encode", 128), ("decode", 128), ("decode", 64)):
         what = f"{side} latent pixels a side"
         print(f"  {work:<8}{what:<30}{vae_peak(work, side):6.2f}")

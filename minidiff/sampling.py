@@ -531,7 +531,7 @@ def settle(pipe: Parts, request: Request) -> Request:
     for control in request.controls:
         control.check(pipe, request)
     if pipe.plan:
-        pipe.plan.check_room(pipe, size, request.levels)
+        pipe.plan.check_room(pipe, size, request.levels, request.controls)
     return request
 
 

@@ -155,9 +155,9 @@ def test_other_errors_of_a_callback_pass(both):
 # Numbers that break
 
 
-def nan(x, *_):
-    """In place of a layer: its output overflows."""
-    return torch.full((*x.shape[:2], 64), float("nan"))
+def nan(x, *_, **__):
+    """In place of the transformer: its output overflows."""
+    return torch.full_like(x, float("nan"))
 
 
 def test_overflow_is_said_before_the_picture_is_black(both, monkeypatch):
@@ -174,7 +174,7 @@ def test_overflow_of_the_transformer_is_said_at_the_first_step(both, monkeypatch
     def stop(*_):
         raise StopIteration
 
-    monkeypatch.setattr(both[0].transformer.final_layer, "forward", nan)
+    monkeypatch.setattr(both[0].transformer, "forward", nan)
     call = CALL | {"callback_on_step_end": stop}
     with pytest.warns(UserWarning, match="the first step holds infinite .*bfloat16"):
         both[0]("a bag", **call)

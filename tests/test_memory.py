@@ -14,13 +14,15 @@ from safetensors.torch import save_file
 import minidiff
 from benchmarks.memory_count import (
     STREAMED,
+    control_net,
     denoising_peak,
     t5_peak,
     vae_peak,
 )
+from minidiff import control
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.drawing import image_to_image
-from minidiff.efficiency import Float8Linear
+from minidiff.efficiency import Float8Linear, NF4Linear, quantize_nf4, restore_nf4
 from minidiff.engine import memory, tiling
 from minidiff.engine.adapters import load_lora
 from minidiff.engine.loading import Given, blueprint, open_model
@@ -121,6 +123,113 @@ def test_fp8_weights_halve_bf16_and_stay_close(folder):
     matrix = whole.joint_blocks[0].x_block.attn.qkv.weight
     restored = linear.weight.float() * linear.scale
     assert ((restored - matrix).abs() <= matrix.abs() / 16 + linear.scale / 512).all()
+
+
+def test_nf4_stores_the_blocks_and_a_resident_t5(folder):
+    expected, whole = draw(folder)
+    pictures, pipe = draw(folder, nf4=True)
+    assert 1e-3 < relative_error(pictures, expected) < 0.5
+    assert pipe.settings["nf4"] is True
+    layers = {
+        "transformer": ("joint_blocks.0.x_block.attn.qkv", "final_layer.linear"),
+        "t5": ("encoder.block.1.layer.1.DenseReluDense.wo", ""),
+    }
+    for (stored, kept), part, exact in zip(
+        layers.values(),
+        (pipe.transformer, pipe.text_encoders[2]),
+        (whole.transformer, whole.text_encoders[2]),
+        strict=True,
+    ):
+        layer, matrix = part.get_submodule(stored), exact.get_submodule(stored).weight
+        assert isinstance(layer, NF4Linear) and torch.equal(
+            layer.matrix(), restore_nf4(quantize_nf4(matrix.detach()))
+        )
+        assert not isinstance(part.get_submodule(kept), NF4Linear)
+    _, streamed = draw(folder, nf4=True, t5="streamed")
+    assert not any(
+        isinstance(m, NF4Linear) for m in streamed.text_encoders[2].modules()
+    )
+    expected = draw(folder, nf4=True, fast=False)[0]
+    assert relative_error(pictures, expected) < 1e-5
+
+
+def test_four_bits_take_the_place_of_eight(calls):
+    call = calls["large"]
+    with pytest.raises(ValueError, match="fp8 and nf4 are True; expected one of them"):
+        Plan(fp8=True, nf4=True)
+    least = choose("8GB", call).fp8, choose("6GB", call, nf4=True)
+    assert least[0] and least[1].nf4 and not least[1].fp8
+    with pytest.raises(ValueError, match="memory is 3GB; this model needs about"):
+        choose("3GB", call, nf4=True)
+    saved = estimate(Plan(), call) - estimate(Plan(nf4=True), call)
+    t5 = call.models["text_encoder_3"]
+    kept = {"shared.weight", "relative", "layer_norm"}
+    in_t5 = memory.weigh(t5, lambda n: not any(k in n for k in kept))
+    blocks = saved / (2 - 17 / 32) - in_t5
+    assert blocks == pytest.approx(
+        memory.weigh(
+            call.models["transformer"],
+            lambda n: "joint_blocks" in n and "adaLN" not in n,
+        ),
+        rel=1e-3,
+    )
+
+
+def test_compiled_blocks_are_not_in_four_bits(folder):
+    with pytest.raises(ValueError, match="compile and nf4 are True"):
+        minidiff.load(folder, nf4=True, compile=True)
+
+
+def test_what_is_in_four_bits_is_not_saved(folder, tmp_path):
+    pipe = minidiff.load(folder, nf4=True)
+    with pytest.raises(ValueError, match="is stored in few bits, in its file, or"):
+        pipe.save_pretrained(tmp_path)
+
+
+def test_a_control_net_is_counted(calls, card):
+    """Its weights in a budget; on the card, where they are already, its work alone."""
+    net = control_net(MMDiTConfig.sd35_large(), 19)
+    bare = calls["large"]
+    call = replace(bare, nets=(net,))
+    weights = sum(2 * x.numel() for x in net.parameters())
+    assert call.attached == weights > 4e9
+    assert estimate(Plan(), call) - estimate(Plan(), bare) >= weights
+    assert memory.LADDER.index(choose("24GB", call)) > memory.LADDER.index(
+        choose("24GB", bare)
+    )
+    batch = {"size": (4, 16, 128, 128)}
+    plan, both = memory.LADDER[-1], [replace(c, **batch) for c in (bare, call)]
+    more = memory.working(plan, both[1]) - memory.working(plan, both[0])
+    said = 2 * 4 * 19 * 4096 * 2432 * 2  # guidance, pictures, blocks, patches, width
+    assert said < more < 2.5 * said
+    card((estimate(plan, both[0]) + more + memory.RESERVE) / 1e9 + 0.1)
+    memory.check_device(plan, both[1], "cuda")
+    card((estimate(plan, both[0]) + memory.RESERVE) / 1e9)
+    with pytest.raises(ValueError, match="the card has"):
+        memory.check_device(plan, both[1], "cuda")
+
+
+def test_a_request_tells_of_its_control_nets(folder):
+    pipe = minidiff.load(folder)
+    net = control.begin_control(pipe.transformer)
+    steer = [control.Control(torch.rand(3, 32, 32), net, s) for s in (0.5, 1.0)]
+    request = pipe.check(Request("a bag", control=steer))
+    models = {"transformer": pipe.transformer, "vae": pipe.vae}
+    assert memory.asked_by(request, models, torch.float32).nets == (net,)
+    pipe.plan, seen = Plan(), []
+    object.__setattr__(pipe.plan, "check_room", lambda *given: seen.append(given))
+    pipe.check(Request("a bag", control=steer))
+    assert seen[0][-1] == tuple(steer)
+
+
+def test_what_nets_say_needs_room(folder):
+    pipe, size = minidiff.load(folder), (1, 16, 8, 8)
+    models, net = {"transformer": pipe.transformer}, torch.nn.Identity()
+    net.config = SimpleNamespace(num_layers=999)
+    pipe.room = memory.working(Plan(), Call(models, size, 4, 8))
+    Plan().check_room(pipe, size, 8, ())
+    with pytest.raises(memory.NoRoom, match="memory has"):
+        Plan().check_room(pipe, size, 8, [SimpleNamespace(net=net)])
 
 
 def test_without_t5_its_rows_are_zeros(folder):
@@ -501,14 +610,23 @@ def test_wider_numbers_take_more_memory(calls, folder, monkeypatch):
         (MMDiTConfig.sd35_medium(), STREAMED, 4),
         (MMDiTConfig.sd35_large(), STREAMED, 11.5),
         (MMDiTConfig.sd35_large(), replace(STREAMED, fp8=True), 6.5),
+        (MMDiTConfig.sd35_large(), replace(STREAMED, nf4=True), 4),
     ],
-    ids=["Medium", "Large", "Large, fp8"],
+    ids=["Medium", "Large", "Large, fp8", "Large, NF4"],
 )
 def test_counted_peak_of_a_denoising_call(calls, config, plan, most):
     peak = denoising_peak(config, plan)
     assert peak < most and f"| {peak:.2f} |" in PAGE
     call = calls["medium" if config.dual_attention_layers else "large"]
     assert peak < estimate(plan, call) / GIB
+
+
+def test_counted_peak_with_a_control_net(calls):
+    large = MMDiTConfig.sd35_large()
+    peak = denoising_peak(large, Plan(), 19)
+    assert f"| {peak:.2f} |" in PAGE
+    call = replace(calls["large"], nets=(control_net(large, 19),))
+    assert peak < estimate(replace(Plan(), t5="streamed", clip="streamed"), call) / GIB
 
 
 @pytest.mark.parametrize(
@@ -527,7 +645,11 @@ def test_counted_peak_of_the_autoencoder(calls, work, side):
 def test_counted_peak_of_streamed_t5():
     streamed, resident = map(t5_peak, ("streamed", "resident"))
     assert streamed < 2 < resident
-    assert f"{resident:.2f} GiB\nresident and {streamed:.2f} GiB streamed" in PAGE
+    small = t5_peak("resident", True)
+    line = (
+        f"{resident:.2f} GiB\nresident, {small:.2f} GiB with `nf4` and {streamed:.2f}"
+    )
+    assert f"{line} GiB streamed" in PAGE
 
 
 def test_the_work_of_denoising_is_counted_with_guidance(calls):

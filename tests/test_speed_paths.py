@@ -33,7 +33,7 @@ from minidiff.engine.loading import TOKENIZERS, read_tokenizers
 from minidiff.engine.memory import to_float8
 from minidiff.files.weights import TINY
 from minidiff.learning.run import read_log
-from minidiff.vae import VAE, VAEConfig
+from minidiff.vae import VAE, Decoder, VAEConfig
 
 CONFIGS = {
     "dual": TRANSFORMER,
@@ -364,11 +364,52 @@ def draw(pipe, **settings):
 @pytest.mark.parametrize("knobs", [{}, {"modulation": "streamed"}, {"vae_tile": 8}])
 def test_fast_pictures(folder, knobs):
     sizes = {"height": 48, "width": 32}
-    expected = draw(minidiff.load(folder, **knobs), **sizes)
+    plain = minidiff.load(folder, fast=False, **knobs)
+    assert type(plain.transformer) is MMDiT and type(plain.vae.decoder) is Decoder
+    expected = draw(plain, **sizes)
     pipe = minidiff.load(folder, fast=True, **knobs)
     assert isinstance(pipe.transformer, FastMMDiT)
     assert isinstance(pipe.vae.decoder, FastDecoder)
     assert relative_error(draw(pipe, **sizes), expected) < 1e-5
+
+
+def test_what_load_gives_on_a_cpu(folder, monkeypatch):
+    """The fused forms, where nothing but the order of sums changes."""
+    monkeypatch.setattr(fast, "keep_freed_memory", lambda: 1 / 0)
+    pipe = minidiff.load(folder)
+    assert isinstance(pipe.transformer, FastMMDiT) and not pipe.transformer.fp8
+    assert isinstance(pipe.vae.decoder, FastDecoder) and "fast" not in pipe.settings
+    expected = draw(minidiff.load(folder, fast=False))
+    assert relative_error(draw(pipe), expected) < 1e-5
+    stored = minidiff.load(folder, fp8=True)
+    exact = draw(minidiff.load(folder, fp8=True, fast=False))
+    assert relative_error(draw(stored), exact) < 1e-5
+    half = minidiff.load(folder, dtype=torch.bfloat16)
+    assert type(half.transformer) is MMDiT and type(half.vae.decoder) is Decoder
+    with pytest.raises(ZeroDivisionError):
+        minidiff.load(folder, fast=True)
+
+
+@torch.no_grad()
+def test_without_head_norms_load_takes_the_chapters_blocks():
+    model = MMDiT(replace(TRANSFORMER, qk_norm=None))
+    vae = VAE(AUTOENCODER)
+    assert fast.accelerate(model, vae, fast=None) is model
+    assert isinstance(vae.decoder, FastDecoder)
+
+
+@torch.no_grad()
+def test_hooks_see_the_layers_of_a_fused_form():
+    model, given = transformer(), inputs(TRANSFORMER)
+    quick, seen = FastMMDiT.of(model), []
+    for layer in (model.joint_blocks[1].x_block.mlp.fc1, model.final_layer):
+        layer.register_forward_hook(lambda *_: seen.append(1))
+    vae = randomize(VAE(AUTOENCODER))
+    decode = FastDecoder.of(vae.decoder)
+    decode.up[0]["block"][0].conv1.register_forward_pre_hook(lambda *_: seen.append(1))
+    quick(*given)
+    decode(torch.randn(1, 16, 4, 4))
+    assert len(seen) == 3
 
 
 @pytest.fixture
@@ -438,7 +479,7 @@ def test_a_copy_of_a_compiled_model_has_weights_of_its_own(compiles):
 LEAN = """
 import sys
 import minidiff
-pipe = minidiff.load("tiny", fast=True)
+pipe = minidiff.load("tiny")
 pipe("a bag", num_inference_steps=1)
 print([name for name in ("triton", "torch._dynamo", "sympy") if name in sys.modules])
 """

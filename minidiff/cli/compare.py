@@ -38,6 +38,7 @@ CAUSES = {
     "skip_layers": "blocks are left out to guide away from",
     "dtype": "rounding: the same picture for the eye, seldom to the last bit",
     "fp8": "the blocks' weights are rounded to 8 bits",
+    "nf4": "the blocks' and T5's weights are rounded to 4 bits",
     "vae_tile": "the decoder works in tiles, which are blended",
     "fast": "sums in another order: the last bits",
     "version": "another version of the program",

@@ -103,6 +103,9 @@ def sample(
         str | None, ROOM("AdaLN's layers: resident or streamed.")
     ] = None,
     fp8: Annotated[bool | None, ROOM("The blocks' matrices in 8 bits.")] = None,
+    nf4: Annotated[
+        bool | None, ROOM("These, and T5's, in 4 bits: another picture.")
+    ] = None,
     vae_tile: Annotated[
         int | None, ROOM("Work in tiles of so many latent pixels.")
     ] = None,
@@ -170,7 +173,7 @@ def begin(series: "Series", given: dict[str, Any]) -> "tuple[Series, Pipeline]":
         find_device(given["device"]),
         dtype and getattr(torch, dtype),
         fields_of(Plan, given) | not_none(memory=given["memory"]),
-        fast=given["fast"],
+        fast=given["fast"] or None,
         compile=given["compile"],
     )
     if line := unknown_words(series.texts, seen(model)):

@@ -72,7 +72,7 @@ class Series:
         device: str,
         dtype: "torch.dtype | None",
         plan: dict[str, Any],
-        fast: bool,
+        fast: bool | None,
         compile: bool,
     ) -> "Pipeline":
         """A pipeline in which one picture fits: checked first, without any weights.

@@ -29,6 +29,7 @@ from minidiff.dit import MLP, Chunks, FinalLayer, JointBlock, MMDiT
 from minidiff.efficiency import (
     FLOAT8,
     Float8Linear,
+    NF4Linear,
     Rows,
     double,
     interleave,
@@ -88,9 +89,12 @@ def linear(
 
 def weights(layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The matrix (out, in) of a block's layer in ``dtype``, and its bias (out,)."""
-    assert isinstance(layer, nn.Linear | Float8Linear) and layer.bias is not None
+    assert isinstance(layer, nn.Linear | Float8Linear | NF4Linear)
+    assert layer.bias is not None
     if isinstance(layer, Float8Linear):
         return layer.weight.to(dtype) * layer.scale.to(dtype), layer.bias
+    if isinstance(layer, NF4Linear):
+        return layer.matrix().to(dtype), layer.bias
     return layer.weight, layer.bias
 
 
@@ -322,21 +326,25 @@ def self_attention(qkv: Tensor, batch: int, heads: int, first: int = 0) -> Tenso
 
 
 def accelerate(
-    transformer: MMDiT, vae: VAE, fast: bool = True, compile: bool = False
+    transformer: MMDiT, vae: VAE, fast: bool | None = True, compile: bool = False
 ) -> MMDiT:
     """The transformer in a form of this module; the autoencoder's decoder, in place.
 
-    A transformer whose blocks are in fp8 then also multiplies in fp8, where the device
-    can. With ``compile`` the chapters' own blocks are compiled instead, each kind of
-    block once for all sizes; ``fast`` then serves the decoder alone.
+    With ``fast`` a transformer whose blocks are in fp8 also multiplies in fp8, where
+    the device can, and on a CPU the process keeps the memory that it frees. None leaves
+    both as they were, and a transformer without head norms too. With ``compile`` the
+    chapters' own blocks are compiled instead, each kind of block once for all sizes;
+    ``fast`` then serves the decoder alone.
     """
-    if fast:
+    if fast is not False:
         vae.decoder = FastDecoder.of(vae.decoder)
-        if not transformer.x_embedder.proj.weight.is_cuda:
-            keep_freed_memory()
+    if fast and not transformer.x_embedder.proj.weight.is_cuda:
+        keep_freed_memory()
     if compile:
         return CompiledMMDiT.of(transformer)
-    return FastMMDiT.of(transformer, multiplies_in_fp8(transformer))
+    if fast is None and transformer.config.qk_norm != "rms_norm":
+        return transformer
+    return FastMMDiT.of(transformer, bool(fast) and multiplies_in_fp8(transformer))
 
 
 class CompiledMMDiT(MMDiT):
@@ -390,7 +398,9 @@ def multiplies_in_fp8(model: MMDiT) -> bool:
     On a GPU torch._scaled_mm takes a scale for each row where it writes bfloat16, and
     widths that 16 divides.
     """
-    layer = model.joint_blocks[0].x_block.mlp.fc1
+    layer: Any = model.joint_blocks[0].x_block.mlp.fc1
+    if isinstance(layer, NF4Linear):
+        return False
     weight = layer.weight
     if weight.dtype != FLOAT8 or not weight.is_cuda:
         return weight.dtype == FLOAT8

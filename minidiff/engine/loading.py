@@ -100,7 +100,7 @@ def load(
     variant: str | None = None,
     revision: str | None = None,
     memory: str | Plan | None = None,
-    fast: bool = False,
+    fast: bool | None = None,
     compile: bool = False,
     **knobs: Any,
 ) -> Pipeline:
@@ -118,7 +118,8 @@ def load(
     ``memory``: "8GB", "12GB", … picks a plan by which one picture of the model's usual
     size fits, says so, and refuses a call that needs more; ``knobs`` are settings of
     ``minidiff.engine.memory.Plan``. ``fast`` runs ``minidiff.engine.fast`` for the
-    blocks, ``compile`` compiles each kind of block.
+    blocks and the decoder; None does so in float32 on a CPU, as far as nothing but the
+    order of sums changes. ``compile`` compiles each kind of block.
     Every file is checked before the first weight is read: ValueError and
     FileNotFoundError name what does not fit.
     """
@@ -217,7 +218,7 @@ class Opened:
         self,
         fit: Fit,
         memory: str | Plan | None = None,
-        fast: bool = False,
+        fast: bool | None = None,
         compile: bool = False,
         **knobs: Any,
     ) -> Pipeline:
@@ -229,10 +230,12 @@ class Opened:
             here = open_model(self.given, self.device, self.dtype)
             return here.load(fit, memory, fast, compile, **knobs)
         config, files = self.files.models["transformer"].config, self.files.parts
-        check_speed(fit.plan, config, self.device, fast, compile)
+        check_speed(fit.plan, config, self.device, bool(fast), compile)
         weights = files["transformer"].found.values()
         parts: dict[str, Any] = load_parts(files, fit.plan, self.device, self.dtype)
-        if fast or compile:
+        if fast is None and (self.device.type, self.dtype) != ("cpu", torch.float32):
+            fast = False
+        if fast is not False or compile:
             from minidiff.engine.fast import accelerate
 
             made = accelerate(parts["transformer"], parts["vae"], fast, compile)

@@ -10,7 +10,7 @@ half of its place in bfloat16.
 
 import gc
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from minidiff.dit import MMDiT
 from minidiff.efficiency import (
+    BLOCK,
     Float8Linear,
-    Rows,
+    NF4Linear,
     StreamedLinear,
     quantize,
     store,
@@ -42,6 +43,7 @@ GIB = 2**30
 RESERVE = 0.6 * GIB  # what CUDA itself and the allocator's gaps take
 BUDGETS = ("8GB", "12GB", "16GB", "24GB")
 NOTHING = (0, 16, 0, 0)  # no latents: the weights alone
+NF4 = 0.5 + 2 / BLOCK  # bytes of a weight: its code, its part of the scale
 T5 = "text_encoder_3"
 Models = Mapping[str, Any]  # the parts of a pipeline, by the hub's names
 
@@ -57,8 +59,9 @@ class Plan:
     ``t5`` and ``clip`` are "resident" (on the device), "streamed" (layer by layer from
     the file at each prompt) or, for T5, "none" (left out). ``modulation`` is "resident"
     or "streamed": AdaLN's weights, read from the file once for each picture. ``fp8``
-    stores the blocks' matrices in 8 bits. ``vae_tile`` is the side of a tile in latent
-    pixels, None the whole picture; ``vae_slicing`` works on one picture at a time.
+    stores the blocks' matrices in 8 bits; ``nf4`` them, and those of a T5 that is
+    resident, in 4 bits. ``vae_tile`` is the side of a tile in latent pixels, None the
+    whole picture; ``vae_slicing`` works on one picture at a time.
     """
 
     t5: str = "resident"
@@ -67,15 +70,18 @@ class Plan:
     fp8: bool = False
     vae_tile: int | None = None
     vae_slicing: bool = False
+    nf4: bool = False
 
     def __post_init__(self) -> None:
         places = "resident", "streamed"
         check_choice("t5", self.t5, (*places, "none"))
         check_choice("clip", self.clip, places)
         check_choice("modulation", self.modulation, places)
-        for name in ("fp8", "vae_slicing"):
+        for name in ("fp8", "vae_slicing", "nf4"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name} is {value!r}; expected True or False")
+        if self.fp8 and self.nf4:
+            raise ValueError("fp8 and nf4 are True; expected one of them")
         if self.vae_tile is not None:
             check_range("vae_tile", self.vae_tile, 8)  # latent pixels
 
@@ -84,14 +90,17 @@ class Plan:
         changed = [f"{name} {value}" for name, value, usual in values if value != usual]
         return ", ".join(changed) or "everything resident"
 
-    def check_room(self, pipe: Any, size: tuple[int, ...], levels: int) -> None:
+    def check_room(
+        self, pipe: Any, size: tuple[int, ...], levels: int, controls: Sequence[Any]
+    ) -> None:
         """Raise NoRoom where latents of ``size`` need more memory than is left.
 
         ``pipe`` is loaded: what its weights take is gone from ``pipe.room``, and from
-        the card, if it is on one. ``levels`` are those of ``Call``.
+        the card, if it is on one. ``levels`` and ``controls`` are those of a request.
         """
         models, weight = {"transformer": pipe.transformer}, first_weight(pipe)
-        need = working(self, Call(models, size, weight.dtype.itemsize, levels))
+        width, nets = weight.dtype.itemsize, nets_of(controls)
+        need = working(self, Call(models, size, width, levels, nets))
         left, whose = pipe.room, "memory"
         if weight.device.type == "cuda":
             free = free_memory(weight.device, need)
@@ -127,12 +136,24 @@ class Call:
         width: bytes of a working value.
         levels: noise levels times rows (two with guidance) for which each picture has
             its modulations; all are computed ahead.
+        nets: ControlNets, loaded already.
     """
 
     models: Models
     size: tuple[int, ...]
     width: int = 2
     levels: int = 2 * 41  # Medium's 40 steps, the most that is usual
+    nets: tuple[Any, ...] = ()
+
+    @property
+    def attached(self) -> int:
+        """The bytes of the nets' weights."""
+        return sum(x.nbytes for net in self.nets for x in net.parameters())
+
+
+def nets_of(controls: Sequence[Any]) -> tuple[Any, ...]:
+    """The networks of a request's controls, each of them once."""
+    return tuple(dict.fromkeys(control.net for control in controls))
 
 
 def usual_size(models: Models) -> tuple[int, ...]:
@@ -145,7 +166,8 @@ def asked_by(request: Request, models: Models, dtype: torch.dtype) -> Call:
     """What a request that a pipeline has checked asks of a device."""
     height, width = (side // models["vae"].config.factor for side in request.size)
     size = request.count, models["transformer"].config.in_channels, height, width
-    return Call(models, size, dtype.itemsize, request.levels)
+    nets = nets_of(request.controls)
+    return Call(models, size, dtype.itemsize, request.levels, nets)
 
 
 def estimate(plan: Plan, call: Call) -> float:
@@ -156,12 +178,15 @@ def estimate(plan: Plan, call: Call) -> float:
     adaln = weigh(t, lambda n: "adaLN" in n)
     table = t.pos_embed.numel()
     total = (weigh(t) - blocks - adaln - table) * width
-    total += blocks * (1 if plan.fp8 else width)
+    total += blocks * (1 if plan.fp8 else NF4 if plan.nf4 else width)
     total += (adaln + table) * width * (plan.modulation == "resident")
     total += weigh(models["vae"]) * width
     where = {"text_encoder": plan.clip, "text_encoder_2": plan.clip, T5: plan.t5}
     here = [models[n] for n, at in where.items() if at == "resident" and n in models]
-    return total + sum(map(weigh, here)) * width + working(plan, call)
+    total += sum(map(weigh, here)) * width + call.attached
+    if plan.nf4 and models.get(T5) in here:
+        total -= weigh(models[T5], lambda n: "block" in n) * (width - NF4)
+    return total + working(plan, call)
 
 
 def working(plan: Plan, call: Call) -> float:
@@ -178,7 +203,10 @@ def working(plan: Plan, call: Call) -> float:
     config = call.models["transformer"].config
     tokens = area // config.patch_size**2 + 333
     modulations = 12 * config.num_layers + 3 * len(config.dual_attention_layers)
-    numbers = 22 * 2 * tokens + modulations * call.levels  # of each channel
+    said = sum(net.config.num_layers for net in call.nets)  # and times their strength
+    numbers = (
+        2 * (22 + 2 * said) * tokens + modulations * call.levels
+    )  # of each channel
     denoising = batch * config.width * numbers
     return max(denoising, decoding) * call.width
 
@@ -220,15 +248,21 @@ def choose(memory: str | Plan | None, call: Call, **knobs: Any) -> Plan:
 def roomiest(budget: float, call: Call, **knobs: Any) -> Plan | None:
     """The first plan of the ladder, with ``knobs``, that fits ``budget`` bytes."""
     for plan in LADDER:
-        plan = replace(plan, **knobs)
+        plan = adjusted(plan, **knobs)
         if estimate(plan, call) + RESERVE <= budget:
             return plan
     return None
 
 
+def adjusted(plan: Plan, **knobs: Any) -> Plan:
+    """A plan of the ladder with ``knobs`` set on it: 4 bits take the place of 8."""
+    own = {"fp8": False} if knobs.get("nf4") else {}
+    return replace(plan, **own | knobs)
+
+
 def shortage(budget: float, call: Call, **knobs: Any) -> str:
     """What is needed where no plan fits; the one that would without ``knobs``."""
-    least = estimate(replace(LADDER[-1], **knobs), call) + RESERVE
+    least = estimate(adjusted(LADDER[-1], **knobs), call) + RESERVE
     large = math.prod(call.size) > math.prod(usual_size(call.models))
     what = "so many pixels at once" if large else "this model"
     line = f"{what} needs about {least / 1e9:.1f}GB"
@@ -260,7 +294,7 @@ def check_device(plan: Plan, call: Call, device: Any, **knobs: Any) -> None:
         raise ValueError(f"{found}; expected fp8=False, or more memory")
     if device.type != "cuda":
         return
-    need = estimate(plan, call)
+    need = estimate(plan, call) - call.attached
     if need <= (free := free_memory(device, need)):
         return
     card = f"the card has {free / 1e9:.1f}GB free"
@@ -389,11 +423,25 @@ def is_streamed(plan: Plan, model: nn.Module, name: str) -> bool:
     return where == "streamed" and large
 
 
-def is_float8(plan: Plan, model: nn.Module, name: str) -> bool:
-    """Whether the layer ``name`` of a model is stored in 8 bits."""
-    blocks = plan.fp8 and isinstance(model, MMDiT) and name.startswith("joint_blocks")
-    linear = blocks and isinstance(model.get_submodule(name), nn.Linear)
-    return linear and "adaLN" not in name
+def form_of(
+    plan: Plan, model: nn.Module, name: str
+) -> Callable[[nn.Linear], nn.Module] | None:
+    """What stores the layer ``name`` of a model in fewer bits; None: it stays whole."""
+    layer = model.get_submodule(name)
+    if not isinstance(layer, nn.Linear):
+        return None
+    blocks = name.startswith("joint_blocks") and "adaLN" not in name
+    if isinstance(model, MMDiT) and blocks and plan.fp8:
+        return in_float8
+    t5 = isinstance(model, T5Encoder) and plan.t5 == "resident"
+    chosen = t5 or (isinstance(model, MMDiT) and blocks)
+    divides = layer.weight.numel() % BLOCK == 0
+    return NF4Linear if plan.nf4 and chosen and divides else None
+
+
+def in_float8(layer: nn.Linear) -> Float8Linear:
+    """The layer, its matrix in 8 bits."""
+    return Float8Linear(quantize(layer.weight), layer.bias)
 
 
 def place_part(
@@ -402,20 +450,20 @@ def place_part(
     """Read one part of a pipeline as the plan says."""
     model: Any = prepared.model
     table = isinstance(model, MMDiT) and plan.modulation == "streamed"
-    small: dict[str, Rows] = {}
-    state = {}
+    state, matrices = {}, {}
     for name, read in prepared.tensors():
         layer, _, kind = name.rpartition(".")
         if is_streamed(plan, model, layer) or (table and name == "pos_embed"):
             state[name] = read("cpu", None)
-        elif kind == "weight" and is_float8(plan, model, layer):
-            small[layer] = quantize(read(device, dtype))
+        elif kind == "weight" and form_of(plan, model, layer):
+            matrices[layer] = read
         else:
             state[name] = read(device, dtype)
-    model.load_state_dict(state, assign=True, strict=not small)
+    model.load_state_dict(state, assign=True, strict=not matrices)
     for name, layer in list(model.named_modules()):
-        if name in small:
-            swap(model, name, Float8Linear(small[name], layer.bias))
+        if (form := form_of(plan, model, name)) and name in matrices:
+            layer.weight = nn.Parameter(matrices[name](device, dtype))
+            swap(model, name, form(layer))  # one whole matrix at a time
         elif isinstance(layer, nn.Linear) and is_streamed(plan, model, name):
             swap(model, name, StreamedLinear(layer))
         elif isinstance(layer, nn.Embedding) and is_streamed(plan, model, name):
@@ -428,10 +476,10 @@ def place_part(
 def stand_in(model: nn.Module, plan: Plan) -> None:
     """Mark the linear layers of a meta model whose weights ``plan`` keeps elsewhere.
 
-    A ``StreamedLinear`` takes their place, for those in 8 bits too.
+    A ``StreamedLinear`` takes their place, for those in fewer bits too.
     """
     for name, layer in list(model.named_modules()):
-        away = is_streamed(plan, model, name) or is_float8(plan, model, name)
+        away = is_streamed(plan, model, name) or form_of(plan, model, name)
         if isinstance(layer, nn.Linear) and away:
             swap(model, name, StreamedLinear(layer))
 
@@ -444,7 +492,7 @@ def to_float8(model: MMDiT) -> MMDiT:
     """
     for name, _ in adapted_layers(model):
         raise ValueError(f"{name} has a LoRA beside it; expected 8 bits first")
-    return store(model, lambda x: Float8Linear(quantize(x.weight), x.bias))
+    return store(model, in_float8)
 
 
 def check_speed(
@@ -453,8 +501,11 @@ def check_speed(
     """Raise ValueError where a transformer cannot be run as fast as asked for.
 
     That is with ``fast`` a model without ``rms_norm``, unless its blocks are compiled;
-    and with ``compile`` weights in fp8 on a GPU for which Triton has no such numbers.
+    and with ``compile`` weights in 4 bits, or in fp8 on a GPU for which Triton has no
+    such numbers.
     """
+    if compile and plan.nf4:
+        raise ValueError("compile and nf4 are True; expected one of them")
     if fast and not compile:
         check_fast(config)
     if compile and plan.fp8 and device.type == "cuda" and not has_fp8(device):

@@ -620,12 +620,12 @@ def save_folder(
 
 
 def check_whole(name: str, model: nn.Module) -> None:
-    """Raise ValueError for weights in 8 bits, in their file, or beside their layer."""
+    """Raise ValueError for weights in few bits, in their file or beside their layer."""
     with on_meta():
         own = type(model)(model.config).state_dict().keys()
     if odd := sorted(own ^ model.state_dict().keys()):
         raise ValueError(
-            f"{name}.{odd[0]} is stored in 8 bits, in its file, or beside its layer; "
+            f"{name}.{odd[0]} is stored in few bits, in its file, or beside its layer; "
             "expected a pipeline loaded without a plan of memory"
         )
 
