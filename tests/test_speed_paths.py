@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend
 import minidiff
 from benchmarks import gpu
 from minidiff import efficiency
-from minidiff.attention import record_attention
+from minidiff.attention import JointAttention, record_attention
 from minidiff.dit import MMDiT
 from minidiff.engine import fast, kernels, memory
 from minidiff.engine.fast import FastDecoder, FastMMDiT, attention_backend
@@ -33,6 +33,7 @@ from minidiff.engine.loading import TOKENIZERS, read_tokenizers
 from minidiff.engine.memory import to_float8
 from minidiff.files.weights import TINY
 from minidiff.learning.run import read_log
+from minidiff.lora import add_lora
 from minidiff.vae import VAE, Decoder, VAEConfig
 
 CONFIGS = {
@@ -396,6 +397,34 @@ def test_without_head_norms_load_takes_the_chapters_blocks():
     vae = VAE(AUTOENCODER)
     assert fast.accelerate(model, vae, fast=None) is model
     assert isinstance(vae.decoder, FastDecoder)
+
+
+@torch.no_grad()
+def test_another_layer_in_a_fused_form_is_heard():
+    """A reader's class, or a forward of its own, in place of a chapter's."""
+
+    class Apart(JointAttention):
+        def forward(self, context, image):
+            return context.v.flatten(2), image.v.flatten(2)
+
+    model, given = transformer(), inputs(TRANSFORMER)
+    quick, before = FastMMDiT.of(model), model(*given)
+    model.joint_blocks[1].attention = Apart()
+    assert relative_error(quick(*given), model(*given)) < 1e-6
+    assert relative_error(quick(*given), before) > 1e-3
+    vae, latents = randomize(VAE(AUTOENCODER)), torch.randn(1, 16, 4, 4)
+    decode = FastDecoder.of(vae.decoder)
+    vae.decoder.mid["attn_1"].forward = lambda x: x
+    assert relative_error(decode(latents), vae.decoder(latents)) < 1e-6
+
+
+@torch.no_grad()
+def test_a_lora_that_has_not_learned_changes_no_bit():
+    model, given = transformer(), inputs(TRANSFORMER)
+    quick = FastMMDiT.of(model)
+    before = quick(*given)
+    assert add_lora(model, rank=2)
+    assert torch.equal(quick(*given), before)
 
 
 @torch.no_grad()

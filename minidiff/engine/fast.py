@@ -79,7 +79,10 @@ def linear(
 ) -> Tensor:
     """Rows (R, in) → (R, out), then tanh-GELU where asked for; written to ``out``."""
     if isinstance(layer, AdaptedLinear):
-        y = layer(x.values if x.scale is None else restore(x, layer.dtype))
+        y = linear(x, layer.layer, out=out)
+        given = x.values if x.scale is None else restore(x, layer.dtype)
+        for beside in layer.updates:
+            y = beside(given, y)
         y = y if out is None else out.copy_(y)
         return F.gelu(y, approximate="tanh") if gelu else y
     if x.scale is not None:
@@ -153,10 +156,19 @@ def share(form: type[Module], model: nn.Module) -> Module:
     return shared
 
 
-def is_watched(*parts: Any) -> bool:
-    """Whether a layer has hooks: fused passes would go by them."""
-    layers = (layer for part in parts for layer in part.modules())
-    return any(x._forward_hooks or x._forward_pre_hooks for x in layers)
+def is_ours(layer: nn.Module) -> bool:
+    """Whether a layer is one of this package's or PyTorch's, and nobody listens to it.
+
+    Else it may do, or tell, what a fused pass would go by.
+    """
+    own = type(layer).__module__.startswith(("minidiff.", "torch.nn."))
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    return own and not hooked and "forward" not in layer.__dict__
+
+
+def are_ours(*parts: Any) -> bool:
+    """Whether all layers of modules are."""
+    return all(is_ours(layer) for part in parts for layer in part.modules())
 
 
 class FastMMDiT(MMDiT):
@@ -165,7 +177,7 @@ class FastMMDiT(MMDiT):
     With ``fp8`` the products of the blocks take 8-bit inputs, scaled for each row of
     tokens and each output channel; those layers must then be ``Float8Linear``.
     ``attention`` is the backend to try first. Where gradients are wanted, or a layer of
-    the blocks has a hook, the blocks run as they are.
+    the blocks has a hook or is another's, the blocks run as they are.
     """
 
     fp8: bool = False
@@ -188,8 +200,8 @@ class FastMMDiT(MMDiT):
     @property
     def runs_fast(self) -> bool:
         """Whether a call now takes the fused passes."""
-        watched = is_watched(self.joint_blocks, self.final_layer)
-        return not (watched or torch.is_grad_enabled())
+        own = are_ours(self.joint_blocks, self.final_layer)
+        return own and not torch.is_grad_enabled()
 
     def forward(self, *given: Any, **options: Any) -> Tensor:
         """As ``MMDiT.forward``: velocity (B, C, h, w)."""
@@ -471,9 +483,9 @@ class FastDecoder(Decoder):
     def forward(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) → images, by the fused passes but for gradients.
 
-        A decoder whose layers have hooks runs as it is, too.
+        With hooks, or layers of another's, it runs as it is, too.
         """
-        if torch.is_grad_enabled() or is_watched(*self.children()):
+        if torch.is_grad_enabled() or not are_ours(*self.children()):
             return super().forward(latents)
         with torch.cuda.device_of(latents):
             return self.fused(latents)
