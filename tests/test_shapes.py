@@ -118,7 +118,6 @@ def compare(pipe: sampling.Pipeline) -> None:
     text_encoders.similarity(torch.randn(5, 7))
     vae.group_norm_in_loops(torch.randn(2, 8, 4, 6), 4)
     vae.group_norm_at_once(torch.randn(2, 8, 4, 6), 4)
-    vae.keep_components(torch.randn(3, 8, 4, 6), 3)
     dit.position_table(6, 32, 4)
     dit.patches_loops(torch.randn(2, 16, 8, 12), 2)
     x0, noise = torch.randn(2, 2, 16, 4, 4)

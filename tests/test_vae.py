@@ -275,15 +275,6 @@ def test_psnr():
     assert vae.psnr(black, black + 0.02) == pytest.approx(40, abs=1e-3)
 
 
-def test_keep_components():
-    z = torch.randn(3, 8, 5, 5) * torch.arange(1, 9)[:, None, None]
-    assert relative_error(vae.keep_components(z, 8), z) < 1e-5
-    errors = [relative_error(vae.keep_components(z, k), z) for k in range(1, 8)]
-    assert errors == sorted(errors, reverse=True)
-    plane = z[:, :2].repeat(1, 4, 1, 1)  # two independent channels
-    assert relative_error(vae.keep_components(plane, 2), plane) < 1e-5
-
-
 # The chapter's exercises
 
 
