@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from minidiff.classroom.figure import BookFigure
 
 WIDTH = 7.2  # inches: the text column of the book
-DASHES, HATCHES = ("-", "--", "-.", ":"), ("", "///", "...", "xxx")  # beside colours
+DASHES, HATCHES = ("-", "--", "-.", ":"), ("", "///", "\\\\\\", "xxx")  # beside colours
 MONOSPACE = "DejaVu Sans Mono"
 Points = Mapping[str, Tensor]
 Style = dict[str, Any]  # of matplotlib
@@ -412,17 +412,22 @@ def show_heatmap(
     ``rows`` and ``columns`` name all of them; "" leaves one without name and tick.
     """
     values = _numpy(matrix)
-    height = min(7.0, max(1.6, 5.0 * values.shape[0] / values.shape[1]))
+    high, wide = values.shape
+    height = min(7.0, max(1.6, 5.0 * high / wide))
+    if high > wide:  # rows as high as their labels need
+        height = min(height, 0.38 * high + 0.6)
     figure, axes = _axes(1, 1, (5.8, height + 0.6))
     ax, limit = axes[0, 0], np.abs(values).max()
     scale = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit} if signed else {}
-    shown = ax.imshow(values, **scale)
+    shown = ax.imshow(values, aspect="auto" if high > wide else "equal", **scale)
     figure.colorbar(shown, cax=ax.inset_axes([1.03, 0, 0.03, 1]))
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if rows is not None:
         ax.set_yticks(*_named(rows))
     if columns is not None:
-        ax.set_xticks(*_named(columns), rotation=45, ha="right")
+        short = max(map(len, map(str, columns))) < 5
+        turned: Style = {} if short else {"rotation": 45, "ha": "right"}
+        ax.set_xticks(*_named(columns), **turned)
     if digits is not None:
         _write(ax, values, shown, digits)
     return figure

@@ -11,12 +11,14 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
+from exercises import Desk
 from helpers import randomize, relative_error
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from minidiff import dit
+from minidiff.classroom.exercises import check
 from minidiff.control import spread
 from minidiff.dit import MMDiT, MMDiTConfig, position_table
 from minidiff.files.layout import read_config
@@ -462,3 +464,77 @@ def test_bad_sizes_are_named(given: dict, message: str) -> None:
 def test_bad_configurations_are_named(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(SMALL, **changes)
+
+
+# The chapter's exercises
+
+
+@pytest.fixture(scope="module")
+def desk() -> Desk:
+    torch.manual_seed(0)
+    model = MMDiT(replace(MMDiTConfig.tiny(), num_layers=5))
+    for p in model.parameters():
+        p.requires_grad_(False).add_(torch.randn_like(p), alpha=0.02)
+    with torch.device("meta"):
+        medium = MMDiT(MMDiTConfig.sd35_medium())
+    sizes = {name: p.numel() for name, p in medium.named_parameters()}
+    adaln = sum(n for name, n in sizes.items() if "adaLN" in name)
+    known = {"model": model, "time": torch.ones(1), "pooled": torch.randn(1, 160)}
+    known |= {"counts": {"Medium": {"AdaLN": adaln}}, "check": check}
+    known |= {"totals": {"Medium": sum(sizes.values())}, "replace": replace}
+    return Desk("05_dit", dit, known | {"FlopCounterMode": FlopCounterMode})
+
+
+@pytest.mark.parametrize("number", ["5_1", "5_2", "5_3"])
+def test_the_checks_accept_the_solutions(desk, number):
+    assert desk.hand_in(number, desk.solution(number)) == "passed"
+
+
+WRONG = {
+    "Large's share": ("5_1", "part = lambda: 1 / 3"),
+    "nine chunks everywhere": ("5_1", "part = lambda: 18 / (18 + 28 + 12)"),
+    "the second attention uncounted": ("5_1", "part = lambda: 327 / (327 + 24 * 24)"),
+    "a percentage": ("5_1", "part = lambda: 34.2"),
+    "nothing changed": ("5_2", "silenced = lambda m: m"),
+    "one gate alone": (
+        "5_2",
+        "silenced = lambda m: tuple(x * torch.tensor([1, 1, 0, 1, 1, 1])"
+        ".repeat_interleave(160) for x in m)",
+    ),
+    "the scales instead": (
+        "5_2",
+        "silenced = lambda m: tuple(x * torch.tensor([1, 0, 1, 1, 0, 1])"
+        ".repeat_interleave(160) for x in m)",
+    ),
+    "the patches alone": (
+        "5_2",
+        "silenced = lambda m: (m[0], torch.zeros_like(m[1]))",
+    ),
+    "multiply-adds counted once": (
+        "5_3",
+        "block_flops = lambda w, p, d: 12 * (w + p) * d**2 + 2 * (w + p)**2 * d",
+    ),
+    "patches read patches alone": (
+        "5_3",
+        "block_flops = lambda w, p, d: 24 * (w + p) * d**2 + 4 * (w**2 + p**2) * d",
+    ),
+    "no projection": (
+        "5_3",
+        "block_flops = lambda w, p, d: 22 * (w + p) * d**2 + 4 * (w + p)**2 * d",
+    ),
+    "one product of attention": (
+        "5_3",
+        "block_flops = lambda w, p, d: 24 * (w + p) * d**2 + 2 * (w + p)**2 * d",
+    ),
+    "fitted to one size": (
+        "5_3",
+        "block_flops = lambda w, p, d: round((w + p) * d**2 * 27.5)",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_the_checks_refuse_wrong_answers(desk, wrong):
+    number, answer = WRONG[wrong]
+    right = desk.solution(number)
+    assert desk.hand_in(number, f"{right}\n\n{answer}").startswith("not yet")

@@ -192,7 +192,7 @@ def test_nothing_is_left_to_do(path: Path) -> None:
 
 @chapters
 def test_length(path: Path) -> None:
-    aside = {"exercise", "check", "solution"}
+    aside = {"exercise", "check", "solution", "hide-input", "hide-cell"}
     lines = sum(
         code_lines(cell.source)
         for cell in nbformat.read(path, 4).cells
@@ -203,18 +203,11 @@ def test_length(path: Path) -> None:
     assert lines <= 520, f"{lines} lines of code"
 
 
-UNCUT = {
-    "05_dit",
-    "08_sampling",
-}  # chapters with longer cells
-
-
 @chapters
 def test_no_cell_is_a_wall(path: Path) -> None:
-    if path.stem not in UNCUT:
-        for cell in nbformat.read(path, 4).cells:
-            if cell.cell_type == "code":
-                assert len(cell.source.splitlines()) <= 60, cell.source
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type == "code":
+            assert len(cell.source.splitlines()) <= 60, cell.source
 
 
 # One prompt's journey
