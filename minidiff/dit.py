@@ -955,9 +955,11 @@ class MMDiT(Layers):
 # pairs = zip(mixtures, torch.tensor(sigmas).split(1))
 # shares = torch.stack([added(model, *pair, *text) for pair in pairs], -1)
 # rows = [f"{kind} {i}" for kind in ("attention", "MLP") for i in range(len(shares))]
-# viz.show_heatmap(shares.transpose(0, 1).flatten(0, 1), rows, sigmas, "noise level σ",
-#     digits=2).captioned("What attention and MLP of each block add to the patches, "
-#     "as a share of the patches' length.")
+# columns = [f"{sigma:g}" for sigma in sigmas]
+# shares = shares.transpose(0, 1).flatten(0, 1)  # (2·blocks, sigma)
+# viz.show_heatmap(shares, rows, columns, "noise level σ", digits=2).captioned(
+#     "What attention and MLP of each block add to the patches, as a share of the "
+#     "patches' length.")
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # near, far = (model.modulations(torch.tensor([s]), pooled).blocks for s in (0.2, 0.9))
