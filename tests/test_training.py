@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from exercises import Desk
 from regression import assert_same, regression, trained
 from torch import nn
 
 from minidiff import training
+from minidiff.classroom.exercises import check
 from minidiff.learning.steps import compiled, recompute
 from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder
 from minidiff.training import TrainingConfig, drop_encoders, fit
@@ -211,3 +213,72 @@ def test_training_goes_on_where_compilation_fails(
     call = compiled(nn.Identity())
     assert call({"x": 1}) == call({"x": 1}) == {"x": 1}
     assert capsys.readouterr().err.count("going on without: no compiler") == 1
+
+
+# The chapter's exercises
+
+
+@pytest.fixture(scope="module")
+def desk() -> Desk:
+    return Desk("07_training", training, {"check": check})
+
+
+@pytest.mark.parametrize("number", ["7_1", "7_2", "7_3"])
+def test_the_checks_accept_the_solutions(desk: Desk, number: str) -> None:
+    assert desk.hand_in(number, desk.solution(number)) == "passed"
+
+
+def cooled(line: str) -> str:
+    return f"""def with_cooldown(step, config, cooldown):
+    c = config
+    warm = min(1.0, (step + 1) / c.warmup_steps)
+    end = (c.steps - step) / cooldown
+    return {line}"""
+
+
+WRONG = {
+    "one over 1 − d": ("7_1", "half_life = lambda: 1000"),
+    "half of that": ("7_1", "half_life = lambda: 500"),
+    "base 2": ("7_1", "half_life = lambda: round(1000 * math.log2(2))"),
+    "the index as a level": ("7_2", "uniform_levels = lambda i, seed: i / 4000 + seed"),
+    "even levels": (
+        "7_2",
+        "uniform_levels = lambda i, seed: (i / 4000 + 0.1 * seed) % 1",
+    ),
+    "the noise's own seed": (
+        "7_2",
+        "uniform_levels = lambda i, seed: rng.uniform(seed, i, 1)[:, 0]",
+    ),
+    "the place in the batch": (
+        "7_2",
+        "uniform_levels = lambda i, seed: "
+        "rng.uniform(rng.fold_in(seed, 1), torch.arange(len(i)), 1)[:, 0]",
+    ),
+    "no seed": (
+        "7_2",
+        "uniform_levels = lambda i, seed: rng.uniform(rng.fold_in(0, 1), i, 1)[:, 0]",
+    ),
+    "normal numbers": (
+        "7_2",
+        "uniform_levels = lambda i, seed: "
+        "rng.normal(rng.fold_in(seed, 1), i, (1,))[:, 0].sigmoid()",
+    ),
+    "half of the rate throughout": ("7_3", cooled("c.learning_rate / 2")),
+    "no cooldown": ("7_3", cooled("c.learning_rate * warm")),
+    "no warm-up": ("7_3", cooled("c.learning_rate * min(1.0, end)")),
+    "a cosine at the end": (
+        "7_3",
+        cooled("c.learning_rate * warm * (1 - math.cos(math.pi * min(1.0, end))) / 2"),
+    ),
+    "falling all the way": (
+        "7_3",
+        cooled("c.learning_rate * min(warm, (c.steps - step) / c.steps)"),
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_the_checks_refuse_wrong_answers(desk: Desk, wrong: str) -> None:
+    number, answer = WRONG[wrong]
+    right = desk.solution(number)
+    assert desk.hand_in(number, f"{right}\n\n{answer}").startswith("not yet")
