@@ -11,7 +11,10 @@ After it you will be able to
 - **turn** the loops into matrix products, and the products into one fused call;
 - **explain** why SD3.5 normalises queries and keys;
 - **join** two streams of tokens that keep their own weights;
-- **record** what every word reads while the shipped model paints, and **break** it.
+- **record** what every patch reads while the shipped model paints, and **break** it.
+
+On a first reading, jump from "The mathematics" to "Look at it": what lies between
+builds the modules.
 """
 
 # %% [markdown]
@@ -27,7 +30,7 @@ After it you will be able to
 # attention, and it lets each of them think alone, which is a small network per token.
 # This chapter builds the first of the two.
 
-# %%
+# %% tags=["hide-input"]
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -38,11 +41,11 @@ from torch.nn import functional as F
 
 from minidiff.text_encoders import RMSNorm
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "hide-input"]
 # import minidiff
 # from minidiff import viz
 # from minidiff.classroom import journey
-# from minidiff.classroom.exercises import check
+# from minidiff.classroom.exercises import check, seal
 # from minidiff.classroom.journey import PROMPT, SEED
 #
 # _ = torch.set_grad_enabled(False)
@@ -50,16 +53,21 @@ from minidiff.text_encoders import RMSNorm
 
 # %% [markdown]
 # One prompt travels through this book, and here is what arrives from chapter 2: the
-# context of “a red dress on a blue background”, 64 tokens of 192 numbers. The first 32
-# come from the two CLIP encoders, side by side; the last 32 come from T5. In SD3.5 they
+# context of “a red dress on a blue background”. The first half of its 64 tokens comes
+# from the two CLIP encoders, side by side; the second half comes from T5. In SD3.5 they
 # are 77 + 256 tokens of 4096 numbers. (Before the first block a linear layer of chapter
-# 5 brings them to the transformer's width $D$, 160 here: see the table below.)
+# 5 brings them to the transformer's width $D$.)
 
 # %% tags=["active-ipynb"]
 # pipe = minidiff.load("tiny")
 # context, pooled = pipe.encode_prompt(PROMPT)
 # print(journey.check("context", context))
 # print(context[0, :2, :4].numpy().round(2))
+# config = pipe.transformer.config
+# side = config.sample_size // config.patch_size  # patches along a side
+# num_heads, blocks = config.num_attention_heads, config.num_layers
+# dim, text = num_heads * config.attention_head_dim, context.shape[1]
+# print(f"D = {dim}, H = {num_heads}, {blocks} blocks, {text} words, {side}² patches")
 
 # %% [markdown]
 # ## A picture of the thing
@@ -73,7 +81,8 @@ from minidiff.text_encoders import RMSNorm
 # prompt, takes another way: chapter 5.)
 
 # %% tags=["active-ipynb"]
-# sizes = {"Tiny: 64 + 64": (64, 64), "SD3.5 at 1024²: 333 + 4096": (333, 4096)}
+# sizes = {f"Tiny: {text} + {side**2}": (text, side**2)}
+# sizes["SD3.5 at 1024²: 333 + 4096"] = 333, 4096
 # viz.show_quadrants(sizes)
 
 # %% [markdown]
@@ -99,18 +108,23 @@ from minidiff.text_encoders import RMSNorm
 # back to variance 1, whatever $d$ is, so that the softmax neither starts flat nor
 # starts by choosing a single token.
 #
-# One table of weights can follow one question. A block therefore runs $H$ *heads* side
-# by side, each on its own $d$ of the $D = H \cdot d$ channels, with its own table.
+# One table holds one weight for each pair of tokens, so a token can follow only one
+# question with it. A block therefore runs $H$ *heads* side by side. Each makes its own
+# $q$, $k$ and $v$, of only $d = D / H$ numbers, from all $D$ channels of the token, and
+# has its own table. The $H$ answers are laid side by side, $D$ numbers again; an
+# *output projection* then mixes them. Without it head 3 could write into the third part
+# of the channels and nowhere else, and nothing could weigh the answer of one head
+# against another's.
 #
-# | symbol | variable | meaning | Tiny | Medium | Large |
-# |---|---|---|---|---|---|
-# | $D$ | `dim` | channels of a token | 160 | 1536 | 2432 |
-# | $H$ | `num_heads` | heads | 5 | 24 | 38 |
-# | $d$ | `dim // num_heads` | channels of a head | 32 | 64 | 64 |
-# | $L_c$ | `context.q.shape[1]` | text tokens | 64 | 333 | 333 |
-# | $L_x$ | `image.q.shape[1]` | patches (1024² for SD3.5) | 64 | 4096 | 4096 |
-# | $q, k, v$ | `q`, `k`, `v` | one stream's heads, (B, L, H, d) | | | |
-# | $a$ | `weights` | the table, (B, H, L, L) | | | |
+# | symbol | variable | meaning | Medium | Large |
+# |---|---|---|---|---|
+# | $D$ | `dim` | channels of a token | 1536 | 2432 |
+# | $H$ | `num_heads` | heads | 24 | 38 |
+# | $d$ | `dim // num_heads` | channels of a head | 64 | 64 |
+# | $L_c$ | `context.q.shape[1]` | text tokens | 333 | 333 |
+# | $L_x$ | `image.q.shape[1]` | patches at 1024² | 4096 | 4096 |
+# | $q, k, v$ | `q`, `k`, `v` | one stream's heads, (B, L, H, d) | | |
+# | $a$ | `weights` | the table, (B, H, L, L) | | |
 
 # %% [markdown]
 # ## Build it, first with loops
@@ -133,20 +147,24 @@ def attend_loops(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 # %% [markdown]
-# Three tokens whose meaning we choose ourselves: the word *red* and two patches. The
-# word's query asks for “garment” (first channel); the keys of the patches offer
-# “garment” and “background”. The values are only names in numbers: 1, 10 and 100. The
-# word reads almost nothing but the first patch, so its answer lies near 10.
+# Four tokens whose meaning we choose ourselves: the words *red* and *blue*, and two
+# patches, one of the garment and one of the ground. The garment's patch asks for the
+# colour of a garment (first channel); that is what the key of *red* offers in this
+# sentence, while *blue* offers the colour of a ground. The values are only names in
+# numbers: 1, 10, 100 and 1000. So the garment's patch reads almost nothing but *red*,
+# and its answer, the third, lies near 1.
 
 # %% tags=["active-ipynb"]
-# q = torch.tensor([[8.0, 0.0], [0.0, 0.0], [0.0, 0.0]])  # red, garment, background
-# k = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-# v = torch.tensor([[1.0, 0.0], [10.0, 0.0], [100.0, 0.0]])
-# print(attend_loops(q, k, v)[:, 0].numpy().round(1))
+# q = torch.tensor([[0.0, 0.0], [0.0, 0.0], [12.0, 0.0], [0.0, 12.0]])
+# k = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]])
+# v = torch.tensor([[1.0, 0.0], [10.0, 0.0], [100.0, 0.0], [1000.0, 0.0]])
+# print(attend_loops(q, k, v)[:, 0].numpy().round(1))  # red, blue, garment, ground
 
 # %% [markdown]
-# The patches ask for nothing ($q = 0$): all their scores are equal, and they read the
-# plain mean, 37. A query of zero is not silence; it is indifference.
+# The words ask for nothing ($q = 0$): all their scores are equal, and they read the
+# plain mean, 277.8. A query of zero is not silence; it is indifference. And the patches
+# read a little of everything, here of the ground's 1000: the softmax never gives a
+# weight of 0.
 #
 # ## Then with matrices
 #
@@ -247,8 +265,8 @@ class Attention(nn.Module):
 
     ``dim`` = heads · head width. ``qk_norm`` is "rms_norm" (SD3.5: an RMS norm over the
     channels of each head; Esser et al. 2024, section 5.3.2) or None (SD3). With
-    ``pre_only`` there is no output projection: in the last block nobody reads the text
-    any more (chapter 5). Called on tokens (B, L, D) it is plain multi-head
+    ``pre_only`` there is no output projection: what the text has read in the last block
+    goes nowhere (chapter 5). Called on tokens (B, L, D) it is plain multi-head
     self-attention and returns (B, L, D).
     """
 
@@ -293,17 +311,17 @@ class Attention(nn.Module):
 # see what becomes of the scores, without the norm and with it.
 
 # %% tags=["active-ipynb"]
-# layer, x = Attention(160, 5, qk_norm=None), torch.randn(2, 10, 160)
+# layer, x = Attention(dim, num_heads, qk_norm=None), torch.randn(2, 10, dim)
 # weight, bias = (t.chunk(3)[1] for t in (layer.qkv.weight, layer.qkv.bias))
-# keys = F.linear(x, weight, bias).unflatten(-1, (5, 32))  # (B, L, D) → (B, L, H, d)
+# keys = F.linear(x, weight, bias).unflatten(-1, (num_heads, -1))
 # print("the middle third is k:", torch.allclose(keys, layer.heads(x).k, atol=1e-6))
 
 # %% tags=["active-ipynb"]
 # for qk_norm in (None, "rms_norm"):
-#     layer, largest = Attention(160, 5, qk_norm), []
+#     layer, largest = Attention(dim, num_heads, qk_norm), []
 #     for _ in range(2):
 #         q, k, _ = (t.transpose(1, 2) for t in layer.heads(x))
-#         largest.append((q @ k.mT / 32**0.5).abs().max().item())
+#         largest.append((q @ k.mT / q.shape[-1] ** 0.5).abs().max().item())
 #         bigger = {n: 10 * p for n, p in layer.qkv.state_dict().items()}
 #         layer.qkv.load_state_dict(bigger)
 #     print(f"{qk_norm}: the largest score grows {largest[1] / largest[0]:.0f} times")
@@ -326,6 +344,19 @@ class Attention(nn.Module):
 # lower left field of the table alone. Here all four fields share one softmax, so that a
 # patch weighs words against patches, and the words themselves change from block to
 # block with what they have seen of the picture.
+#
+# One softmax for all has a price. Words and patches share a total of 1: the more a
+# patch reads of the text, the less it can read of its neighbours. SD3.5 *Medium*
+# therefore has a second attention in its first 13 blocks: the patches alone, on
+# projections of their own (`attn2`), beside the joint one, and both answers are added.
+# It is nothing new: an `Attention` called on one stream. Its makers say that it serves
+# pictures of several resolutions and their coherence (model card of SD3.5 Medium). What
+# it costs can be counted, in entries of the tables at 1024²:
+
+# %% tags=["active-ipynb"]
+# joint, alone = (333 + 4096) ** 2, 4096**2
+# print(f"a block with the second attention: {1 + alone / joint:.2f} times the entries")
+# print(f"all 24 blocks of Medium: {1 + 13 / 24 * alone / joint:.2f} times")
 
 
 # %%
@@ -364,7 +395,7 @@ class JointAttention(nn.Module):
 # %% tags=["active-ipynb"]
 # for block in pipe.transformer.joint_blocks:
 #     for stream in (block.context_block, block.x_block):
-#         mine = Attention(160, 5, pre_only=not hasattr(stream.attn, "proj"))
+#         mine = Attention(dim, num_heads, pre_only=not hasattr(stream.attn, "proj"))
 #         mine.load_state_dict(stream.attn.state_dict())
 #         stream.attn = mine
 #     block.attention = JointAttention()
@@ -375,8 +406,9 @@ class JointAttention(nn.Module):
 # image_heads = block.x_block.attn.heads(tokens["x_block"])
 # read_words, read_patches = JointAttention()(text_heads, image_heads)
 # q, k, v = (torch.cat(t, dim=1)[0, :, 0] for t in zip(text_heads, image_heads))
-# loops = attend_loops(q, k, v)[64:]  # head 0, the patches: (64, 32)
-# print("the loops agree:", torch.allclose(loops, read_patches[0, :, :32], atol=1e-5))
+# loops = attend_loops(q, k, v)[text:]  # head 0, the patches: (L_x, d)
+# found = read_patches[0, :, : loops.shape[1]]
+# print("the loops agree:", torch.allclose(loops, found, atol=1e-5))
 
 # %% [markdown]
 # ## Recording what is read
@@ -454,124 +486,220 @@ def record_attention(
 # %% [markdown]
 # ## Look at it
 #
-# We let the shipped model paint the prompt in 28 steps and record everything. With
-# guidance (chapter 6) each step runs two samples, the empty prompt and ours; ours is
-# the second.
+# We let the shipped model paint the prompt in its own number of steps and record
+# everything. With guidance (chapter 6) each step runs two samples, the empty prompt and
+# ours; ours is the second. Then we look at the middle of the way from noise to picture.
 
 # %% tags=["active-ipynb"]
-# with record_attention(pipe.transformer, average_heads=True) as maps:
+# with record_attention(pipe.transformer) as maps:
 #     image = pipe(PROMPT, seed=SEED, output_type="pt")[0] * 2 - 1  # to [−1, 1]
 # table = torch.stack([torch.stack(m)[:, 1] for m in maps.values()])
-# print(tuple(table.shape), "block, step, reading token, token read")
-
-# %% tags=["active-ipynb"]
-# viz.show_heatmap(table[2, 14] ** 0.5, xlabel="token read", ylabel="reading token",
-#     title="block 2, step 14: square root of the weights; 0–63 text, 64–127 patches")
+# middle = table.shape[1] // 2
+# print(tuple(table.shape), "block, step, head, reading token, token read")
 
 # %% [markdown]
-# The upper left field is words reading words, the lower left patches reading words. A
-# long run of equal columns is padding: a reader gives all of it much the same weight.
-# In the lower right field look for stripes along the diagonal: a patch reads its
-# neighbours, and those above and below it stand eight places away, because a row has
-# eight patches. In the upper right field, words reading patches, the bright columns
-# also stand eight apart: all words read the same columns of the picture.
+# First the budget. Each patch has a weight of 1 to give. How much of it goes to the
+# words of the prompt, to the padding behind them, to patches?
+
+# %% tags=["active-ipynb"]
+# clip, _, t5 = pipe.tokenizers
+# behind = clip.model_max_length  # T5's tokens stand behind CLIP's
+# used = [*range(len(clip.encode(PROMPT)))]
+# used += [behind + i for i in range(len(t5.encode(PROMPT)))]
+# padding = [i for i in range(text) if i not in used]
+# parts = {"words": used, "padding": padding, "patches": slice(text, None)}
+# now = table[:, middle, :, text:]  # (block, head, patches, tokens)
+# read = {name: now[..., rows].sum(-1) for name, rows in parts.items()}
+# even = {"words": len(used), "padding": len(padding), "patches": side**2}
+# print("reading evenly:", {k: f"{n / now.shape[-1]:.2f}" for k, n in even.items()})
+# for i in range(blocks):
+#     shares = ", ".join(f"{name} {x[i].mean():.2f}" for name, x in read.items())
+#     print(f"block {i}: a patch reads {shares}")
+
+# %% tags=["active-ipynb"]
+# names = [f"block {i}" for i in range(blocks)], [f"head {h}" for h in range(num_heads)]
+# by_head = read["words"].mean(-1)  # (block, head, patches) → (block, head)
+# title = f"share of a patch's weight that goes to the {len(used)} words, step {middle}"
+# viz.show_heatmap(by_head, *names, title=title, digits=2)
+
+# %% [markdown]
+# The lines show which block listens to the prompt and which hardly does, and the figure
+# that heads divide the labour: where the mean over heads is low, one head may still
+# read much. The first line is what a patch would give if it read all tokens alike: less
+# is avoided, more is sought. (In the last block patches read text like
+# in any other. What nobody reads there is what the *text* has learned in that block.)
 #
-# Now the words themselves. T5's tokens stand behind CLIP's 32. For every word we ask
-# how much each patch reads it, and lay the answer over the finished picture: one row
-# per word, one column per block, in the middle of the way from noise to picture. Bright
-# is where the word is read most; each map has a scale of its own.
+# Now take the head that reads words most, and see where it reads which. One column a
+# word, as CLIP and as T5 hand it over. All maps share one scale.
 
 # %% tags=["active-ipynb"]
-# t5 = pipe.tokenizers[2]
-# names = [piece.strip("▁") for piece in t5.tokens(t5.encode(PROMPT))]
-# words = ["red", "dress", "blue", "background"]
-# rows = [pipe.tokenizers[0].model_max_length + names.index(word) for word in words]
-# maps = table[..., 64:, rows].mT.unflatten(-1, (8, 8))  # (block, step, word, 8, 8)
-# by_block = maps[:, 14].transpose(0, 1)  # (block, word, 8, 8) → (word, block, 8, 8)
-# viz.show_attention(by_block, [f"block {i}" for i in range(5)], image, rows=words)
+# block_read, head_read = divmod(by_head.argmax().item(), num_heads)
+# pieces = [piece.strip("▁") for piece in t5.tokens(t5.encode(PROMPT))]
+# words = [word for word in PROMPT.split() if len(word) > 2]  # red, dress, blue, …
+# places = {"CLIP": [1 + PROMPT.split().index(word) for word in words]}
+# places["T5"] = [behind + pieces.index(word) for word in words]
+# weights = table[block_read, middle, head_read, text:]  # (patches, tokens)
+# maps = torch.stack([weights[:, rows].T.unflatten(1, (side, side))
+#     for rows in places.values()])  # (reader, word, side, side)
+# print(f"block {block_read}, head {head_read}: weights up to {maps.max():.2f}")
+# viz.show_attention(maps, words, image, rows=list(places), common=True)
 
 # %% [markdown]
-# In which block does the garment read *red*, and the rest *blue*, the colour of the
-# background? Eyes are easily persuaded, so here is a number: the correlation, over the
-# 64 patches, of each word's map with how much redder than blue the finished picture is
-# there. A word that the dress reads comes near +1, a word that the background reads
-# near −1.
+# Eyes are easily persuaded, and a word that everybody reads at 0.001 looks like any
+# other once it has a scale of its own. So here are the weights themselves. The patches
+# are divided by the finished picture into those redder than the mean, which are the
+# dress, and the rest.
 
 # %% tags=["active-ipynb"]
-# redness = F.avg_pool2d(image[:1] - image[2:], 8).flatten()  # (1, H, W) → (64,)
-# for word, row in zip(words, by_block):
-#     pairs = [torch.stack([heat.flatten(), redness]) for heat in row]
-#     print(f"{word:>10}", [f"{torch.corrcoef(pair)[0, 1]:+.1f}" for pair in pairs])
+# redness = F.avg_pool2d(image[:1] - image[2:], image.shape[-1] // side).flatten()
+# dress = redness > redness.mean()
+# both = [list(rows) for rows in zip(*places.values())]  # a word's two tokens
+# read = torch.stack([now[..., rows].sum(-1) for rows in both])
+# read = read.mean(2)  # over heads: (word, block, patches)
+# for word, row in zip(words, read):
+#     pairs = [f"{x[dress].mean():.3f}/{x[~dress].mean():.3f}" for x in row]
+#     print(f"{word:>10}, dress/rest:", *pairs)
 
 # %% [markdown]
-# Read the table by columns, a block at a time. In block 0 *red* is near +1 and *blue*
-# near −1: the dress reads its own colour, the ground its own. In block 2 *red* is near
-# 0: dress and ground read it alike. And a word need not be read where the thing that it
-# names will be: the dress reads *background* in block 0 and again in the last two, and
-# reads *dress* above all in block 0. T5 has let each token read the whole caption, so
-# that its vector may stand for more than its own word.
+# Read a row from block to block. Where the first number of *red* is many times the
+# second, the dress reads its own colour there and the rest does not; *blue* should do
+# the reverse. Where both are small, this block does not read the word at all, whatever
+# a map of it may look like. And a word need not be read where the thing that it names
+# will be: its token has read the others (chapter 2), and may stand for more than its
+# own word.
 #
-# Now one block over the steps, block 2: first noise, at the end a picture. From which
-# step on does a map keep the outline of the finished garment?
+# The same over the steps, first noise, at the end a picture: the weight of *red* and
+# *blue* in the block of the maps, in the mean over heads.
 
 # %% tags=["active-ipynb"]
-# steps = [0, 4, 9, 14, 20, 27]
-# by_step = maps[2, steps].transpose(0, 1)  # (step, word, 8, 8) → (word, step, 8, 8)
-# viz.show_attention(by_step, [f"step {i}" for i in steps], image, rows=words)
+# curves = {}
+# for word in ("red", "blue"):
+#     rows = both[words.index(word)]
+#     x = table[block_read, :, :, text:, rows].sum(-1).mean(1)  # (step, patches)
+#     curves[f"{word}, dress"] = x[:, dress].mean(1)
+#     curves[f"{word}, rest"] = x[:, ~dress].mean(1)
+# viz.show_curves(curves, xlabel="step", ylabel="weight of a patch")
 
 # %% [markdown]
+# From which step on does the patch know whether it belongs to the dress? Where the two
+# lines of a word part.
+#
 # Touch it: choose a word and see where it is read; choose a block and a step; click a
 # patch and see which words it reads.
 # (Live, for any prompt, in shares that add up:
 # <a href="../book/inside.html?open=attention&amp;block=0">what block 0 reads</a>.)
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
-# explorer = viz.attention_explorer(maps[:, steps], words, image,
-#     blocks=[f"block {i}" for i in range(5)], steps=[f"step {i}" for i in steps])
+# steps = [round(i * (table.shape[1] - 1) / 5) for i in range(6)]
+# shown = table[:, steps].mean(2)[..., text:, places["T5"]].mT  # (…, word, patches)
+# explorer = viz.attention_explorer(shown.unflatten(-1, (side, side)), words, image,
+#     blocks=[f"block {i}" for i in range(blocks)], steps=[f"step {i}" for i in steps])
 # explorer
 
 # %% [markdown]
 # ## Predict, then break it
 #
 # **One.** Shuffle the patches before they enter. Do the answers change? Write down your
-# guess before you run the cell.
+# guess before you open the answer.
 
-# %% tags=["active-ipynb"]
-# order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+# %% tags=["active-ipynb", "hide-output"]
+# order = torch.randperm(side**2, generator=torch.Generator().manual_seed(0))
 # mixed_heads = block.x_block.attn.heads(tokens["x_block"][:, order])
 # _, mixed = JointAttention()(text_heads, mixed_heads)
 # print("same, shuffled:", torch.allclose(mixed, read_patches[:, order], atol=1e-5))
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
 # Nothing changes but the order: a weighted mean does not know who stood where.
 # Attention sees a *set* of tokens. Where a patch lies must be written into the token
 # itself, which is what the position table of chapter 5 does.
 #
-# **Two.** Cut the table: let words read only words and patches only patches, in every
-# block. The prompt can then no longer reach the picture through attention. What will
-# the model paint: noise, some garment, a red dress? Remember that the pooled vector of
-# chapter 2 takes another way.
+# </details>
+#
+# **Two.** Take the words away. The prompt can then reach the picture only through the
+# pooled vector of chapter 2. There are two ways to do it. *Apart*: words read only
+# words and patches only patches, in every block. *No words*: the context of the empty
+# prompt, with our prompt's pooled vector; nothing is cut. What will the model paint in
+# each: noise, some garment, a red dress? And which of the two is the fair experiment?
 
 # %% tags=["active-ipynb"]
 # class Apart(JointAttention):
 #     def forward(self, context: Heads, image: Heads) -> tuple[Tensor, Tensor]:
 #         return attend(*context), attend(*image)
 #
-# def paint(attention: type[JointAttention]) -> Tensor:
+#
+# def paint(texts: list[str], way: str, count: int = 1, **options: float) -> Tensor:
 #     for block in pipe.transformer.joint_blocks:
-#         block.attention = attention()
-#     return pipe(PROMPT, num_images_per_prompt=4, output_type="pt") * 2 - 1
+#         block.attention = Apart() if way == "apart" else JointAttention()
+#     states, vectors = pipe.encode_prompt(texts)
+#     if way == "no words":
+#         states, _ = pipe.encode_prompt([""] * len(texts))
+#     given = {"prompt_embeds": states, "pooled_prompt_embeds": vectors}
+#     options |= {"num_images_per_prompt": count, "output_type": "pt"}
+#     return pipe(None, **given, **options) * 2 - 1
 
-# %% tags=["active-ipynb"]
-# pictures = torch.cat([paint(Apart), paint(JointAttention)])
-# viz.show_images(pictures, ["apart"] * 4 + ["joint"] * 4, columns=4)
+# %% tags=["active-ipynb", "hide-output", "nbval-ignore-output"]
+# from minidiff.judging.exam import exam, share
+#
+# texts, grade = exam(24)
+# pictures, titles, ways = [], [], ("joint", "no words", "apart")
+# for way in ways:
+#     right = grade(paint(texts, way, num_inference_steps=8, guidance_scale=1.0))
+#     kinds = ("all", "things", "colors", "ground")
+#     answers = [f"{kind} {share(right[kind])}" for kind in kinds]
+#     print(f"{way:9} right of 24:", *answers)
+#     pictures.append(paint([PROMPT], way, 4))
+#     titles += [way] * 4
+# _ = paint([PROMPT], "joint", num_inference_steps=1)  # put the attention back
+# viz.show_images(torch.cat(pictures), titles, columns=4)
 
 # %% [markdown]
-# Compare the rows. No patch in the upper one has read a word: what it still shows of
-# the prompt has come through the pooled vector, by the modulation of chapter 5. What
-# the lower row has in addition comes through the field “patches read words”. But not
-# all of it is the prompt: without the words a patch spreads all its weight over
-# patches, which it never did in training, and this alone spoils a picture.
+# <details><summary>Answer</summary>
+#
+# "No words" is the fair one. Its patches read tokens as they did in training, only that
+# these tokens say nothing; what is still right has come through the pooled vector, by
+# the modulation of chapter 5, and what is missing against "joint" comes through the
+# field "patches read words". "Apart" changes two things at once: without words a patch
+# spreads all its weight over patches, which it never did in training. Compare the
+# shapes in the two lower rows: what "apart" spoils beyond "no words" is this, and no
+# proof that words were needed for it. A cut that makes a network meet what it never met
+# says little about what the part was for; look for a control.
+#
+# </details>
+#
+# **Three.** Padding is read too: its share stands in the table above. Hide it, by a
+# mask that gives its keys no weight. Does the picture change, and as much as another
+# seed would change it?
+
+# %% tags=["active-ipynb", "hide-output"]
+# class Masked(JointAttention):
+#     def forward(self, context: Heads, image: Heads) -> tuple[Tensor, Tensor]:
+#         kept = Heads(*(t[:, used] for t in context))
+#         q = torch.cat([context.q, image.q], dim=1)
+#         k, v = (torch.cat(t, dim=1) for t in zip(kept[1:], image[1:]))
+#         out = attend(q, k, v)
+#         return out[:, :text], out[:, text:]
+#
+#
+# options = {"num_images_per_prompt": 4, "output_type": "pt", "guidance_scale": 1.0}
+# plain, other = (pipe(PROMPT, seed=seed, **options) for seed in (0, 4))
+# for block in pipe.transformer.joint_blocks:
+#     block.attention = Masked()
+# hidden = pipe(PROMPT, seed=0, **options)
+# for block in pipe.transformer.joint_blocks:
+#     block.attention = JointAttention()
+# print(f"padding hidden: pixels move by {(hidden - plain).abs().mean():.3f} of 1")
+# print(f"another seed:   pixels move by {(other - plain).abs().mean():.3f} of 1")
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# The first number against the second says how much of the picture hangs on padding.
+# "Nothing" it cannot be, unless padding had no weight at all: training filled those
+# places with something, and the weights took it for granted.
+#
+# </details>
 #
 # ## Parity
 #
@@ -583,10 +711,12 @@ def record_attention(
 # from diffusers.models import attention_processor as reference
 #
 # theirs = reference.Attention(
-#     query_dim=160, added_kv_proj_dim=160, heads=5, dim_head=32, out_dim=160,
+#     query_dim=dim, added_kv_proj_dim=dim, heads=num_heads,
+#     dim_head=dim // num_heads, out_dim=dim,
 #     context_pre_only=False, bias=True, qk_norm="rms_norm", eps=1e-6,
 #     processor=reference.JointAttnProcessor2_0())
-# streams = {"to_{}": Attention(160, 5), "add_{}_proj": Attention(160, 5)}
+# streams = {"to_{}": Attention(dim, num_heads)}
+# streams["add_{}_proj"] = Attention(dim, num_heads)
 # norms, proj = ("norm_{}", "norm_added_{}"), (theirs.to_out[0], theirs.to_add_out)
 
 # %% tags=["active-ipynb"]
@@ -601,7 +731,7 @@ def record_attention(
 
 # %% tags=["active-ipynb"]
 # image_attn, text_attn = streams.values()
-# x, c = torch.randn(2, 64, 160), torch.randn(2, 77, 160)
+# x, c = torch.randn(2, 64, dim), torch.randn(2, 77, dim)
 # read_c, read_x = JointAttention()(text_attn.heads(c), image_attn.heads(x))
 # pairs = zip((image_attn.proj(read_x), text_attn.proj(read_c)), theirs(x, c))
 # errors = [((a - b).norm() / b.norm()).item() for a, b in pairs]
@@ -620,31 +750,35 @@ def record_attention(
 #   no longer reads like the equations.
 # - **It uses no mask, and neither do we.** The context is padded to a fixed length, and
 #   the padding is read like any other token. That looks like an oversight, but the
-#   published weights were trained with it: masking the padding now would change every
-#   picture.
+#   published weights were trained with it (what hiding it does to ours you have seen).
 # - **It divides the table among cards** when pictures become videos: sequence
 #   parallelism. For 4429 tokens there is no need.
 #
 # ## Exercises
 #
 # **4.1 Predict.** From 1024² to 2048² pixels the patches become four times as many; the
-# 333 words remain. By what factor does the number of the table's entries grow?
+# 333 words remain. By what factor does the number of the table's entries grow? One
+# decimal.
 
 # %% tags=["active-ipynb", "exercise"]
 # def growth() -> float:
-#     raise NotImplementedError  # your answer, one decimal is enough
+#     raise NotImplementedError
 
 # %% tags=["active-ipynb", "check"]
 # @check
 # def exercise_4_1() -> None:
-#     exact = (333 + 4 * 4096) ** 2 / (333 + 4096) ** 2
-#     assert abs(growth() - exact) < 0.1, "count the tokens of both sizes, then square"
+#     found = round(float(growth()), 1)
+#     assert seal(found) == "de13561a", "count the tokens of both sizes"
 
 # %% tags=["active-ipynb", "hide-cell", "solution"]
 # def growth() -> float:
 #     return (333 + 16384) ** 2 / (333 + 4096) ** 2
 #
+#
 # exercise_4_1()
+# print(f"{growth():.1f} times")
+# # Every token meets every token, words included: the square of 16,717 over that of
+# # 4,429. It stays below 16, because the words did not become more.
 
 # %% [markdown]
 # **4.2 Code.** How many tokens does a token read? If it spreads its weights evenly over
@@ -665,18 +799,22 @@ def record_attention(
 #     assert (even.exp() - 5).abs().max() < 1e-4, "it should be ln 5"
 #     assert entropy(torch.eye(3)).abs().max() < 1e-6, "0 · ln 0 counts as 0"
 #     uneven = entropy(torch.tensor([0.5, 0.25, 0.25]))
-#     assert abs(uneven.item() - 1.0397) < 1e-3, "0.5 ln 2 + 2 · 0.25 ln 4 is expected"
+#     assert abs(uneven.item() - 1.0397) < 1e-3, "weights ½, ¼, ¼: 1.0397 is expected"
+#     heads = entropy(torch.eye(4).expand(2, 3, 4, 4))
+#     assert heads.shape == (2, 3, 4), "any dimensions may stand in front"
 
 # %% tags=["active-ipynb", "hide-cell", "solution"]
 # def entropy(weights: Tensor) -> Tensor:
 #     return -torch.xlogy(weights, weights).sum(-1)  # xlogy(0, 0) = 0
 #
+#
 # exercise_4_2()
-
-# %% tags=["active-ipynb", "hide-cell"]
-# # patches of each block at step 14 (in the mean over heads: one head reads fewer)
-# reach = entropy(table[:, 14, 64:]).exp().mean(-1)
-# print("tokens read by a patch, block by block:", reach.round().int().tolist())
+# reach = entropy(table[:, middle, :, text:]).exp()  # (block, head, patches)
+# each, mixed = reach.mean((1, 2)), entropy(table[:, middle, :, text:].mean(1)).exp()
+# print("tokens that one head reads:    ", each.round().int().tolist(), "by block")
+# print("tokens that all heads read:    ", mixed.mean(1).round().int().tolist())
+# # The mean over heads reads more tokens than a head does: heads read different ones.
+# # That is what a block has several for.
 
 # %% [markdown]
 # **4.3 Code.** Write a joint attention in which nobody reads the words marked False in
@@ -692,10 +830,17 @@ def record_attention(
 # @check
 # def exercise_4_3() -> None:
 #     c, x = (Heads(*torch.randn(3, 2, n, 4, 8)) for n in (6, 9))
-#     shorter = Heads(*(t[:, :4] for t in c))
-#     wanted = torch.cat(JointAttention()(shorter, x), dim=1)
-#     found = masked(c, x, torch.arange(6) < 4)[:, [0, 1, 2, 3, *range(6, 15)]]
-#     assert torch.allclose(found, wanted, atol=1e-5), "hidden words are still read"
+#     keep = torch.tensor([True, True, False, True, False, True])
+#     visible = Heads(*(t[:, keep] for t in c))
+#     shorter = torch.cat(JointAttention()(visible, x), dim=1)
+#     found, rows = masked(c, x, keep), [0, 1, 3, 5, *range(6, 15)]
+#     assert found.shape == (2, 15, 32), f"not {tuple(found.shape)}: (B, L, H·d)"
+#     assert torch.allclose(found[:, rows], shorter, atol=1e-5), "a hidden word is read"
+#     q = c.q.clone()
+#     q[:, 2] = q[:, 0]  # a hidden word asks what a visible one asks
+#     found = masked(Heads(q, c.k, c.v), x, keep)
+#     same = torch.allclose(found[:, 2], found[:, 0], atol=1e-5)
+#     assert same, "a hidden word still reads: only nobody reads it"
 
 # %% tags=["active-ipynb", "hide-cell", "solution"]
 # def masked(context: Heads, image: Heads, keep: Tensor) -> Tensor:
@@ -704,35 +849,49 @@ def record_attention(
 #     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 #     return out.transpose(1, 2).flatten(2)  # (B, H, L, d) → (B, L, H·d)
 #
+#
 # exercise_4_3()
+# keep = torch.zeros(text, dtype=torch.bool)
+# keep[used] = True
+# whole = torch.cat([read_words, read_patches], dim=1)
+# moved = masked(text_heads, image_heads, keep) - whole
+# print(f"without padding, block 0 reads {moved.norm() / whole.norm():.0%} otherwise")
+# # A mask takes columns from the table and the softmax makes up for them: what padding
+# # had of each row goes to the rest in proportion.
 
 # %% [markdown]
-# **4.4 Explore.** Above the first cell of "Look at it" add one with two garments:
-# `PROMPT = "a red dress left of a blue bag on a white background"`. Run it, and the
-# cells from there down to the explorer. (Not further up: there `journey.check` expects
-# our own prompt.) For other colours change the list `words` too; each must stand in the
-# prompt. Do the two colours go to their own garments? From which block on?
-#
-# <details><summary>Answer</summary>
-#
-# Take the maps of both colours and correlate them with the picture as above, once with
-# the left half's redness and once with the right half's. A model that binds colours to
-# garments has, in some block, a large number for each colour on its own side and a
-# small one on the other. If both colours look at both garments, expect pictures in
-# which the colours are exchanged: try several seeds and count.
-#
-# </details>
-#
+# **4.4 Explore.** Paint two garments, "a red dress left of a blue bag on a white
+# background". Do the two colours go to their own garments? Measure it: record the maps,
+# divide the patches into the left and the right half, and compare the weights that
+# *red* and *blue* get from the two, block by block, for several seeds.
+
+# %% tags=["active-ipynb", "hide-cell"]
+# pair = "a red dress left of a blue bag on a white background"
+# options = {"num_inference_steps": 8, "guidance_scale": 1.0, "output_type": "pt"}
+# with record_attention(pipe.transformer, average_heads=True) as found:
+#     views = pipe(pair, num_images_per_prompt=4, **options)
+# left = (torch.arange(side**2) % side) < side // 2
+# for word in ("red", "blue"):
+#     rows = [1 + pair.split().index(word)]
+#     x = torch.stack([m[4][:, text:, rows].sum(-1) for m in found.values()])
+#     sides = [f"{b[:, left].mean():.4f}/{b[:, ~left].mean():.4f}" for b in x]
+#     print(f"{word:>5}, CLIP's token, left/right:", *sides)
+# viz.show_images(views, low=0)
+# # A model that binds has, in some block, a large number for each colour on its own
+# # side. Where both colours are read on both sides, expect pictures with the colours
+# # exchanged.
+
+# %% [markdown]
 # ## Summary
 #
 # You **computed** attention by hand with three loops, **turned** the loops into matrix
 # products and the products into one fused call, and saw that all three agree. You
 # **explained** the norm of queries and keys by a bound on the scores. You **joined**
 # two streams that keep their own weights and put your classes into the shipped model.
-# You **recorded** what its words and patches read, and **broke** it by cutting the
-# table.
+# You **recorded** what its patches read, in shares that add up, and **broke** it: with
+# a control, because a cut alone says little.
 #
-# The journey goes on: this is what the 64 patches have read in the first block. Chapter
+# The journey goes on: this is what the patches have read in the first block. Chapter
 # 5 builds the block around it, and the same tensor appears there again.
 
 # %% tags=["active-ipynb"]

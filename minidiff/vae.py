@@ -756,12 +756,13 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # viz.show_curves(curves, xlabel="bytes", ylabel="PSNR in dB", markers=True)
 
 # %% [markdown]
-# Higher and further left is better. An autoencoder whose aim is to save bytes would
-# have to beat JPEG here. Ours was trained for something else: its room is fixed (16
-# numbers for each 4 × 4 pixels) and it uses the room that it has; nobody sends its
-# latents anywhere. What the curve teaches is its slope: how much a picture suffers when
-# its latent gets noisy. The transformer's latents are always a little off, and that is
-# the noise that counts.
+# Higher and further left is better; where the curves cross, the other one takes over.
+# (The latent's bits are a bound that no real code quite reaches.) Beating JPEG is the
+# aim of an autoencoder that is to save bytes. Ours was trained for something else: its
+# room is fixed (16 numbers for each 4 × 4 pixels) and it uses the room that it has;
+# nobody sends its latents anywhere. What the curve teaches is its slope: how much a
+# picture suffers when its latent gets noisy. The transformer's latents are always a
+# little off, and that is the noise that counts.
 #
 # ### A control without noise
 #

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention as DiffusersAttention
 from diffusers.models.attention_processor import JointAttnProcessor2_0
+from exercises import Desk
 from helpers import randomize, relative_error
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from minidiff.attention import (
     attention_map,
     record_attention,
 )
+from minidiff.classroom import exercises
 
 BOUND = 1e-5
 
@@ -230,3 +232,54 @@ def test_attention_names_bad_sizes() -> None:
         Attention(30, 4)
     with pytest.raises(ValueError, match="qk_norm 'layer_norm'"):
         Attention(32, 4, "layer_norm")
+
+
+# The chapter's exercises
+
+
+@pytest.fixture(scope="module")
+def desk() -> Desk:
+    known = {"check": exercises.check, "seal": exercises.seal}
+    return Desk("04_attention", attention, known)
+
+
+def test_the_checks_accept_the_solutions(desk):
+    for number in ("4_1", "4_2", "4_3"):
+        assert desk.hand_in(number, desk.solution(number)) == "passed"
+
+
+MASKED = """def masked(context, image, keep):
+    q, k, v = (torch.cat(t, dim=1).transpose(1, 2) for t in zip(context, image))
+    keep = F.pad(keep, (0, image.k.shape[1]), value=True)
+    mask = {}
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.transpose(1, 2).flatten(2)"""
+ENTROPY = "entropy = lambda a: {}"
+WRONG = {
+    "words forgotten": ("4_1", "growth = lambda: 16"),
+    "not squared": ("4_1", "growth = lambda: (333 + 16384) / (333 + 4096)"),
+    "four times as many words": ("4_1", "growth = lambda: 4 * 4"),
+    "patches read words alone": ("4_1", "growth = lambda: 4"),
+    "nothing at zero": ("4_2", ENTROPY.format("-(a * a.log()).sum(-1)")),
+    "bits": ("4_2", ENTROPY.format("-torch.xlogy(a, a).sum(-1) / 0.6931")),
+    "the sign": ("4_2", ENTROPY.format("torch.xlogy(a, a).sum(-1)")),
+    "all rows in one": ("4_2", ENTROPY.format("-torch.xlogy(a, a).sum()")),
+    "the columns": ("4_2", ENTROPY.format("-torch.xlogy(a, a).sum(-2)")),
+    "hidden rows too": ("4_3", MASKED.format("keep[None] & keep[:, None]")),
+    "hidden rows for columns": ("4_3", MASKED.format("keep[:, None]")),
+    "the mask inverted": ("4_3", MASKED.format("~keep[None]")),
+    "nothing hidden": ("4_3", MASKED.format("None")),
+    "keys of zero": (
+        "4_3",
+        """def masked(context, image, keep):
+    context = Heads(*(t * keep[:, None, None] for t in context))
+    return torch.cat(JointAttention()(context, image), dim=1)""",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_the_checks_refuse_wrong_answers(desk, wrong):
+    number, answer = WRONG[wrong]
+    right = desk.solution(number)
+    assert desk.hand_in(number, f"{right}\n\n{answer}").startswith("not yet")
