@@ -66,7 +66,7 @@ from minidiff.interface.checks import check_range
 # prompt: words will mean what they meant. A LoRA usually changes the transformer alone.
 
 # %% tags=["active-ipynb"]
-# pipe = minidiff.load("tiny")
+# pipe = minidiff.load("tiny", fast=False)  # the chapters' own blocks, to the last bit
 # pipe.progress = False
 # print(journey.check("context", pipe.encode_prompt(PROMPT)[0]))
 

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend
 
 import minidiff
-from benchmarks import gpu
+from benchmarks import full_size_cpu, gpu
 from minidiff import efficiency
 from minidiff.attention import JointAttention, record_attention
 from minidiff.dit import MMDiT
@@ -624,3 +624,20 @@ def test_pixels_are_read_in_several_parts():
     assert latents[0, 0].numel() > 2048  # at a time
     found = FastDecoder.of(vae.decoder)(latents)
     assert relative_error(found, vae.decode(latents)) < 1e-5
+
+
+@pytest.mark.slow
+def test_the_full_size_benchmark_rehearsed(tmp_path, monkeypatch, capsys):
+    """In one process: each drawing's own takes seconds to start."""
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr(full_size_cpu, "alone", full_size_cpu.draw)
+    full_size_cpu.main(
+        ["--folder", str(tmp_path / "model"), "--tiny", "--threads", "1"]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    found = {line[:15].strip(): float(line.split()[-1]) for line in lines[-3:]}
+    assert tuple(found) == full_size_cpu.TURNS
+    assert all(1e-4 < far < 1.5 * found["diffusers"] for far in found.values())
+    kept = (tmp_path / "model" / "model_index.json").stat().st_mtime_ns
+    full_size_cpu.write(tmp_path / "model", True)
+    assert (tmp_path / "model" / "model_index.json").stat().st_mtime_ns == kept
