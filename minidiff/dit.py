@@ -305,8 +305,6 @@ def position_table(size: int, width: int, base: int) -> Tensor:
 # crops = {"64 × 64 pixels": (8, 8), "96 × 48 pixels": (12, 6)}
 # viz.show_positions(table, crops, point=(7, 7))
 
-# %% [markdown]
-#
 # %% tags=["active-ipynb"]
 # inside = table.unflatten(1, (16, 16))[0, 4:12, 4:12]  # the middle, (8, 8, D)
 # change = inside.flatten(0, 1).amax(0) - inside.flatten(0, 1).amin(0)
@@ -1031,8 +1029,6 @@ class MMDiT(Layers):
 # viz.show_bars({name: {k: 100 * n / totals_of_work[name] for k, n in parts.items()}
 #     for name, parts in work.items()}, "% of one step's work", stacked=True)
 
-# %% [markdown]
-#
 # %% tags=["active-ipynb"]
 # from dataclasses import replace
 #
