@@ -64,7 +64,7 @@ def mutant_guide(v_neg, v_pos, scale):
 
 
 @pytest.mark.parametrize(
-    "name, mutant", [("window", mutant_window), ("guide", mutant_guide)]
+    "name, mutant", [("levels_between", mutant_window), ("guide", mutant_guide)]
 )
 def test_parity_catches(both, monkeypatch, name, mutant):
     pipe, reference = both
@@ -76,7 +76,7 @@ def test_parity_catches(both, monkeypatch, name, mutant):
 
 def test_published_window():
     for steps, inside in ((50, range(1, 10)), (40, range(1, 8)), (28, range(1, 6))):
-        found = guidance.window(torch.arange(steps + 1.0), 0.01, 0.2)
+        found = guidance.levels_between(torch.arange(steps + 1.0), 0.01, 0.2)
         assert found == set(inside)
 
 

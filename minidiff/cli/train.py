@@ -1,7 +1,7 @@
 """``minidiff train``: the tiny model from nothing, or any model in a new style."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from minidiff.cli import fields_of, find_device, refuse
 from minidiff.cli.options import (
@@ -136,17 +136,23 @@ def train(
         raise ValueError(f"{found} (but --stage turbo); its pictures are --data")
     if data is None:
         raise ValueError("--from needs --data: a folder of pictures with captions")
+    fine_tune(given)
+
+
+def fine_tune(given: dict[str, Any]) -> None:
+    """Fine-tune the model of --from, or distil it; print where it is."""
     from minidiff.learning import parallel
     from minidiff.recipes import finetune, jumps, turbo
 
-    rank = 8 if rank is None else rank
-    update = alpha, targets, fp8, encoders
-    given |= {"lora": finetune.lora_config(rank, *update) if lora else None}
-    given |= {"model": from_model, "pictures": data, "prompts": tuple(prompt or ())}
+    rank = 8 if given["rank"] is None else given["rank"]
+    update = (given[name] for name in ("alpha", "targets", "fp8", "encoders"))
+    lora = finetune.lora_config(rank, *update) if given["lora"] else None
+    given |= {"lora": lora, "model": given["from"], "pictures": given["data"]}
+    given |= {"prompts": tuple(given["prompt"] or ())}
     pictures = fields_of(finetune.PictureConfig, given)
     given |= {"how": finetune.PictureConfig(**pictures)}
-    few = stage == "turbo"
-    if few and batch_size is None:
+    few = given["stage"] == "turbo"
+    if few and given["batch_size"] is None:
         given |= {"batch_size": jumps.SIZES}
     options = finetune.FinetuneOptions(**fields_of(finetune.FinetuneOptions, given))
     made = turbo.distil(options) if few else finetune.finetune_pictures(options)

@@ -75,7 +75,7 @@ class SkipLayer(Guidance):
         self.guidance.check(pipe)
 
     def __call__(self, velocity: Callable[..., Tensor], sigmas: Tensor) -> Velocity:
-        inside = window(sigmas, self.start, self.stop)
+        inside = levels_between(sigmas, self.start, self.stop)
         if not isinstance(self.guidance, ClassifierFree):
             warn("Skip Layer Guidance does nothing without guidance")
         elif not inside:
@@ -108,7 +108,7 @@ def whole_numbers(layers: Any) -> tuple[int, ...]:
         raise ValueError(f"skip layers are {layers!r}; {known}") from None
 
 
-def window(sigmas: Tensor, start: float, stop: float) -> set[float]:
+def levels_between(sigmas: Tensor, start: float, stop: float) -> set[float]:
     """The levels at which steps i with start·N < i < stop·N begin, of N + 1."""
     steps = len(sigmas) - 1
     inside = [i for i in range(steps) if start * steps < i < stop * steps]

@@ -32,7 +32,7 @@ from minidiff.efficiency import (
 )
 from minidiff.engine.kernels import has_fp8
 from minidiff.engine.tiling import Tiled
-from minidiff.files.weights import Prepared
+from minidiff.files.weights import Prepared, Read
 from minidiff.interface.checks import check_choice, check_fast, check_range
 from minidiff.interface.request import Request
 from minidiff.lora import adapted_layers
@@ -45,6 +45,7 @@ BUDGETS = ("8GB", "12GB", "16GB", "24GB")
 NOTHING = (0, 16, 0, 0)  # no latents: the weights alone
 NF4 = 0.5 + 2 / BLOCK  # bytes of a weight: its code, its part of the scale
 T5 = "text_encoder_3"
+Form = Callable[[nn.Linear], nn.Module]
 Models = Mapping[str, Any]  # the parts of a pipeline, by the hub's names
 
 
@@ -423,9 +424,7 @@ def is_streamed(plan: Plan, model: nn.Module, name: str) -> bool:
     return where == "streamed" and large
 
 
-def form_of(
-    plan: Plan, model: nn.Module, name: str
-) -> Callable[[nn.Linear], nn.Module] | None:
+def form_of(plan: Plan, model: nn.Module, name: str) -> Form | None:
     """What stores the layer ``name`` of a model in fewer bits; None: it stays whole."""
     layer = model.get_submodule(name)
     if not isinstance(layer, nn.Linear):
@@ -450,27 +449,34 @@ def place_part(
     """Read one part of a pipeline as the plan says."""
     model: Any = prepared.model
     table = isinstance(model, MMDiT) and plan.modulation == "streamed"
-    state, matrices = {}, {}
+    state: dict[str, Tensor] = {}
+    matrices: dict[str, tuple[Read, Form]] = {}
     for name, read in prepared.tensors():
         layer, _, kind = name.rpartition(".")
         if is_streamed(plan, model, layer) or (table and name == "pos_embed"):
             state[name] = read("cpu", None)
-        elif kind == "weight" and form_of(plan, model, layer):
-            matrices[layer] = read
+        elif kind == "weight" and (form := form_of(plan, model, layer)):
+            matrices[layer] = read, form
         else:
             state[name] = read(device, dtype)
     model.load_state_dict(state, assign=True, strict=not matrices)
-    for name, layer in list(model.named_modules()):
-        if (form := form_of(plan, model, name)) and name in matrices:
-            layer.weight = nn.Parameter(matrices[name](device, dtype))
-            swap(model, name, form(layer))  # one whole matrix at a time
-        elif isinstance(layer, nn.Linear) and is_streamed(plan, model, name):
-            swap(model, name, StreamedLinear(layer))
-        elif isinstance(layer, nn.Embedding) and is_streamed(plan, model, name):
-            swap(model, name, StreamedEmbedding(layer, dtype))
+    for name, (read, form) in matrices.items():  # one whole matrix at a time
+        layer = model.get_submodule(name)
+        layer.weight = nn.Parameter(read(device, dtype))
+        swap(model, name, form(layer))
+    stream(model, plan, dtype)
     if table:
         model.positions = CroppedTable(model, device, dtype)
     return model.eval()
+
+
+def stream(model: nn.Module, plan: Plan, dtype: torch.dtype) -> None:
+    """Let the layers whose weights stay in their file read them there."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and is_streamed(plan, model, name):
+            swap(model, name, StreamedLinear(layer))
+        elif isinstance(layer, nn.Embedding) and is_streamed(plan, model, name):
+            swap(model, name, StreamedEmbedding(layer, dtype))
 
 
 def stand_in(model: nn.Module, plan: Plan) -> None:
