@@ -490,9 +490,15 @@ class Tokenizer(Vocabulary):
 
 # %%
 def learn_bpe(
-    texts: Iterable[str], vocab_size: int, pad_token: str
+    texts: Iterable[str], vocab_size: int, model_max_length: int, pad_token: str
 ) -> tuple[dict[str, int], list[Pair], Settings]:
-    """Learn what a ``CLIPTokenizer`` is made of: see its ``train``."""
+    """Learn 512 byte symbols, merges, and the two markers at the end.
+
+    The vocabulary ends below ``vocab_size`` where no pair is left that occurs twice.
+
+    Raises:
+        ValueError: ``vocab_size`` is below 514, or ``pad_token`` is no symbol.
+    """
     base = [char + end for end in ("", END_OF_WORD) for char in CHARACTER_TO_BYTE]
     markers = [token.content for token in files.CLIP_SETTINGS.added]
     limit = vocab_size - len(base) - len(markers)
@@ -504,7 +510,8 @@ def learn_bpe(
     merges = list(dict.fromkeys(learn_merges(spelled, limit)))
     entries = dict.fromkeys([*base, *map("".join, merges), *markers])
     vocab = {piece: number for number, piece in enumerate(entries)}
-    return vocab, merges, files.CLIP_SETTINGS.padding_with(pad_token, vocab)
+    settings = files.CLIP_SETTINGS.padding_with(pad_token, vocab)
+    return vocab, merges, settings._replace(model_max_length=model_max_length)
 
 
 # %%
@@ -546,16 +553,11 @@ class CLIPTokenizer(Tokenizer):
         model_max_length: int = 77,
         pad_token: str = "<|endoftext|>",
     ) -> Self:
-        """Learn a vocabulary: 512 byte symbols, merges, and the two markers at the end.
+        """Learn a vocabulary of byte-level BPE: see ``learn_bpe``.
 
-        It ends below ``vocab_size`` where no pair is left that occurs twice. Give
-        ``pad_token="!"`` for the habit of SD3.5's second tokenizer.
-
-        Raises:
-            ValueError: ``vocab_size`` is below 514, or ``pad_token`` is no symbol.
+        Give ``pad_token="!"`` for the habit of SD3.5's second tokenizer.
         """
-        vocab, merges, settings = learn_bpe(texts, vocab_size, pad_token)
-        return cls(vocab, merges, settings._replace(model_max_length=model_max_length))
+        return cls(*learn_bpe(texts, vocab_size, model_max_length, pad_token))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
@@ -888,9 +890,16 @@ def spaced_words(text: str) -> list[str]:
 
 
 def learn_unigram(
-    texts: Iterable[str], vocab_size: int, extra_ids: int
+    texts: Iterable[str], vocab_size: int, extra_ids: int, model_max_length: int
 ) -> tuple[dict[str, float], bytes, Settings]:
-    """Learn what a ``T5Tokenizer`` is made of: see its ``train``."""
+    """Learn pad, end, unknown; pieces; sentinels, counting down.
+
+    Every letter of the texts and of printable ASCII is a piece. The vocabulary ends
+    below ``vocab_size`` where fewer pieces serve the texts.
+
+    Raises:
+        ValueError: ``vocab_size`` cannot hold these letters.
+    """
     words = Counter(word for text in texts for word in spaced_words(text))
     alphabet = "".join(sorted({SPACE, *map(chr, range(33, 127)), *"".join(words)}))
     fixed = [token.content for token in files.T5_SETTINGS.added]
@@ -901,15 +910,14 @@ def learn_unigram(
         raise ValueError(f"vocab_size is {vocab_size}, expected at least {least}")
     scores = dict.fromkeys(fixed, 0.0) | learn_pieces(words, alphabet, size)
     scores |= {t.content: 0.0 for t in settings.added[len(fixed) :]}
-    return scores, b"", settings
+    return scores, b"", settings._replace(model_max_length=model_max_length)
 
 
 # %%
 class T5Tokenizer(Tokenizer):
     """SentencePiece Unigram as T5 reads it (Kudo 2018; Raffel et al. 2020).
 
-    ``scores``: every piece with its log-probability, in order of id. ``charsmap``: the
-    normaliser's character map, may be empty.
+    ``scores``: log-probabilities in order of id. ``charsmap``: the map, may be empty.
     """
 
     def __init__(
@@ -932,17 +940,14 @@ class T5Tokenizer(Tokenizer):
         return [number for word in spaced_words(text) for number in self.word_ids(word)]
 
     def _word_ids(self, word: str) -> list[int]:
-        ids: list[int] = []
-        for piece in best_path(word, self._trie, self._unknown):
-            number = self.vocab.get(piece, self.unk_token_id)
-            if number != self.unk_token_id or ids[-1:] != [number]:
-                ids.append(number)
-        return ids
+        path, unknown = best_path(word, self._trie, self._unknown), self.unk_token_id
+        ids = pairwise([-1, *(self.vocab.get(piece, unknown) for piece in path)])
+        return [number for before, number in ids if {before, number} != {unknown}]
 
     def join(self, pieces: Sequence[str]) -> str:
         """Write a space for its sign, but none at the beginning."""
-        first, rest = "".join(pieces[:1]), "".join(pieces[1:])
-        text = first.replace(SPACE, "") + rest.replace(SPACE, " ")
+        text = "".join(pieces[:1]).replace(SPACE, "")
+        text += "".join(pieces[1:]).replace(SPACE, " ")
         return files.tidy(text) if self.settings.clean_up else text
 
     @classmethod
@@ -953,17 +958,8 @@ class T5Tokenizer(Tokenizer):
         extra_ids: int = 100,
         model_max_length: int = 512,
     ) -> Self:
-        """Learn a vocabulary: pad, end, unknown; pieces; sentinels, counting down.
-
-        Every letter of the texts and of printable ASCII is a piece. The vocabulary ends
-        below ``vocab_size`` where fewer pieces serve the texts.
-
-        Raises:
-            ValueError: ``vocab_size`` cannot hold these letters.
-        """
-        scores, charsmap, settings = learn_unigram(texts, vocab_size, extra_ids)
-        settings = settings._replace(model_max_length=model_max_length)
-        return cls(scores, charsmap, settings)
+        """Learn a vocabulary of Unigram pieces: see ``learn_unigram``."""
+        return cls(*learn_unigram(texts, vocab_size, extra_ids, model_max_length))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:

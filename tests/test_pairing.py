@@ -203,15 +203,11 @@ def test_length(path: Path) -> None:
     assert lines <= 520, f"{lines} lines of code"
 
 
-UNCUT = {"01_tokenizer"}  # a chapter with longer cells
-
-
 @chapters
 def test_no_cell_is_a_wall(path: Path) -> None:
-    if path.stem not in UNCUT:
-        for cell in nbformat.read(path, 4).cells:
-            if cell.cell_type == "code":
-                assert len(cell.source.splitlines()) <= 60, cell.source
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type == "code":
+            assert len(cell.source.splitlines()) <= 60, cell.source
 
 
 # One prompt's journey
