@@ -6,11 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from exercises import Desk
 from helpers import relative_error
 from pipelines import load_tokenizers, reference_pipeline, save_tokenizers
 
 import minidiff
 from minidiff import sampling
+from minidiff.classroom.exercises import check
 from minidiff.dit import MMDiT
 from minidiff.files import weights
 from minidiff.flow_matching import Scheduler
@@ -560,3 +562,85 @@ def test_weights_that_are_elsewhere_are_told(folders, tmp_path):
     file.rename(file.with_suffix(".fp16.safetensors"))
     with pytest.raises(FileNotFoundError, match="found .*fp16.safetensors"):
         minidiff.load(folder)
+
+
+# The chapter's exercises
+
+
+@pytest.fixture(scope="module")
+def desk():
+    pipe = minidiff.load("tiny")
+    pipe.progress = False
+    steps, scale = pipe.defaults
+    context, pooled = pipe.encode_prompt(["", "a red dress on a blue background"])
+    noise = pipe.prepare_latents(1)
+    known = {"pipe": pipe, "transformer": pipe.transformer, "check": check}
+    known |= {"context": context, "pooled": pooled, "noise": noise, "scale": scale}
+    known |= {"sigmas": pipe.scheduler.sigmas(steps)}
+    naive = pipe.denoise(noise, context, pooled)
+    return Desk("08_sampling", sampling, known | {"naive": naive, "Velocity": None})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", ["8_1", "8_2", "8_3"])
+def test_the_checks_accept_the_solutions(desk, number):
+    assert desk.hand_in(number, desk.solution(number)) == "passed"
+
+
+def repaint(lines):
+    return f"def repaint(velocity, x0, sigmas, strength):\n    {lines}"
+
+
+def between(line):
+    return f"def between(a, b, t):\n    return {line}"
+
+
+WRONG = {
+    "one prompt": ("8_1", "samples = lambda: 4 * (27 * 2 + 1)"),
+    "two calls in every step": ("8_1", "samples = lambda: 4 * 2 * 28 * 2"),
+    "Euler": ("8_1", "samples = lambda: 4 * 2 * 28"),
+    "calls, not samples": ("8_1", "samples = lambda: 27 * 2 + 1"),
+    "no noise between 0 and 1": (
+        "8_2",
+        repaint(
+            "rest = sigmas[int(28 - 28 * strength):]; "
+            "return euler(velocity, noise if strength == 1 else x0, rest)"
+        ),
+    ),
+    "noise of weight 1": (
+        "8_2",
+        repaint(
+            "rest = sigmas[int(28 - 28 * strength):]; "
+            "return euler(velocity, x0 + rest[0] * noise, rest)"
+        ),
+    ),
+    "the level of the strength": (
+        "8_2",
+        repaint(
+            "rest = sigmas[int(28 - 28 * strength):]; "
+            "return euler(velocity, (1 - strength**2) * x0 + strength**2 * noise, rest)"
+        ),
+    ),
+    "the first steps": (
+        "8_2",
+        repaint(
+            "rest = sigmas[:int(28 * strength) + 1]; "
+            "return euler(velocity, (1 - rest[0]) * x0 + rest[0] * noise, rest)"
+        ),
+    ),
+    "the straight line": ("8_3", between("(1 - t) * a + t * b")),
+    "the line, made as long as noise": (
+        "8_3",
+        between("((1 - t) * a + t * b) / ((1 - t)**2 + t**2) ** 0.5"),
+    ),
+    "a hard switch": ("8_3", between("a if t < 0.5 else b")),
+    "square roots": ("8_3", between("(1 - t)**0.5 * a + t**0.5 * b")),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", WRONG)
+def test_the_checks_refuse_wrong_answers(desk, wrong):
+    number, answer = WRONG[wrong]
+    right = desk.solution(number)
+    assert desk.hand_in(number, f"{right}\n\n{answer}").startswith("not yet")
