@@ -584,17 +584,14 @@ def record_attention(
 # From which step on does the patch know whether it belongs to the dress? Where the two
 # lines of a word part.
 #
-# Touch it: choose a word and see where it is read; choose a block and a step; click a
-# patch and see which words it reads.
-# (Live, for any prompt, in shares that add up:
-# <a href="../book/inside.html?open=attention&amp;block=0">what block 0 reads</a>.)
+# Touch it: press the prompt, and on the book's page the small model draws in place of
+# the frames. Choose a word and see where it is read; choose a block, a head and a step;
+# click a patch and see what it reads, in shares that add up to one. (In JupyterLab the
+# frames stay; `viz.live(pipe, PROMPT)` opens the same there.)
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
-# steps = [round(i * (table.shape[1] - 1) / 5) for i in range(6)]
-# shown = table[:, steps].mean(2)[..., text:, places["T5"]].mT  # (…, word, patches)
-# explorer = viz.attention_explorer(shown.unflatten(-1, (side, side)), words, image,
-#     blocks=[f"block {i}" for i in range(blocks)], steps=[f"step {i}" for i in steps])
-# explorer
+# shown = table[0, -1].mean(0)[text:, places["T5"]].T  # (word, patches)
+# viz.live_attention(shown.unflatten(-1, (side, side)), words, image, PROMPT)
 
 # %% [markdown]
 # ## Predict, then break it

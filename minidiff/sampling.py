@@ -737,12 +737,12 @@ class Pipeline(Parts):
 # %% [markdown]
 # ## Look at it
 #
-# A callback sees every step: the state and the estimate $\hat x_0$. The figure shows
+# A callback sees every step: the state and the estimate $\hat x_0$. The frames show
 # both, and the picture that the decoder makes of the estimate. Latents have sixteen
 # channels and a screen three colours: the figure takes the three directions in which
 # the last latent varies most, so that a colour there means “alike”, and nothing else.
-# The slider stands at the end; move it to the left.
-# (<a href="../book/inside.html?open=steps">The same for any prompt</a>, live.)
+# Press the prompt: on the book's page the small model draws in place of the frames, and
+# a slider walks its steps. (In JupyterLab `viz.live(pipe, PROMPT)` opens the same.)
 
 # %% tags=["active-ipynb"]
 # track = []
@@ -755,7 +755,7 @@ class Pipeline(Parts):
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # pictures = pipe.decode(guesses) * 2 - 1
-# viz.denoising_scrubber(states, guesses, pictures, times, PROMPT)
+# viz.live_denoising(states, guesses, pictures, times, PROMPT)
 
 # %% [markdown]
 # In which order do things settle? We ask four prompts, and compare each step's

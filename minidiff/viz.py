@@ -4,8 +4,8 @@ The functions take tensors and return matplotlib figures that a notebook shows a
 Their ground is transparent and their ink the theme's, so that they can be read in
 light and in dark; a thing has one colour throughout (:mod:`minidiff.classroom.colors`).
 matplotlib is imported when the first figure is drawn, and its global state is left
-alone. The two interactive figures, :func:`denoising_scrubber` and
-:func:`attention_explorer`, are in :mod:`minidiff.classroom.interactive`, the map of the
+alone. The two figures that come alive on the book's pages, :func:`live_denoising` and
+:func:`live_attention`, are in :mod:`minidiff.classroom.interactive`, the map of the
 pipeline in :mod:`minidiff.classroom.map`.
 """
 
@@ -20,10 +20,9 @@ from torch import Tensor
 
 from minidiff.classroom.colors import GREY, PALETTE, colors_of
 from minidiff.classroom.interactive import (  # noqa: F401
-    Interactive,
-    attention_explorer,
-    denoising_scrubber,
     latent_pictures,
+    live_attention,
+    live_denoising,
     to_frames,
     to_pictures,
 )

@@ -11,7 +11,6 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from figures import check_explorer, check_scrubber
 
 LOCAL = ("", "file")
 FETCHED = ("stylesheet", "preload", "modulepreload", "icon")
@@ -178,27 +177,33 @@ def foreign(url: str) -> str:
     return "" if kept else f"request off the machine: {url}"
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_interactive_figures_of_the_book(chromium: Any, book: Path, mode: str) -> None:
-    width, theme = MODES[mode]
-    context = chromium.new_context(
-        viewport={"width": width, "height": 900},
-        color_scheme=theme,
-        device_scale_factor=3,  # as phones have: a small canvas is shown pixel by pixel
-    )
-    kinds = set()
-    for path in sorted((book / "notebooks").glob("*.html")):
-        if "minidiff-figure" not in path.read_text(encoding="utf-8"):
-            continue
-        page = context.new_page()
-        page.goto(path.as_uri())
-        for kind, check in (("scrubber", check_scrubber), ("explorer", check_explorer)):
-            for figure in page.locator(f"[data-kind={kind}]").all():
-                check(figure)
-                kinds.add(kind)
-        page.close()
-    context.close()
-    assert kinds == {"scrubber", "explorer"}, f"only {kinds} in the book"
+STATIONS = {"04_attention": "Attention", "08_sampling": "Steps"}
+
+
+@pytest.mark.parametrize("chapter", STATIONS)
+def test_frames_of_a_chapter_come_alive(
+    chromium: Any, book: Path, chapter: str
+) -> None:
+    page = chromium.new_page(viewport={"width": 390, "height": 900})
+    page.goto((book / "notebooks" / f"{chapter}.html").as_uri())
+    figure = page.locator("figure.minidiff-inside")
+    frames = figure.locator(".inside-frames img")
+    assert frames.is_visible() and not figure.locator("canvas").first.is_visible()
+    figure.get_by_role("slider", name="steps").fill("2")
+    page.wait_for_selector("[data-drawn=whole]")
+    assert figure.locator(".inside-panel canvas").first.is_visible()
+    chosen = figure.get_by_role("tab", selected=True).inner_text()
+    assert chosen == STATIONS[chapter] and frames.count() == 0
+    page.context.close()
+
+
+def test_frames_stay_without_scripts(chromium: Any, book: Path) -> None:
+    page = chromium.new_page(java_script_enabled=False)
+    for chapter in STATIONS:
+        page.goto((book / "notebooks" / f"{chapter}.html").as_uri())
+        frames = page.locator("figure.minidiff-inside img")
+        assert [image.is_visible() for image in frames.all()] == [True, True]
+    page.context.close()
 
 
 LARGEST = 45e6  # bytes that the first page may load from the disk

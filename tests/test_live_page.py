@@ -16,11 +16,13 @@ import torch
 from helpers import relative_error
 from PIL import Image
 from pipelines import halved
+from torch import Tensor
 
 from minidiff import viz
 from minidiff.files.pictures import read_settings, save_picture
-from minidiff.flow_matching import exact_velocity
+from minidiff.flow_matching import euler, exact_velocity, sigma_schedule
 from minidiff.live.exporting import export_pipeline
+from minidiff.live.field import PROMPTS, load_field, two_moons
 from minidiff.sampling import Pipeline
 
 PROMPT = "a red dress"
@@ -199,6 +201,27 @@ def test_an_open_picture(page: Any, address: str) -> None:
     )
 
 
+def test_an_address_opens_a_state_and_keeps_it(page: Any, address: str) -> None:
+    state = "open=attention&step=1&block=1&head=0&word=2"
+    page.goto(f"{address}?prompt=a+red+dress&steps=3&guidance=1&{state}")
+    page.get_by_text("(CLIP): black is 0").wait_for()
+    words = page.locator(".inside-words button")
+    assert words.nth(2).get_attribute("aria-pressed") == "true"
+    sliders = {"step": "1", "block": "1"}
+    for name, value in sliders.items():
+        slider = page.locator(".inside-panel").get_by_label(name, exact=True)
+        assert slider.input_value() == value
+    assert page.get_by_label("head").input_value() == "0"
+    slider.fill("0")
+    page.locator(".inside-panel canvas").press("ArrowRight")
+    for kept in ("block=0", "head=0", "patch=1", "word=2", "open=attention"):
+        assert f"&{kept}" in page.url
+    page.goto(f"{address}?steps=2&guidance=1&open=bench&switch=skip&block=1")
+    page.wait_for_selector("[data-bench=skip]")
+    assert page.get_by_label("Skip a block: block").input_value() == "1"
+    assert page.get_by_role("slider", name="steps").input_value() == "2"
+
+
 def test_a_page_for_ones_own_pipeline(
     chromium: Any, pipe: Pipeline, tmp_path: Path
 ) -> None:
@@ -240,6 +263,20 @@ def test_a_notebook_shows_the_page(
         page.context.close()
 
 
+@torch.no_grad()
+def test_the_network_of_the_plane_draws_points_of_its_own() -> None:
+    """Near the moon it was asked for; nearly none on a point of the data."""
+    field, moon = load_field(), two_moons(60)[1]
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        return field(x, sigma.expand(len(x)), PROMPTS[1].expand(len(x), 2))
+
+    drawn = euler(velocity, torch.randn(500, 2), sigma_schedule(32, shift=1.0))
+    miss = torch.cdist(drawn, moon).amin(1)
+    assert (miss < 0.1).float().mean() > 0.9 and (miss < 0.005).float().mean() < 0.1
+
+
+@torch.no_grad()
 def test_the_plane_is_chapter_six(chromium: Any, site: Path) -> None:
     page = chromium.new_page()
     text = PAGE.replace("minidiff-inside", "minidiff-plane").replace("<img", "<input")
@@ -252,11 +289,19 @@ def test_the_plane_is_chapter_six(chromium: Any, site: Path) -> None:
     v = page.evaluate("({ points, x }) => [...exactVelocity(points)(x, 0.7)]", given)
     expected = exact_velocity(points[:60])(x, torch.tensor(0.7))
     assert relative_error(torch.tensor(v), expected.flatten()) < 1e-5
-    assert points.std(0).tolist() == pytest.approx([1, 1], abs=1e-5)
+    assert relative_error(points, two_moons(60).flatten(0, 1)) < 1e-5
     told = page.locator(".live-status")
     assert "After 8 calls" in told.inner_text()
     page.get_by_label("solver").select_option("heun")
     assert "After 15 calls" in told.inner_text()
+    page.get_by_label("field").select_option("learned")
+    page.get_by_text("calls of the learned velocity").wait_for()
+    given = {"prompt": PROMPTS[1].tolist(), "x": x.flatten().tolist()}
+    v = page.evaluate(
+        "({ prompt, x }) => [...learnedVelocity(minidiff.field, prompt)(x, 0.7)]", given
+    )
+    expected = load_field()(x, torch.full((2,), 0.7), PROMPTS[1].expand(2, 2))
+    assert relative_error(torch.tensor(v), expected.flatten()) < 1e-5
     slider = page.get_by_role("slider", name="at")
     before = page.locator("canvas").screenshot()
     slider.fill("2")

@@ -1,20 +1,16 @@
-"""The figures: drawn without pyplot, and the interactive ones moved in a browser."""
+"""The figures: drawn without pyplot, and the frames of those that come alive."""
 
 import html
 import io
 import re
-import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import numpy as np
 import pytest
 import torch
-from figures import check_explorer, check_scrubber, displayed
 from PIL import Image
 
 from minidiff import viz
@@ -27,17 +23,6 @@ STEPS, WORDS = 6, ["a", "red", "dress", "</s>"]
 
 def pictures(count: int, size: int = 32) -> torch.Tensor:
     return torch.rand(count, 3, size, size) * 2 - 1
-
-
-def scrubber() -> viz.Interactive:
-    latents = torch.randn(2, STEPS, 16, 8, 8)
-    sigmas = torch.linspace(1, 0, STEPS)
-    return viz.denoising_scrubber(*latents, pictures(STEPS), sigmas, "a <b> & “c”")
-
-
-def explorer(images: int = STEPS) -> viz.Interactive:
-    maps = torch.rand(3, STEPS, len(WORDS), 4, 4)
-    return viz.attention_explorer(maps, WORDS, pictures(images))
 
 
 class Tokenizer:
@@ -187,123 +172,41 @@ def test_unknown_chapter_of_the_map() -> None:
         viz.show_pipeline("unet")
 
 
-# The interactive figures
+# The figures that come alive on the book's pages
 
 
-@pytest.mark.parametrize("make", [scrubber, explorer])
-def test_interactive_is_self_contained(make: Callable[[], viz.Interactive]) -> None:
-    text = make()._repr_html_()
-    assert len(text) < 1_000_000
-    assert "http" not in text and "@import" not in text
+def test_frames_show_what_they_are_given() -> None:
+    latents, shown = torch.randn(2, STEPS, 16, 8, 8), pictures(STEPS, 64)
+    sigmas = torch.linspace(1, 0, STEPS)
+    figure = viz.live_denoising(*latents, shown, sigmas, "a <b> & “c”")
+    frames = np.asarray(Image.open(io.BytesIO(figure.frames)))
+    assert frames.shape == (3 * 64, STEPS * 64, 3)
+    assert (frames[128:, 64:128] == viz.to_pictures(shown)[1]).all()
+    assert (frames[:64, -64::8][::8] == viz.latent_pictures(latents[0])[-1]).all()
+    assert "σ = 1.00, 0.80" in repr(figure)
 
 
-def test_interactive_is_deterministic() -> None:
-    pages = []
-    for _ in range(2):
-        torch.manual_seed(1)
-        pages.append(scrubber()._repr_html_() + explorer()._repr_html_())
-    assert pages[0] == pages[1]
+def test_frames_of_attention_are_bright_where_a_word_is_read() -> None:
+    maps = torch.zeros(len(WORDS), 4, 4)
+    maps[2, 1, 3] = 0.2
+    figure = viz.live_attention(maps, WORDS, torch.zeros(3, 32, 32), "a red dress")
+    frames = np.asarray(Image.open(io.BytesIO(figure.frames))).astype(int)
+    bright = frames.sum(-1) > 450
+    assert frames.shape == (32, len(WORDS) * 32, 3)
+    assert bright[8:16, 2 * 32 + 24 : 2 * 32 + 32].all() and bright.sum() == 64
+
+
+def test_a_figure_tells_the_page_what_to_open() -> None:
+    figure = viz.live_attention(torch.rand(4, 4, 4), WORDS, pictures(1)[0], 'a "b" <c>')
+    text = figure._repr_html_()
+    assert 'data-open="attention"' in text
+    assert 'data-prompt="a &quot;b&quot; &lt;c&gt;"' in text
+    assert "<script" not in text and "http" not in text
 
 
 def test_frames_must_agree() -> None:
     latents = torch.randn(4, 16, 8, 8)
     with pytest.raises(ValueError, match=r"\[4, 4, 5, 4\] frames"):
-        viz.denoising_scrubber(latents, latents, pictures(5), torch.zeros(4))
-    with pytest.raises(ValueError, match="expected .B, S, 4 words, h, w"):
-        viz.attention_explorer(torch.rand(1, 1, 3, 4, 4), WORDS, pictures(1))
-    with pytest.raises(ValueError, match="2 images: expected 1 or 6"):
-        explorer(images=2)
-
-
-def test_too_large_is_refused() -> None:
-    latents = torch.randn(28, 16, 8, 8)
-    sigmas = torch.linspace(1, 0, 28)
-    figure = viz.denoising_scrubber(latents, latents, pictures(28, 256), sigmas)
-    with pytest.raises(ValueError, match="expected at most 1000000"):
-        figure._repr_html_()
-
-
-@pytest.mark.parametrize("width", [1000, 390])
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_figures_work_in_a_browser(
-    chromium: Any, tmp_path: Path, width: int, theme: str
-) -> None:
-    """Two of each on one page: they move, and do not disturb one another."""
-    body = "".join(make()._repr_html_() for make in (scrubber, explorer) * 2)
-    head = '<!doctype html><meta charset="utf-8"><meta name="color-scheme"'
-    head += f' content="{theme}"><meta name="viewport" content="width=device-width">'
-    (tmp_path / "page.html").write_text(head + body, encoding="utf-8")
-    page = chromium.new_page(viewport={"width": width, "height": 900})
-    errors: list[str] = []
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto((tmp_path / "page.html").as_uri())
-    kinds = {"scrubber": check_scrubber, "explorer": check_explorer}
-    for kind, check in kinds.items():
-        figures = page.locator(f"[data-kind={kind}]").all()
-        assert len(figures) == 2
-        for figure in figures:
-            check(figure)
-    wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-    assert page.evaluate(wide) <= 0 and not errors
-    page.close()
-
-
-WATCH = """() => {
-  const figure = document.querySelector("[data-kind=scrubber]");
-  window.seen = [];
-  const look = () => {
-    const { step } = figure.dataset;
-    if (seen.at(-1) !== step) seen.push(step);
-  };
-  const chosen = { attributes: true, attributeFilter: ["data-step"] };
-  new MutationObserver(look).observe(figure, chosen);
-}"""
-
-
-def test_play_runs_to_the_end(chromium: Any, tmp_path: Path) -> None:
-    scrubber().save(tmp_path / "page.html")
-    page = chromium.new_page()
-    page.goto((tmp_path / "page.html").as_uri())
-    page.evaluate(WATCH)  # what is asked after the click may come late
-    page.get_by_role("button", name="play").click()
-    page.wait_for_function(f"seen.at(-1) === '{STEPS - 1}'")
-    assert page.evaluate("seen") == [str(step) for step in range(STEPS)]
-    page.close()
-
-
-@pytest.mark.parametrize("make", [scrubber, explorer])
-def test_without_scripts_there_is_a_strip_of_frames(
-    chromium: Any, tmp_path: Path, make: Callable[[], viz.Interactive]
-) -> None:
-    make().save(tmp_path / "page.html")
-    page = chromium.new_page(java_script_enabled=False)
-    page.goto((tmp_path / "page.html").as_uri())
-    strip = page.locator(".minidiff-strip")
-    assert strip.is_visible() and page.locator("canvas").count() == 0
-    assert displayed(strip, 8, 8).std() > 0
-    page.close()
-
-
-def test_figures_work_in_jupyterlab(
-    chromium: Any,
-    tmp_path: Path,
-    jupyterlab: Callable[[Path], AbstractContextManager[str]],
-) -> None:
-    """As saved outputs of a trusted notebook, without a kernel's help."""
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
-    for figure in (scrubber(), explorer()):
-        data = {"text/html": figure._repr_html_(), "text/plain": repr(figure)}
-        output = nbformat.v4.new_output("display_data", data)
-        notebook.cells.append(nbformat.v4.new_code_cell("figure", outputs=[output]))
-    nbformat.write(notebook, tmp_path / "figures.ipynb")
-    command = [sys.executable, "-m", "jupyter", "trust", "figures.ipynb"]
-    with jupyterlab(tmp_path) as url:
-        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-        page = chromium.new_page(viewport={"width": 1200, "height": 1400})
-        page.goto(f"{url}/lab/tree/figures.ipynb?token=t")
-        page.wait_for_selector("[data-kind=scrubber] canvas")
-        page.wait_for_selector("[data-kind=explorer] canvas")
-        check_scrubber(page.locator("[data-kind=scrubber]"))
-        check_explorer(page.locator("[data-kind=explorer]"))
-        page.close()
+        viz.live_denoising(latents, latents, pictures(5), torch.zeros(4), "")
+    with pytest.raises(ValueError, match="expected .4 words, h, w"):
+        viz.live_attention(torch.rand(3, 4, 4), WORDS, pictures(1)[0], "")

@@ -19,8 +19,8 @@ PAIRS = (PACKAGE.parent / "jupytext.toml").read_text(encoding="utf-8")
 CHAPTERS = {f"minidiff.{name}" for name in re.findall(r"minidiff//(\w+)/py", PAIRS)}
 # What minidiff.viz lists under its own name, and what matplotlib adds to its figures
 LEFT_OUT = (
-    "Interactive, attention_explorer, denoising_scrubber, latent_pictures, "
-    "to_frames, to_pictures, set"
+    "Interactive, latent_pictures, live_attention, live_denoising, to_frames, "
+    "to_pictures, set"
 )
 
 

@@ -1,9 +1,11 @@
 """The model of the book's pages: exported into the static files when the book is built.
 
 Beside it lies a picture of the journey's prompt, for browsers that run no scripts.
+Pages that have a place to draw load the scripts.
 """
 
 from pathlib import Path
+from typing import Any
 
 from sphinx.application import Sphinx
 
@@ -25,6 +27,14 @@ def add(app: Sphinx, error: Exception | None) -> None:
     save_picture(pipe(PROMPT)[0], folder / "first.png", replace=True)
 
 
+def load(app: Sphinx, page: str, template: str, context: dict[str, Any], tree) -> None:
+    if "minidiff-live" in context.get("body", ""):
+        app.add_css_file("live/live.css")
+        for name in ("page", "models"):
+            app.add_js_file(f"live/{name}.js", loading_method="defer")
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("html-page-context", load)
     app.connect("build-finished", add)
     return {"parallel_read_safe": True}

@@ -1,1 +1,1 @@
-"""What chapters share: the journey, exercises, interactive figures, the style."""
+"""What chapters share: the journey, exercises, figures that come alive, the style."""

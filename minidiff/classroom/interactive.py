@@ -1,7 +1,7 @@
-"""The book's two interactive figures: one piece of HTML each, needing nothing else.
+"""The book's two interactive figures, as frames.
 
-Each carries its pictures, its style and its script, works in a static page and in
-JupyterLab without a kernel, and shows a plain strip of frames where scripts are off.
+On a page of the book the model that draws in the browser opens in their place; in
+JupyterLab, and where scripts are off, the frames stay.
 """
 
 import base64
@@ -10,18 +10,12 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-
-from minidiff.files.disk import write_text
-
-ASSETS = Path(__file__).parent / "assets"
-LIMIT = 1_000_000  # bytes of HTML
 
 
 def to_pictures(images: Any, low: float = -1.0) -> np.ndarray:
@@ -63,42 +57,33 @@ def to_frames(values: Tensor) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Interactive:
-    """An interactive figure; a notebook shows it by its HTML.
+    """Frames of a drawing, in whose place the book's pages open the live model.
 
-    ``kind`` names its script in ``ASSETS``, ``data`` goes to it as JSON, and
-    ``strip`` is the plain picture shown until the script runs.
+    ``station`` is the part of the page "Inside a picture" that opens there; ``picture``
+    and ``frames`` are PNGs, and ``label`` says what the frames show.
     """
 
-    kind: str
+    station: str
+    prompt: str
     label: str
-    data: dict[str, Any]
-    strip: bytes
+    picture: bytes
+    frames: bytes
 
     def __repr__(self) -> str:
-        return f"{self.kind}: {self.label}"
+        return f"{self.station}: {self.label}"
 
     def _repr_html_(self) -> str:
-        data = json.dumps(self.data, separators=(",", ":")).replace("<", "\\u003c")
-        label = html.escape(self.label, quote=True)
-        files = "figures.css", f"{self.kind}.js"
-        style, script = ((ASSETS / name).read_text("utf-8") for name in files)
-        text = (
-            f'<figure class="minidiff-figure" data-kind="{self.kind}" '
-            f'aria-label="{label}">\n<img class="minidiff-strip dark-light" '
-            f'src="{_data_url(self.strip)}" alt="{label}">\n'
-            f'<script type="application/json">{data}</script>\n'
-            f"<style>{style}</style>\n<script>{script}</script>\n</figure>"
+        texts = self.prompt, self.label, json.dumps([self.prompt])
+        prompt, label, examples = (html.escape(text, quote=True) for text in texts)
+        return (
+            f'<figure class="minidiff-live minidiff-inside" '
+            f'data-open="{self.station}" data-examples="{examples}">\n'
+            f'<img class="dark-light" src="{_data_url(self.picture)}" width="192" '
+            f'alt="the picture drawn for “{prompt}”" data-prompt="{prompt}">\n'
+            f'<div class="inside-frames"><img class="dark-light" width="100%" '
+            f'src="{_data_url(self.frames)}" alt="{label}">\n'
+            f"<figcaption>{label}</figcaption></div>\n</figure>"
         )
-        if len(text) > LIMIT:
-            raise ValueError(f"figure of {len(text)} bytes: expected at most {LIMIT}")
-        return text
-
-    def save(self, path: str | Path) -> None:
-        """Write the figure as a page of its own."""
-        head = '<!doctype html><html lang="en"><meta charset="utf-8">'
-        head += '<meta name="viewport" content="width=device-width">'
-        head += f"<title>{html.escape(self.label)}</title>"
-        write_text(path, f"{head}{self._repr_html_()}</html>\n")
 
 
 def _png(picture: np.ndarray) -> bytes:
@@ -111,11 +96,6 @@ def _data_url(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def _strip(pictures: np.ndarray) -> str:
-    """Pictures (S, h, w, 3) side by side, as the address of a PNG."""
-    return _data_url(_png(np.hstack(list(pictures))))
-
-
 def _resized(pictures: np.ndarray, height: int) -> np.ndarray:
     """Pictures (S, h, w, 3) at another height, without smoothing when they grow."""
     size = (height * pictures.shape[2] // pictures.shape[1], height)
@@ -125,107 +105,57 @@ def _resized(pictures: np.ndarray, height: int) -> np.ndarray:
     )
 
 
-def denoising_scrubber(
+def live_denoising(
     latents: Tensor,
     denoised: Tensor,
     pictures: Tensor,
     sigmas: Tensor | Sequence[float],
-    prompt: str = "",
+    prompt: str,
 ) -> Interactive:
-    """A slider over the steps: latent, x̂₀ and picture side by side.
+    """A drawing step by step: latent, x̂₀ and picture, in at most seven frames.
 
     ``latents`` and ``denoised`` (the x̂₀ of each step): (S, C, h, w), or (S, 3, H, W)
     for pictures in [−1, 1]; ``pictures``, decoded: (S, 3, H, W) in [−1, 1]; ``sigmas``:
-    (S,). S is the number of positions of the slider.
+    (S,).
     """
-    steps = len(latents)
-    rows = [("latent x", latents), ("denoised x̂₀", denoised), ("picture", pictures)]
-    if any(len(values) != steps for _, values in rows) or len(sigmas) != steps:
-        found = [len(values) for _, values in rows] + [len(sigmas)]
+    steps, rows = len(latents), (latents, denoised, pictures)
+    if {*map(len, rows), len(sigmas)} != {steps}:
+        found = [*map(len, rows), len(sigmas)]
         raise ValueError(f"{found} frames: expected as many of each")
-    frames = [to_frames(values) for _, values in rows]
     chosen = np.linspace(0, steps - 1, min(7, steps)).round().astype(int)
-    strip = np.concatenate([np.hstack(list(_resized(f[chosen], 64))) for f in frames])
-    data = {
-        "label": f"Denoising of “{prompt}”" if prompt else "Denoising",
-        "sigmas": [round(float(s), 3) for s in sigmas],
-        "rows": [
-            {"name": name, "size": f.shape[1:3], "sprite": _strip(f)}
-            for (name, _), f in zip(rows, frames, strict=True)
-        ],
-    }
-    label = f"{data['label']}: latent, denoised estimate and picture at {steps} steps"
-    return Interactive("scrubber", label, data, _png(strip))
+    frames = [np.hstack(list(_resized(to_frames(x)[chosen], 64))) for x in rows]
+    levels = ", ".join(f"{float(sigmas[i]):.2f}" for i in chosen)
+    label = f"“{prompt}”: latent, estimate x̂₀ and its picture, at σ = {levels}"
+    last = to_pictures(pictures)[-1]
+    return Interactive("steps", prompt, label, _png(last), _png(np.concatenate(frames)))
 
 
-def attention_explorer(
-    maps: Tensor,
-    words: Sequence[str],
-    images: Tensor,
-    blocks: Sequence[str] | None = None,
-    steps: Sequence[str] | None = None,
+def live_attention(
+    maps: Tensor, words: Sequence[str], image: Tensor, prompt: str
 ) -> Interactive:
-    """Choose a word and see where it is found; choose a patch and see what it reads.
-
-    ``maps``: (B, S, N, h, w), for each block, step and word a map over the patches,
-    shown relative to its maximum; ``images``: the picture of each step (S, 3, H, W) or
-    one for all (3, H, W), in [−1, 1]; ``blocks``, ``steps``: names.
-    """
+    """Where each word is read: ``maps`` (N, h, w), each relative to its maximum, over
+    the picture ``image`` (3, H, W) in [−1, 1]."""
     shape = tuple(maps.shape)
-    if maps.ndim != 5 or shape[2] != len(words):
-        raise ValueError(f"maps {shape}: expected (B, S, {len(words)} words, h, w)")
-    pictures = to_pictures(images)
-    if len(pictures) not in (1, shape[1]):
-        raise ValueError(f"{len(pictures)} images: expected 1 or {shape[1]}, the steps")
-    data = {
-        "label": "Attention between words and patches",
-        "words": list(words),
-        "blocks": list(blocks or (f"block {i}" for i in range(shape[0]))),
-        "steps": list(steps or (f"step {i}" for i in range(shape[1]))),
-        "grid": shape[3:],
-        "size": pictures.shape[1:3],
-        "pictures": len(pictures),
-        "sprite": _strip(pictures),
-        "maps": _bytes(maps, (3, 4)),
-        "reads": _bytes(maps.permute(0, 1, 3, 4, 2), (4,)),  # → (B, S, h, w, N)
-        "palette": _palette(),
-    }
-    strip = np.hstack([_overlay(m, pictures[-1]) for m in maps[-1, -1]])
+    if maps.ndim != 3 or shape[0] != len(words):
+        raise ValueError(f"maps {shape}: expected ({len(words)} words, h, w)")
+    picture = to_pictures(image)[0]
+    frames = np.hstack([_overlay(x, picture) for x in maps])
     label = "Where attention finds each word: " + ", ".join(words)
-    return Interactive("explorer", label, data, _png(strip))
-
-
-def _scaled(values: Tensor, axes: tuple[int, ...]) -> np.ndarray:
-    """Values relative to their maximum over ``axes``, as uint8."""
-    x = values.detach().cpu().double().clamp(min=0)
-    return (
-        (255 * x / x.amax(axes, keepdim=True).clamp(min=1e-30)).round().byte().numpy()
-    )
-
-
-def _bytes(values: Tensor, axes: tuple[int, ...]) -> str:
-    return base64.b64encode(_scaled(values, axes).tobytes()).decode()
-
-
-def _palette() -> str:
-    """256 colours from black over purple and orange to pale yellow, as base64."""
-    stops = [0, 64, 128, 192, 255]
-    red, green, blue = (
-        (0, 87, 188, 249, 252),
-        (0, 16, 55, 142, 255),
-        (4, 110, 84, 9, 164),
-    )
-    ramp = [np.interp(range(256), stops, c) for c in (red, green, blue)]
-    return base64.b64encode(
-        np.stack(ramp, 1).round().astype(np.uint8).tobytes()
-    ).decode()
+    return Interactive("attention", prompt, label, _png(picture), _png(frames))
 
 
 def _overlay(values: Tensor, picture: np.ndarray) -> np.ndarray:
-    """The heat map (h, w) over the darkened grey picture, as the script draws it."""
-    palette = np.frombuffer(base64.b64decode(_palette()), np.uint8).reshape(256, 3)
-    heat = _scaled(values, (0, 1))
+    """The heat map (h, w), relative to its maximum, over the darkened grey picture."""
+    x = values.detach().cpu().double().clamp(min=0)
+    heat = (255 * x / x.amax().clamp(min=1e-30)).round().long().numpy()
     scale = [p // v for p, v in zip(picture.shape, heat.shape, strict=False)]
-    color = np.kron(palette[heat], np.ones((*scale, 1)))
+    color = np.kron(_palette()[heat], np.ones((*scale, 1)))
     grey = picture.mean(-1, keepdims=True)
     return (0.3 * grey + 0.7 * color).round().astype(np.uint8)
+
+
+def _palette() -> np.ndarray:
+    """256 colours (256, 3) from black over purple and orange to pale yellow."""
+    stops = [0, 64, 128, 192, 255]
+    ramps = (0, 87, 188, 249, 252), (0, 16, 55, 142, 255), (4, 110, 84, 9, 164)
+    return np.stack([np.interp(range(256), stops, ramp) for ramp in ramps], 1)

@@ -1,27 +1,41 @@
-"""``minidiff export``: a model for web pages, which draw with it in the browser."""
+"""``minidiff export``: a model for web pages, or in ONNX for every other runtime."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from minidiff.cli.options import MODEL, OUT, WHO, examples
 from minidiff.interface.terminal import status
 
-EXAMPLES = examples("minidiff export --model tiny --output site/live")
+EXAMPLES = examples(
+    "minidiff export --model tiny --output site/live",
+    "minidiff export --model tiny --format onnx --output tiny-onnx",
+)
 
 
 def export(
     output: Annotated[Path, OUT("Folder of the files.")],
     model: Annotated[str, WHO(f"{MODEL}, small.")] = "tiny",
+    format: Annotated[
+        Literal["web", "onnx"],
+        OUT("web: for pages that draw; onnx: a file for each part.", metavar="<str>"),
+    ] = "web",
 ) -> None:
     """Write what a page needs to draw with a model, without a server's help.
 
     A page loads page.js and then models.js; minidiff.draw({prompt, seed}) is a promise
-    of pixels. Several models may be in one folder.
+    of pixels. Several models may be in one folder. In ONNX each part is a file, for one
+    picture at a time; this needs the packages onnx and onnxscript.
     """
     with status(f"loading {model}"):
         from minidiff.engine.loading import load
         from minidiff.live.exporting import export_pipeline
+        from minidiff.live.onnx import check_installed, export_onnx
 
+        if format == "onnx":
+            check_installed()
         pipe = load(model)
-    export_pipeline(pipe, output, model)
+    if format == "onnx":
+        export_onnx(pipe, output)
+    else:
+        export_pipeline(pipe, output, model)
     print(output)

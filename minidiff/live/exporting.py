@@ -56,7 +56,8 @@ def export_pipeline(pipe: Pipeline, folder: Path, model: Path | str) -> None:
     write_script(folder / "runtime.js", "minidiff.runtime = ", runtime())
     write_script(folder / "models.js", INDEX, exported(folder) | {name: usual(pipe)})
     write_text(folder / "page.js", joined(PAGE))
-    write_text(folder / "live.css", (HERE / "live.css").read_text("utf-8"))
+    for name in ("live.css", "field.js"):
+        write_text(folder / name, (HERE / name).read_text("utf-8"))
 
 
 def modules(pipe: Pipeline) -> list[nn.Module]:

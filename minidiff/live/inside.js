@@ -5,10 +5,12 @@ minidiff.inside = (figure) => {
   const { make } = minidiff;
   const notebook = "notebook" in figure.dataset;
   const address = new URLSearchParams(notebook ? "" : location.search);
-  const at = { step: Infinity, block: 0, head: -1, token: null, patch: null };
-  for (const name of ["step", "block", "head"]) {
-    if (address.has(name)) at[name] = Number(address.get(name));
+  // What is shown; the address keeps it under the same names.
+  const at = { step: Infinity, block: 0, head: -1, word: null, patch: null };
+  for (const name of ["step", "block", "head", "patch"]) {
+    if (/^\d+$/.test(address.get(name) ?? "")) at[name] = Number(address.get(name));
   }
+  at.word = address.get("word");
   let about, call, request, drawn, showNow = () => {};
 
   const tabs = make("div", figure, { className: "inside-tabs" },
@@ -18,7 +20,7 @@ minidiff.inside = (figure) => {
   const names = { steps: "Steps", attention: "Attention", gates: "Gates",
     context: "Context", bench: "The bench" };
   const buttons = Object.keys(stations).map((name) => make("button", tabs,
-    { type: "button", textContent: names[name], onclick: () => { keep(name); choose(name); } }, { role: "tab" }));
+    { type: "button", textContent: names[name], onclick: () => open(name) }, { role: "tab" }));
   tabs.onkeydown = ({ key }) => {
     const move = { ArrowRight: 1, ArrowLeft: -1 }[key];
     if (!move) return;
@@ -26,13 +28,31 @@ minidiff.inside = (figure) => {
     buttons[next].focus();
     buttons[next].click();
   };
-  figure.append(figure.querySelector("figcaption") ?? "");
+  panel.append(figure.querySelector(".inside-frames") ?? "");
+  figure.append(figure.querySelector(":scope > figcaption") ?? "");
 
-  function keep(name) {
+  function open(name) {
+    choose(name);
+    if (drawn) keep();
+    else figure.dispatchEvent(new Event("wanted"));
+  }
+
+  // The address of what is shown.
+  function keep() {
     if (notebook) return;
     const kept = new URLSearchParams(location.search);
-    kept.set("open", name);
+    for (const [name, value] of Object.entries({ ...at, open: figure.dataset.open })) {
+      if (value === null || value === -1) kept.delete(name);
+      else kept.set(name, value);
+    }
     history.replaceState(null, "", `?${kept}${location.hash}`);
+  }
+
+  // Show the change of `more`.
+  function see(more) {
+    Object.assign(at, more);
+    keep();
+    showNow();
   }
 
   function choose(name) {
@@ -42,10 +62,10 @@ minidiff.inside = (figure) => {
       button.tabIndex = chosen ? 0 : -1;
     });
     panel.setAttribute("aria-label", names[name]);
-    panel.replaceChildren();
     figure.dataset.open = name;
-    showNow = () => {};
-    if (drawn) showNow = stations[name]() ?? showNow;
+    if (!drawn) return;
+    panel.replaceChildren();
+    showNow = stations[name]();
     showNow();
   }
 
@@ -53,10 +73,13 @@ minidiff.inside = (figure) => {
     ({ request, drawn } = detail);
     ({ about, call } = await minidiff.open(request.model));
     at.step = Math.min(at.step, request.steps - 1);
-    at.block = Math.min(at.block, about.transformer.num_layers - 1);
-    choose(figure.dataset.open ?? address.get("open") ?? "steps");
+    const { num_layers: blocks, num_attention_heads: heads, sample_size, patch_size } = about.transformer;
+    at.block = Math.min(at.block, blocks - 1);
+    at.head = Math.min(at.head, heads - 1);
+    if (at.patch >= (sample_size / patch_size) ** 2) at.patch = null;
+    choose(figure.dataset.open);
   });
-  choose(address.get("open") in stations ? address.get("open") : "steps");
+  choose([address.get("open"), figure.dataset.open].find((name) => name in stations) ?? "steps");
 
   // What the stations share
 
@@ -79,14 +102,15 @@ minidiff.inside = (figure) => {
   // A select or a slider for `name` in `at`; the panel follows it.
   function slider(row, name, count, tell) {
     const label = make("label", row, { textContent: name });
-    const input = make("input", label, { type: "range", min: 0, max: count - 1, step: 1 });
+    const input = make("input", label, { type: "range", min: 0, max: count - 1, step: 1 },
+      { "aria-label": name });
     const output = make("output", label, {}, { "aria-live": "off" }); // the slider says it
     const show = () => {
       input.value = at[name];
       output.textContent = tell(at[name]);
       input.setAttribute("aria-valuetext", output.textContent);
     };
-    input.oninput = () => { at[name] = Number(input.value); show(); showNow(); };
+    input.oninput = () => { see({ [name]: Number(input.value) }); show(); };
     show();
     return show;
   }
@@ -95,7 +119,7 @@ minidiff.inside = (figure) => {
     const input = make("select", make("label", row, { textContent: name }));
     options.forEach(([value, text]) => make("option", input, { value, textContent: text }));
     input.value = at[name];
-    input.onchange = () => { at[name] = Number(input.value); showNow(); };
+    input.onchange = () => see({ [name]: Number(input.value) });
   }
 
   const controls = () => make("div", panel, { className: "inside-controls" });
@@ -135,7 +159,8 @@ minidiff.inside = (figure) => {
         if (!panel.contains(play) || at.step >= count() - 1) {
           clearInterval(timer); timer = null; play.textContent = "▶ play"; return;
         }
-        at.step++; show(); showNow();
+        see({ step: at.step + 1 });
+        show();
       }, matchMedia("(prefers-reduced-motion: reduce)").matches ? 1000 : 300);
     };
     return async () => {
@@ -182,12 +207,15 @@ minidiff.inside = (figure) => {
     const shares = make("div", right, { className: "inside-shares" });
     const tokens = rowsOfContext();
     const grid = about.transformer.sample_size / about.transformer.patch_size;
-    at.token ??= Math.max(2, tokens.findIndex(({ text }) => text === "dress"));
+    const rowOf = (word) => /^\d+$/.test(word ?? "") ? Number(word)
+      : tokens.findIndex(({ text }) => text === word);
+    const word = () => tokens[rowOf(at.word)]?.padding === false ? rowOf(at.word)
+      : tokens[2].padding ? 1 : 2;
     const chips = tokens.map((token, i) => {
       if (token.padding) return null;
       if (i && token.reader !== tokens[i - 1].reader) make("b", words, { textContent: token.reader });
       return make("button", words, { type: "button", textContent: token.text,
-        onclick: () => { at.token = i; at.patch = null; showNow(); } });
+        onclick: () => see({ word: String(i), patch: null }) });
     });
     words.prepend(make("b", null, { textContent: "CLIP" }));
     const canvas = picture.canvas;
@@ -196,16 +224,13 @@ minidiff.inside = (figure) => {
     canvas.onclick = ({ clientX, clientY }) => {
       const area = canvas.getBoundingClientRect();
       const cell = (value, length) => Math.min(grid - 1, Math.max(0, Math.floor((value / length) * grid)));
-      at.patch = cell(clientY - area.top, area.height) * grid + cell(clientX - area.left, area.width);
-      showNow();
+      see({ patch: cell(clientY - area.top, area.height) * grid + cell(clientX - area.left, area.width) });
     };
     canvas.onkeydown = (event) => {
       const move = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -grid, ArrowDown: grid }[event.key];
-      if (event.key === "Escape") at.patch = null;
-      else if (move) at.patch = ((at.patch ?? 0) + move + grid * grid) % (grid * grid);
-      else return;
+      if (!move && event.key !== "Escape") return;
       event.preventDefault();
-      showNow();
+      see({ patch: move ? ((at.patch ?? 0) + move + grid * grid) % (grid * grid) : null });
     };
     let kept = "", maps;
     return async () => {
@@ -218,15 +243,15 @@ minidiff.inside = (figure) => {
       const chosen = at.head < 0 ? Array.from({ length: all }, (_, i) => i) : [at.head];
       const share = (query, keyAt) => chosen.reduce((sum, h) =>
         sum + weights[(h * length + query) * length + keyAt], 0) / chosen.length;
-      chips.forEach((chip, i) => chip?.setAttribute("aria-pressed", at.patch === null && i === at.token));
-      if (at.patch === null) heat(canvas, tokens, share, grid, side, picture.caption);
+      chips.forEach((chip, i) => chip?.setAttribute("aria-pressed", at.patch === null && i === word()));
+      if (at.patch === null) heat(canvas, tokens, word(), share, grid, side, picture.caption);
       else reads(canvas, tokens, share, grid, side, picture.caption);
       list(shares, tokens, share, grid);
     };
   }
 
-  function heat(canvas, tokens, share, grid, side, caption) {
-    const values = Array.from({ length: grid * grid }, (_, i) => share(tokens.length + i, at.token));
+  function heat(canvas, tokens, word, share, grid, side, caption) {
+    const values = Array.from({ length: grid * grid }, (_, i) => share(tokens.length + i, word));
     const most = Math.max(...values);
     paint(canvas, drawn.pixels);
     const pixels = canvas.getContext("2d").getImageData(0, 0, side, side), { data } = pixels;
@@ -240,8 +265,8 @@ minidiff.inside = (figure) => {
       }
     }
     canvas.getContext("2d").putImageData(pixels, 0, 0);
-    caption.textContent = `“${tokens[at.token].text}” (${tokens[at.token].reader}): black is 0, pale yellow `
-      + `${(100 * most).toFixed(1)} % of a patch's attention`;
+    caption.textContent = `“${tokens[word].text}” (${tokens[word].reader}): black is 0, pale yellow `
+      + `${(100 * most).toPrecision(2)} % of a patch's attention`;
     canvas.setAttribute("aria-label", caption.textContent);
   }
 
@@ -368,21 +393,24 @@ minidiff.inside = (figure) => {
       ["guidance", "Guidance from −2 to 12", "Below 0 away from the prompt; far above, colours burn.", { scale: 0 },
         () => ({ free: true })],
     ];
+    const asked = (address.get("switch") ?? "").split(" ");
     for (const [key, title, look, fields] of switches) {
       const box = make("div", board, { className: "inside-switch" });
       const label = make("label", box);
       const check = make("input", label, { type: "checkbox" });
       label.append(title);
-      check.onchange = () => {
-        on[check.checked ? "add" : "delete"](key);
-        box.classList.toggle("on", check.checked);
-        again();
+      const turn = (now) => {
+        on[now ? "add" : "delete"](key);
+        box.classList.toggle("on", now);
       };
+      check.onchange = () => { turn(check.checked); again(); };
+      if (asked.includes(key)) turn(check.checked = true);
       for (const [field, value] of Object.entries(fields)) {
         const name = `${key} ${field}`, labelled = { "aria-label": `${title}: ${field}` };
         if (Array.isArray(value)) {
           inputs[name] = make("select", box, {}, labelled);
           value.forEach((i) => make("option", inputs[name], { value: i, textContent: `${field} ${i}` }));
+          inputs[name].value = Math.max(0, at[field]);
         } else {
           const kind = typeof value === "number" ? { type: "number", step: field === "scale" ? 0.5 : 1 } : { type: "text" };
           inputs[name] = make("input", box, { ...kind, value }, labelled);
@@ -435,6 +463,7 @@ minidiff.inside = (figure) => {
       paint(right.canvas, drawn.pixels);
       start = await noise();
       showNoise();
+      if (on.size) again();
     };
   }
 

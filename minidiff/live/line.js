@@ -50,7 +50,7 @@ minidiff.line = (figure) => {
   const controls = make("div", side, { className: "live-controls" });
   const range = (name, min, max, step) => {
     const row = make("label", controls, { textContent: name });
-    const slider = make("input", row, { type: "range", min, max, step });
+    const slider = make("input", row, { type: "range", min, max, step }, { "aria-label": name });
     const output = make("output", row, {}, { "aria-live": "off" }); // the slider says it
     slider.oninput = () => change({ [name]: Number(slider.value) });
     return () => { slider.value = state[name]; output.textContent = state[name]; };
@@ -78,7 +78,7 @@ minidiff.line = (figure) => {
   }
   const status = make("p", side, { className: "live-status" }, { role: "status" });
   const rows = make("div", figure, { className: "live-tokens" });
-  const caption = figure.querySelector("figcaption");
+  const caption = figure.querySelector(":scope > figcaption");
 
   // What happens
   function change(more) {
@@ -221,14 +221,15 @@ minidiff.line = (figure) => {
     }
   };
 
-  if (address.has("prompt")) recall();
+  recall();
   input.value = state.prompt;
   show();
   canvas.hidden = true;
   frame.prepend(image);
   if (caption) figure.append(caption);
   figure.dataset.ready = "1";
-  if (address.has("prompt") || "run" in figure.dataset) run();
+  figure.addEventListener("wanted", run);
+  if (address.has("prompt") || address.has("open")) run();
 };
 
 // Bring to life what is on the page and was not yet.

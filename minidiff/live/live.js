@@ -116,5 +116,5 @@ window.minidiff = Object.assign(window.minidiff ?? {}, (() => {
     if (!Number.isFinite(guidance)) throw new Error(`guidance is ${guidance}; expected a number`);
   }
 
-  return { models: {}, weights: {}, open, draw };
+  return { models: {}, weights: {}, script, open, draw };
 })());

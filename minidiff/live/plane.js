@@ -16,6 +16,26 @@ const exactVelocity = (points) => (x, sigma) => {
   return v;
 };
 
+// The velocity of a small network (field.py), whose `layers` have weights (out, in) and
+// biases, for a prompt of two numbers, at all points of x (x0, y0, x1, y1, …).
+const learnedVelocity = (layers, prompt) => (x, sigma) => {
+  const waves = [1, 2, 4, 8].map((k) => Math.PI * k * sigma), v = new Float32Array(x.length);
+  const told = [...waves.map(Math.sin), ...waves.map(Math.cos), ...prompt];
+  for (let i = 0; i < x.length; i += 2) {
+    let h = [x[i], x[i + 1], ...told];
+    layers.forEach(({ weight, bias }, at) => {
+      const next = bias.slice();
+      for (let o = 0, w = 0; o < next.length; o++) {
+        for (let j = 0; j < h.length; j++) next[o] += weight[w++] * h[j];
+        if (at < layers.length - 1) next[o] /= 1 + Math.exp(-next[o]); // SiLU
+      }
+      h = next;
+    });
+    v.set(h, i);
+  }
+  return v;
+};
+
 // Two half circles of `count` points each, every axis with mean 0 and deviation 1.
 function twoMoons(count) {
   const upper = Array.from({ length: count }, (_, i) => {
@@ -35,9 +55,11 @@ function twoMoons(count) {
 minidiff.plane = (figure) => {
   const { make } = minidiff, SIDE = 420, REACH = 3.2, COUNT = 120;
   const data = twoMoons(COUNT / 2);
-  const prompts = { "upper moon": data.slice(0, COUNT / 2), "lower moon": data.slice(COUNT / 2),
-    "none: both": data };
-  const state = { prompt: "upper moon", solver: "euler", steps: 8, shift: 1, guidance: 1, at: 8 };
+  // for each its points, and what the network is told
+  const prompts = { "upper moon": [data.slice(0, COUNT / 2), [1, 0]],
+    "lower moon": [data.slice(COUNT / 2), [0, 1]], "none: both": [data, [0, 0]] };
+  const state = { field: "exact", prompt: "upper moon", solver: "euler", steps: 8, shift: 1,
+    guidance: 1, at: 8 };
   const start = randn(2 * COUNT, 0);
   const box = make("div", figure, { className: "live-box" });
   const frame = make("div", box, { className: "live-picture" });
@@ -56,7 +78,7 @@ minidiff.plane = (figure) => {
   };
   const slide = (name, min, max, step, tell = String) => {
     const label = make("label", rows, { textContent: name });
-    const input = make("input", label, { type: "range", min, max, step });
+    const input = make("input", label, { type: "range", min, max, step }, { "aria-label": name });
     const output = make("output", label, {}, { "aria-live": "off" });
     input.oninput = () => {
       state[name] = Number(input.value);
@@ -70,6 +92,7 @@ minidiff.plane = (figure) => {
       input.setAttribute("aria-valuetext", output.textContent);
     });
   };
+  choose("field", ["exact", "learned"]);
   choose("prompt", Object.keys(prompts));
   choose("solver", Object.keys(SAMPLERS));
   slide("steps", 1, 40, 1);
@@ -77,9 +100,11 @@ minidiff.plane = (figure) => {
   slide("guidance", -1, 8, 0.5);
   slide("at", 0, 40, 1, (step) => `step ${step}`);
 
-  function draw() {
-    const points = prompts[state.prompt];
-    const own = exactVelocity(points), both = exactVelocity(data);
+  async function draw() {
+    const [points] = prompts[state.prompt];
+    if (state.field === "learned" && !minidiff.field) await minidiff.script("field.js");
+    const [own, both] = [prompts[state.prompt], prompts["none: both"]].map(([points, prompt]) =>
+      state.field === "exact" ? exactVelocity(points) : learnedVelocity(minidiff.field, prompt));
     const velocity = (x, sigma) => state.guidance === 1 ? own(x, sigma)
       : guide(both(x, sigma), own(x, sigma), state.guidance);
     const sigmas = Array.from({ length: state.steps + 1 }, (_, i) =>
@@ -90,13 +115,13 @@ minidiff.plane = (figure) => {
     shows.forEach((show) => show());
     paint(path, points, velocity, sigmas[state.at]);
     const last = path.at(-1);
-    let miss = 0;
-    for (let i = 0; i < last.length; i += 2) {
-      miss += Math.min(...points.map(([x, y]) => Math.hypot(x - last[i], y - last[i + 1])));
-    }
+    const misses = Array.from({ length: COUNT }, (_, i) => Math.min(...points.map(([x, y]) =>
+      Math.hypot(x - last[2 * i], y - last[2 * i + 1]))));
+    const mean = misses.reduce((a, b) => a + b) / COUNT, hits = misses.filter((m) => m < 0.005);
     const calls = state.solver === "heun" ? 2 * state.steps - 1 : state.steps;
-    said.textContent = `After ${calls} calls of the velocity the points end `
-      + `${(miss / COUNT).toFixed(3)} away from the nearest point of the prompt's, on average.`;
+    said.textContent = `After ${calls} calls of the ${state.field} velocity the points end `
+      + `${mean.toFixed(3)} away from the nearest point of the prompt's, on average; `
+      + `${hits.length} of ${COUNT} end on it (within 0.005).`;
     canvas.setAttribute("aria-label", `the flow at step ${state.at}. ${said.textContent}`);
   }
 
