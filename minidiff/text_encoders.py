@@ -854,7 +854,8 @@ class T5Encoder(nn.Module):
 # back = 5 - place  # the highest peak, at most five places back
 # reads = [w[head, :n, :n].diagonal(-back).mean().item() for w in weights]
 # print(f"head {head}, {back} back: bias {bias[head, 15, 15 - back]:.2f},", end=" ")
-# print("mean weight by block:", *[f"{r:.2f}" for r in reads], f"(even: {1 / 32:.2f})")
+# even = 1 / ids_t5.shape[1]
+# print("mean weight by block:", *[f"{r:.2f}" for r in reads], f"(even: {even:.2f})")
 
 # %% tags=["active-ipynb"]
 # tokens = [piece.strip("▁") for piece in tokenize_t5.tokens(text)]
@@ -904,14 +905,15 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 # ends = [0, hidden_l.shape[-1], hidden_l.shape[-1] + hidden_g.shape[-1]]
 # ticks = [{0: "CLIP-L", ends[1]: "CLIP-G", ends[2]: "zeros"}.get(i, "")
 #     for i in range(context.shape[-1])]
-# rows = [{0: "CLIP", 32: "T5"}.get(i, "") for i in range(context.shape[1])]
+# begins = {0: "CLIP", ids_l.shape[1]: "T5"}
+# rows = [begins.get(i, "") for i in range(context.shape[1])]
 # viz.show_heatmap(context[0].clamp(-3, 3), rows, ticks, ylabel="token", signed=True)
 
 # %% tags=["active-ipynb"]
-# sets = {"CLIP-L": (hidden_l, ids_l), "CLIP-G": (hidden_g, ids_g)}
-# sets["T5"] = (t5(ids_t5), ids_t5)
-# for name, (x, ids) in sets.items():
-#     end = 8 + (name != "T5")  # of the prompt, with its special tokens
+# sets = {"CLIP-L": (hidden_l, tokenize_l), "CLIP-G": (hidden_g, tokenize_g)}
+# sets["T5"] = t5(ids_t5), tokenize_t5
+# for name, (x, tokenize) in sets.items():
+#     end = len(tokenize.encode(PROMPT))  # behind it stands padding
 #     alike = F.cosine_similarity(x[0, end:], x[0, -1:], dim=-1)
 #     print(f"{name:6} padding against its last row:", end=" ")
 #     print(f"cosine {alike[0]:.2f} at the first, {alike.mean():.2f} in the mean")
@@ -1266,9 +1268,10 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 
 # %% tags=["active-ipynb", "hide-cell"]
 # longer = PROMPT.replace("red ", "red long ")
-# for name, f, tokenize, n in (("CLIP-L", lambda i: clip_l(i)[0], tokenize_l, 3),
-#         ("T5", t5, tokenize_t5, 2)):
-#     (a, b) = f(tokenize([PROMPT, longer]))
+# both = {"CLIP-L": (lambda ids: clip_l(ids)[0], tokenize_l), "T5": (t5, tokenize_t5)}
+# for name, (encode, tokenize) in both.items():
+#     n = len(tokenize.encode("a red")) - 1  # without the end token
+#     a, b = encode(tokenize([PROMPT, longer]))
 #     moved = (a - b)[:n].norm(dim=-1) / a[:n].norm(dim=-1)
 #     moved = ", ".join(f"{m:.3f}" for m in moved)
 #     print(f"{name:6} the tokens before the new word move by {moved}")
