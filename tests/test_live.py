@@ -245,6 +245,11 @@ def test_heads_that_the_kernel_cannot_take(pipe: Pipeline, tmp_path: Path) -> No
     assert not (tmp_path / "live").exists()
 
 
+def test_memory_that_the_browser_does_not_give(page: Any) -> None:
+    tell = "openMemory(null, 2 ** 34).catch((error) => error.message)"
+    assert "gives no 65600 MB of memory" in page.evaluate(tell)
+
+
 def test_models_share_the_parts_that_are_equal(pipe: Pipeline, tmp_path: Path) -> None:
     for name in ("one", "two"):
         export_pipeline(pipe, tmp_path, name)

@@ -134,6 +134,13 @@ def test_what_cannot_be_drawn_is_told(page: Any) -> None:
         assert message in page.evaluate(tell, request)
 
 
+def test_a_browser_without_simd_is_told(page: Any) -> None:
+    page.evaluate("WebAssembly.validate = () => false")
+    page.get_by_label("Say what the picture shows").press_sequentially("s")
+    told = "Nothing drawn: this browser lacks WebAssembly SIMD"
+    page.get_by_text(told).wait_for()
+
+
 def test_nothing_is_loaded_before_a_word_is_typed(page: Any, address: str) -> None:
     loaded = "performance.getEntriesByType('resource').map((entry) => entry.name)"
     assert not [name for name in page.evaluate(loaded) if "transformer" in name]

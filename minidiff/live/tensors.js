@@ -9,7 +9,11 @@ const memory = {};
 // Open memory for `floats` weights, and the kernel (its bytes) on it.
 async function openMemory(kernel, floats) {
   const pages = Math.ceil((4 * floats + SPACE_TO_WORK) / 65536);
-  memory.buffer = new WebAssembly.Memory({ initial: pages });
+  try {
+    memory.buffer = new WebAssembly.Memory({ initial: pages });
+  } catch {
+    throw new Error(`the browser gives no ${Math.ceil(pages / 16)} MB of memory for the model`);
+  }
   memory.all = new Float32Array(memory.buffer.buffer);
   memory.top = 0; // in floats
   const imports = { minidiff: { memory: memory.buffer } };
