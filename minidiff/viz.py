@@ -84,10 +84,13 @@ def _edge(ax: "Axes") -> None:
     ax.spines[:].set(visible=True, linewidth=0.5, color=GREY)
 
 
-def _panels(rows: int, columns: int, aspect: float = 1.0) -> tuple["BookFigure", Any]:
-    """Blank axes for a table of pictures ``aspect`` times as high as wide."""
+def _panels(
+    rows: int, columns: int, aspect: float = 1.0, title: float = 0.2
+) -> tuple["BookFigure", Any]:
+    """Blank axes for pictures of this height over width, ``title`` inches above each."""
     side = min(1.5, WIDTH / columns)
-    figure, axes = _axes(rows, columns, (side * columns, (side * aspect + 0.2) * rows))
+    size = side * columns, (side * aspect + title) * rows
+    figure, axes = _axes(rows, columns, size)
     for ax in axes.flat:
         _blank(ax)
     return figure, axes
@@ -115,7 +118,8 @@ def show_images(
     pictures = to_pictures(images, low)
     columns = columns or min(8, len(pictures))
     rows = math.ceil(len(pictures) / columns)
-    figure, axes = _panels(rows, columns, pictures.shape[1] / pictures.shape[2])
+    aspect = pictures.shape[1] / pictures.shape[2]
+    figure, axes = _panels(rows, columns, aspect, 0.2 if titles else 0.0)
     for ax, picture in zip(axes.flat, pictures, strict=False):
         ax.imshow(picture)
         _edge(ax)
