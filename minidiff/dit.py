@@ -45,7 +45,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minidiff.attention import Attention, Heads, JointAttention
-from minidiff.interface.checks import fitted, grid_of
 
 # %% tags=["active-ipynb", "hide-input"]
 # import minidiff
@@ -657,6 +656,49 @@ class Modulations(NamedTuple):
 # A second network can thus say where a line or an edge should be, without a weight of
 # this one changing. Such a network, a ControlNet, is the subject of
 # [chapter 11](11_control.ipynb).
+
+
+# %% tags=["hide-input"]
+def expect(name: str, x: Tensor, shape: Sequence[int | str]) -> None:
+    """Raise ValueError unless ``x`` has ``shape``; a letter stands for any size."""
+    fits = [isinstance(n, str) or n == m for n, m in zip(shape, x.shape, strict=False)]
+    if x.ndim != len(shape) or not all(fits):
+        wanted = ", ".join(str(n) for n in shape)
+        raise ValueError(f"{name} {tuple(x.shape)}: expected ({wanted})")
+
+
+def grid_of(
+    model: "MMDiT", latents: Tensor, context: Tensor, pooled: Tensor | None
+) -> tuple[int, int]:
+    """Raise ValueError for sizes that do not fit; return the grid, in patches."""
+    c, p = model.config, model.config.patch_size
+    expect("latents", latents, ("B", c.in_channels, "h", "w"))
+    expect("context", context, (len(latents), "L", c.joint_attention_dim))
+    if pooled is not None:
+        expect("pooled", pooled, ("B", c.pooled_projection_dim))
+    largest = p * c.pos_embed_max_size
+    if any(n % p or not 0 < n <= largest for n in latents.shape[2:]):
+        raise ValueError(
+            f"latents {tuple(latents.shape)}: height and width must be multiples "
+            f"of {p}, from {p} to {largest} (the position table's size)"
+        )
+    return latents.shape[2] // p, latents.shape[3] // p
+
+
+def fitted(model: "MMDiT", controls: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+    """Controls in the dtype of ``x`` (B, N, D) and on its device.
+
+    Raises ValueError for those that are too many or not of its shape.
+    """
+    listed = isinstance(controls, list | tuple)
+    if not (listed and all(isinstance(u, Tensor) for u in controls)):
+        raise ValueError(f"controls {type(controls)}: expected a list of tensors")
+    if len(controls) > len(model.joint_blocks):
+        found, blocks = len(controls), len(model.joint_blocks)
+        raise ValueError(f"controls are {found}: expected at most {blocks}")
+    for i, control in enumerate(controls):
+        expect(f"controls[{i}]", control, x.shape)
+    return [control.to(x) for control in controls]
 
 
 # %% [markdown]

@@ -87,7 +87,7 @@ def _edge(ax: "Axes") -> None:
 def _panels(
     rows: int, columns: int, aspect: float = 1.0, title: float = 0.2
 ) -> tuple["BookFigure", Any]:
-    """Blank axes for pictures of this height over width, ``title`` inches above each."""
+    """Blank axes for pictures of that height over width, ``title`` inches above."""
     side = min(1.5, WIDTH / columns)
     size = side * columns, (side * aspect + title) * rows
     figure, axes = _axes(rows, columns, size)
