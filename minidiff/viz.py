@@ -652,9 +652,11 @@ def show_fields(fields: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> "BookFig
 
     Arrows show the direction; how long a vector is, its colour, on one scale for all.
     """
-    from matplotlib.colors import Normalize
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap, Normalize
 
     side = WIDTH / len(fields)
+    middle = ListedColormap(colormaps["plasma"](np.linspace(0.3, 0.85, 256)))
     figure, axes = _axes(1, len(fields), (WIDTH, side + 0.7))
     lengths = [arrows.norm(dim=1) for _, _, arrows in fields.values()]
     scale = Normalize(0, float(torch.cat(lengths).quantile(0.95)))
@@ -663,7 +665,7 @@ def show_fields(fields: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> "BookFig
     ):
         ax.scatter(*_numpy(points).T, s=5, c=GREY, lw=0)
         unit = _numpy(arrows / length[:, None])
-        style = {"width": 0.009, "angles": "xy", "norm": scale, "cmap": "plasma"}
+        style = {"width": 0.009, "angles": "xy", "norm": scale, "cmap": middle}
         shown = ax.quiver(*_numpy(places).T, *unit.T, _numpy(length), scale=20, **style)
         ax.set(title=title, aspect="equal")
     bar: Style = {"location": "bottom", "shrink": 0.5, "aspect": 40, "extend": "max"}
