@@ -1,4 +1,4 @@
-"""Train every stage for ten steps at the smallest size, alone or under torchrun.
+"""Train every stage for five steps at the smallest size, alone or under torchrun.
 
 Saves the averaged weights of all stages into the folder named by the first argument: as
 "whole", and as "sharded" what sharded weights learned.
@@ -39,7 +39,7 @@ from minidiff.training import (
 )
 from minidiff.vae import VAE, VAEConfig
 
-CONFIG = TrainingConfig(10, 8, 1e-3, warmup_steps=3, ema_decay=0.9)
+CONFIG = TrainingConfig(5, 8, 1e-3, warmup_steps=2, ema_decay=0.9)
 
 
 def normal(seed: int, indices: Tensor, *shape: int) -> Tensor:
