@@ -61,7 +61,7 @@ from minidiff.text_encoders import RMSNorm
 # %% tags=["active-ipynb"]
 # pipe = minidiff.load("tiny")
 # context, pooled = pipe.encode_prompt(PROMPT)
-# print(journey.check("context", context))
+# print(journey.meets("context", context))
 # print(context[0, :2, :4].numpy().round(2))
 # config = pipe.transformer.config
 # side = config.sample_size // config.patch_size  # patches along a side
@@ -892,7 +892,7 @@ def record_attention(
 # 5 builds the block around it, and the same tensor appears there again.
 
 # %% tags=["active-ipynb"]
-# print(journey.check("read", read_patches))
+# print(journey.meets("read", read_patches))
 # print(read_patches[0, :2, :4].numpy().round(2))
 
 # %% [markdown]

@@ -84,9 +84,9 @@ if TYPE_CHECKING:
 # pipe = minidiff.load("tiny")
 # pipe.progress = False
 # context, pooled = pipe.encode_prompt(PROMPT)
-# print(journey.check("pooled", pooled))
+# print(journey.meets("pooled", pooled))
 # noise = pipe.prepare_latents(1, seed=SEED)
-# print(journey.check("noise", noise))
+# print(journey.meets("noise", noise))
 
 # %% [markdown]
 # ## A picture of the thing

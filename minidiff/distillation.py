@@ -70,7 +70,7 @@ Map = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, place, size: x there
 # pipe = minidiff.load("tiny")
 # pipe.progress = False
 # noise = pipe.prepare_latents(1, seed=SEED)
-# print(journey.check("noise", noise))
+# print(journey.meets("noise", noise))
 
 # %% [markdown]
 # ## A picture in the plane
@@ -978,7 +978,7 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 # What goes on: the noise of our seed and a pipeline that needs one call for it.
 
 # %% tags=["active-ipynb"]
-# print(journey.check("noise", noise))
+# print(journey.meets("noise", noise))
 # print("one jump asks once:", tuple(turbo(PROMPT, num_inference_steps=1,
 #     output_type="latent").shape))
 

@@ -68,9 +68,9 @@ from minidiff.attention import Attention, Heads, JointAttention
 # pipe = minidiff.load("tiny")
 # context, pooled = pipe.encode_prompt(PROMPT)
 # noise = pipe.prepare_latents(1, seed=SEED)
-# print(journey.check("context", context))
-# print(journey.check("pooled", pooled))
-# print(journey.check("noise", noise))
+# print(journey.meets("context", context))
+# print(journey.meets("pooled", pooled))
+# print(journey.meets("noise", noise))
 
 # %% [markdown]
 # ## A picture of a block
@@ -874,7 +874,7 @@ class MMDiT(Layers):
 
 # %% tags=["active-ipynb"]
 # model = pipe.transformer = load_component(MMDiT, MMDiTConfig, TINY / "transformer")
-# keep = lambda _, given, read: print(journey.check("read", read[1]))
+# keep = lambda _, given, read: print(journey.meets("read", read[1]))
 # hook = model.joint_blocks[0].attention.register_forward_hook(keep)
 # velocity = model(noise, time, context, pooled)
 # hook.remove()
@@ -1349,7 +1349,7 @@ class MMDiT(Layers):
 # What goes on to chapter 6 is the velocity at pure noise, without guidance.
 
 # %% tags=["active-ipynb"]
-# print(journey.check("velocity", velocity))
+# print(journey.meets("velocity", velocity))
 # print(velocity[0, 0, :2, :4].numpy().round(2))
 
 # %% [markdown]

@@ -60,8 +60,8 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 # context, pooled = pipe.encode_prompt(PROMPT)
 # noise = pipe.prepare_latents(1, seed=SEED)
 # velocity = pipe.transformer(noise, torch.ones(1), context, pooled)
-# print(journey.check("noise", noise))
-# print(journey.check("velocity", velocity))
+# print(journey.meets("noise", noise))
+# print(journey.meets("velocity", velocity))
 
 # %% [markdown]
 # ## A picture in the plane
@@ -1264,7 +1264,7 @@ class ClassifierFree(Guidance):
 # where the weights came from.
 
 # %% tags=["active-ipynb"]
-# print(journey.check("latents", latents))
+# print(journey.meets("latents", latents))
 # print(latents[0, 0, :2, :4].numpy().round(2))
 
 # %% [markdown]

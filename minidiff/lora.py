@@ -68,7 +68,7 @@ from minidiff.interface.checks import check_range
 # %% tags=["active-ipynb"]
 # pipe = minidiff.load("tiny", fast=False)  # the chapters' own blocks, to the last bit
 # pipe.progress = False
-# print(journey.check("context", pipe.encode_prompt(PROMPT)[0]))
+# print(journey.meets("context", pipe.encode_prompt(PROMPT)[0]))
 
 # %% [markdown]
 # ## A picture of the thing

@@ -158,8 +158,8 @@ SAMPLERS = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
 #     return assemble(l[0], g[0], t5), torch.cat([l[1], g[1]], dim=-1)
 #
 # positive, negative = encode(PROMPT), encode("")
-# print(journey.check("context", positive[0]))
-# print(journey.check("pooled", positive[1]))
+# print(journey.meets("context", positive[0]))
+# print(journey.meets("pooled", positive[1]))
 
 # %% [markdown]
 # ### Noise: one seed, one picture
@@ -211,8 +211,8 @@ def denoise_naively(
 # sigmas = shipped.scheduler.sigmas(steps)
 # noise = starting_noise([SEED], (16, 16, 16))
 # naive = denoise_naively(transformer, noise, negative, positive, sigmas, scale)
-# print(journey.check("noise", noise))
-# print(journey.check("latents", naive))
+# print(journey.meets("noise", noise))
+# print(journey.meets("latents", naive))
 
 # %% [markdown]
 # That is the latent which chapter 6 handed on. The last step is chapter 3's: undo scale
@@ -1268,8 +1268,8 @@ class Pipeline(Parts):
 # The journey ends where it wanted to go: the prompt of chapter 1 is a picture.
 
 # %% tags=["active-ipynb"]
-# print(journey.check("latents", called))
-# print(journey.check("picture", final))
+# print(journey.meets("latents", called))
+# print(journey.meets("picture", final))
 # viz.show_images(pipe(PROMPT, seed=SEED), [PROMPT])
 
 # %% [markdown]

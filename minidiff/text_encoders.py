@@ -62,7 +62,7 @@ from torch import Tensor, nn
 # ids_l, ids_g, ids_t5 = (f([PROMPT]) for f in (tokenize_l, tokenize_g, tokenize_t5))
 # print(PROMPT)
 # for name, ids in {"ids_l": ids_l, "ids_g": ids_g, "ids_t5": ids_t5}.items():
-#     print(journey.check(name, ids), ids[0, :12].tolist(), "…")
+#     print(journey.meets(name, ids), ids[0, :12].tolist(), "…")
 
 # %% [markdown]
 # ## Three readers of one sentence
@@ -1293,8 +1293,8 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 
 # %% tags=["active-ipynb"]
 # rounded = [[round(x, 2) for x in v[:5].tolist()] for v in (context[0, 1], pooled[0])]
-# print(journey.check("context", context), "first word:", rounded[0])
-# print(journey.check("pooled", pooled), rounded[1])
+# print(journey.meets("context", context), "first word:", rounded[0])
+# print(journey.meets("pooled", pooled), rounded[1])
 
 # %% [markdown]
 # ## Further reading

@@ -1264,13 +1264,13 @@ class T5Tokenizer(Tokenizer):
 # ids from the ranks of eighteen merges, and those of three small tokenizers with their
 # padding, and **explained** the quirks: a `!` that is special, capitals that only T5
 # sees, padding that nothing hides. This is what our prompt hands on to chapter 2.
-# (`journey.check` compares a tensor with the one on record: all chapters speak of the
+# (`journey.meets` compares a tensor with the one on record: all chapters speak of the
 # same.)
 
 # %% tags=["active-ipynb"]
 # for name, reader in zip(("ids_l", "ids_g", "ids_t5"), readers.values()):
 #     ids = reader([PROMPT])
-#     print(journey.check(name, ids), ids[0, :12].tolist(), "…")
+#     print(journey.meets(name, ids), ids[0, :12].tolist(), "…")
 
 # %% [markdown]
 # ## Further reading

@@ -86,7 +86,7 @@ Batch = dict[str, Tensor]
 
 # %% tags=["active-ipynb"]
 # pipe = minidiff.load("tiny")
-# print(journey.check("context", pipe.encode_prompt(journey.PROMPT)[0]))
+# print(journey.meets("context", pipe.encode_prompt(journey.PROMPT)[0]))
 
 # %% [markdown]
 # ## A picture of the data
@@ -1258,7 +1258,7 @@ def fit(
 # chapter puts all the parts together and draws.
 
 # %% tags=["active-ipynb"]
-# print(journey.check("context", pipe.encode_prompt(journey.PROMPT)[0]))
+# print(journey.meets("context", pipe.encode_prompt(journey.PROMPT)[0]))
 
 # %% [markdown]
 # ## Further reading

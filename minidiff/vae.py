@@ -64,7 +64,7 @@ from torch import Tensor, nn
 # pipe = minidiff.load("tiny")
 # pipe.progress = False
 # drawn_latents = pipe(PROMPT, seed=SEED, output_type="latent")
-# print(journey.check("latents", drawn_latents))
+# print(journey.meets("latents", drawn_latents))
 # viz.show_latents(drawn_latents[0])
 
 # %% [markdown]
@@ -1109,7 +1109,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 # %% tags=["active-ipynb"]
 # picture = (vae.decode(vae.unscale(drawn_latents)) / 2 + 0.5).clamp(0, 1)
-# print(journey.check("picture", picture))
+# print(journey.meets("picture", picture))
 # viz.show_images(picture, [PROMPT], low=0)
 
 # %% [markdown]

@@ -21,10 +21,10 @@ def record(tmp_path, monkeypatch):
 
 def test_the_same_tensor_agrees_up_to_rounding(record):
     expected = "latents: (1, 16, 16, 16), the same in every chapter"
-    assert journey.check("latents", record) == expected
-    assert journey.check("latents", record * (1 + 1e-5)) == expected
+    assert journey.meets("latents", record) == expected
+    assert journey.meets("latents", record * (1 + 1e-5)) == expected
     with pytest.raises(KeyError, match="noise"):
-        journey.check("noise", record)
+        journey.meets("noise", record)
 
 
 @pytest.mark.parametrize("change", ["scale", "flip", "roll", "shape"])
@@ -36,7 +36,7 @@ def test_another_tensor_does_not(record, change):
         "shape": record[:, :8],
     }
     with pytest.raises(AssertionError, match="journey"):
-        journey.check("latents", changed[change])
+        journey.meets("latents", changed[change])
 
 
 def test_the_shipped_model_makes_the_journey_on_record():
@@ -45,4 +45,4 @@ def test_the_shipped_model_makes_the_journey_on_record():
     known = json.loads(journey.RECORD.read_text())["tensors"]
     assert found.keys() == known.keys()
     for name, x in found.items():
-        assert journey.check(name, x).endswith("the same in every chapter")
+        assert journey.meets(name, x).endswith("the same in every chapter")

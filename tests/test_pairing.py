@@ -219,7 +219,7 @@ def test_the_journey_agrees_from_chapter_to_chapter() -> None:
     seen: dict[str, list[tuple[str, str]]] = {}
     for path in NOTEBOOKS:
         for cell in nbformat.read(path, 4).cells:
-            if "journey.check(" in cell.source and cell.cell_type == "code":
+            if "journey.meets(" in cell.source and cell.cell_type == "code":
                 for name, shape, agrees in claim.findall(printed(cell)):
                     assert agrees, f"{path.stem}: {name} is not on record"
                     seen.setdefault(name, []).append((path.stem, shape))

@@ -35,7 +35,7 @@ def _record() -> dict[str, dict]:
     return json.loads(RECORD.read_text())["tensors"]
 
 
-def check(name: str, x: Tensor, tolerance: float = 1e-3) -> str:
+def meets(name: str, x: Tensor, tolerance: float = 1e-3) -> str:
     """Compare ``x`` with the tensor ``name`` of the journey; a line that says so.
 
     Processors round differently: ``tolerance`` is relative to the root mean square.
