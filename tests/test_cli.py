@@ -18,7 +18,7 @@ from PIL import Image
 from pipelines import load_tokenizers, reference_pipeline, save_tokenizers
 from torch import nn
 
-from minidiff.cli import find_device
+from minidiff.cli.options import find_device
 from minidiff.dit import JointBlock
 from minidiff.files.pictures import read_settings
 from minidiff.files.weights import TINY, Prepared, short_hash

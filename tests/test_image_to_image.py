@@ -264,7 +264,7 @@ def test_what_is_drawn_is_weighed(pipes, monkeypatch):
     """By the levels that are left: seven, twice with guidance."""
     seen = []
 
-    def weigh(_, pipe, size, levels):
+    def weigh(_, pipe, size, levels, controls):
         seen.append((tuple(size), levels))
 
     monkeypatch.setattr(memory.Plan, "check_room", weigh)

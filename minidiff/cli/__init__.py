@@ -9,7 +9,6 @@ import inspect
 import signal
 import sys
 import warnings
-from dataclasses import fields
 from typing import Any, TextIO
 
 INTERRUPTED = 130  # 128 and SIGINT's number, as shells count
@@ -156,36 +155,3 @@ def explain(error: Exception) -> str:
         if said in found:
             return line
     raise error
-
-
-# What the commands ask first
-
-
-def not_none(**settings: Any) -> dict[str, Any]:
-    """The settings that are not None."""
-    return {name: value for name, value in settings.items() if value is not None}
-
-
-def fields_of(cls: type, given: dict[str, Any]) -> dict[str, Any]:
-    """The options that are set and are called as fields of the dataclass ``cls``."""
-    return not_none(**{f.name: given.get(f.name) for f in fields(cls)})
-
-
-def refuse(given: dict[str, Any], needed: str, *names: str) -> None:
-    """Raise ValueError where an option of ``names`` is set, but not the one needed."""
-    there = given[needed.partition(",")[0]]
-    for name, value in not_none(**{name: given[name] for name in names}).items():
-        if not there:
-            found = f"--{name} is {value}, which needs --{needed}"
-            raise ValueError(found.replace("_", "-"))
-
-
-def find_device(name: str | None) -> str:
-    """A device that exists: the one named, or a GPU if there is one, or the CPU."""
-    import torch
-
-    from minidiff.interface.checks import find_target
-
-    usual = "cuda" if torch.cuda.is_available() else "cpu"
-    device = find_target(usual if name is None else name, None)[0]
-    return "cpu" if device.type == "cpu" else str(device)

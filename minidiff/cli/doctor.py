@@ -4,8 +4,7 @@ from typing import Annotated
 
 import typer
 
-from minidiff.cli import find_device
-from minidiff.cli.options import MODEL, WHO, Device, Dtype, examples
+from minidiff.cli.options import MODEL, WHO, Device, Dtype, examples, find_device
 
 EXAMPLES = examples(
     "minidiff doctor", "minidiff doctor --model sd3.5-medium --device cuda"

@@ -4,7 +4,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
-from minidiff.cli import fields_of, find_device
 from minidiff.cli.options import (
     MODEL,
     OUT,
@@ -13,6 +12,8 @@ from minidiff.cli.options import (
     Group,
     Overwrite,
     examples,
+    fields_of,
+    find_device,
 )
 from minidiff.interface.terminal import tell
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minidiff.cli import fields_of, find_device, not_none, refuse
 from minidiff.cli.options import (
     MODEL,
     OUT,
@@ -16,6 +15,10 @@ from minidiff.cli.options import (
     Group,
     Overwrite,
     examples,
+    fields_of,
+    find_device,
+    not_none,
+    refuse,
 )
 from minidiff.interface.terminal import status, tell
 

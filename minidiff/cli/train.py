@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from minidiff.cli import fields_of, find_device, refuse
 from minidiff.cli.options import (
     OUT,
     Device,
     Group,
     examples,
+    fields_of,
+    find_device,
+    refuse,
 )
 
 EXAMPLES = examples(

@@ -443,6 +443,7 @@ def in_float8(layer: nn.Linear) -> Float8Linear:
     return Float8Linear(quantize(layer.weight), layer.bias)
 
 
+@torch.no_grad()
 def place_part(
     prepared: Prepared, plan: Plan, device: Any, dtype: torch.dtype
 ) -> nn.Module:

@@ -104,6 +104,7 @@ def about_pipeline(pipe: Pipeline) -> dict[str, Any]:
     clip = pipe.tokenizers[0].model_max_length
     return {
         "version": f"minidiff {version('minidiff')}",
+        "weights": pipe.settings.get("weights"),
         "defaults": usual(pipe),
         "lengths": [clip, clip, pipe.max_sequence_length],
         "tokenizers": [tokenizer_table(t) for t in pipe.tokenizers],

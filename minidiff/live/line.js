@@ -205,8 +205,9 @@ minidiff.line = (figure) => {
     const { about } = await minidiff.open(state.model);
     if (!result) await run();
     const { prompt, seed, steps, guidance } = state, side = canvas.width;
-    const file = await minidiff.png(canvas, { model: state.model, dtype: "float32", prompt,
-      negative_prompt: "", num_inference_steps: steps, guidance_scale: Math.max(1, guidance),
+    const weights = about.weights && { weights: about.weights };
+    const file = await minidiff.png(canvas, { model: state.model, ...weights, dtype: "float32",
+      prompt, negative_prompt: "", num_inference_steps: steps, guidance_scale: Math.max(1, guidance),
       height: side, width: side, seed, max_sequence_length: about.lengths[2],
       sampler: "euler", version: about.version });
     make("a", null, { href: URL.createObjectURL(file), download: "picture.png" }).click();
