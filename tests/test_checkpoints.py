@@ -72,6 +72,7 @@ def test_saved_and_loaded_is_the_same(tmp_path, class_name):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("class_name", COMPONENTS)
 def test_the_reference_loads_what_we_save_and_we_what_it_saves(tmp_path, class_name):
     model = saved(tmp_path / "ours", class_name)

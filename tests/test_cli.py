@@ -55,6 +55,7 @@ def test_sample_takes_free_names(run, folder, tmp_path):
     assert max(far[:2]) <= 1 < far[2]  # in a batch of two it may be rounded otherwise
 
 
+@pytest.mark.slow
 def test_output_is_kept_unless_told(run, folder, tmp_path):
     (tmp_path / "a.png").write_text("kept")
     arguments = (
@@ -128,6 +129,7 @@ BAD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments, message", BAD, ids=[m for _, m in BAD])
 def test_bad_input_is_one_line_and_status_2(
     run, folder, tmp_path, monkeypatch, arguments, message
@@ -358,6 +360,7 @@ UNFIT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments, message", UNFIT, ids=[m for _, m in UNFIT])
 def test_an_evaluation_that_cannot_be(run, monkeypatch, arguments, message):
     """It is told before the first weight is read."""

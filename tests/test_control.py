@@ -379,6 +379,7 @@ def sketch(pipe: Pipeline, rows: int = 1) -> Tensor:
     return torch.rand(rows, 1, side, side).round()
 
 
+@pytest.mark.slow
 def test_pipeline_agrees_with_diffusers(
     tmp_path: Path, small: Path, steered: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:

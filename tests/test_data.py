@@ -105,6 +105,7 @@ def test_a_scene_depends_on_nothing_but_seed_and_index(fashion):
     assert not torch.equal(other.images, batch.images)
 
 
+@pytest.mark.slow
 def test_pictures_show_what_the_attributes_say(fashion):
     batch = Scenes("test", fashion).batch(torch.arange(400))
     images, masks = batch.images, batch.masks
@@ -129,6 +130,7 @@ def test_pictures_show_what_the_attributes_say(fashion):
     assert (found - expected)[single].abs().mean() < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["one", "two"])
 def test_held_out_pairs(kind):
     _, seen = prompts(5000, kind, held_out=False)

@@ -233,6 +233,7 @@ def beside(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_folder_shares_what_it_does_not_hold(beside: Path, tmp_path: Path) -> None:
     pipe, tiny = minidiff.load(beside), minidiff.load("tiny")
     assert pipe.defaults == (4, 1.0) and pipe.scheduler == JumpScheduler(1.0)

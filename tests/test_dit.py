@@ -124,6 +124,7 @@ def test_controls_agree_with_diffusers(count: int, skip: list[int]) -> None:
     assert parity(DUAL, (4, 6), skip, count) <= BOUND
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_every_control_formula_agrees_with_diffusers() -> None:
     """Block by block, for Large's blocks and any number of controls."""
@@ -533,6 +534,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", WRONG)
 def test_the_checks_refuse_wrong_answers(desk, wrong):
     number, answer = WRONG[wrong]

@@ -138,6 +138,7 @@ def test_a_damaged_file_of_the_hubs_cache(tmp_path: Path) -> None:
     assert found.wrong and found.text.endswith(", damaged")
 
 
+@pytest.mark.slow
 def test_the_command(run: Callable, small: Path, monkeypatch: Any) -> None:
     code, out, err = run("doctor", "--model", small, "--device", "cpu")
     assert (code, err) == (0, "") and "wrong" not in out

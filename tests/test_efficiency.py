@@ -46,6 +46,7 @@ def given(config: MMDiTConfig, batch: int, words: int, **at) -> list[Tensor]:
     return [torch.randn(batch, *size, **at) for size in (*sizes, pooled)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_operations_are_those_that_pytorch_counts(config: MMDiTConfig) -> None:
     with torch.device("meta"):

@@ -511,6 +511,7 @@ def given(tmp_path_factory, model):
     return paths | {"texts": folder / "texts.txt", "missing": missing}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments, message", BAD, ids=[m for _, m in BAD])
 def test_bad_input_is_one_line(run, tmp_path, given, monkeypatch, arguments, message):
     """And told before the first weight is read."""

@@ -777,6 +777,7 @@ def features(n: int, side: int, value: float) -> Features:
     return Features(latents, torch.ones(n).long(), *texts)
 
 
+@pytest.mark.slow
 def test_every_step_has_one_shape_and_half_are_the_prior() -> None:
     sets = [features(30, 4, 1.0), features(10, 6, 2.0)]
     prior, shown = features(5, 4, 3.0), []

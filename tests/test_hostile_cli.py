@@ -227,6 +227,7 @@ NUMBERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "line"), NUMBERS)
 def test_numbers(refused: Callable, options: list, line: str) -> None:
     assert line in refused("sample", "a bag", *options)

@@ -439,6 +439,7 @@ def test_variants(tmp_path, names, variant, expected):
         assert found == [tmp_path / name for name in expected]
 
 
+@pytest.mark.slow
 def test_a_variant_is_read_where_a_part_has_it(tmp_path):
     folder = shutil.copytree(weights.TINY, tmp_path / "model")
     plain = folder / "vae" / weights.WEIGHTS[0]
@@ -541,6 +542,7 @@ CLIP = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "change", "message"), CLIP, ids=short)
 def test_clips_tokenizer(tmp_path, name, change, message):
     folder = shutil.copytree(TINY_CLIP, tmp_path / "tokenizer")

@@ -205,6 +205,7 @@ def gets(server, name):
     return [r for m, p, r in server.requests if m == "GET" and p.endswith(name)]
 
 
+@pytest.mark.slow
 def test_a_broken_connection_is_taken_up_where_it_broke(server, download):
     name = "transformer/diffusion_pytorch_model.safetensors"
     server.cut[name] = 1
@@ -225,6 +226,7 @@ def test_an_error_of_the_transport_is_told_in_one_line(monkeypatch):
         hub.download_model("sd3.5-medium")
 
 
+@pytest.mark.slow
 def test_after_an_interruption_only_missing_files_are_fetched(server, download):
     name = "text_encoder/model.safetensors"
     server.cut[name] = 100

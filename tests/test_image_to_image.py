@@ -252,6 +252,7 @@ def test_a_size_is_refused_before_pixels_are_read(pipes, monkeypatch):
         ours(pipes[0], large, 0.6, height=0, width=32)
 
 
+@pytest.mark.slow
 def test_slices_are_encoded_as_the_whole(pipes, tmp_path):
     pipes[0].save_pretrained(tmp_path)
     sliced = minidiff.load(tmp_path, vae_slicing=True)

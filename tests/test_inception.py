@@ -29,6 +29,7 @@ def pictures() -> torch.Tensor:
     return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_features_that_pytorch_fid_gave(tmp_path):
     """Four of either picture's, from pytorch-fid 0.3.0 with these random weights."""
@@ -66,6 +67,7 @@ def test_the_last_pool_takes_maxima():
     torch.testing.assert_close(block(x)[:, -192:], block.branch_pool(pooled))
 
 
+@pytest.mark.slow
 def test_another_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="weights.safetensors is missing"):
         load_inception(tmp_path / "weights.safetensors")

@@ -39,6 +39,7 @@ def test_another_tensor_does_not(record, change):
         journey.meets("latents", changed[change])
 
 
+@pytest.mark.slow
 def test_the_shipped_model_makes_the_journey_on_record():
     """All of it, so that the chapters' own checks can only fail by their own fault."""
     found = record_journey.journey(minidiff.load("tiny"))

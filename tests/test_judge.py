@@ -57,6 +57,7 @@ def test_layout_chooses_the_windows():
         assert torch.equal(chosen[row], x[row, list(numbers)])
 
 
+@pytest.mark.slow
 def test_training_learns_and_saves(fashion, tmp_path):
     config = TrainingConfig(
         60, 32, 2e-3, 10, ema_decay=0.9, log_every=10, save_every=20, validate_every=60
@@ -78,6 +79,7 @@ def test_training_learns_and_saves(fashion, tmp_path):
     assert accuracy(judge, scenes, 160) == saved["accuracy"]["one garment, seen"]
 
 
+@pytest.mark.slow
 def test_the_loss_is_a_mean_over_scenes(fashion):
     """Of halves with unlike numbers of garments too, so that devices can share."""
     torch.manual_seed(0)
@@ -111,6 +113,7 @@ def test_a_judge_that_cannot_be_used_is_named(tmp_path):
         load_judge(folder)
 
 
+@pytest.mark.slow
 def test_the_shipped_judge(fashion):
     assert sum(f.stat().st_size for f in JUDGE.iterdir()) <= 2 * 2**20
     claimed = json.loads((JUDGE / "config.json").read_text())["accuracy"]

@@ -120,6 +120,7 @@ def small_page(
     page.context.close()
 
 
+@pytest.mark.slow
 def test_the_kernels_bytes_are_those_of_its_text() -> None:
     pytest.importorskip("wasmtime", reason="wasmtime assembles the kernel")
     assert kernel.BYTES.read_bytes() == kernel.assemble_kernel()
@@ -135,6 +136,7 @@ def of_every_plane(count: int) -> list[str]:
     return planes + random.Random(1).sample(strings(4000, 2), count - 17)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["", "small_"])
 def test_ids_of_texts_of_every_plane(
     which: str, request: pytest.FixtureRequest
@@ -183,6 +185,7 @@ def test_levels_are_pythons(
         assert (torch.tensor(found) - expected).abs().max() < 1e-7
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("which", ["", "small_"])
 def test_each_component(which: str, request: pytest.FixtureRequest) -> None:
@@ -250,6 +253,7 @@ def test_memory_that_the_browser_does_not_give(page: Any) -> None:
     assert "gives no 65600 MB of memory" in page.evaluate(tell)
 
 
+@pytest.mark.slow
 def test_models_share_the_parts_that_are_equal(pipe: Pipeline, tmp_path: Path) -> None:
     for name in ("one", "two"):
         export_pipeline(pipe, tmp_path, name)

@@ -316,6 +316,7 @@ def test_the_plane_is_chapter_six(chromium: Any, site: Path) -> None:
     page.context.close()
 
 
+@pytest.mark.slow
 def test_the_command_exports(run: Any, small: Path, tmp_path: Path) -> None:
     code, out, _ = run("export", "--model", small, "--output", "live")
     assert (code, out.strip()) == (0, "live")

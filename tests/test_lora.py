@@ -162,6 +162,7 @@ def test_streamed_layers_take_an_update_as_others_do(case: SimpleNamespace) -> N
     assert relative_error(case.pipe.transformer(*case.inputs), case.bare) <= BOUND
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["chapters'", "fast", "fast, fp8 products"])
 @torch.no_grad()
 def test_layers_in_8_bits_keep_theirs_beside_it(
@@ -195,6 +196,7 @@ def test_nothing_is_fused_into_weights_that_are_not_there(case, small: bool) -> 
     assert all(map(torch.equal, after, before))
 
 
+@pytest.mark.slow
 def test_compiled_blocks_take_an_update_in_their_weights_only(case) -> None:
     """torch.compile does not look again at a block's layers, nor at another block's."""
     case.pipe.transformer.joint_blocks[1].compile()
@@ -260,6 +262,7 @@ def names(model: torch.nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules()]
 
 
+@pytest.mark.slow
 def test_a_layer_stands_again_where_it_stood(case: SimpleNamespace, tmp_path) -> None:
     """When its last update is taken off, whatever the order."""
     models = adapters.components(case.pipe).values()
@@ -344,6 +347,7 @@ def test_weights_of_16_bits_are_rounded_after_the_sum() -> None:
     assert torch.equal(layer.weight[:32], exact.bfloat16())
 
 
+@pytest.mark.slow
 def test_two_files_are_both_on_record(case: SimpleNamespace, tmp_path: Path) -> None:
     other = tmp_path / "other.safetensors"
     other.write_bytes((case.file / FILE).read_bytes())
@@ -401,6 +405,7 @@ def test_what_we_save_diffusers_loads(tmp_path: Path) -> None:
     assert relative_error(v, reference) <= BOUND
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "pattern",
     [{"attn.to_q": 9, "to_v": 1}, {r"1\.attn\.to_q": 9, "no": 2, "to_q": 5}],

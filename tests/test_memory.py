@@ -90,6 +90,7 @@ def test_a_plan_changes_no_picture(folder, knobs):
     assert relative_error(pictures, expected) < 1e-6
 
 
+@pytest.mark.slow
 def test_streamed_positions_follow_the_size(folder):
     plain, pipe = minidiff.load(folder), minidiff.load(folder, modulation="streamed")
     for height, width in ((32, 48), (48, 32)):
@@ -180,6 +181,7 @@ def test_compiled_blocks_are_not_in_four_bits(folder):
         minidiff.load(folder, nf4=True, compile=True)
 
 
+@pytest.mark.slow
 def test_what_is_in_four_bits_is_not_saved(folder, tmp_path):
     pipe = minidiff.load(folder, nf4=True)
     with pytest.raises(ValueError, match="is stored in few bits, in its file, or"):
@@ -467,6 +469,7 @@ def test_a_rehearsal_weighs_the_call(card):
         rehearse(asks(num_images_per_prompt=10_000), "tiny", "cuda")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "how"), [(21, {"t5": "none"}), (99, {"budget": "6.9GB"})], ids=str
 )
@@ -486,6 +489,7 @@ def test_what_was_rehearsed_is_what_is_loaded(calls, monkeypatch, card, size, ho
         memory.load_parts(parts, plan, torch.device("cuda"), torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_a_rehearsal_weighs_what_its_plan_leaves_in_the_files(calls):
     how = {"dtype": torch.bfloat16, "budget": "12GB"}
     plan, room = rehearse(asks(), "sd3.5-large", **how)
@@ -493,6 +497,7 @@ def test_a_rehearsal_weighs_what_its_plan_leaves_in_the_files(calls):
     assert memory.working(plan, calls["large"]) <= room <= 12e9
 
 
+@pytest.mark.slow
 def test_a_rehearsal_tries_a_lora_on_its_plan(tmp_path):
     """The plan follows from the call: a LoRA is not fused into what it streams."""
     name = "transformer.transformer_blocks.0.norm1.linear.lora"
@@ -510,6 +515,7 @@ def test_a_rehearsal_tries_a_lora_on_its_plan(tmp_path):
         rehearse(check, "sd3.5-large", budget="12GB", **how)
 
 
+@pytest.mark.slow
 def test_settings_that_do_not_fit_are_named(calls, card):
     """With the plan that would fit without them, whoever set the limit."""
     call = calls["large"]
@@ -538,6 +544,7 @@ def test_a_rehearsal_counts_the_pictures(monkeypatch):
     assert {call.size for call in seen} == {(2, 16, 8, 12)}
 
 
+@pytest.mark.slow
 def test_a_call_from_python_is_weighed_too(folder, monkeypatch):
     """Against what the card has left beside the weights: here 1.1 GB, in float32."""
     plain, sliced = minidiff.load(folder), minidiff.load(folder, vae_slicing=True)
@@ -604,6 +611,7 @@ def test_wider_numbers_take_more_memory(calls, folder, monkeypatch):
 # What it comes to, counted on the meta device at full size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "plan", "most"),
     [
@@ -621,6 +629,7 @@ def test_counted_peak_of_a_denoising_call(calls, config, plan, most):
     assert peak < estimate(plan, call) / GIB
 
 
+@pytest.mark.slow
 def test_counted_peak_with_a_control_net(calls):
     large = MMDiTConfig.sd35_large()
     peak = denoising_peak(large, Plan(), 19)
@@ -642,6 +651,7 @@ def test_counted_peak_of_the_autoencoder(calls, work, side):
     assert least < peak - weights < room and f"{peak:.2f} GiB" in PAGE
 
 
+@pytest.mark.slow
 def test_counted_peak_of_streamed_t5():
     streamed, resident = map(t5_peak, ("streamed", "resident"))
     assert streamed < 2 < resident
@@ -652,6 +662,7 @@ def test_counted_peak_of_streamed_t5():
     assert f"{line} GiB streamed" in PAGE
 
 
+@pytest.mark.slow
 def test_the_work_of_denoising_is_counted_with_guidance(calls):
     """The peak beyond the weights lies between half of what is set aside and that."""
     call, plan = calls["medium"], replace(STREAMED, vae_tile=8, vae_slicing=True)
@@ -671,6 +682,7 @@ def test_modulations_of_many_small_pictures_are_counted(calls):
     assert 4 * held > memory.working(Plan(vae_slicing=True), call) > 2 * held
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, levels", [("medium", 82), ("large", 58), ("turbo", 5)])
 def test_levels_of_usual_pictures(calls, name, levels):
     """Those of each model's own steps, twice with guidance; the most are assumed."""
@@ -689,6 +701,7 @@ def test_what_a_plan_leaves_in_the_file_never_meets_the_device(folder):
     assert block.mlp.fc1.weight.device.type == "meta"
 
 
+@pytest.mark.slow
 def test_every_level_with_modulations_is_counted(monkeypatch, card):
     """Of the steps that are asked for, twice with guidance."""
     seen = []

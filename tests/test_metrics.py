@@ -148,6 +148,7 @@ class Echo:
         return nn.functional.interpolate(latents[:, :3].sigmoid(), scale_factor=4)
 
 
+@pytest.mark.slow
 def test_evaluate(fashion):
     torch.manual_seed(0)
     judge, pipe = Judge(JudgeConfig((8, 8, 8), (1, 1, 1), 12)).eval(), Echo()
@@ -171,6 +172,7 @@ def test_evaluate(fashion):
     assert f"model {model}, test scenes {floor}, VAE reconstructions {vae}." in table
 
 
+@pytest.mark.slow
 def test_evaluate_with_other_features(fashion):
     """With Inception-v3's, here means of three channels, the distances are FID."""
     judge, seen = Judge(JudgeConfig((8, 8, 8), (1, 1, 1), 12)).eval(), []
@@ -225,6 +227,7 @@ def test_rows_of_words_in_the_context():
     assert rows["T5 background"] == [48, 49, 50]
 
 
+@pytest.mark.slow
 def test_pictures_that_show_the_prompt_are_right(fashion, monkeypatch):
     """The prompts are those of the real scenes, and of the test split."""
     known = {}
@@ -241,6 +244,7 @@ def test_pictures_that_show_the_prompt_are_right(fashion, monkeypatch):
         assert row["model"]["all"] == pytest.approx(row["real"]["all"], abs=0.1)
 
 
+@pytest.mark.slow
 def test_words_look_where_their_garment_is(fashion):
     pipe = minidiff.load("tiny")
     found = attention_maps.attention_correlation(pipe, 16, folder=fashion)
@@ -257,6 +261,7 @@ def test_words_look_where_their_garment_is(fashion):
     assert {name.split()[0] for name in found} == {"CLIP"}
 
 
+@pytest.mark.slow
 def test_what_is_compared_with_what(fashion, monkeypatch):
     """Training scenes are the reference, all others are the test set's."""
     seen, real = [], metrics.Scenes

@@ -170,6 +170,7 @@ def test_a_later_stage_is_checked_before_the_first(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lacking", ["train", "test"])
 def test_a_split_that_is_not_there(fashion: Path, tmp_path: Path, lacking: str) -> None:
     for file in fashion.rglob("*.parquet"):

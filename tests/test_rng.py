@@ -69,6 +69,7 @@ def test_folding_gives_distinct_seeds():
     assert len(seeds) == 2500
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager():
     compiled = torch.compile(lambda i: normal(0, i, (8,)), backend="aot_eager")
     indices = torch.arange(4)

@@ -86,6 +86,7 @@ def ours(pipe, call, noise, output_type="latent"):
 # End to end
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_same_latents_and_pictures_as_diffusers(folders, case):
     model, call = split(case)

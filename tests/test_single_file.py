@@ -63,6 +63,7 @@ def hollow(file: Path, tensors: dict[str, tuple[str, list[int]]], dtype="") -> P
 # Every tensor of every manifest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "part", "config"), SINGLE)
 def test_single_manifests_are_consumed(shared, tmp_path, name, part, config):
     tensors = manifest(shared / "sd35/manifests/single" / f"{name}.tsv")

@@ -374,6 +374,7 @@ def test_fast_pictures(folder, knobs):
     assert relative_error(draw(pipe, **sizes), expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_what_load_gives_on_a_cpu(folder, monkeypatch):
     """The fused forms, where nothing but the order of sums changes."""
     monkeypatch.setattr(fast, "keep_freed_memory", lambda: 1 / 0)
@@ -514,6 +515,7 @@ print([name for name in ("triton", "torch._dynamo", "sympy") if name in sys.modu
 """
 
 
+@pytest.mark.slow
 def test_a_drawing_imports_neither_triton_nor_the_compiler():
     """They cost seconds, and serve a card or ``compile`` alone."""
     command = [sys.executable, "-c", LEAN]
@@ -609,6 +611,7 @@ def test_the_gpu_benchmark_measures_nothing_twice(tmp_path):
 # What is asked of ``load``
 
 
+@pytest.mark.slow
 def test_what_load_turns_on(folder, compiles):
     pipe = minidiff.load(folder, fast=True, fp8=True)
     assert isinstance(pipe.transformer, FastMMDiT)

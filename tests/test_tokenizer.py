@@ -85,6 +85,7 @@ def test_strings_are_many_and_varied(texts):
     assert categories >= {"Mn", "Cc", "Cf", "Lo", "Zs", "So", "Cn", "Nd"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OURS)
 def test_ids_equal_the_reference(folders, references, texts, name):
     assert not [*islice(differences(ours(folders, name), references[name], texts), 3)]
@@ -120,6 +121,7 @@ def test_padding_and_truncation_equal_the_reference(folders, references, texts, 
     )
 
 
+@pytest.mark.slow
 def test_facts_of_the_three_tokenizers(folders):
     clip_l, clip_g, t5 = (ours(folders, name) for name in OURS)
     assert clip_l(["wow! cat"])[0, :6].tolist() == [
@@ -211,6 +213,7 @@ T5_MUTANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", T5_MUTANTS)
 def test_ids_catch_mutants_of_t5(folders, references, texts, mutant, monkeypatch):
     monkeypatch.setattr(*T5_MUTANTS[mutant])
@@ -581,6 +584,7 @@ def page() -> str:
     return Path(chapter.__file__).read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_rows_in_the_chapter_are_the_published_ones(folders, page):
     rows = re.findall(
         r"^# \| (CLIP-L|CLIP-G|T5) \| ([\d ]+) \| (\d+) … \|$", page, re.M

@@ -25,6 +25,7 @@ def exceptions() -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_the_type_checkers_exceptions_are_few_and_name_their_error():
     found = exceptions()
     assert len(found) <= MOST, "\n".join(found)

@@ -72,6 +72,7 @@ FIGURES: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 @pytest.mark.filterwarnings("error")
 def test_figure_is_drawn_on_a_transparent_ground(
@@ -110,6 +111,7 @@ def values(svg: str, theme: str) -> dict[str, str]:
     return dict(re.findall(r"--(\w+):(#\w{6});", style))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theme", GROUNDS)
 @pytest.mark.parametrize("name", FIGURES)
 def test_what_is_written_can_be_read(name: str, theme: str) -> None:

@@ -53,6 +53,7 @@ def test_things_have_usual_names_and_one_meaning_each():
     )
 
 
+@pytest.mark.slow
 def test_sheet_is_what_the_font_draws():
     try:
         sheet = things.make_sheet()
@@ -73,6 +74,7 @@ def test_cut_outs_fill_their_squares():
     assert (pixels[:, :3] <= pixels[:, 3:] + 1e-6).all()  # multiplied by alpha
 
 
+@pytest.mark.slow
 def test_fonts_that_do_not_fit_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("MINIDIFF_FONT", str(tmp_path / "none.ttf"))
     with pytest.raises(FileNotFoundError, match="MINIDIFF_FONT is .*none.ttf"):
@@ -136,6 +138,7 @@ def test_training_never_shows_what_is_held_out(world):
         assert number < 0 or PLACES[number] not in [sides.get(n, n) for n in name]
 
 
+@pytest.mark.slow
 def test_a_twelfth_is_held_out():
     assert len(held_out_colors()) == len(KINDS)  # one of twelve colours each
     share = (held_out_places() >= 0).sum() / (4 * len(KINDS))
@@ -170,6 +173,7 @@ def test_two_scenes_in_five_show_garments(world):
     assert (((kinds >= 0) & (kinds < GARMENTS)).any(1).float().mean()) > 0.4
 
 
+@pytest.mark.slow
 def test_items_lie_apart_within_the_picture_where_the_place_says(world):
     batch = world.batch(torch.arange(3000))
     a, present = batch.attributes, item_groups(batch.attributes) >= 0
@@ -198,6 +202,7 @@ def test_tints_keep_light_and_shade(world):
 # Language
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held_out", [False, True])
 def test_captions_parse_back_to_their_meanings(held_out):
     """20,000 captions; every word is known, and each has another caption."""
@@ -304,6 +309,7 @@ def test_words_that_a_model_has_not_seen_are_named(tmp_path):
 # Told scenes
 
 
+@pytest.mark.slow
 def test_told_scenes_number_their_captions():
     train, test = (ToldScenes(s, told=30, held=8) for s in ("train", "test"))
     texts = train.all_captions()
@@ -367,6 +373,7 @@ def test_cut_outs_that_cannot_be(own_cut_outs, caption, mode, message):
         own_things(str(own_cut_outs))
 
 
+@pytest.mark.slow
 def test_captions_fit_the_encoders():
     """Two things with colours, sizes, places and a ground: 32 tokens hold them."""
     from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer

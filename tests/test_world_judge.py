@@ -37,6 +37,7 @@ def reading_of(scenes) -> Reading:
     return Reading(torch.logit(t["trace"], eps=1e-4), kinds, colors, ground)
 
 
+@pytest.mark.slow
 def test_a_perfect_witness_finds_everything_and_nods_to_nothing_else():
     scenes = World("test", held_out=None).batch(torch.arange(300))
     found, meanings = find(reading_of(scenes)), shown(scenes.attributes)
@@ -81,6 +82,7 @@ def test_a_picture_follows_a_sentence_or_not(found, meaning, wrong):
         assert [k for k, right in answer.items() if not right] == [wrong, "all"]
 
 
+@pytest.mark.slow
 def test_the_witness_learns_and_is_read_back(tmp_path):
     torch.manual_seed(0)
     witness = Witness(SMALL)
