@@ -8,7 +8,7 @@ from test_training import assert_same, regression
 from torch import nn
 
 from minidiff.dit import MMDiT, MMDiTConfig
-from minidiff.learning.muon import Muon, orthogonal
+from minidiff.learning.muon import AT_ONCE, RMS, Muon, orthogonal, orthogonal_parts
 from minidiff.learning.run import Run
 from minidiff.training import fit
 from minidiff.vae import VAE, VAEConfig
@@ -23,6 +23,16 @@ def test_the_nearest_orthogonal_matrix() -> None:
     values = turned.diagonal(dim1=1, dim2=2)
     assert 0.65 < values.min() and values.max() < 1.25
     assert (turned - values.diag_embed()).abs().max() < 1e-4
+
+
+def test_many_matrices_of_unlike_shapes_are_each_as_long_as_alone() -> None:
+    """More squares than are computed at once, and uprights with longer columns."""
+    draw = torch.Generator().manual_seed(2)
+    squares = [torch.randn(8, 8, generator=draw) for _ in range(AT_ONCE + 3)]
+    whole = [*squares, torch.randn(20, 8, generator=draw)]
+    for x, found in zip(whole, orthogonal_parts(whole), strict=True):
+        alone = orthogonal(x[None])[0] * (RMS * len(x) ** 0.5)
+        torch.testing.assert_close(found, alone)
 
 
 def matrices(*shapes: tuple[int, ...]) -> list[tuple[str, nn.Parameter]]:

@@ -6,7 +6,7 @@ looks at each number by itself, follows these. Muon replaces the averaged gradie
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from minidiff.learning import parallel
 
 A, B, C = 3.4445, -4.7750, 2.0315  # of Jordan: five rounds bring most of S near 1
 MOMENTUM = 0.95
+AT_ONCE = 32  # matrices
 RMS = 0.2  # of AdamW's updates, so that the same rate serves both (Liu et al. 2025)
 
 
@@ -100,19 +101,19 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal_parts(updates: list[Tensor]) -> list[Tensor]:
-    """Each matrix with orthogonal pieces, as long as AdamW's updates.
-
-    Pieces of one shape are computed at once.
-    """
+    """Each matrix with orthogonal pieces, as long as AdamW's updates."""
     cut = [pieces(x) for x in updates]
     same = defaultdict(list)
     for piece in (x for parts in cut for x in parts):
         same[piece.shape].append(piece)
-    done = {
-        shape: iter(orthogonal(torch.stack(parts)) * (RMS * shape[0] ** 0.5))
-        for shape, parts in same.items()
-    }
+    done = {shape: together(parts) for shape, parts in same.items()}
     joined = [torch.cat([next(done[x.shape]) for x in parts]) for parts in cut]
     return [
         y if y.shape == x.shape else y.mT for x, y in zip(updates, joined, strict=True)
     ]
+
+
+def together(parts: list[Tensor]) -> Iterator[Tensor]:
+    """Pieces of one shape made orthogonal, as many at once as a CPU's caches hold."""
+    for some in torch.stack(parts).split(AT_ONCE):
+        yield from orthogonal(some) * (RMS * some.shape[1] ** 0.5)
