@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import nbformat
+import pytest
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
@@ -45,6 +46,17 @@ class Desk:
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(self.source(number, "check"), names)
         return printed.getvalue().partition(": ")[2].strip()
+
+    def refuse(self, number: str, answer: str) -> None:
+        """The check must refuse an answer for what it says, not because it crashes.
+
+        What the answer leaves out of the solution stays as it is there.
+        """
+        names = self.known | {"check": lambda test: test}
+        exec(f"{self.solution(number)}\n\n{answer}", names)
+        exec(self.source(number, "check"), names)
+        with pytest.raises(AssertionError):
+            names[f"exercise_{number}"]()
 
     def solution(self, number: str) -> str:
         """The solution as an answer, without the lines that run the check."""
