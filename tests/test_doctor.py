@@ -85,10 +85,10 @@ def test_a_fused_pass_that_is_wrong(
 
 def test_what_is_not_finite_is_wrong_and_what_is_refused_is_not_here() -> None:
     given, where = (torch.ones(2, 2),), (CPU, torch.float32)
-    found = doctor.judged("a", "b", lambda x: x / 0, given, *given, *where)
+    found = doctor.compared("a", "b", lambda x: x / 0, given, *given, *where)
     assert found.wrong and found.text.startswith("b: error inf, wrong, expected at")
     refuses = partial(torch.add, other=torch.ones(3))
-    found = doctor.judged("a", "b", refuses, given, *given, *where)
+    found = doctor.compared("a", "b", refuses, given, *given, *where)
     assert found.text.startswith("b: not here (The size") and not found.wrong
 
 
@@ -104,7 +104,7 @@ def test_one_block_alone_is_read(small: Path) -> None:
 def test_a_model_that_is_not_here(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its shapes are known, so that random weights serve; nobody waits for a hub."""
     monkeypatch.setattr(doctor, "blueprint", lambda _: blueprint(small))
-    monkeypatch.setattr(hub, "cached", lambda _: None)
+    monkeypatch.setattr(hub, "find_cached", lambda _: None)
     monkeypatch.setattr(hub, "access", lambda _: "no answer")
     found = findings("sd3.5-medium")
     texts = {f.label: f.text for f in found}

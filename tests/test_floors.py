@@ -75,3 +75,14 @@ def test_no_room_is_over_a_fifth_of_the_package() -> None:
     for room in {place(path) for path in FILES}:
         own = sum(n for path, n in lines.items() if place(path) == room)
         assert own <= sum(lines.values()) / 5, room
+
+
+def test_no_two_public_functions_have_one_name() -> None:
+    """But for ``score``: of a density in chapter 6, of an answer by the judge."""
+    found: dict[str, list[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(path.name)
+    twice = {name: files for name, files in found.items() if len(files) > 1}
+    assert twice.keys() <= {"score"}, twice

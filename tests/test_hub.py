@@ -167,10 +167,13 @@ def test_access_is_told_in_a_line(server, download, monkeypatch):
 @pytest.mark.slow
 def test_what_the_cache_has(download):
     download(words=("info", "tiny"))
-    assert hub.cached("sd3.5-medium") is None
+    assert hub.find_cached("sd3.5-medium") is None
     code, folder, _ = download()
-    assert code == 0 and hub.cached("sd3.5-medium") == Path(folder)
-    assert hub.cached(REPOSITORY) == Path(folder) and hub.cached("some/one") is None
+    assert code == 0 and hub.find_cached("sd3.5-medium") == Path(folder)
+    assert (
+        hub.find_cached(REPOSITORY) == Path(folder)
+        and hub.find_cached("some/one") is None
+    )
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from minidiff.data.scenes import (
     held_out_colors,
     held_out_places,
     item_groups,
-    shipped,
+    shipped_things,
 )
 from minidiff.data.told import ToldScenes, own_things
 from minidiff.files import tokenizer_files as words
@@ -154,10 +154,12 @@ def test_a_twelfth_is_held_out():
 def test_contrast_is_kept(world):
     batch = world.batch(torch.arange(600))
     a = batch.attributes
-    known = shipped().contrast[a.kinds.clamp(min=0), a.colors]
+    known = shipped_things().contrast[a.kinds.clamp(min=0), a.colors]
     fits = known.gather(2, a.ground[:, None, None].expand(-1, 2, 1))[..., 0]
     assert (fits | (a.kinds < 0)).all()
-    assert shipped().contrast[:, -1][GARMENTS:].any(1).all()  # each thing has a ground
+    assert (
+        shipped_things().contrast[:, -1][GARMENTS:].any(1).all()
+    )  # each thing has a ground
     grounds = torch.tensor(list(COLORS.values())) / 127.5 - 1
     grounds = grounds[a.ground][..., None, None]
     differs = ((batch.images - grounds).abs().amax(1) > 0.3)[:, None]

@@ -61,13 +61,13 @@ def compare(
     for path, found in zip((one, other), settings, strict=True):
         if not found:
             print(f"{printable(path)} carries no settings")
-    print("\n".join(table(*settings)))
-    print(pixels(*pictures))
+    print("\n".join(settings_table(*settings)))
+    print(pixel_difference(*pictures))
     if (name := first_difference(*settings)) and all(settings):
         print(f"first: {printable(name)}: {CAUSES.get(name, 'not known here')}")
 
 
-def table(one: dict[str, str], other: dict[str, str]) -> list[str]:
+def settings_table(one: dict[str, str], other: dict[str, str]) -> list[str]:
     """The settings of two pictures, a line each; those that differ are marked."""
     names = list(dict.fromkeys((*one, *other)))
     rows = [(n, one.get(n, "–"), other.get(n, "–")) for n in names]
@@ -86,7 +86,7 @@ def first_difference(one: dict[str, str], other: dict[str, str]) -> str | None:
     return next(iter(known or differ), None)
 
 
-def pixels(one: "Image", other: "Image") -> str:
+def pixel_difference(one: "Image", other: "Image") -> str:
     """How far the pixels of two pictures are apart."""
     import numpy as np
 

@@ -104,7 +104,7 @@ def _entry(path: Path, number: int, line: str) -> dict[str, str]:
     return {file.as_posix(): text}
 
 
-def fitted(picture: Image.Image, size: int, crop: bool = True) -> Image.Image:
+def resized(picture: Image.Image, size: int, crop: bool = True) -> Image.Image:
     """``picture`` as a square of ``size`` pixels: its middle, or all of it squeezed."""
     if crop:
         side = min(picture.size)
@@ -161,7 +161,7 @@ def read_pictures(
     pictures = torch.empty(len(found), 3, size, size, dtype=torch.uint8)
     captions: list[str] = []
     for picture, caption in read_each(folder, found):
-        pictures[len(captions)] = to_tensor(fitted(picture, size, crop))
+        pictures[len(captions)] = to_tensor(resized(picture, size, crop))
         captions.append(caption)
     if not captions:
         raise ValueError(f"{folder}: none of its pictures can be read")

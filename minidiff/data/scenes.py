@@ -163,7 +163,7 @@ def _stretched(gray: Tensor, alpha: Tensor) -> Tensor:
 
 
 @functools.cache
-def shipped() -> Things:
+def shipped_things() -> Things:
     """The everyday things that ship with the package."""
     return Things(THINGS, cut_outs())
 
@@ -190,7 +190,7 @@ def draw_attributes(
     ``held_out``: "" draws no pair that training never shows, "colors" or "places" one
     such pair in the first group, None any pairs.
     """
-    device, things = u.device, things or shipped()
+    device, things = u.device, things or shipped_things()
     bounds = torch.tensor(layouts, device=device).cumsum(0)[:-1]
     layout = (u[:, :1] >= bounds).sum(1)
     counts = torch.tensor(LAYOUTS, device=device)[layout]
@@ -480,7 +480,7 @@ class World:
         self.starts = self.numbers.cumsum(0) - self.numbers
         self.seed, self.held_out = seed, held_out
         self.layouts, self.garments = layouts, garments
-        self.things = things or shipped()
+        self.things = things or shipped_things()
         self.layers = self.things.layers.to(device)
 
     @property

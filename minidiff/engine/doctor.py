@@ -62,9 +62,9 @@ def examine(
     what is not here and cannot be fetched.
     """
     local = Path(model) if Path(model).is_file() else find_local(model)
-    place = local or hub.cached(str(model))
+    place = local or hub.find_cached(str(model))
     yield Found("versions", versions())
-    yield Found("device", about(device))
+    yield Found("device", device_in_words(device))
     yield from try_dtypes(device)
     yield Found("hub", "not asked" if local else hub.access(str(model)))
     source, parts = open_parts(model, place)
@@ -88,7 +88,7 @@ def versions() -> str:
     return f"{', '.join(found)}; {platform.platform(terse=True)}"
 
 
-def about(device: torch.device) -> str:
+def device_in_words(device: torch.device) -> str:
     """What a device is."""
     if device.type == "cuda":
         known = torch.cuda.get_device_properties(device)
@@ -103,7 +103,7 @@ def in_gb(size: float) -> str:
     return f"{size / 1e9:.1f}GB"
 
 
-def judged(
+def compared(
     label: str,
     what: str,
     call: Callable[..., Tensor],
@@ -131,7 +131,9 @@ def try_dtypes(device: torch.device) -> Iterator[Found]:
     given = noise((96, 160)), noise((160, 64))
     wanted = given[0] @ given[1]
     for dtype in LIMITS:
-        yield judged("dtypes", name(dtype), torch.matmul, given, wanted, device, dtype)
+        yield compared(
+            "dtypes", name(dtype), torch.matmul, given, wanted, device, dtype
+        )
     if device.type == "cuda":
         known = "works" if has_fp8_products(device) else "not here"
         yield Found("dtypes", f"products in 8 bits: {known}")
@@ -158,7 +160,7 @@ def try_attention(
         with sdpa_kernel(backend), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch says why one does not serve
             call, where = F.scaled_dot_product_attention, (device, dtype)
-            yield judged("attention", title, call, (q, k, v), wanted, *where)
+            yield compared("attention", title, call, (q, k, v), wanted, *where)
 
 
 # The model's smallest pieces
@@ -222,7 +224,7 @@ def try_block(
     if config.qk_norm == "rms_norm":
         forms["fused"] = FastMMDiT.of(there)
     for form, run in forms.items():
-        yield judged("block", form, run, given, wanted, device, dtype)
+        yield compared("block", form, run, given, wanted, device, dtype)
 
 
 @torch.no_grad()
@@ -235,9 +237,9 @@ def try_decoder(
     given = (noise((1, part.model.config.latent_channels, 2 * SIDE, 2 * SIDE)),)
     wanted = decoder(*given)
     there = deepcopy(decoder).to(device, dtype)
-    yield judged("decoder", "plain", there, given, wanted, device, dtype)
+    yield compared("decoder", "plain", there, given, wanted, device, dtype)
     run = FastDecoder.of(there)
-    yield judged("decoder", "fused", run, given, wanted, device, dtype)
+    yield compared("decoder", "fused", run, given, wanted, device, dtype)
 
 
 # What fits, and what is here

@@ -149,7 +149,7 @@ def head_norms(*attentions: Attention) -> Tensor:
     return torch.stack(norms).unflatten(0, (-1, 2))  # (2·A, d) → (A, 2, d)
 
 
-def share(form: type[Module], model: nn.Module) -> Module:
+def same_weights(form: type[Module], model: nn.Module) -> Module:
     """A ``form`` made of the layers of ``model``: what changes in one does in both."""
     shared = form.__new__(form)
     shared.__dict__.update(model.__dict__)
@@ -192,7 +192,7 @@ class FastMMDiT(MMDiT):
         Raises ValueError for a model without q/k norms.
         """
         check_fast(model.config)
-        fast = share(cls, model)
+        fast = same_weights(cls, model)
         weight = model.x_embedder.proj.weight
         fast.fp8, fast.attention = fp8, attention or preferred_attention(weight)
         return fast
@@ -374,7 +374,7 @@ class CompiledMMDiT(MMDiT):
         config.recompile_limit = max(64, config.recompile_limit)
         for block in model.joint_blocks:
             block.compile(dynamic=True)
-        return share(cls, model)
+        return same_weights(cls, model)
 
     def forward(self, *given: Any, **options: Any) -> Tensor:
         """As ``MMDiT.forward``; no length that equals the width is taken for it."""
@@ -476,7 +476,7 @@ class FastDecoder(Decoder):
     def of(cls, decoder: Decoder, fold: bool = True) -> "FastDecoder":
         """``decoder``'s own layers, their weights moved to channels-last memory."""
         decoder.to(memory_format=LAST)  # type: ignore[call-overload]
-        fast = share(cls, decoder)
+        fast = same_weights(cls, decoder)
         fast.fold = fold
         return fast
 

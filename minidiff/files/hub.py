@@ -213,7 +213,7 @@ def download_model(
     began = time.time()
     check_word("revision", revision)
     check_word("variant", variant)
-    name, repository, revision = on_hub(name, revision)
+    name, repository, revision = find_repository(name, revision)
     kinds = KINDS if weights else ["*.json"]
     wanted = [f"{part}/{kind}" for part in COMPONENTS for kind in kinds]
     unwanted = [*LEFT_OUT] if t5 else [*LEFT_OUT, "text_encoder_3/*"]
@@ -232,21 +232,23 @@ def download_model(
     return folder
 
 
-def on_hub(name: str, revision: str | None = None) -> tuple[str, str, str | None]:
+def find_repository(
+    name: str, revision: str | None = None
+) -> tuple[str, str, str | None]:
     """A model's name here, its repository, and which commit, tag or branch of it."""
     if known := named(name):
         return known.name, known.repository, revision or known.revision
     return name, name, revision
 
 
-def cached(name: str) -> Path | None:
+def find_cached(name: str) -> Path | None:
     """The folder of a repository or alias as far as it was downloaded; None: not yet.
 
     The hub is not asked.
     """
     from huggingface_hub import try_to_load_from_cache
 
-    _, repository, revision = on_hub(name)
+    _, repository, revision = find_repository(name)
     index = try_to_load_from_cache(repository, INDEX, revision=revision)
     return Path(index).parent if isinstance(index, str) else None
 
@@ -258,7 +260,7 @@ def access(name: str, patience: float = 10) -> str:
     """
     from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_url
 
-    name, repository, revision = on_hub(name)
+    name, repository, revision = find_repository(name)
     token = get_token()
     url = hf_hub_url(repository, INDEX, revision=revision)
     try:

@@ -39,7 +39,7 @@ def exam(n: int, two: bool = False) -> tuple[list[str], Grade]:
 def world_exam(n: int, two: bool = False) -> tuple[list[str], Grade]:
     """The same for the world of garments and everyday things."""
     numbers = torch.arange(n)
-    how = "", TWO if two else ONE, scenes.GARMENT_SHARE, scenes.shipped()
+    how = "", TWO if two else ONE, scenes.GARMENT_SHARE, scenes.shipped_things()
     drawn = scenes.draw_attributes(uniform(EVALUATION_SEED, numbers, 33), *how)
     texts, asked = language.captions(drawn, fold_in(EVALUATION_SEED, 1), numbers)
     judge = load_witness(JUDGE)

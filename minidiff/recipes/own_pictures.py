@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from minidiff.data import rng
-from minidiff.data.captioned import fitted, read_each
+from minidiff.data.captioned import read_each, resized
 from minidiff.files.pictures import from_bytes, to_tensor
 from minidiff.recipes.features import (
     Features,
@@ -79,7 +79,7 @@ def shaped(
 ) -> Image.Image:
     """``picture`` of ``size`` (width, height): its middle, or all of it squeezed."""
     if not how.buckets:
-        return fitted(picture, size[0], how.crop)
+        return resized(picture, size[0], how.crop)
     kind = Image.Resampling.BICUBIC
     return ImageOps.fit(picture, size, kind) if how.crop else picture.resize(size, kind)
 
