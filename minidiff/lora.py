@@ -1028,7 +1028,8 @@ def fuse(updates: Mapping[str, Update], model: nn.Module, weight: float = 1.0) -
 #
 # - **It trains with more care.** `minidiff train --from … --lora` adds what twenty
 #   drawings of our own did not need: the empty prompt now and then (guidance asks it),
-#   an average of the weights, pictures that are held out, and more.
+#   an average of the weights, pictures that are held out, folders that count more
+#   often (each picture in `10_dresses` ten times an epoch), and more.
 # - **It adapts more.** kohya's scripts train both CLIPs too (`lora_te1_`, `lora_te2_`):
 #   a new word is learned more easily where words are read.
 # - **Two mistakes circulate.** SD3.5's levels are logit-normal *and* shifted by 3. A

@@ -107,7 +107,8 @@ def train(
     """Train the tiny model, stage by stage; run it again to go on after a stop.
 
     With --from, fine-tune a model on a folder of pictures, each with its caption in a
-    .txt beside it or in metadata.jsonl.
+    .txt beside it or in metadata.jsonl. Each picture in a folder 10_NAME within counts
+    ten times an epoch.
 
     --stage turbo makes a model of 1 to 8 steps without guidance: of OUTPUT/model (or
     --start) under OUTPUT/turbo, with --from of any model, under OUTPUT/model. --stage

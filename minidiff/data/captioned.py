@@ -3,10 +3,14 @@
 A caption stands beside its picture (``dress.png``, ``dress.txt``), or all of them in
 ``metadata.jsonl``: one JSON object a line with ``file_name`` and ``text``, as in the
 hub's image folders.
+
+A folder within it may say how often its pictures count, once being usual: each picture
+in ``10_dresses/`` is shown ten times an epoch by a fine-tuning.
 """
 
 import functools
 import json
+import re
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +26,7 @@ from minidiff.files.pictures import from_bytes, in_rgb, open_picture, to_tensor
 from minidiff.interface.terminal import tell
 
 LONGEST_CAPTION = 10_000  # bytes, or characters: no encoder reads a fifth of it
+REPEATS = re.compile(r"([1-9]\d{0,2})_")  # begins the name of such a folder
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -38,10 +43,12 @@ def captions_of(folder: Path) -> dict[str, str]:
     if listed.exists():
         for number, line in enumerate(read_text(listed).split("\n"), 1):
             found |= _entry(listed, number, line)
-    pictures = {path.stem: path.name for path in pictures_in(folder)}
-    for path in files_in(folder, (".txt",)):
-        name = pictures.get(path.stem, f"{path.stem}.png")
-        found.setdefault(name, read_text(path, LONGEST_CAPTION).strip())
+    for place in folders_of(folder):
+        pictures = {path.stem: path for path in pictures_in(place)}
+        for path in files_in(place, (".txt",)):
+            picture = pictures.get(path.stem, path.with_suffix(".png"))
+            name = picture.relative_to(folder).as_posix()
+            found.setdefault(name, read_text(path, LONGEST_CAPTION).strip())
     if not found:
         raise FileNotFoundError(
             f"no captions in {folder}: expected a .txt beside each picture, or "
@@ -64,6 +71,18 @@ def check_picture(folder: Path, name: str) -> None:
     near = [name for name in near if not name.lower().endswith(".txt")]
     kinds = f" (found {', '.join(near)})" if near else ""
     raise ValueError(f"{folder}: the caption of {shown} has no picture{kinds}")
+
+
+def folders_of(folder: Path) -> list[Path]:
+    """``folder``, and those within it that say how often their pictures count."""
+    inner = (path for path in files_in(folder) if REPEATS.match(path.name))
+    return [folder, *(path for path in inner if path.is_dir())]
+
+
+def repeats_of(name: str) -> int:
+    """How often a picture counts in an epoch, as its folder's name says: 1 to 999."""
+    found = REPEATS.match(Path(name).parent.name)
+    return int(found[1]) if found else 1
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -115,11 +134,12 @@ def resized(picture: Image.Image, size: int, crop: bool = True) -> Image.Image:
 
 def tell_of_others(folder: Path, found: Collection[str]) -> None:
     """Name on stderr what has no caption among ``found``: pictures, and folders."""
-    for path in pictures_in(folder):
-        if path.name not in found:
+    places = folders_of(folder)
+    for path in (path for place in places for path in pictures_in(place)):
+        if path.relative_to(folder).as_posix() not in found:
             tell(f"{path} is left out: it has no caption")
     listed = {Path(name).parts[0] for name in found}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(set(folder.iterdir()).difference(places)):
         other = path.is_dir() and path.name not in listed
         with suppress(PermissionError):  # some system's own
             if other and not path.name.startswith(".") and any(pictures_in(path)):
@@ -133,13 +153,13 @@ def read_folder(
     return read_pictures(Path(folder), captions_of(Path(folder)), size, crop)
 
 
-def read_each(folder: Path, found: dict[str, str]) -> Iterator[tuple[Image.Image, str]]:
-    """The pictures with captions ``found``, in RGB, and each its caption.
+def read_each(folder: Path, found: dict[str, str]) -> Iterator[tuple[str, Image.Image]]:
+    """The names and the pictures, in RGB, of those with captions ``found``.
 
     One that cannot be read or has no caption is named on stderr and left out.
     """
     tell_of_others(folder, found)
-    for name, caption in found.items():
+    for name in found:
         try:
             picture = in_rgb(open_picture(folder / name))
         except MemoryError:
@@ -148,7 +168,7 @@ def read_each(folder: Path, found: dict[str, str]) -> Iterator[tuple[Image.Image
             known = str(error) if name in str(error) else f"{folder / name}: {error}"
             tell(f"{known}; it is left out")
             continue
-        yield picture, caption
+        yield name, picture
 
 
 def read_pictures(
@@ -160,9 +180,9 @@ def read_pictures(
     """
     pictures = torch.empty(len(found), 3, size, size, dtype=torch.uint8)
     captions: list[str] = []
-    for picture, caption in read_each(folder, found):
+    for name, picture in read_each(folder, found):
         pictures[len(captions)] = to_tensor(resized(picture, size, crop))
-        captions.append(caption)
+        captions.append(found[name])
     if not captions:
         raise ValueError(f"{folder}: none of its pictures can be read")
     return pictures[: len(captions)], captions

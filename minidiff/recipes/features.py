@@ -35,6 +35,12 @@ def shuffled(indices: Tensor, n: int, seed: int) -> Tensor:
     return places
 
 
+def epochs(features: "Features", seed: int) -> Callable[[Tensor], Tensor]:
+    """An order in which each sample stands in an epoch as often as it counts."""
+    pool = features.pool()
+    return lambda indices: pool[shuffled(indices, len(pool), seed)]
+
+
 def collect(n: int, parts: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """The rows of all ``parts``, (n, …) each, written into memory taken only once."""
     whole: tuple[Tensor, ...] = ()
@@ -53,7 +59,7 @@ class Features:
 
     Sample i has ``latents[i]`` and the row ``place[i]`` of ``context`` and ``pooled``;
     row 0 is the empty prompt's. ``ids``: what both CLIPs read of each row, for
-    encoders that learn.
+    encoders that learn. ``repeats``: how often each sample counts; once if None.
     """
 
     latents: Tensor  # (n, C, h, w), scaled
@@ -61,6 +67,7 @@ class Features:
     context: Tensor  # (R, L, D)
     pooled: Tensor  # (R, P)
     ids: Tensor | None = None  # (R, 2, L)
+    repeats: Tensor | None = None  # (n,)
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -69,9 +76,16 @@ class Features:
         """All that there is, by name."""
         return {name: x for name, x in vars(self).items() if x is not None}
 
-    def select(self, samples: slice) -> "Features":
+    def select(self, samples: slice | Tensor) -> "Features":
         """Some of the samples, with the captions of all."""
-        return replace(self, latents=self.latents[samples], place=self.place[samples])
+        rows = {"latents": self.latents, "place": self.place, "repeats": self.repeats}
+        some = {name: x[samples] for name, x in rows.items() if x is not None}
+        return replace(self, **some)
+
+    def pool(self) -> Tensor:
+        """The samples' numbers, each as often as it counts."""
+        once = torch.arange(len(self), device=self.latents.device)
+        return once if self.repeats is None else once.repeat_interleave(self.repeats)
 
     def fixed(self, seed: int) -> Batch:
         """All samples with one noise each, for ``validation``."""

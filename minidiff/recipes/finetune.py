@@ -40,6 +40,7 @@ from minidiff.lora import ATTENTION, LowRank, add_lora, save_lora
 from minidiff.recipes.features import Features, validation
 from minidiff.recipes.own_pictures import (
     PictureConfig,
+    Pictures,
     Sizes,
     encode_pictures,
     features_of,
@@ -157,8 +158,8 @@ def finetune(
 ) -> Path:
     """Train ``model`` on the folder ``pictures``; the file or folder it wrote.
 
-    The last tenth of the pictures, 1 to 32, is not learned from: it says which weights
-    are the best. With ``lora`` the file is ``output``/pytorch_lora_weights.safetensors,
+    Every tenth picture, 1 to 32 in all, is not learned from: they say which weights are
+    the best. With ``lora`` the file is ``output``/pytorch_lora_weights.safetensors,
     else ``output``/model holds a whole model. A stopped run goes on when called again.
     ``recompute`` saves memory: see ``steps.recompute``. With ``lora`` and
     ``config.bfloat16`` the model's own weights, which do not learn, are in bfloat16.
@@ -179,12 +180,13 @@ def finetune(
         tuned = begin_tuning(model, lora, device, dtype, seed, recompute)
         pipe = tuned.pipe
         began = fingerprint(*all_weights(pipe.transformer), pipe.scheduler.shift)
-        learned = [encoded(tuned, *one, output) for one in sets]
+        learned = [encoded(tuned, one, output) for one in sets]
         names = " ".join(name for name, _ in learned)
-        run.add(encodings=names, began=began)
+        repeats = fingerprint(*(one.repeats for one in sets))
+        run.add(encodings=names, began=began, repeats=repeats)
         features = [one for _, one in learned]
         prior = prior_of(tuned, how, seed, output / "cache", began)
-        shown = Shown(tuned, how.prompts or sets[0][1][:4], seed)
+        shown = Shown(tuned, how.prompts or sets[0].captions[:4], seed)
 
         def draw() -> None:
             shown.save(output / "grids" / f"{run.step:06}.png")
@@ -317,10 +319,9 @@ def begin_lora(pipe: Pipeline, lora: LoraConfig) -> dict[str, dict[str, LowRank]
     return updates
 
 
-def encoded(
-    tuned: Tuned, images: Tensor, captions: list[str], output: Path
-) -> tuple[str, Features]:
+def encoded(tuned: Tuned, pictures: Pictures, output: Path) -> tuple[str, Features]:
     """Pictures of one shape with their captions, encoded once, and a name for them."""
+    images, captions, repeats = pictures
     name = encoding_name(tuned.pipe, images, captions, tuned.encoders)
     path = output / "cache" / f"{name}.safetensors"
 
@@ -328,7 +329,7 @@ def encoded(
         more = tuned.encoders
         return encode_pictures(tuned.pipe, images, captions, more).tensors()
 
-    return name, Features(**cached(path, make, "cpu"))
+    return name, Features(**cached(path, make, "cpu"), repeats=repeats)
 
 
 def prior_of(

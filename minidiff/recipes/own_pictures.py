@@ -1,6 +1,5 @@
 """How own pictures are learned from: shapes, captions, what is to stay."""
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -13,14 +12,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from minidiff.data import rng
-from minidiff.data.captioned import read_each, resized
+from minidiff.data.captioned import read_each, repeats_of, resized
 from minidiff.files.pictures import from_bytes, to_tensor
 from minidiff.recipes.features import (
     Features,
     FlowBatches,
     collect,
     encode_latents,
-    shuffled,
+    epochs,
 )
 from minidiff.sampling import Pipeline
 from minidiff.training import Batch
@@ -92,7 +91,12 @@ class Sizes(NamedTuple):
     largest: int
 
 
-Pictures = tuple[Tensor, list[str]]  # uint8 (N, 3, H, W) of one shape, and captions
+class Pictures(NamedTuple):
+    """Pictures of one shape, their captions, and how often each counts in an epoch."""
+
+    images: Tensor  # uint8 (N, 3, H, W)
+    captions: list[str]
+    repeats: Tensor  # (N,)
 
 
 def read_sets(
@@ -103,15 +107,16 @@ def read_sets(
     ValueError if none can be read.
     """
     sizes = bucket_sizes(*known) if how.buckets else [(known.side, known.side)]
-    sets: dict[int, tuple[list[Tensor], list[str]]] = {}
-    for picture, caption in read_each(folder, captions):
+    sets: dict[int, list[tuple[Tensor, str, int]]] = {}
+    for name, picture in read_each(folder, captions):
         number = nearest_bucket(picture.size, sizes)
-        images, texts = sets.setdefault(number, ([], []))
-        images.append(to_tensor(shaped(picture, sizes[number], how)))
-        texts.append(f"{how.trigger} {caption}".strip())
+        image = to_tensor(shaped(picture, sizes[number], how))
+        text = f"{how.trigger} {captions[name]}".strip()
+        sets.setdefault(number, []).append((image, text, repeats_of(name)))
     if not sets:
         raise ValueError(f"{folder}: none of its pictures can be read")
-    return [(torch.stack(sets[n][0]), sets[n][1]) for n in sorted(sets)]
+    columns = (zip(*sets[number], strict=True) for number in sorted(sets))
+    return [Pictures(torch.stack(x), list(t), torch.tensor(n)) for x, t, n in columns]
 
 
 # Encoded
@@ -157,13 +162,15 @@ def prior_latents(pipe: Pipeline, prompt: str, count: int, seed: int) -> Tensor:
 
 
 def split_pictures(features: Features) -> tuple[Features, Features]:
-    """What is learned from, and the last tenth (1 to 32 pictures), which is not.
+    """What is learned from, and every tenth picture (1 to 32 in all), which is not.
 
     One picture alone is learned from.
     """
     n = len(features)
-    held = min(MOST_HELD_OUT, max(1, n // 10)) if n > 1 else 0
-    return features.select(slice(0, n - held)), features.select(slice(n - held, n))
+    count = min(MOST_HELD_OUT, max(1, n // 10)) if n > 1 else 0
+    held = torch.zeros(n, dtype=torch.bool)
+    held[[(i + 1) * n // count - 1 for i in range(count)]] = True
+    return features.select(~held), features.select(held)
 
 
 @dataclass(frozen=True)
@@ -194,16 +201,17 @@ def mixed_batches(
     drop: float,
     shift: float,
 ) -> MixedBatches:
-    """The sets by their numbers of pictures; with a ``prior`` that in half the steps.
+    """The sets by their pictures, each as often as it counts; with a ``prior`` that in
+    half the steps.
 
     ``drop`` and ``shift`` as for ``FlowBatches``.
     """
 
     def batches(part: Features) -> FlowBatches:
-        order = functools.partial(shuffled, n=len(part), seed=seed + 2)
+        order = epochs(part, seed + 2)
         return FlowBatches(part, order, seed, seed + 1, drop, shift=shift)
 
-    whole, half = sum(map(len, learned)), 0.5 if prior else 1.0
-    shares = [half * len(part) / whole for part in learned]
+    counts, half = [len(part.pool()) for part in learned], 0.5 if prior else 1.0
+    shares = [half * count / sum(counts) for count in counts]
     parts = [batches(part) for part in (*learned, *([prior] if prior else []))]
     return MixedBatches(parts, [*shares, 1 - half][: len(parts)], size, seed + 3)

@@ -18,7 +18,7 @@ from minidiff.engine.loading import load, usual_of
 from minidiff.learning import parallel
 from minidiff.learning.run import Run, fingerprint, lasting
 from minidiff.lora import detach, fuse
-from minidiff.recipes.features import Features, shuffled
+from minidiff.recipes.features import Features, epochs
 from minidiff.recipes.finetune import (
     FinetuneOptions,
     LoraConfig,
@@ -63,7 +63,7 @@ def distil(options: FinetuneOptions, seed: int = 0) -> Path:
     with Run(o.output / "run", settings) as run:
         pictures = read_sets(o.pictures, captions, sizes, o.how)[0]
         tuned = begin_tuning(o.model, o.lora, device, dtype, seed, o.recompute)
-        name, features = encoded(tuned, *pictures, o.output)
+        name, features = encoded(tuned, pictures, o.output)
         began = fingerprint(*all_weights(tuned.pipe.transformer))
         run.add(encodings=name, began=began)
         task = distilling_task(tuned, features, run, o.output, seed)
@@ -103,8 +103,7 @@ def distilling_task(
     else:
         rest = functools.partial(without, updates["transformer"])
         taught = Distillation(pipe.transformer, empty, *usual, rest)
-    order = functools.partial(shuffled, n=len(learned), seed=seed + 2)
-    batch = JumpBatches(learned, order, seed, seed + 1, drop=0.0)
+    batch = JumpBatches(learned, epochs(learned, seed + 2), seed, seed + 1, drop=0.0)
     shown = held if len(held) else learned.select(slice(0, 1))
     compared = Comparison(taught, shown, pipe.vae, seed, pipe.device)
 
