@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import request
-from PIL import Image
+from helpers import plain_pictures, request
 from small import small_pipeline
 
 from minidiff import cli
@@ -49,13 +48,8 @@ def settings() -> None:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Four plain pictures of 20 × 14 pixels with their captions."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for name in ("red", "green", "blue", "white"):
-        Image.new("RGB", (20, 14), name).save(folder / f"{name}.png")
-        (folder / f"{name}.txt").write_text(f"a {name} background\n")
-    return folder
+    """A folder of four plain pictures with their captions."""
+    return plain_pictures(tmp_path / "pictures")
 
 
 @pytest.fixture

@@ -3,10 +3,12 @@
 import json
 import re
 import urllib.request
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -46,6 +48,15 @@ def patch_functions(
 ) -> None:
     """Let ``module`` alone see other functions in place of those of ``F``."""
     monkeypatch.setattr(module, "F", SimpleNamespace(**vars(F) | replacements))
+
+
+def plain_pictures(folder: Path) -> Path:
+    """A new folder of four plain pictures, 20 × 14 pixels, with their captions."""
+    folder.mkdir()
+    for name in ("red", "green", "blue", "white"):
+        Image.new("RGB", (20, 14), name).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"a {name} background\n")
+    return folder
 
 
 def request(url: str, model: dict | None = None) -> dict:

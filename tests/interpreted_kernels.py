@@ -9,8 +9,7 @@ from dataclasses import replace
 
 import torch
 from helpers import randomize, relative_error
-from small import AUTOENCODER, TRANSFORMER
-from test_speed_paths import inputs, transformer
+from small import AUTOENCODER, TRANSFORMER, inputs, transformer
 from torch.nn import functional as F
 
 from minidiff import efficiency
@@ -22,10 +21,10 @@ from minidiff.vae import VAE
 def check_transformer():
     for width in (TRANSFORMER.attention_head_dim, 12):  # no power of two
         model = transformer(replace(TRANSFORMER, attention_head_dim=width))
-        given = inputs(TRANSFORMER)
+        given = inputs(TRANSFORMER, height=4, width=4, length=3)
         assert relative_error(FastMMDiT.of(model)(*given), model(*given)) < 1e-5
         # Behind skipped blocks more updates than one pass takes come together
-        controls = list(torch.randn(2, 2, 24, 2 * width))
+        controls = list(torch.randn(2, 2, 4, 2 * width))
         how = {"controls": controls, "skip_layers": [1]}
         expected = model(*given, **how)
         assert relative_error(FastMMDiT.of(model)(*given, **how), expected) < 1e-5
@@ -33,8 +32,9 @@ def check_transformer():
 
 def check_decoder():
     vae = randomize(VAE(AUTOENCODER))
-    for size in ((2, 3), (12, 12)):  # one chunk of a group norm's pixels, and several
-        latents = torch.randn(2, 16, *size)
+    # One chunk of a group norm's pixels in each of two pictures; several chunks of one
+    for size in ((2, 16, 2, 3), (1, 16, 12, 12)):
+        latents = torch.randn(size)
         exact = vae.decoder(latents)
         assert relative_error(FastDecoder.of(vae.decoder)(latents), exact) < 1e-5
     vae, latents = vae.half(), latents.half()

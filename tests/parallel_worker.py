@@ -1,11 +1,13 @@
 """Train every stage for five steps at the smallest size, alone or under torchrun.
 
 Saves the averaged weights of all stages into the folder named by the first argument: as
-"whole", and as "sharded" what sharded weights learned.
+"whole", and as "sharded" what sharded weights learned. Then runs ``minidiff`` with the
+words of the folder's commands.json; what a process prints goes into NAME-RANK.txt.
 """
 
+import json
 import sys
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from minidiff import cli
 from minidiff.data import rng
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.judging.judge import Judge, JudgeConfig, judge_loss
@@ -139,6 +142,16 @@ def train(sharded: bool, folder: Path | None = None) -> dict[str, Tensor]:
     return weights
 
 
+def command(words: list[str], printed: Path) -> None:
+    """Run ``minidiff`` with these words; it must succeed."""
+    sys.argv = ["minidiff", *words]
+    try:
+        with printed.open("w") as file, redirect_stdout(file):
+            cli.main()
+    except SystemExit as ended:
+        assert not ended.code, words
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
@@ -147,6 +160,9 @@ def main(folder: Path) -> None:
         weights = train(name == "sharded", folder)
         if parallel.rank() == 0:
             save_file(weights, folder / name)
+    torch.set_default_dtype(torch.float32)
+    for name, words in json.loads((folder / "commands.json").read_text()).items():
+        command(words, folder / f"{name}-{parallel.rank()}.txt")
 
 
 if __name__ == "__main__":

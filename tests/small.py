@@ -1,10 +1,11 @@
-"""A complete pipeline with small random weights, in our classes."""
+"""A transformer and a complete pipeline with small random weights, in our classes."""
 
 from pathlib import Path
 
 import torch
 from helpers import randomize
 from pipelines import save_tokenizers
+from torch import Tensor
 
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.flow_matching import Scheduler
@@ -25,6 +26,27 @@ TRANSFORMER = MMDiTConfig(
     qk_norm="rms_norm",
 )
 AUTOENCODER = VAEConfig(block_out_channels=(32, 32, 64), layers_per_block=1)
+
+
+def inputs(
+    config: MMDiTConfig,
+    batch: int = 2,
+    height: int = 8,
+    width: int = 12,
+    length: int = 7,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Latents (B, C, H, W), levels (B,), context (B, L, D), pooled vectors (B, P)."""
+    return (
+        torch.randn(batch, config.in_channels, height, width),
+        torch.linspace(0.2, 0.9, batch),
+        torch.randn(batch, length, config.joint_attention_dim),
+        torch.randn(batch, config.pooled_projection_dim),
+    )
+
+
+def transformer(config: MMDiTConfig = TRANSFORMER) -> MMDiT:
+    """A transformer that does not learn."""
+    return randomize(MMDiT(config)).requires_grad_(False)
 
 
 def clip(tokenizer: CLIPTokenizer, width: int, act: str) -> CLIPTextConfig:

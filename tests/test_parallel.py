@@ -9,6 +9,7 @@ from pathlib import Path
 import parallel_worker
 import pytest
 import torch
+from helpers import plain_pictures
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,6 +18,12 @@ from minidiff.files.weights import TINY
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 LAUNCH += ["--nproc-per-node", "2", "--local-addr", "127.0.0.1"]
+QUICK = {"steps": 2, "batch_size": 4, "warmup_steps": 2, "learning_rate": 1e-3}
+QUICK |= {"save_every": 1, "validate_every": 2, "bfloat16": False, "sharded": True}
+# After so few small steps of Muon's, weights that are 1 % of the way apart in float32
+# are 5 % apart in the float16 that is exported; in float64 Muon is compared too
+RECIPE = {"vae": QUICK, "transformer": QUICK | {"muon": False}}
+RECIPE |= {"pictures": 16, "latents": 16, "held": 2}
 pytestmark = pytest.mark.slow
 
 
@@ -30,18 +37,38 @@ def alone() -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of what two processes learn."""
+def stages(fashion: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command that trains stages, but for its output."""
+    file = tmp_path_factory.mktemp("recipe") / "recipe.json"
+    file.write_text(json.dumps(RECIPE))
+    train = ["train", "--data", str(fashion), "--recipe", str(file)]
+    return [*train, "--start", "tiny", "--scenes", "plain", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def tuning(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command that fine-tunes, but for its output."""
+    folder = plain_pictures(tmp_path_factory.mktemp("own") / "pictures")
+    train = ["train", "--from", "tiny", "--lora", "--data", str(folder)]
+    train += ["--steps", "3", "--batch-size", "2", "--learning-rate", "1e-2"]
+    return [*train, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def two(
+    stages: list[str], tuning: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of what two processes learn, started once for all tests."""
     folder = tmp_path_factory.mktemp("two")
-    launch(parallel_worker.__file__, folder)
-    return folder
-
-
-def launch(*words: str | Path) -> str:
-    """What two processes print; they must succeed."""
-    done = subprocess.run([*LAUNCH, *words], capture_output=True, text=True)
+    commands = {
+        name: [*words, "--output", str(folder / name)]
+        for name, words in (("stages", stages), ("tuning", tuning))
+    }
+    (folder / "commands.json").write_text(json.dumps(commands))
+    launch = [*LAUNCH, parallel_worker.__file__, folder]
+    done = subprocess.run(launch, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    return folder
 
 
 @pytest.mark.parametrize("weights", ["whole", "sharded"])
@@ -61,43 +88,27 @@ def test_the_stage_learned(alone: dict[str, Tensor], stage: str) -> None:
 
 
 def test_sharded_stages_export_the_model_of_one(
-    fashion: Path, tmp_path: Path, run: Callable[..., tuple]
+    stages: list[str], two: Path, tmp_path: Path, run: Callable[..., tuple]
 ) -> None:
     """And draw grids, and keep the best: all that needs the whole of each weight."""
-    quick = {"steps": 2, "batch_size": 4, "warmup_steps": 2, "learning_rate": 1e-3}
-    quick |= {"save_every": 1, "validate_every": 2, "bfloat16": False, "sharded": True}
-    # After so few small steps of Muon's, weights that are 1 % of the way apart in
-    # float32 are 5 % apart in the float16 that is exported; float64 is compared above
-    recipe = {"vae": quick, "transformer": quick | {"muon": False}}
-    recipe |= {"pictures": 16, "latents": 16}
-    file = tmp_path / "recipe.json"
-    file.write_text(json.dumps(recipe | {"held": 8}))
-    train = ["train", "--data", fashion, "--recipe", file]
-    train += ["--start", "tiny", "--scenes", "plain", "--device", "cpu", "--output"]
-    assert run(*train, tmp_path / "alone")[0] == 0
-    launch("-m", "--", "minidiff", *train, tmp_path / "together")
+    assert run(*stages, "--output", tmp_path)[0] == 0
     for stage in ("vae", "transformer"):
-        models = TINY, tmp_path / "alone" / "model", tmp_path / "together" / "model"
+        models = TINY, tmp_path / "model", two / "stages" / "model"
         old, alone, together = (weights(model / stage) for model in models)
         # Adam's first steps enlarge what differs by rounding, where gradients are small
         assert (together - alone).norm() < 0.1 * (alone - old).norm()
     for name in ("grids/000002.png", "runs/transformer/best.safetensors"):
-        assert (tmp_path / "together" / name).exists()
+        assert (two / "stages" / name).exists()
 
 
 def test_fine_tuning_in_two_processes(
-    pictures: Path, tmp_path: Path, run: Callable[..., tuple]
+    tuning: list[str], two: Path, tmp_path: Path, run: Callable[..., tuple]
 ) -> None:
-    train = ["train", "--from", "tiny", "--lora", "--data", pictures]
-    train += ["--steps", "3", "--batch-size", "2", "--learning-rate", "1e-2"]
-    train = list(map(str, [*train, "--device", "cpu", "--output"]))
-    made = [tmp_path / "alone", tmp_path / "together"]
-    printed = [
-        run(*train, made[0])[1],
-        launch("-m", "--", "minidiff", *train, made[1]),
-    ]
-    assert printed == [f"{output / FILE}\n" for output in made]
-    alone, together = (load_file(output / FILE) for output in made)
+    made = [tmp_path / FILE, two / "tuning" / FILE]
+    assert run(*tuning, "--output", tmp_path)[1] == f"{made[0]}\n"
+    printed = [(two / f"tuning-{rank}.txt").read_text() for rank in range(2)]
+    assert printed == [f"{made[1]}\n", ""]
+    alone, together = map(load_file, made)
     learned = [name for name in alone if "lora_B" in name]
     old, new = (torch.cat([x[n].flatten() for n in learned]) for x in (alone, together))
     assert old.norm() > 0 and (new - old).norm() < 0.05 * old.norm()

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import randomize, relative_error
-from small import AUTOENCODER, TRANSFORMER
+from small import AUTOENCODER, TRANSFORMER, inputs, transformer
 from torch import nn
 from torch.nn.attention import SDPBackend
 
@@ -48,19 +48,6 @@ CONFIGS = {
         dual_attention_layers=(0, 1),
     ),
 }
-
-
-def inputs(config, batch=2, height=8, width=12, length=7):
-    return (
-        torch.randn(batch, config.in_channels, height, width),
-        torch.linspace(0.2, 0.9, batch),
-        torch.randn(batch, length, config.joint_attention_dim),
-        torch.randn(batch, config.pooled_projection_dim),
-    )
-
-
-def transformer(config=TRANSFORMER):
-    return randomize(MMDiT(config)).requires_grad_(False)
 
 
 # The transformer
