@@ -25,7 +25,7 @@ After it you will be able to
 #
 # Chapter 5 has left a place for it: `MMDiT.forward(..., controls=…)` adds a vector for
 # each patch behind each block. This chapter is about where these vectors come from. On
-# the map of the pipeline it stands beside the transformer.
+# the way of the data it stands beside the transformer.
 
 # %%
 import math
@@ -63,7 +63,7 @@ from minidiff.vae import VAE
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "hide-input"]
 # import tempfile
 #
 # import minidiff
@@ -74,7 +74,7 @@ if TYPE_CHECKING:
 # from minidiff.data.garments import sample_scenes
 #
 # _ = torch.set_grad_enabled(False)
-# viz.show_pipeline("dit")
+# viz.show_pipeline("control")
 
 # %% [markdown]
 # The prompt of the journey arrives as in chapter 8. A ControlNet of SD3.5 reads of it

@@ -45,7 +45,7 @@ from minidiff.interface.checks import check_range
 # %%
 Map = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, place, size: x there
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "hide-input"]
 # import time
 #
 # import minidiff
@@ -58,9 +58,9 @@ Map = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, place, size: x there
 # from minidiff.dit import timestep_embedding
 # from minidiff.flow_matching import euler, flow_matching_loss, guide
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "hide-input"]
 # _ = torch.set_grad_enabled(False)
-# viz.show_pipeline("flow_matching")
+# viz.show_pipeline("distillation")
 
 # %% [markdown]
 # What arrives is the noise of our seed, and beside it the network that is to be the

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.vae import Upsample
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "hide-input"]
 # import minidiff
 # from minidiff import viz
 # from minidiff.classroom.exercises import check
@@ -45,7 +45,7 @@ from minidiff.vae import Upsample
 #
 # _ = torch.set_grad_enabled(False)
 # pipe = minidiff.load("tiny")
-# viz.show_pipeline("sampling")
+# viz.show_pipeline("efficiency")
 
 # %% [markdown]
 # ## Where the bytes are

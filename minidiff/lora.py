@@ -46,7 +46,7 @@ from minidiff.files.weights import (
 )
 from minidiff.interface.checks import check_range
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "hide-input"]
 # import copy
 # import tempfile
 #
@@ -59,7 +59,7 @@ from minidiff.interface.checks import check_range
 # from minidiff.training import Batch, noise_and_levels, transformer_loss
 #
 # _ = torch.set_grad_enabled(False)
-# viz.show_pipeline("dit")
+# viz.show_pipeline("lora")
 
 # %% [markdown]
 # What arrives is the whole pipeline of chapter 8, and from chapter 2 the context of a

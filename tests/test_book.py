@@ -83,6 +83,11 @@ def test_classes_link_to_their_source(book: Path) -> None:
         assert f"../_modules/minidiff/{name}" in api.links
 
 
+def test_a_chapters_source_is_its_code_alone(book: Path) -> None:
+    text = (book / "_modules" / "minidiff" / "attention.html").read_text("utf-8")
+    assert 'id="JointAttention"' in text and "%%" not in text and "viz" not in text
+
+
 def test_pages_have_search_copy_buttons_and_neighbours(book: Path) -> None:
     text = (book / "book" / "setup.html").read_text(encoding="utf-8")
     for wanted in ("search-button", "copybutton.js", "theme-switch", "prev-next"):
@@ -175,6 +180,42 @@ def visit(context: Any, path: Path) -> list[str]:
 def foreign(url: str) -> str:
     kept = url.startswith(("file:", "data:", "blob:", "about:"))
     return "" if kept else f"request off the machine: {url}"
+
+
+def test_a_search_shows_prose(chromium: Any, book: Path) -> None:
+    page = chromium.new_page()
+    page.goto(f"{(book / 'search.html').as_uri()}?q=attention+padding")
+    page.wait_for_selector("text=Search finished")
+    results = page.locator("ul.search li")
+    assert results.count() == page.locator("p.context").count() > 5
+    found = page.locator("p.context").all_inner_texts()
+    words = [text for text in found if "attention" in text or "pad" in text]
+    assert len(words) > 0.8 * len(found) and not any("\\" in text for text in found)
+    assert all(20 < len(text) < 300 for text in found)
+    page.context.close()
+
+
+def test_the_sidebar_opens_at_the_readers_place(chromium: Any, book: Path) -> None:
+    page = chromium.new_page(viewport={"width": 1280, "height": 500})
+    for name in ("01_tokenizer", "12_efficiency", "01_tokenizer"):
+        page.goto((book / "notebooks" / f"{name}.html").as_uri())
+        box = page.locator(".bd-sidebar-primary .current.active > a").bounding_box()
+        assert 0 <= box["y"] and box["y"] + box["height"] <= 500
+    page.context.close()
+
+
+def test_print_has_the_numbered_title_and_whole_boxes(
+    chromium: Any, book: Path
+) -> None:
+    page = chromium.new_page()
+    page.goto((book / "notebooks" / "04_attention.html").as_uri())
+    page.emulate_media(media="print")
+    titles = page.locator("h1:visible").all_inner_texts()
+    assert len(titles) == 1 and titles[0].startswith("4. Attention")
+    breaks = "cells => cells.map(cell => getComputedStyle(cell).breakInside)"
+    kinds = page.locator("div.cell_input").evaluate_all(breaks)
+    assert set(kinds) == {"avoid"}
+    page.context.close()
 
 
 STATIONS = {"04_attention": "Attention", "08_sampling": "Steps"}

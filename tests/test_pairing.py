@@ -55,6 +55,12 @@ def test_pair_agrees(path: Path) -> None:
 
 
 @chapters
+def test_the_map_says_here(path: Path) -> None:
+    text = module(path).read_text(encoding="utf-8")
+    assert f'viz.show_pipeline("{module(path).stem}")' in text
+
+
+@chapters
 def test_every_cell_is_executed(path: Path) -> None:
     for cell in nbformat.read(path, 4).cells:
         if cell.cell_type == "code":

@@ -2,7 +2,7 @@
 
 ``.. room:: files`` stands for the names of every module in `minidiff/files/`. A
 chapter's module has the chapter's first page as its docstring, in Markdown: the API
-page lists its names and links to the chapter instead.
+page lists its names and links to the chapter instead, and its source is the code alone.
 """
 
 import re
@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+import jupytext
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.docutils import SphinxDirective
 
 PACKAGE = Path(__file__).parents[2] / "minidiff"
@@ -46,6 +48,21 @@ def drop_prose(
         lines.clear()
 
 
+def code_alone(app: Sphinx, module: str) -> tuple[str, dict] | None:
+    """A chapter's code without prose and demonstrations, and where its names stand."""
+    if module not in CHAPTERS:
+        return None
+    cells = jupytext.read(PACKAGE / f"{module.partition('.')[2]}.py").cells
+    kept = [
+        cell.source
+        for cell in cells
+        if cell.cell_type == "code"
+        and "active-ipynb" not in cell.metadata.get("tags", [])
+    ]
+    analyzed = ModuleAnalyzer.for_string("\n\n\n".join(kept), module)
+    return analyzed.code, analyzed.find_tags()
+
+
 def leave_variables(
     app: Sphinx, env: Any, node: nodes.Element, content: nodes.Node
 ) -> nodes.Node | None:
@@ -58,5 +75,6 @@ def leave_variables(
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("room", Room)
     app.connect("autodoc-process-docstring", drop_prose)
+    app.connect("viewcode-find-source", code_alone)
     app.connect("missing-reference", leave_variables)
     return {"parallel_read_safe": True}
