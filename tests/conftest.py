@@ -17,8 +17,10 @@ import pytest
 import torch
 from helpers import plain_pictures, request
 from small import small_pipeline
+from torch import Tensor
 
 from minidiff import cli
+from minidiff.flow_matching import euler
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,6 +52,18 @@ def settings() -> None:
 def pictures(tmp_path: Path) -> Path:
     """A folder of four plain pictures with their captions."""
     return plain_pictures(tmp_path / "pictures")
+
+
+@pytest.fixture
+def short_grids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages draw their grids in 2 of the 28 steps: nothing hangs on how they look."""
+    from minidiff.recipes import control_stage, transformer_stage
+
+    def draw(velocity: Callable, x: Tensor, sigmas: Tensor) -> Tensor:
+        return euler(velocity, x, sigmas[::14])
+
+    for stage in (control_stage, transformer_stage):
+        monkeypatch.setattr(stage, "euler", draw)
 
 
 @pytest.fixture

@@ -544,9 +544,9 @@ def test_a_lora_learns_a_style_from_twenty_pictures(
         from_model="tiny",
         lora=True,
         targets=layers,
-        steps=120,
+        steps=70,
         batch_size=4,
-        learning_rate=4e-3,
+        learning_rate=6e-3,
         device="cpu",
     )
     base, tuned = draw_striped(None), draw_striped(output)

@@ -30,6 +30,7 @@ def own_pictures(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("short_grids")
 def test_own_pictures_train_every_stage(
     own_pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:

@@ -37,7 +37,7 @@ from minidiff.tokenizer import T5Tokenizer
 from minidiff.training import Task, TrainingConfig
 from minidiff.vae import VAE, VAEConfig
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_grids")]
 
 
 @pytest.fixture(scope="module")
