@@ -1003,7 +1003,7 @@ def encode_weighted(pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
 #
 # - **Memory.** Large's net has a quarter of Large's parameters: 4.3 GB in 16 bits.
 #   Production code moves it away when its last step is over, at `end`. (Our memory
-#   plans do not count a net: leave room for it.)
+#   plans count the nets as well, for the whole drawing.)
 # - **Time.** Half as many blocks cost about half a step more. A control that ends early
 #   saves that time.
 # - **Guidance.** Both prompts get the control here. Some interfaces give it to the

@@ -17,6 +17,8 @@ import nbformat
 import pytest
 from helpers import request
 
+from minidiff.classroom.folding import fold, folds
+
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 chapters = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -101,6 +103,37 @@ def test_import_prints_draws_and_reads_nothing() -> None:
     command = [sys.executable, "-W", "error", "-c", IMPORT, *names]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@chapters
+def test_jupyterlab_folds_what_the_book_folds(path: Path) -> None:
+    """If not, `python -m minidiff.classroom.folding` does it."""
+    notebook = nbformat.read(path, 4)
+    for cell in notebook.cells:
+        assert cell.metadata.get("jupyter", {}) == folds(cell), cell.source
+    assert any(
+        "outputs_hidden" in c.metadata.get("jupyter", {}) for c in notebook.cells
+    )
+
+
+def test_a_sync_keeps_what_jupyterlab_folds(tmp_path: Path) -> None:
+    pair = tmp_path / "a.py", tmp_path / "a.ipynb"
+    pair[0].write_text('# %% tags=["hide-output"]\n1\n')
+    (tmp_path / "jupytext.toml").write_text(
+        'formats = "py:percent,ipynb"\ncell_metadata_filter = "tags,-all"\n'
+    )
+    sync = [sys.executable, "-m", "jupytext", "--quiet", "--sync", pair[0]]
+    subprocess.run(sync, check=True)
+    notebook = nbformat.read(pair[1], 4)
+    fold(notebook)
+    nbformat.write(notebook, pair[1])
+    pair[0].write_text('# %% tags=["hide-output"]\n1\n\n# %%\n2\n')
+    os.utime(pair[0], (time.time() + 5, time.time() + 5))
+    subprocess.run(sync, check=True)
+    first, second = nbformat.read(pair[1], 4).cells
+    assert first.metadata["jupyter"] == {"outputs_hidden": True}
+    assert second.source == "2" and "jupyter" not in second.metadata
+    assert "jupyter" not in pair[0].read_text()
 
 
 # Saving in JupyterLab
