@@ -53,7 +53,7 @@ Map = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, place, size: x there
 #
 # from minidiff import viz
 # from minidiff.classroom import journey
-# from minidiff.classroom.exercises import check
+# from minidiff.classroom.exercises import check, seal
 # from minidiff.classroom.journey import PROMPT, SEED
 # from minidiff.dit import timestep_embedding
 # from minidiff.flow_matching import euler, flow_matching_loss, guide
@@ -881,8 +881,8 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 # @check
 # def exercise_9_1() -> None:
 #     teacher_asks, student_asks = asked()
-#     assert teacher_asks == 4 * 28 * 2, "pictures × steps × prompts of a guided step"
-#     assert student_asks == 4 * 2, "pictures × jumps, without a second prompt"
+#     assert seal(teacher_asks) == "84a5092e", "pictures, steps, and prompts of a step"
+#     assert seal(student_asks) == "2c624232", "pictures × jumps, and one prompt"
 
 # %% tags=["active-ipynb", "hide-cell", "solution"]
 # def asked() -> tuple[int, int]:
@@ -936,6 +936,9 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 #     assert len(seen) == 3, "one jump from each place"
 #     again = 0.4 * 0.5 * torch.ones(5, 2) + 0.6 * fresh[0]
 #     assert torch.allclose(seen[1][0], again), "chapter 6's mixture, at the next place"
+#     third = 0.7 * seen[1][0] / 2 + 0.3 * fresh[1]
+#     assert torch.allclose(seen[2][0], third), "from the last data, with new noise"
+#     assert seen[1][1] == 0.6 and seen[2][1] == 0.3, "tell `end` where it begins"
 #     assert torch.equal(x, seen[2][0] / 2), "no noise after the last jump"
 
 # %% tags=["active-ipynb", "hide-cell", "solution"]
