@@ -9,9 +9,10 @@ import io
 import shutil
 import sys
 import tempfile
+from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, Playwright, sync_playwright
 
 import minidiff
 from minidiff.live.page import live
@@ -35,22 +36,29 @@ def frames(page: Page) -> list[Image.Image]:
     return found
 
 
-def main() -> None:
+def find_chromium(play: Playwright) -> str:
+    """The system's Chromium, or Playwright's own."""
+    return shutil.which("chromium") or play.chromium.executable_path
+
+
+def record(file: Path | str) -> None:
+    """Write the animated picture."""
     pipe = minidiff.load("tiny")
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as play:
         shown = live(pipe, PROMPTS[0], folder)
         text = shown.file.read_text().replace(" minidiff-inside", "")
         shown.file.write_text(text)
-        path = shutil.which("chromium") or play.chromium.executable_path
-        browser = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        browser = play.chromium.launch(
+            executable_path=find_chromium(play), args=["--no-sandbox"]
+        )
         page = browser.new_page(viewport=SIZE)
         page.goto(f"{shown.file.as_uri()}?prompt=a")
         page.add_style_tag(content=".live-status { visibility: hidden; }")
         page.wait_for_selector("[data-drawn=whole]", timeout=0)
         first, *others = frames(page)
         browser.close()
-    first.save(sys.argv[1], save_all=True, append_images=others, duration=450, loop=0)
+    first.save(file, save_all=True, append_images=others, duration=450, loop=0)
 
 
 if __name__ == "__main__":
-    main()
+    record(sys.argv[1])

@@ -443,7 +443,8 @@ def noise_and_levels(
 # that is why the pipeline still works when the huge T5 is left out. SD3 does only the
 # second, so often that all three are zeros in one of ten; yet its pipelines ask with
 # the encoded empty text, which is no zero. Nobody has published what that mismatch
-# costs.
+# costs. (<a href="../book/inside.html?open=bench&amp;switch=t5">Leave T5 out live</a>,
+# of any prompt.)
 
 
 # %%

@@ -971,7 +971,9 @@ def psnr(a: Tensor, b: Tensor) -> float:
 #   sees but a test that compares pictures.
 # - **It previews.** Programs that show every step of a drawing do not run the full
 #   decoder each time: a matrix from 16 channels to red, green and blue, or a very small
-#   decoder, is good enough for a thumbnail.
+#   decoder, is good enough for a thumbnail. (<a
+#   href="../book/inside.html?open=steps&amp;step=0">The estimates of any drawing</a>,
+#   decoded in full, live.)
 
 # %% [markdown]
 # ## Exercises
