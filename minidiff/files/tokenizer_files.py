@@ -536,7 +536,8 @@ def words_of(text: str) -> list[str]:
 
 def write_words(folder: Path, texts: Iterable[str]) -> None:
     """Write every word of ``texts`` once, a line each, in order of the alphabet."""
-    words = sorted({word for text in texts for word in words_of(text)})
+    pieces = {piece for text in texts for piece in text.split()}  # few of many texts
+    words = sorted({word for piece in pieces for word in words_of(piece)})
     write_text(folder / WORDS, "\n".join(words) + "\n")
 
 
