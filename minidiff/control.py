@@ -712,10 +712,10 @@ def save_control(
 # ## Look at it
 #
 # A net for the tiny model. Where the package ships one, it is read. Otherwise the next
-# cells train one, for about a minute: on 64 drawings of the model itself, whose edges
-# are the sketches and whose captions are known. That is far too little for a good net,
-# and enough to see one begin to work. (`minidiff train --stage control --start tiny`
-# trains one as it should be, on the edges of the world's scenes.)
+# cells train one, in less than a minute, on 48 drawings of the model itself: their
+# edges are the sketches, and their captions are known. That is far too little for a
+# good net, and enough to see one begin to work. (`minidiff train --stage control
+# --start tiny` trains one as it should be, on the edges of the world's scenes.)
 
 # %% tags=["active-ipynb"]
 # COLORS = "red green blue yellow purple white orange pink".split()
@@ -725,7 +725,7 @@ def save_control(
 #     ground = COLORS[(i + 3) % 8]
 #     return f"a {COLORS[i % 8]} {THINGS[i % 6]} on a {ground} background"
 #
-# def lesson(count: int = 64) -> Batch:
+# def lesson(count: int = 48) -> Batch:
 #     """Latents, conditions and texts of the model's own drawings."""
 #     texts = [caption(i) for i in range(count)]
 #     x0 = pipe(texts, num_inference_steps=10, seed=100, output_type="latent")
@@ -735,7 +735,7 @@ def save_control(
 #     return known | {"condition": encode_condition(pipe.vae, sketches, "edges")}
 
 # %% tags=["active-ipynb"]
-# def learned(steps: int = 240, size: int = 12) -> ControlNet:
+# def learned(steps: int = 140, size: int = 8) -> ControlNet:
 #     """A net that has seen a few drawings, a few times."""
 #     batch, generator = lesson(), torch.Generator().manual_seed(SEED)
 #     net = begin_control(pipe.transformer)
@@ -743,8 +743,8 @@ def save_control(
 #     for step in range(steps):
 #         rows = torch.randint(len(batch["x0"]), (size,), generator=generator)
 #         some = {name: batch[name][rows] for name in ("x0", "condition")}
-#         told = torch.rand(size, generator=generator) > 0.3
-#         text = torch.where(told, rows, -1)  # of some the sketch alone must do
+#         told = torch.rand(size, generator=generator) > 0.5
+#         text = torch.where(told, rows, -1)  # of half the sketch alone must do
 #         some |= {name: batch[name][text] for name in ("context", "pooled")}
 #         some["noise"] = torch.randn(some["x0"].shape, generator=generator)
 #         logit = torch.randn(size, generator=generator)
