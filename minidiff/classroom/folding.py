@@ -31,7 +31,7 @@ def fold(notebook: dict[str, Any]) -> None:
             cell["metadata"]["jupyter"] = found
 
 
-def main() -> None:
+def fold_chapters() -> None:
     """Fold every chapter's notebook."""
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         notebook = json.loads(path.read_text(encoding="utf-8"))
@@ -41,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    fold_chapters()
