@@ -36,6 +36,7 @@ from minidiff.flow_matching import (
     Scheduler,
     Velocity,
     denoised,
+    dpmpp_2m,
     expand,
     interpolate,
     shift_sigma,
@@ -230,6 +231,7 @@ Map = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, place, size: x there
 
 # %%
 AHEAD = 1 / 8  # of a jump: the time that tells it lies so far inside
+PLACES = 8  # where jumps may begin
 
 
 def told(place: Tensor, size: Tensor, shift: float = 1.0) -> Tensor:
@@ -309,10 +311,20 @@ def jump(
 
 
 # %% [markdown]
-# The loss takes the half-way map as an argument. Called with steps of the teacher it
-# serves the smallest jumps, called with jumps of the student all others. The target is
-# computed without gradients: the long jump learns from the short ones, not the other
-# way round.
+# Where should a jump end? Two half ones say it. The half-way map is an argument: steps
+# of the teacher serve the smallest jumps, jumps of the student all others. No gradients
+# pass: the long jump learns from the short ones, not the other way round.
+
+
+# %%
+def two_halves(half: Map, x: Tensor, place: Tensor, size: Tensor) -> Tensor:
+    """Where two half jumps lead from ``x`` (B, …) at ``place`` (B,)."""
+    with torch.no_grad():
+        return half(half(x, place, size / 2), place - size / 2, size / 2)
+
+
+# %% [markdown]
+# The loss compares mean velocities, so that long jumps do not outweigh short ones:
 #
 # $$\mathcal L = \mathbb E\,\Bigl\lVert V_\theta(x, u, d) - \frac{x'' - x}{\sigma' -
 # \sigma} \Bigr\rVert^2$$
@@ -321,20 +333,17 @@ def jump(
 # %%
 def flow_map_loss(
     velocity: Velocity,
-    half: Map,
     x: Tensor,
+    end: Tensor,
     place: Tensor,
     size: Tensor,
     shift: float = 1.0,
 ) -> Tensor:
-    """Mean squared error of one jump against two half ones; a scalar.
+    """Mean squared error of jumps from ``x`` (B, …) that shall lead to ``end``.
 
-    ``x`` (B, …) at ``place`` (B,); ``half(x, place, size)`` goes half-way.
+    ``place`` and ``size`` (B,) say where they begin and how long they are. A scalar.
     """
-    with torch.no_grad():
-        middle = half(x, place, size / 2)
-        end = half(middle, place - size / 2, size / 2)
-        mean = (end - x) / expand(length(place, size, shift), x)
+    mean = (end - x) / expand(length(place, size, shift), x)
     return (velocity(x, told(place, size, shift)).float() - mean).square().mean()
 
 
@@ -370,9 +379,10 @@ def flow_map_loss(
 # def plane_loss(student: Velocity, teacher: Velocity, jumps: tuple) -> Tensor:
 #     """The smallest size learns from the teacher, the other three from the student."""
 #     first, rest = zip(*(x.tensor_split([len(x) // 4]) for x in jumps))
-#     small = flow_map_loss(student, lambda *at: euler_step(teacher, *at), *first)
-#     large = flow_map_loss(student, lambda *at: jump(student, *at), *rest)
-#     return (small + 3 * large) / 4
+#     small = two_halves(lambda *at: euler_step(teacher, *at), *first)
+#     large = two_halves(lambda *at: jump(student, *at), *rest)
+#     x, *at = jumps
+#     return flow_map_loss(student, x, torch.cat([small, large]), *at)
 #
 #
 # torch.manual_seed(SEED)
@@ -472,7 +482,7 @@ class JumpScheduler(Scheduler):
     Raises ValueError for ``jumps`` that are no power of two.
     """
 
-    jumps: int = 8
+    jumps: int = PLACES
     solvers: ClassVar[tuple[str, ...]] = ("euler",)
 
     def __post_init__(self) -> None:
@@ -514,37 +524,94 @@ class JumpScheduler(Scheduler):
 #     print(error)
 
 # %% [markdown]
-# What does the loss say of the shipped transformer, if it is teacher and student at
-# once? The scenes are eight that come with the package; each is told its prompt.
+# ### Whose states?
+#
+# Halves have a weak side: where do the jumps begin that are taught? We made the states
+# as chapter 6 does, by mixing data and noise. An unguided flow passes through just such
+# mixtures. A guided one does not, for guidance leads its travellers elsewhere, and in
+# the thousands of directions of a latent the mixtures and the places that are really
+# visited hardly meet. Besides, each size imitates the errors of the next smaller one.
+#
+# There is a dearer way and a surer one. Let the teacher draw, keep the places that its
+# drawings pass, and every jump between two of them is an example: it begins where jumps
+# begin, and its end is known without any half. One drawing holds eight jumps of ⅛, four
+# of ¼, two of ½ and one that is all of it. This is how early one-step models were
+# taught (Luhman and Luhman 2021), there with the last of the 15 jumps alone.
+
+
+# %%
+def paths(velocity: Velocity, noise: Tensor, shift: float = 1.0) -> Tensor:
+    """The states (B, 9, …) that drawings from ``noise`` (B, …) pass, 1, ⅞, … 0.
+
+    Three steps of DPM-Solver++ in each eighth.
+    """
+    states = [noise]
+    keep = lambda step, sigma, x, x0_hat: states.append(x)  # noqa: E731
+    places = torch.linspace(1, 0, 3 * PLACES + 1, device=noise.device)
+    dpmpp_2m(velocity, noise, shift_sigma(places, shift), keep)
+    return torch.stack(states[::3], 1)
+
+
+# %% [markdown]
+# In the plane both kinds of examples are cheap. A second student learns from 2,000
+# drawings, for as many steps as the first:
+
+# %% tags=["active-ipynb"]
+# g = torch.Generator().manual_seed(SEED)
+# walked = paths(teacher, torch.randn(2000, 2, generator=g))
+#
+#
+# def walked_jumps(i: int, rows: int = 256) -> tuple[Tensor, ...]:
+#     """Begin, end, place and size of jumps between places that drawings pass."""
+#     g = torch.Generator().manual_seed(i)
+#     n = torch.tensor((8, 4, 2, 1)).repeat_interleave(rows // 4)
+#     before = (torch.rand(rows, generator=g) * n).floor()  # jumps of this size
+#     which, at = torch.randint(2000, (rows,), generator=g), (8 * before / n).long()
+#     return walked[which, at], walked[which, at + 8 // n], 1 - before / n, 1 / n
+#
+#
+# torch.manual_seed(SEED)
+# walker = Net()
+# _ = learn(walker, 800, lambda i: flow_map_loss(walker, *walked_jumps(i)))
+# followed = [missed(follow(walker, z, n)) for n in counts[:4]]
+# bars = {f"{n}": {"halves": a, "paths": b}
+#     for n, a, b in zip(counts, jumped, followed)}
+# viz.show_bars(bars, "distance from the true ends, by jumps")
+
+# %% [markdown]
+# What does the loss say of the shipped transformer? The teacher draws for eight of its
+# prompts, guided; the student begins as a copy of it.
 
 # %% tags=["active-ipynb"]
 # import copy
 #
 # from minidiff.data.garments import sample_scenes
 #
-# images, captions = (some[:8] for some in sample_scenes())
-# x0 = pipe.vae.scale(pipe.vae.encode(images).mode())
+# captions = sample_scenes()[1][:8]
 # positive, empty = pipe.encode_prompt(captions), pipe.encode_prompt([""] * 8)
 # both = [torch.cat(pair) for pair in zip(empty, positive)]
 # scale, own = pipe.defaults.guidance_scale, copy.deepcopy(pipe.transformer)
 #
 #
 # def guided(x: Tensor, sigma: Tensor) -> Tensor:
-#     v = own(x.repeat(2, 1, 1, 1), sigma.repeat(2), *both)  # (B, …) → (2·B, …)
+#     v = own(x.repeat(2, 1, 1, 1), sigma.expand(16), *both)  # (B, …) → (2·B, …)
 #     return guide(*v.chunk(2), scale)
 #
 #
-# learner = lambda x, time: pipe.transformer(x, time, *positive)
+# walked = paths(guided, pipe.prepare_latents(8, seed=SEED))
+# print("states:", tuple(walked.shape))
 
 # %% tags=["active-ipynb"]
+# learner = lambda x, time: pipe.transformer(x, time, *positive)
+#
+#
 # def latent_loss(i: int, n: int) -> Tensor:
-#     """The loss of jumps of size 1/n, one on each of the eight scenes."""
-#     g = torch.Generator().manual_seed(i)
-#     place = (torch.randint(n, (8,), generator=g) + 1) / n
-#     x = interpolate(x0, torch.randn(x0.shape, generator=g), place)
-#     smallest = lambda *at: euler_step(guided, *at)
-#     half = smallest if n == 8 else lambda *at: jump(learner, *at)
-#     return flow_map_loss(learner, half, x, place, torch.full((8,), 1 / n))
+#     """The loss of jumps of size 1/n, one in each of the eight drawings."""
+#     before = torch.randint(n, (8,), generator=torch.Generator().manual_seed(i))
+#     at, row = before * (8 // n), torch.arange(8)
+#     size = torch.full((8,), 1 / n)
+#     x, end = walked[row, at], walked[row, at + 8 // n]
+#     return flow_map_loss(learner, x, end, 1 - before * size, size)
 #
 #
 # sizes = {"⅛": 8, "¼": 4, "½": 2, "1": 1}
@@ -564,19 +631,18 @@ class JumpScheduler(Scheduler):
 
 # %% tags=["active-ipynb"]
 # assert sum(after.values()) < sum(before.values())
-# print("ten steps on eight scenes lower the loss over all sizes")
+# print("ten steps on eight drawings lower the loss over all sizes")
 
 # %% [markdown]
-# The smallest jump has guidance to learn, because its halves are the guided teacher's.
-# The longest has the furthest to go. Between them lie jumps that agree with their own
-# halves before they agree with the teacher.
+# Even the smallest jump has something to learn: guidance. The longest has the furthest
+# to go.
 #
-# Ten steps are a glimpse. `minidiff train --stage turbo` does the same for thousands,
-# on all scenes, with Muon and averaged weights; every batch holds each size of jump
-# equally often, but the smallest, which alone tie the student to its teacher, weigh as
-# much as all others together. Every few hundred steps it draws the same noise in 28
-# steps of the teacher and in 4, 2 and 1 jumps of the student. `--from` distils another
-# model of the family on your own captioned pictures, in full or by LoRA.
+# Ten steps are a glimpse. `minidiff train --stage turbo` does the same for thousands:
+# its teacher draws first, once for 60 samples to come, and then the student learns with
+# Muon and averaged weights; every batch holds each size of jump equally often. Every
+# few hundred steps it draws new noise in 28 steps of the teacher and in 4, 2 and 1
+# jumps of the student. No picture of the world is needed, only its captions. `--from`
+# distils another model of the family for your own captions, in full or by LoRA.
 
 # %% [markdown]
 # ## Sharpen it: match the distributions
@@ -735,6 +801,7 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 # | Consistency models | all places of a path have one end | a slowly moving copy |
 # | sCM | the same, with infinitely small steps | a JVP, care |
 # | Shortcut models | one jump = two half ones | nothing, or a teacher |
+# | Paths, as here | every jump of the teacher's drawings | the drawings, beforehand |
 # | MeanFlow | the mean velocity's own equation | a JVP |
 # | DMD2 | the teacher's distribution | a fake-score network |
 # | LADD | to please a discriminator | the teacher's features |
@@ -782,8 +849,9 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 # %% tags=["active-ipynb"]
 # torch.manual_seed(SEED)
 # alone = Net()
-# half = lambda *at: jump(alone, *at)
-# nothing = flow_map_loss(alone, half, *some_jumps(0, sizes=(1,))).item()
+# x, *at = some_jumps(0, sizes=(1,))
+# end = two_halves(lambda *at: jump(alone, *at), x, *at)
+# nothing = flow_map_loss(alone, x, end, *at).item()
 # error = missed(follow(alone, z, 1))
 # print("its loss is below 0.0001:", nothing < 1e-4)
 # print("it misses more than one step did:", error > small_steps[0])
@@ -857,15 +925,15 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 # - **Everything at once.** The strongest few-step models add losses: a flow map or a
 #   consistency loss to keep variety, a discriminator or DMD to sharpen.
 # - **Data.** Large models are often distilled on pictures that the teacher drew itself,
-#   for the data it was trained on are not at hand, and need not follow the prompt as
-#   well.
+#   as ours is: the data it was trained on are not at hand, and need not follow the
+#   prompt as well.
 # - **A second input.** Models that are born with jumps embed the size in layers of
 #   their own. Ours keeps the published architecture and pays with a fixed list of
 #   jumps.
 # - **LoRA.** Distilling only small corrections of the weights needs a fraction of the
 #   memory and gives a file that can be taken off again (chapter 10).
 # - **Weights of the loss.** sCM and others learn how strongly each level counts. Ours
-#   is fixed: the smallest jumps count as much as all others together.
+#   is fixed: every size counts alike.
 #
 # ## Exercises
 #
@@ -995,6 +1063,9 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 #   models](https://arxiv.org/abs/2410.12557): one jump equals two half ones.
 # - Meng et al. 2023, [On distillation of guided diffusion
 #   models](https://arxiv.org/abs/2210.03142).
+# - Luhman and Luhman 2021, [Knowledge distillation in iterative generative
+#   models](https://arxiv.org/abs/2101.02388): one step from noise to what the teacher
+#   draws.
 # - Salimans and Ho 2022, [Progressive distillation](https://arxiv.org/abs/2202.00512).
 # - Song et al. 2023, [Consistency models](https://arxiv.org/abs/2303.01469); Lu and
 #   Song 2024, [sCM](https://arxiv.org/abs/2410.11081); Geng et al. 2025,

@@ -21,7 +21,9 @@ from minidiff.distillation import (
     follow,
     grid,
     jump,
+    paths,
     told,
+    two_halves,
 )
 from minidiff.engine.loading import describe_model, read_scheduler
 from minidiff.files import layout, weights
@@ -80,20 +82,20 @@ def test_a_perfect_student_arrives_in_any_number_of_jumps(
 def test_one_jump_of_a_perfect_student_is_two_half_ones(shift: float) -> None:
     x, know = torch.randn(6, 2), perfect(shift)
     at = torch.tensor([1, 1, 0.5, 0.5, 0.25, 1]), torch.tensor([1, 0.5, 0.5] * 2) / 2
-    half = lambda *at: jump(know, *at, shift=shift)  # noqa: E731
-    assert flow_map_loss(know, half, x, *at, shift=shift) < 1e-10
-    wrong = flow_map_loss(lambda x, t: 1.1 * know(x, t), half, x, *at, shift=shift)
+    end = two_halves(lambda *at: jump(know, *at, shift=shift), x, *at)
+    assert flow_map_loss(know, x, end, *at, shift=shift) < 1e-10
+    wrong = flow_map_loss(lambda x, t: 1.1 * know(x, t), x, end, *at, shift=shift)
     assert wrong > 1e-3
-    teacher = lambda *at: euler_step(lambda x, s: x, *at, shift=shift)  # noqa: E731
-    assert 1e-6 < flow_map_loss(know, teacher, x, *at, shift=shift) < 1e-1
+    steps = two_halves(lambda *at: euler_step(lambda x, s: x, *at, shift=shift), x, *at)
+    assert 1e-6 < flow_map_loss(know, x, steps, *at, shift=shift) < 1e-1
 
 
 def test_only_the_long_jump_learns() -> None:
     weight = nn.Parameter(torch.ones(()))
     student = lambda x, time: weight * x  # noqa: E731
-    half = lambda *at: jump(student, *at)  # noqa: E731
-    one = torch.ones(3)
-    flow_map_loss(student, half, torch.ones(3, 2), one, one).backward()
+    x, one = torch.ones(3, 2), torch.ones(3)
+    end = two_halves(lambda *at: jump(student, *at), x, one, one)
+    flow_map_loss(student, x, end, one, one).backward()
     # target: (1 − ½)² = ¼, a mean velocity of ¾; the answer is 1
     torch.testing.assert_close(weight.grad, torch.tensor(2 * (1 - 0.75)))
 
@@ -107,6 +109,21 @@ def test_a_teachers_step_is_told_the_level_and_a_jump_its_name() -> None:
     )
     level, name = shift_sigma(torch.tensor([0.75, 0.75 - 0.25 / 8]), 3.0).tolist()
     assert heard == pytest.approx([level, name])
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_paths_pass_where_the_flow_does(shift: float) -> None:
+    x = torch.randn(4, 2)
+    states = paths(lambda x, sigma: x, x, shift)
+    levels = shift_sigma(torch.linspace(1, 0, 9), shift)
+    wanted = x[:, None] * (levels - 1).exp()[:, None]
+    assert torch.equal(states[:, 0], x)
+    torch.testing.assert_close(states, wanted, rtol=0.03, atol=0)
+    know = perfect(shift)
+    at = torch.full((4,), 0.5), torch.full((4,), 0.25)
+    torch.testing.assert_close(
+        jump(know, states[:, 4], *at, shift=shift), states[:, 6], rtol=0.03, atol=0
+    )
 
 
 # Sharpening

@@ -1,6 +1,5 @@
 """What distils: batches of jumps, their loss, and any model of the family."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,21 +12,21 @@ from torch import Tensor
 
 import minidiff
 from minidiff.cli import train as command
-from minidiff.distillation import JumpScheduler, euler_step, flow_map_loss, jump
+from minidiff.data import rng
+from minidiff.distillation import JumpScheduler, paths
 from minidiff.dit import MMDiT
-from minidiff.flow_matching import guide, interpolate, shift_sigma
+from minidiff.flow_matching import guide
 from minidiff.judging.diversity import SEEDS, feature_spread
 from minidiff.learning.run import read_log
-from minidiff.lora import add_lora
 from minidiff.recipes import turbo
 from minidiff.recipes.features import Features
 from minidiff.recipes.finetune import FinetuneOptions, LoraConfig
 from minidiff.recipes.jumps import (
     SIZES,
-    Distillation,
     JumpBatches,
+    Teacher,
     check_rows,
-    without,
+    draw_paths,
 )
 from minidiff.training import TrainingConfig
 
@@ -38,21 +37,35 @@ def features() -> Features:
     return Features(latents, place, torch.randn(3, 5, 48), torch.randn(3, 40))
 
 
+@pytest.fixture(scope="module")
 def batches(features: Features) -> JumpBatches:
-    return JumpBatches(features, lambda i: i % 6, noise_seed=1, drop_seed=2, drop=0.0)
+    """Jumps along eleven paths; what a path is at place k/8 is its number and k."""
+    drawn = torch.arange(11.0)[:, None] + torch.arange(8, -1, -1) / 100
+    drawn = drawn[..., None, None, None].expand(11, 9, 16, 8, 8)
+    return JumpBatches(drawn, features, lambda i: i % 11, seed=1)
 
 
-def test_a_sample_has_a_jump_of_its_own(features: Features) -> None:
-    draw = batches(features)
-    batch = draw(torch.arange(400))
+def test_a_sample_has_a_jump_of_its_own(batches: JumpBatches) -> None:
+    batch = batches(torch.arange(400))
     assert batch["size"].tolist() == [1 / 8, 1 / 4, 1 / 2, 1] * 100
     begin = batch["place"] / batch["size"]  # whole jumps from the end
     assert torch.equal(begin, begin.round()) and begin.min() == 1
     assert (batch["place"] <= 1).all()
     eighths = batch["place"][::SIZES]
     assert set(eighths.tolist()) == {k / 8 for k in range(1, 9)}
-    part = draw(torch.arange(8, 16))
+    part = batches(torch.arange(8, 16))
     assert all(torch.equal(batch[k][8:16], x) for k, x in part.items())
+
+
+def test_a_jump_leads_along_its_path(batches: JumpBatches, features: Features) -> None:
+    batch, path = batches(torch.arange(64)), torch.arange(64) % 11
+    there = batch["place"] - batch["size"]
+    for name, place in (("x", batch["place"]), ("end", there)):
+        wanted = path + 8 * place / 100
+        torch.testing.assert_close(batch[name][:, 0, 0, 0], wanted, rtol=1e-6, atol=0)
+    row = features.place[path % 6]
+    assert torch.equal(batch["context"], features.context[row])
+    assert torch.equal(batch["pooled"], features.pooled[row])
 
 
 def transformer(seed: int) -> MMDiT:
@@ -62,45 +75,29 @@ def transformer(seed: int) -> MMDiT:
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_each_size_learns_from_the_next_and_the_smallest_from_the_teacher(
-    features: Features, shift: float
+def test_drawings_are_the_guided_teachers(
+    features: Features, shift: float, tmp_path: Path
 ) -> None:
-    teacher, student = transformer(0), transformer(1)
-    empty = features.context[0], features.pooled[0]
-    taught = Distillation(teacher, empty, 2.5, shift)
-    batch = batches(features)(torch.arange(12))
-    losses = []
-    for i in range(12):
-        one = {k: x[i : i + 1] for k, x in batch.items()}
-        text = one["context"], one["pooled"]
-
-        def guided(x: Tensor, sigma: Tensor, text=text) -> Tensor:
-            none = teacher(x, sigma, *(e[None] for e in empty))
-            return guide(none, teacher(x, sigma, *text), 2.5)
-
-        ask = lambda x, time, text=text: student(x, time, *text)  # noqa: E731
-        way: Callable[..., Tensor] = euler_step if i % SIZES == 0 else jump
-        who = guided if i % SIZES == 0 else ask
-        half = lambda *at, way=way, who=who: way(who, *at, shift=shift)  # noqa: E731
-        at = one["place"], one["size"]
-        x = interpolate(one["x0"], one["noise"], shift_sigma(at[0], shift))
-        losses.append(flow_map_loss(ask, half, x, *at, shift=shift))
-    by_size = torch.stack(losses).unflatten(0, (-1, SIZES))
-    wanted = (by_size[:, 0].mean() + by_size[:, 1:].mean()) / 2
-    torch.testing.assert_close(taught.loss(student, batch), wanted, rtol=1e-4, atol=0)
-
-
-def test_corrections_rest_while_the_teacher_answers(features: Features) -> None:
     model = transformer(0)
-    x, text = features.latents[:1], (features.context[:1], features.pooled[:1])
-    ask = lambda: model(x, torch.ones(1), *text)  # noqa: E731
-    before, updates = ask(), add_lora(model, 2)
-    for update in updates.values():
-        torch.nn.init.normal_(update.up.weight)
-    learned = ask()
-    with without(updates):
-        assert torch.equal(ask(), before)
-    assert torch.equal(ask(), learned) and not torch.equal(learned, before)
+    empty = features.context[0], features.pooled[0]
+    teacher = Teacher(model, empty, 2.5, shift)
+    config = TrainingConfig(steps=31, batch_size=4)  # 3 drawings
+    drawn = draw_paths(teacher, features, config, 5, "cpu", tmp_path)
+    noise = rng.normal(5, torch.arange(3), (16, 8, 8))
+    text = (x[features.place[:3]] for x in (features.context, features.pooled))
+    context, pooled = text
+
+    def guided(x: Tensor, sigma: Tensor) -> Tensor:
+        none = [e.expand_as(y) for e, y in zip(empty, (context, pooled), strict=True)]
+        time = sigma.expand(3)
+        return guide(model(x, time, *none), model(x, time, context, pooled), 2.5)
+
+    with torch.no_grad():
+        wanted = paths(guided, noise, shift)
+    torch.testing.assert_close(drawn, wanted.half(), rtol=1e-2, atol=1e-2)
+    kept = Teacher(transformer(1), empty, 2.5, shift)  # is not asked again
+    again = draw_paths(kept, features, config, 5, "cpu", tmp_path)
+    assert torch.equal(again, drawn)
 
 
 def test_batches_hold_each_size_as_often() -> None:

@@ -1,9 +1,7 @@
 """Distillation into few steps: what the stage ``turbo`` and ``--from`` share."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,11 @@ from torch import Tensor
 
 from minidiff.data import rng
 from minidiff.distillation import (
+    PLACES,
     JumpScheduler,
-    euler_step,
     flow_map_loss,
     follow,
-    jump,
+    paths,
 )
 from minidiff.dit import MMDiT
 from minidiff.files.disk import write_json
@@ -29,142 +27,135 @@ from minidiff.files.layout import (
 )
 from minidiff.files.pictures import save_sheet
 from minidiff.files.weights import save_component
-from minidiff.flow_matching import (
-    Scheduler,
-    Velocity,
-    euler,
-    guide,
-    interpolate,
-    shift_sigma,
-)
+from minidiff.flow_matching import Scheduler, Velocity, euler, guide
 from minidiff.learning import parallel
-from minidiff.lora import LowRank
-from minidiff.recipes.features import Features, FlowBatches
+from minidiff.learning.run import cached
+from minidiff.recipes.features import Features
 from minidiff.training import Batch, TrainingConfig
 from minidiff.vae import VAE
 
-JUMPS = 8  # of the smallest size in a drawing
 SIZES = 4  # of jumps: an eighth, a quarter, a half, all
 STEPS = (4, 2, 1)  # in which validation draws
+USES = 60  # samples that learn from one drawing
 
 
 @dataclass(frozen=True)
-class JumpBatches(FlowBatches):
-    """Batches of jumps: sample i has the size 2^(i mod 4) / 8, at any place of it."""
+class Teacher:
+    """Who teaches, how strongly guided, and on which schedule.
 
-    def levels(self, indices: Tensor) -> Batch:
-        """The samples' noise (B, C, h, w), and place and size of their jumps (B,)."""
-        shape = tuple(self.features.latents.shape[1:])
-        noise = rng.normal(self.noise_seed, indices, shape)
-        count = JUMPS >> indices % SIZES
-        u = rng.uniform(self.noise_seed + 1, indices, 1)[:, 0]
-        return {
-            "noise": noise,
-            "place": ((u * count).floor() + 1) / count,
-            "size": 1 / count,
-        }
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """Who teaches whom, how strongly guided, and on which schedule.
-
-    ``empty``: context (L, D) and pooled vector (P,) of the empty prompt. Within
-    ``as_teacher()`` the ``teacher`` answers as it was: with LoRA it is the student too.
+    ``empty``: context (L, D) and pooled vector (P,) of the empty prompt.
     """
 
-    teacher: MMDiT
+    transformer: Callable[..., Tensor]
     empty: tuple[Tensor, Tensor]
     scale: float
     shift: float
-    as_teacher: Callable[[], AbstractContextManager[None]] = field(default=nullcontext)
 
     def guided(self, context: Tensor, pooled: Tensor) -> Velocity:
-        """The teacher's velocity, with the prompts and without in one batch."""
+        """The velocity for texts (B, L, D), (B, P), with and without in one batch."""
         pairs = zip(self.empty, (context, pooled), strict=True)
         both = [torch.cat([x.to(y).expand_as(y), y]) for x, y in pairs]
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-            time = sigma.expand(len(x)).repeat(2)  # (B,) → (2·B,)
-            with self.as_teacher():
-                v = self.teacher(x.repeat(2, 1, 1, 1), time, *both)
+            time = sigma.expand(2 * len(x))
+            v = self.transformer(x.repeat(2, 1, 1, 1), time, *both)
             v_neg, v_pos = v.float().chunk(2)  # 2 × (B, …)
             return guide(v_neg, v_pos, self.scale)
 
         return velocity
 
-    def loss(self, student: MMDiT, batch: Batch) -> Tensor:
-        """Each jump against two half ones; half of the smallest is the teacher's.
 
-        The smallest, which alone tie the student to its teacher, weigh as much as all
-        others together.
+def caption_row(features: Features, drawing: Tensor) -> Tensor:
+    """Where in ``features`` the captions of drawings 0, 1, 2, … are.
 
-        ``batch``: x0, noise (B, C, h, w), place, size (B,) as ``JumpBatches`` orders
-        them, context (B, L, D), pooled (B, P).
-        """
-        rows = {k: x.unflatten(0, (-1, SIZES)) for k, x in batch.items()}
-        small = {k: x[:, 0] for k, x in rows.items()}
-        large = {k: x[:, 1:].flatten(0, 1) for k, x in rows.items()}
-        text = small["context"], small["pooled"]
-        step = partial(euler_step, self.guided(*text), shift=self.shift)
-        half = partial(jump, asked(student, large), shift=self.shift)
-        return (self.part(student, small, step) + self.part(student, large, half)) / 2
-
-    def part(self, student: MMDiT, batch: Batch, half: Any) -> Tensor:
-        """The loss of jumps whose halves are all gone alike."""
-        place, size = batch["place"], batch["size"]
-        x = interpolate(batch["x0"], batch["noise"], shift_sigma(place, self.shift))
-        velocity = asked(student, batch)
-        return flow_map_loss(velocity, half, x, place, size, self.shift)
+    They follow the samples, each as often as it counts, again and again.
+    """
+    told = features.place[features.pool()]
+    return told[drawing % len(told)]
 
 
-def asked(student: MMDiT, batch: Batch) -> Velocity:
-    """The student's velocity for the texts of ``batch``."""
-    text = batch["context"], batch["pooled"]
-    return lambda x, time: student(x, time, *text).float()
+@torch.no_grad()
+def draw_paths(
+    teacher: Teacher,
+    features: Features,
+    config: TrainingConfig,
+    seed: int,
+    device: torch.device | str,
+    kept: Path | None,
+) -> Tensor:
+    """The paths (n, 9, C, h, w) of the drawings that ``config`` needs, float16.
+
+    ``kept``: a folder that keeps them.
+    """
+    at_once, shape = config.batch_size, tuple(features.latents.shape[1:])
+    n = -(-config.steps * at_once // USES)
+
+    def draw(numbers: Tensor) -> Tensor:
+        row = caption_row(features, numbers)
+        text = (x[row].to(device).float() for x in (features.context, features.pooled))
+        noise = rng.normal(seed, numbers.to(device), shape)
+        with torch.autocast(noise.device.type, torch.bfloat16, config.bfloat16):
+            return paths(teacher.guided(*text), noise, teacher.shift).half()
+
+    def part(i: int) -> Tensor:
+        file = kept and kept / f"paths-{i}.safetensors"
+        make = lambda: {"paths": draw(torch.arange(i, min(i + at_once, n)))}  # noqa: E731
+        return cached(file, make, features.latents.device)["paths"]
+
+    return torch.cat([part(i) for i in range(0, n, at_once)])
 
 
-@contextmanager
-def without(updates: dict[str, LowRank]) -> Iterator[None]:
-    """Let corrections rest: the layers answer as they did before any was learned."""
-    scales = {name: update.scale for name, update in updates.items()}
-    try:
-        for update in updates.values():
-            update.scale = 0.0
-        yield
-    finally:
-        for name, update in updates.items():
-            update.scale = scales[name]
+@dataclass(frozen=True)
+class JumpBatches:
+    """Batches of jumps along ``paths``, each a function of its samples' numbers alone.
+
+    Sample i has the size 2^(i mod 4) / 8. ``order``: the samples' numbers → paths.
+    """
+
+    paths: Tensor
+    features: Features
+    order: Callable[[Tensor], Tensor]
+    seed: int
+
+    def __call__(self, indices: Tensor) -> Batch:
+        f, numbers = self.features, indices.to(self.paths.device)
+        count = PLACES >> numbers % SIZES
+        u = rng.uniform(self.seed, numbers, 1)[:, 0]
+        before = (u * count).floor().long()  # jumps of this size
+        path = self.order(numbers)
+        begin, end = (PLACES // count * k for k in (before, before + 1))
+        row = caption_row(f, path)
+        batch = {"x": self.paths[path, begin], "end": self.paths[path, end]}
+        batch |= {"place": 1 - before / count, "size": 1 / count}
+        batch |= {"context": f.context[row], "pooled": f.pooled[row]}
+        return {name: x.to(indices.device).float() for name, x in batch.items()}
+
+
+def jump_loss(student: MMDiT, batch: Batch, shift: float) -> Tensor:
+    """The chapter's loss of a batch as ``JumpBatches`` makes it."""
+    velocity = asked(student, batch["context"], batch["pooled"])
+    way = batch["x"], batch["end"]
+    return flow_map_loss(velocity, *way, batch["place"], batch["size"], shift)
+
+
+def asked(student: MMDiT, context: Tensor, pooled: Tensor) -> Velocity:
+    """The student's velocity for these texts."""
+    return lambda x, time: student(x, time, context, pooled).float()
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What student and teacher draw from the same noise, for held-out captions."""
+    """What a student draws, beside what its teacher drew from the same noise.
 
-    distillation: Distillation
-    held: Features
+    ``text``: context (N, L, D) and pooled vectors (N, P) of captions; ``noise`` and
+    ``wanted``, the teacher's latents in 28 guided steps, (N, C, h, w).
+    """
+
+    text: tuple[Tensor, Tensor]
+    noise: Tensor
+    wanted: Tensor
     vae: VAE
-    seed: int
-    device: torch.device | str
-
-    @property
-    def text(self) -> tuple[Tensor, Tensor]:
-        """Context and pooled vectors of the captions."""
-        row = self.held.place[:32]
-        both = self.held.context[row], self.held.pooled[row]
-        return both[0].to(self.device).float(), both[1].to(self.device).float()
-
-    @property
-    def noise(self) -> Tensor:
-        """Noise (N, C, h, w), the same each time."""
-        shape, n = tuple(self.held.latents.shape[1:]), len(self.held.place[:32])
-        return rng.normal(self.seed, torch.arange(n, device=self.device), shape)
-
-    @cached_property
-    def wanted(self) -> Tensor:
-        """What the teacher draws in 28 guided steps: latents."""
-        sigmas = Scheduler(self.distillation.shift).sigmas(28).to(self.device)
-        return euler(self.distillation.guided(*self.text), self.noise, sigmas)
+    shift: float
 
     @torch.no_grad()
     def look(self, student: MMDiT, file: Path) -> dict[str, Any]:
@@ -172,10 +163,8 @@ class Comparison:
 
         Both are drawn into ``file``: the teacher's above, then 4, 2 and 1 steps.
         """
-        context, pooled = self.text
-        velocity = asked(student, {"context": context, "pooled": pooled})
-        shift = self.distillation.shift
-        drawn = {n: follow(velocity, self.noise, n, shift) for n in STEPS}
+        velocity = asked(student, *self.text)
+        drawn = {n: follow(velocity, self.noise, n, self.shift) for n in STEPS}
         size = self.wanted.norm()
         found = {n: ((x - self.wanted).norm() / size).item() for n, x in drawn.items()}
         rows = torch.cat([x[:8] for x in (self.wanted, *drawn.values())])
@@ -186,6 +175,20 @@ class Comparison:
         )
         mean = sum(found.values()) / len(found)
         return {"validation": mean, **{f"steps_{n}": x for n, x in found.items()}}
+
+
+@torch.no_grad()
+def comparison(
+    teacher: Teacher, held: Features, vae: VAE, seed: int, device: torch.device | str
+) -> Comparison:
+    """The teacher's drawings for 32 captions that are held out."""
+    row = held.place[:32]
+    context, pooled = (x[row].to(device).float() for x in (held.context, held.pooled))
+    numbers = torch.arange(len(row), device=device)
+    noise = rng.normal(seed, numbers, tuple(held.latents.shape[1:]))
+    sigmas = Scheduler(teacher.shift).sigmas(28).to(device)
+    wanted = euler(teacher.guided(context, pooled), noise, sigmas)
+    return Comparison((context, pooled), noise, wanted, vae, teacher.shift)
 
 
 def check_rows(config: TrainingConfig) -> None:
@@ -206,6 +209,6 @@ def export_turbo(student: MMDiT, folder: Path, shift: float, base: str) -> None:
     save_component(
         student, folder / "transformer", MODELS["transformer"], torch.float16
     )
-    save_scheduler(JumpScheduler(shift, jumps=JUMPS), folder / "scheduler")
+    save_scheduler(JumpScheduler(shift), folder / "scheduler")
     index = pipeline_index((*MODELS, *TOKENIZERS)) | {"_base": base}
     write_json(folder / INDEX, index)

@@ -4,7 +4,6 @@ In full, or by LoRA: then only small corrections learn, and are added to the wei
 the end. The result is a folder that shares nothing with its teacher's.
 """
 
-import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from minidiff.engine.loading import load, usual_of
 from minidiff.learning import parallel
 from minidiff.learning.run import Run, fingerprint, lasting
 from minidiff.lora import detach, fuse
-from minidiff.recipes.features import Features, epochs
+from minidiff.recipes.features import Features, shuffled
 from minidiff.recipes.finetune import (
     FinetuneOptions,
     LoraConfig,
@@ -30,12 +29,12 @@ from minidiff.recipes.finetune import (
     encoded,
 )
 from minidiff.recipes.jumps import (
-    JUMPS,
-    Comparison,
-    Distillation,
     JumpBatches,
+    Teacher,
     check_rows,
-    without,
+    comparison,
+    draw_paths,
+    jump_loss,
 )
 from minidiff.recipes.own_pictures import read_sets, split_pictures
 from minidiff.training import Batch, Task, fit
@@ -66,7 +65,7 @@ def distil(options: FinetuneOptions, seed: int = 0) -> Path:
         name, features = encoded(tuned, pictures, o.output)
         began = fingerprint(*all_weights(tuned.pipe.transformer))
         run.add(encodings=name, began=began)
-        task = distilling_task(tuned, features, run, o.output, seed)
+        task = distilling_task(tuned, features, o, run, began, seed)
         averaged = fit(task, config, run, device)
     tuned.trained.load_state_dict(averaged.state_dict())
     return o.output if parallel.rank() else export_distilled(o.model, tuned, o.output)
@@ -90,32 +89,37 @@ def check_teacher(model: Path | str) -> None:
 
 
 def distilling_task(
-    tuned: Tuned, features: Features, run: Run, output: Path, seed: int
+    tuned: Tuned,
+    features: Features,
+    options: FinetuneOptions,
+    run: Run,
+    began: str,
+    seed: int,
 ) -> Task:
-    """Jumps on encoded pictures; validation draws what is held out, if there is any."""
-    pipe, updates = tuned.pipe, tuned.updates
+    """Jumps for encoded captions; validation draws what is held out, if there is any.
+
+    The teacher, which is the model before it learns, draws first; ``began`` names it.
+    """
+    pipe, config, output = tuned.pipe, options.config(), options.output
     learned, held = split_pictures(features)
     empty = features.context[0], features.pooled[0]
     usual = pipe.defaults.guidance_scale, pipe.scheduler.shift
-    if updates is None:
-        taught = Distillation(copy.deepcopy(pipe.transformer), empty, *usual)
-        taught.teacher.requires_grad_(False)
-    else:
-        rest = functools.partial(without, updates["transformer"])
-        taught = Distillation(pipe.transformer, empty, *usual, rest)
-    batch = JumpBatches(learned, epochs(learned, seed + 2), seed, seed + 1, drop=0.0)
+    teacher = Teacher(pipe.transformer, empty, *usual)
+    kept = output / "cache" / fingerprint(began, features.place, config)
+    drawn = draw_paths(teacher, learned, config, seed + 1, pipe.device, kept)
+    order = functools.partial(shuffled, n=len(drawn), seed=seed + 2)
+    batch = JumpBatches(drawn, learned, order, seed)
     shown = held if len(held) else learned.select(slice(0, 1))
-    compared = Comparison(taught, shown, pipe.vae, seed, pipe.device)
+    compared = comparison(teacher, shown, pipe.vae, seed, pipe.device)
 
     def loss(_: nn.Module, batch: Batch) -> Tensor:
-        return taught.loss(pipe.transformer, batch)
+        return jump_loss(pipe.transformer, batch, teacher.shift)
 
     def validate(averaged: nn.Module) -> dict[str, object]:
         now = {k: v.clone() for k, v in tuned.trained.state_dict().items()}
         tuned.trained.load_state_dict(averaged.state_dict())
-        found = compared.look(
-            pipe.transformer, output / "grids" / f"{run.step or 0:06}.png"
-        )
+        file = output / "grids" / f"{run.step or 0:06}.png"
+        found = compared.look(pipe.transformer, file)
         tuned.trained.load_state_dict(now)
         return found
 
@@ -131,6 +135,6 @@ def export_distilled(model: Path | str, tuned: Tuned, output: Path) -> Path:
         detach(updates.values(), transformer)
         fuse(updates, transformer)
     whole.transformer = transformer
-    whole.scheduler = JumpScheduler(whole.scheduler.shift, jumps=JUMPS)
+    whole.scheduler = JumpScheduler(whole.scheduler.shift)
     whole.save_pretrained(output / "model")
     return output / "model"

@@ -3,17 +3,22 @@
 import copy
 import functools
 
+import torch
+
 from minidiff.dit import MMDiT
 from minidiff.engine.loading import read_scheduler
-from minidiff.learning.steps import recompute
+from minidiff.learning.run import fingerprint
+from minidiff.learning.steps import INDUCTOR, recompute
 from minidiff.recipes.features import Features, place_in_pool
 from minidiff.recipes.job import Job, Lesson
 from minidiff.recipes.jumps import (
-    Comparison,
-    Distillation,
     JumpBatches,
+    Teacher,
     check_rows,
+    comparison,
+    draw_paths,
     export_turbo,
+    jump_loss,
 )
 from minidiff.recipes.transformer_stage import NAME, SceneEncoder, plain_attention
 from minidiff.training import Task
@@ -25,13 +30,21 @@ def turbo_lesson(job: Job) -> Lesson:
     It shares all but the transformer with OUTPUT/model.
     """
     recipe, encoder = job.recipe, SceneEncoder(job)
-    check_rows(recipe.turbo)
+    config = recipe.turbo
+    check_rows(config)
     features = encoder.features(job.scenes(recipe.two_garments), recipe.latents, True)
     held = encoder.features(job.scenes(split="test"), recipe.held, keep=False)
     shift = read_scheduler(job.model / "scheduler").shift
-    taught = distillation(job, features, shift)
+    model: MMDiT = job.load_part(NAME).requires_grad_(False)
+    teacher = teacher_of(model, job, features, shift)
+    name = fingerprint(*model.state_dict().values(), features.latents, config.steps)
+    seed = job.seed_for("noise")
+    kept = job.cache and job.cache / name
+    drawn = draw_paths(teacher, features, config, seed, job.device, kept)
+    order = functools.partial(place_in_pool, n=len(drawn))
+    batch = JumpBatches(drawn, features, order, job.seed_for("jumps"))
     seed = job.seed_for("validation")
-    compared = Comparison(taught, held, encoder.vae, seed, job.device)
+    compared = comparison(teacher, held, encoder.vae, seed, job.device)
     grids = job.output / "grids"
 
     def validate(student: MMDiT) -> dict:
@@ -41,19 +54,18 @@ def turbo_lesson(job: Job) -> Lesson:
     def export(student: MMDiT) -> None:
         export_turbo(student, job.output / "turbo", shift, job.model.name)
 
-    student = copy.deepcopy(taught.teacher).requires_grad_(True)
+    student = copy.deepcopy(model).requires_grad_(True)
     if job.recompute:
         recompute(student.joint_blocks)
-    order = functools.partial(place_in_pool, n=len(features))
-    seeds = job.seed_for("noise"), job.seed_for("dropout")
-    batch = JumpBatches(features, order, *seeds, drop=0.0)
-    return Lesson(Task(student, taught.loss, batch, validate), export)
+    loss = functools.partial(jump_loss, shift=shift)
+    return Lesson(Task(student, loss, batch, validate), export)
 
 
-def distillation(job: Job, features: Features, shift: float) -> Distillation:
+def teacher_of(model: MMDiT, job: Job, features: Features, shift: float) -> Teacher:
     """The transformer of OUTPUT/model as a teacher, in its fastest form here."""
-    teacher: MMDiT = job.load_part(NAME).requires_grad_(False)
-    if job.device == "cpu" and job.recipe.turbo.bfloat16:
-        plain_attention(teacher)
+    config = job.recipe.turbo
+    if job.device == "cpu" and config.bfloat16:
+        plain_attention(model)
     empty = features.context[0].float(), features.pooled[0].float()
-    return Distillation(teacher, empty, job.recipe.guidance, shift)
+    ask = torch.compile(model, options=INDUCTOR) if config.compile else model
+    return Teacher(ask, empty, job.recipe.guidance, shift)
