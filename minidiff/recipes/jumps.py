@@ -74,6 +74,11 @@ def caption_row(features: Features, drawing: Tensor) -> Tensor:
     return told[drawing % len(told)]
 
 
+def drawings(config: TrainingConfig) -> int:
+    """How many of the teacher's a student learns from."""
+    return -(-config.steps * config.batch_size // USES)
+
+
 @torch.no_grad()
 def draw_paths(
     teacher: Teacher,
@@ -87,8 +92,7 @@ def draw_paths(
 
     ``kept``: a folder that keeps them.
     """
-    at_once, shape = config.batch_size, tuple(features.latents.shape[1:])
-    n = -(-config.steps * at_once // USES)
+    n, shape = drawings(config), tuple(features.latents.shape[1:])
 
     def draw(numbers: Tensor) -> Tensor:
         row = caption_row(features, numbers)
@@ -97,12 +101,12 @@ def draw_paths(
         with torch.autocast(noise.device.type, torch.bfloat16, config.bfloat16):
             return paths(teacher.guided(*text), noise, teacher.shift).half()
 
-    def part(i: int) -> Tensor:
-        file = kept and kept / f"paths-{i}.safetensors"
-        make = lambda: {"paths": draw(torch.arange(i, min(i + at_once, n)))}  # noqa: E731
+    def part(numbers: Tensor) -> Tensor:
+        file = kept and kept / f"paths-{numbers[0]}.safetensors"
+        make = lambda: {"paths": draw(numbers)}  # noqa: E731
         return cached(file, make, features.latents.device)["paths"]
 
-    return torch.cat([part(i) for i in range(0, n, at_once)])
+    return torch.cat([part(x) for x in torch.arange(n).split(config.batch_size)])
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from minidiff.recipes.jumps import (
     check_rows,
     comparison,
     draw_paths,
+    drawings,
     export_turbo,
     jump_loss,
 )
@@ -32,7 +33,8 @@ def turbo_lesson(job: Job) -> Lesson:
     recipe, encoder = job.recipe, SceneEncoder(job)
     config = recipe.turbo
     check_rows(config)
-    features = encoder.features(job.scenes(recipe.two_garments), recipe.latents, True)
+    scenes, n = job.scenes(recipe.two_garments), drawings(config)
+    features = encoder.features(scenes, n, keep=True)  # their captions are told
     held = encoder.features(job.scenes(split="test"), recipe.held, keep=False)
     shift = read_scheduler(job.model / "scheduler").shift
     model: MMDiT = job.load_part(NAME).requires_grad_(False)
