@@ -578,6 +578,10 @@ def paths(velocity: Velocity, noise: Tensor, shift: float = 1.0) -> Tensor:
 #     for n, a, b in zip(counts, jumped, followed)}
 # viz.show_bars(bars, "distance from the true ends, by jumps")
 
+# %% tags=["active-ipynb"]
+# assert all(b < 0.75 * a for a, b in zip(jumped, followed))
+# print("paths: less than three quarters of the error, at each number of jumps")
+
 # %% [markdown]
 # What does the loss say of the shipped transformer? The teacher draws for eight of its
 # prompts, guided; the student begins as a copy of it.

@@ -1,5 +1,6 @@
 """What distils: batches of jumps, their loss, and any model of the family."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from minidiff.recipes.jumps import (
     SIZES,
     JumpBatches,
     Teacher,
+    caption_row,
     check_rows,
     draw_paths,
 )
@@ -72,6 +74,12 @@ def transformer(seed: int) -> MMDiT:
     model = MMDiT(TRANSFORMER)
     randomize(model, seed)
     return model
+
+
+def test_a_caption_is_drawn_for_as_often_as_it_counts(features: Features) -> None:
+    often = replace(features, repeats=torch.tensor([2, 0, 0, 1, 0, 0]))
+    assert caption_row(often, torch.arange(7)).tolist() == [1, 1, 2, 1, 1, 2, 1]
+    assert torch.equal(caption_row(features, torch.arange(6)), features.place)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
