@@ -608,6 +608,7 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
     plateau: float = 0.0
+    drop: float = 1.0
     muon: bool = False
     accumulation: int = 1
     bfloat16: bool = False
@@ -621,8 +622,8 @@ class TrainingConfig:
 # %% [markdown]
 # The learning rate climbs while Adam's averages are still young, then falls along half
 # a cosine, so that the noise of the steps dies out at the end. With a `plateau` it
-# stays at its peak for that share of the steps first: how long such a run lasts may be
-# decided late.
+# stays at its peak for that share of the steps first, and goes on with the share `drop`
+# of it.
 #
 # `muon` chooses another optimiser for the matrices inside transformer and autoencoder
 # (of a convolution: a row for each output channel). The singular value decomposition
@@ -637,13 +638,15 @@ class TrainingConfig:
 def learning_rate(step: int, config: TrainingConfig) -> float:
     """Linear warm-up, then half a cosine to zero; Loshchilov & Hutter 2017, eq. 5.
 
-    It begins to fall after ``plateau``, a share of the steps.
+    It begins to fall after ``plateau``, a share of the steps, and at once to the share
+    ``drop``.
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     start = max(config.warmup_steps, config.plateau * config.steps)
     done = max(0, step - start) / max(1, config.steps - start)
-    return config.learning_rate * (1 + math.cos(math.pi * done)) / 2
+    left = config.drop if step >= start else 1.0
+    return left * config.learning_rate * (1 + math.cos(math.pi * done)) / 2
 
 
 # %% [markdown]

@@ -124,6 +124,21 @@ def test_learning_rate_warms_up_and_falls_to_zero() -> None:
     assert rates[55] == pytest.approx(1.0) and rates[100] == pytest.approx(0)
 
 
+def test_learning_rate_stays_on_its_plateau_and_drops_from_it() -> None:
+    how = {"learning_rate": 2.0, "warmup_steps": 10, "plateau": 0.5}
+    whole, dropped = (
+        TrainingConfig(100, 1, **how),
+        TrainingConfig(100, 1, drop=0.25, **how),
+    )
+    for step in (0, 10, 49):
+        expected = training.learning_rate(step, whole)
+        assert training.learning_rate(step, dropped) == expected
+        assert expected == (0.2 if step == 0 else 2.0)
+    assert training.learning_rate(50, dropped) == 0.5
+    assert training.learning_rate(75, dropped) == pytest.approx(0.25)
+    assert training.learning_rate(75, whole) == pytest.approx(1.0)
+
+
 @pytest.mark.slow
 def test_schedule_is_that_of_transformers() -> None:
     from transformers import get_cosine_schedule_with_warmup

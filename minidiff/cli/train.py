@@ -117,9 +117,9 @@ def train(
     A JSON file as --recipe changes some of "shipped", for example {"vae": {"steps":
     5000}, "latents": 4096}. Of clip, t5, vae, judge, transformer, turbo and control:
     steps, batch_size, learning_rate, warmup_steps, weight_decay, beta2, max_grad_norm,
-    ema_decay, plateau, muon, accumulation, bfloat16, compile, sharded, log_every,
-    save_every, validate_every. Of all: pictures, latents, captions, held,
-    two_garments, uniform_levels, keep_latents, hold_latents, shift, scenes,
+    ema_decay, plateau, drop, muon, accumulation, bfloat16, compile, sharded,
+    log_every, save_every, validate_every. Of all: pictures, latents, captions,
+    held, two_garments, uniform_levels, keep_latents, hold_latents, shift, scenes,
     guidance. Muon is for vae, transformer and turbo.
     """
     given = locals() | {"from": from_model}

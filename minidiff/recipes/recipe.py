@@ -26,6 +26,7 @@ LIMITS = {
     "two_garments": (0, 1),
     "guidance": (1, 100),
     "plateau": (0, 1),
+    "drop": (0, 1),
     "beta2": (0, 0.999999),  # Adam would divide by 0 at 1
 }
 
