@@ -57,12 +57,12 @@ def pictures(tmp_path: Path) -> Path:
 @pytest.fixture
 def short_grids(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages draw their grids in 2 of the 28 steps: nothing hangs on how they look."""
-    from minidiff.recipes import control_stage, transformer_stage
+    from minidiff.recipes import control_stage, jumps, transformer_stage
 
     def draw(velocity: Callable, x: Tensor, sigmas: Tensor) -> Tensor:
         return euler(velocity, x, sigmas[::14])
 
-    for stage in (control_stage, transformer_stage):
+    for stage in (control_stage, jumps, transformer_stage):
         monkeypatch.setattr(stage, "euler", draw)
 
 
