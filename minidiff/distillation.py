@@ -528,9 +528,8 @@ class JumpScheduler(Scheduler):
 #
 # Halves have a weak side: where do the jumps begin that are taught? We made the states
 # as chapter 6 does, by mixing data and noise. An unguided flow passes through just such
-# mixtures. A guided one does not, for guidance leads its travellers elsewhere, and in
-# the thousands of directions of a latent the mixtures and the places that are really
-# visited hardly meet. Besides, each size imitates the errors of the next smaller one.
+# mixtures. A guided one does not, for guidance leads its travellers elsewhere. Besides,
+# each size imitates what the next smaller one has learned so far, its errors included.
 #
 # There is a dearer way and a surer one. Let the teacher draw, keep the places that its
 # drawings pass, and every jump between two of them is an example: it begins where jumps

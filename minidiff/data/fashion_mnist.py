@@ -9,8 +9,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minidiff.files import small_png
-
 REPOSITORY = "zalando-datasets/fashion_mnist"
 CLASSES = (
     *("t-shirt", "trousers", "pullover", "dress", "coat"),
@@ -69,10 +67,7 @@ def _read(path: Path) -> tuple[Tensor, Tensor]:
             raise ValueError("its classes are not equally many")  # as MNIST's digits
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not of Fashion-MNIST: {error}") from None
-    try:
-        pictures = small_png.decode(files, 28)
-    except small_png.ERRORS:  # another format, or damage, which PIL names
-        pictures = np.stack([np.asarray(Image.open(io.BytesIO(f))) for f in files])
+    pictures = np.stack([np.asarray(Image.open(io.BytesIO(f))) for f in files])
     return torch.from_numpy(pictures), torch.tensor(labels)
 
 

@@ -264,20 +264,20 @@ INDUCTOR: dict[str, Any] = {
 }
 
 
-def compiled(module: nn.Module) -> Callable[[dict[str, Tensor]], Tensor]:
+def compiled(module: nn.Module) -> Callable[..., Tensor]:
     """``module`` through torch.compile, or as it is where that fails (it says so)."""
     fast = torch.compile(module, options=INDUCTOR)
 
-    def call(batch: dict[str, Tensor]) -> Tensor:
+    def call(*given: Any) -> Tensor:
         nonlocal fast
         try:
-            return fast(batch)
+            return fast(*given)
         except Exception as error:
             if fast is module or is_out_of_memory(error):
                 raise
             tell(f"compilation failed, going on without: {error}")
             fast = module
-            return module(batch)
+            return module(*given)
 
     return call
 

@@ -29,7 +29,7 @@ from minidiff.files.pictures import save_sheet
 from minidiff.files.weights import save_component
 from minidiff.flow_matching import Scheduler, Velocity, euler, guide
 from minidiff.learning import parallel
-from minidiff.learning.run import cached
+from minidiff.learning.run import cached, fingerprint
 from minidiff.recipes.features import Features
 from minidiff.training import Batch, TrainingConfig
 from minidiff.vae import VAE
@@ -43,13 +43,15 @@ USES = 60  # samples that learn from one drawing
 class Teacher:
     """Who teaches, how strongly guided, and on which schedule.
 
-    ``empty``: context (L, D) and pooled vector (P,) of the empty prompt.
+    ``empty``: context (L, D) and pooled vector (P,) of the empty prompt. ``weights``: a
+    fingerprint of them.
     """
 
     transformer: Callable[..., Tensor]
     empty: tuple[Tensor, Tensor]
     scale: float
     shift: float
+    weights: str
 
     def guided(self, context: Tensor, pooled: Tensor) -> Velocity:
         """The velocity for texts (B, L, D), (B, P), with and without in one batch."""
@@ -86,13 +88,16 @@ def draw_paths(
     config: TrainingConfig,
     seed: int,
     device: torch.device | str,
-    kept: Path | None,
+    cache: Path | None,
 ) -> Tensor:
     """The paths (n, 9, C, h, w) of the drawings that ``config`` needs, float16.
 
-    ``kept``: a folder that keeps them.
+    ``cache``: a folder that keeps them, under a name for all that they depend on.
     """
     n, shape = drawings(config), tuple(features.latents.shape[1:])
+    how = teacher.weights, teacher.scale, teacher.shift, config.bfloat16, seed
+    told = features.context, features.pooled, caption_row(features, torch.arange(n))
+    name = fingerprint(*how, *told, config.batch_size)
 
     def draw(numbers: Tensor) -> Tensor:
         row = caption_row(features, numbers)
@@ -102,7 +107,7 @@ def draw_paths(
             return paths(teacher.guided(*text), noise, teacher.shift).half()
 
     def part(numbers: Tensor) -> Tensor:
-        file = kept and kept / f"paths-{numbers[0]}.safetensors"
+        file = cache and cache / f"paths-{name}-{numbers[0]}.safetensors"
         make = lambda: {"paths": draw(numbers)}  # noqa: E731
         return cached(file, make, features.latents.device)["paths"]
 

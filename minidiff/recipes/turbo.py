@@ -104,9 +104,9 @@ def distilling_task(
     learned, held = split_pictures(features)
     empty = features.context[0], features.pooled[0]
     usual = pipe.defaults.guidance_scale, pipe.scheduler.shift
-    teacher = Teacher(pipe.transformer, empty, *usual)
-    kept = output / "cache" / fingerprint(began, features.place, config)
-    drawn = draw_paths(teacher, learned, config, seed + 1, pipe.device, kept)
+    teacher = Teacher(pipe.transformer, empty, *usual, began)
+    cache = output / "cache"
+    drawn = draw_paths(teacher, learned, config, seed + 1, pipe.device, cache)
     order = functools.partial(shuffled, n=len(drawn), seed=seed + 2)
     batch = JumpBatches(drawn, learned, order, seed)
     shown = held if len(held) else learned.select(slice(0, 1))

@@ -3,12 +3,10 @@
 import copy
 import functools
 
-import torch
-
 from minidiff.dit import MMDiT
 from minidiff.engine.loading import read_scheduler
 from minidiff.learning.run import fingerprint
-from minidiff.learning.steps import INDUCTOR, recompute
+from minidiff.learning.steps import compiled, recompute
 from minidiff.recipes.features import Features, place_in_pool
 from minidiff.recipes.job import Job, Lesson
 from minidiff.recipes.jumps import (
@@ -39,10 +37,8 @@ def turbo_lesson(job: Job) -> Lesson:
     shift = read_scheduler(job.model / "scheduler").shift
     model: MMDiT = job.load_part(NAME).requires_grad_(False)
     teacher = teacher_of(model, job, features, shift)
-    name = fingerprint(*model.state_dict().values(), features.latents, config.steps)
     seed = job.seed_for("noise")
-    kept = job.cache and job.cache / name
-    drawn = draw_paths(teacher, features, config, seed, job.device, kept)
+    drawn = draw_paths(teacher, features, config, seed, job.device, job.cache)
     order = functools.partial(place_in_pool, n=len(drawn))
     batch = JumpBatches(drawn, features, order, job.seed_for("jumps"))
     seed = job.seed_for("validation")
@@ -69,5 +65,6 @@ def teacher_of(model: MMDiT, job: Job, features: Features, shift: float) -> Teac
     if job.device == "cpu" and config.bfloat16:
         plain_attention(model)
     empty = features.context[0].float(), features.pooled[0].float()
-    ask = torch.compile(model, options=INDUCTOR) if config.compile else model
-    return Teacher(ask, empty, job.recipe.guidance, shift)
+    ask = compiled(model) if config.compile else model
+    weights = fingerprint(*model.state_dict().values())
+    return Teacher(ask, empty, job.recipe.guidance, shift, weights)
