@@ -159,10 +159,19 @@ def jupyterlab(
             wait_for(f"http://127.0.0.1:{port}/api", process, home / "log")
             yield f"http://127.0.0.1:{port}"
         finally:
-            process.terminate()
-            process.wait()
+            end(process)
 
     return start
+
+
+def end(process: subprocess.Popen) -> None:
+    """A server that does not hear the request to end within a minute is ended."""
+    process.terminate()
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
