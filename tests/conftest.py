@@ -165,7 +165,7 @@ def jupyterlab(
 
 
 def end(process: subprocess.Popen) -> None:
-    """A server that does not hear the request to end within a minute is ended."""
+    """Ask a server to end, and kill it if it has not within a minute."""
     process.terminate()
     try:
         process.wait(60)
