@@ -17,7 +17,7 @@ from playwright.sync_api import Page, Playwright, sync_playwright
 import minidiff
 from minidiff.live.page import live
 
-PROMPTS = ("a red dress on a blue background", "a green bag on a pink background")
+PROMPTS = ("a cat on a blue background", "three yellow stars on black")
 SIZE = {"width": 760, "height": 560}  # pixels of the page
 
 

@@ -526,8 +526,8 @@ def record_attention(
 # The lines show which block listens to the prompt and which hardly does, and the figure
 # that heads divide the labour: where the mean over heads is low, one head may still
 # read much. The first line is what a patch would give if it read all tokens alike: less
-# is avoided, more is sought. (In the last block patches read text like
-# in any other. What nobody reads there is what the *text* has learned in that block.)
+# is avoided, more is sought. (In the last block, too, patches read text
+# somewhat. What nobody reads there is what the *text* has learned in that block.)
 #
 # Now take the head that reads words most, and see where it reads which. One column a
 # word, as CLIP and as T5 hand it over. All maps share one scale.

@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 # from minidiff.classroom import journey
 # from minidiff.classroom.exercises import check
 # from minidiff.classroom.journey import PROMPT, SEED
-# from minidiff.data.garments import sample_scenes
+# from minidiff.data.samples import sample_scenes
 #
 # _ = torch.set_grad_enabled(False)
 # viz.show_pipeline("control")
@@ -719,7 +719,7 @@ def save_control(
 
 # %% tags=["active-ipynb"]
 # COLORS = "red green blue yellow purple white orange pink".split()
-# THINGS = "shirt dress coat bag trouser sneaker".split()
+# THINGS = "shirt dress coat bag boot sneaker".split()
 #
 # def caption(i: int) -> str:
 #     ground = COLORS[(i + 3) % 8]

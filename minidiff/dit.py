@@ -75,7 +75,7 @@ from minidiff.attention import Attention, Heads, JointAttention
 # %% [markdown]
 # ## A picture of a block
 #
-# The transformer is a stack of blocks of one design, each with its own weights: 5 in
+# The transformer is a stack of blocks of one design, each with its own weights: 6 in
 # Tiny, 24 in Medium, 38 in Large. Each stream walks down its own column, through
 # weights of its own, and the two meet only in joint attention. What is blue is steered
 # from outside, by time and pooled text. “Add” means: to what the stream was before, so
@@ -104,7 +104,7 @@ from minidiff.attention import Attention, Heads, JointAttention
 # | symbol | variable | meaning | Tiny | Medium | Large |
 # |---|---|---|---|---|---|
 # | $D$ | `width` | channels of a token | 160 | 1536 | 2432 |
-# | | `num_layers` | blocks | 5 | 24 | 38 |
+# | | `num_layers` | blocks | 6 | 24 | 38 |
 # | $p$ | `patch_size` | latent pixels along a patch | 2 | 2 | 2 |
 # | $N$ | `height * width` | patches (1024² for SD3.5) | 64 | 4096 | 4096 |
 # | $M$ | `pos_embed_max_size` | side of the position table | 16 | 384 | 192 |
@@ -178,10 +178,10 @@ class MMDiTConfig(Sizes):
 
     @classmethod
     def tiny(cls) -> "MMDiTConfig":
-        """The model that ships with the package: 64×64 pictures, 4.5 M parameters."""
+        """The model that ships with the package: 64×64 pictures, 5.4 M parameters."""
         return cls(
             sample_size=16,
-            num_layers=5,
+            num_layers=6,
             attention_head_dim=32,
             num_attention_heads=5,
             joint_attention_dim=192,
@@ -884,7 +884,7 @@ class MMDiT(Layers):
 # for $\hat x_0 = x - \sigma v$, with the caption as text.
 
 # %% tags=["active-ipynb"]
-# from minidiff.data.garments import sample_scenes
+# from minidiff.data.samples import sample_scenes
 #
 # images, captions = sample_scenes()
 # x0 = pipe.vae.scale(pipe.vae.encode(images[:1]).mode())
@@ -1012,9 +1012,10 @@ class MMDiT(Layers):
 
 # %% [markdown]
 # Read the first figure by rows: where a row changes from left to right, the block works
-# differently at another noise level. In the second, compare the two numbers: a vector
-# may keep its length and yet turn altogether. A mean of sizes, the obvious thing to
-# plot, would have shown a line that is nearly flat.
+# differently at another noise level. In the second, compare the two numbers: lengths
+# hardly change, and yet the vectors move. A mean of sizes, the obvious thing to plot,
+# would have shown a line that is nearly flat. (In this model they move little; for most
+# of its training they did not move at all: [what we got wrong](../book/wrong.md).)
 
 # %% [markdown]
 # ## Where the parameters are, and where the work is
@@ -1150,7 +1151,7 @@ class MMDiT(Layers):
 #     model.pos_embed.copy_(changed.flatten(1, 2))  # (1, M, M, D) → (1, M·M, D)
 #     pictures.append(paint())
 #     ends.append(model(exchange(noise), time, context, pooled))
-# model.pos_embed.copy_(table)
+# _ = model.pos_embed.copy_(table)
 
 # %% tags=["active-ipynb", "hide-output"]
 # titles = ["as trained", "transposed", "all one place"]

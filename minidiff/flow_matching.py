@@ -177,7 +177,7 @@ def predicted_noise(x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 # %% tags=["active-ipynb"]
-# from minidiff.data.garments import sample_scenes
+# from minidiff.data.samples import sample_scenes
 #
 # images, captions = sample_scenes()
 # levels = torch.tensor([0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0])
@@ -892,9 +892,9 @@ def dpmpp_2m(
 
 # %% [markdown]
 # Twice the steps divide the error by 2 where the order is 1, by 4 where it is 2. Read
-# the published list first: where DPM++ 2M stands beside Euler, step for step, its
-# second order is lost. The reason is the list. Its last step but one falls to 0.001, a
-# way in $\ln\sigma$ several times as long as the one before, and the line through the
+# the published list first: DPM++ 2M begins far behind Euler, and only with many steps
+# does it come out ahead. The reason is the list. Its last step but one falls to 0.001,
+# a way in $\ln\sigma$ several times as long as the one before, and the line through the
 # last two estimates is drawn across all of it; the more steps, the longer. The even
 # list has no such step, and there it is the better for its memory. Order is a promise
 # about small steps, and a list of levels that ends so abruptly never makes them small.

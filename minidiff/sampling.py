@@ -41,6 +41,7 @@ from torch import Tensor
 from minidiff.dit import MMDiT
 from minidiff.files.layout import ENCODERS, MODELS, PUBLISHED, TOKENIZERS, recognize
 from minidiff.files.pictures import to_pil
+from minidiff.files.tokenizer_files import unknown_words
 from minidiff.files.weights import save_folder
 from minidiff.flow_matching import (
     ClassifierFree,
@@ -304,6 +305,7 @@ class Parts:
     plan: Any = None  # set by the engine: how the weights are placed,
     room: float = math.inf  # how many bytes of a budget are left beside them,
     adapters: Any = ()  # and which LoRAs act: chapter 10
+    words: frozenset[str] = frozenset()  # that a small model has seen
     _interrupt: bool = False  # set by a callback, it ends the drawing
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -348,12 +350,15 @@ def encode_texts(
     """What the transformer reads: context (B, L, D) and pooled (B, P).
 
     A prompt is one text, or three: for CLIP-L, CLIP-G and T5. L counts CLIP's tokens
-    and then T5's; without T5 its rows are zeros. Warns of what is cut off.
+    and then T5's; without T5 its rows are zeros. Warns of what is cut off, and of
+    words that a small model has never seen.
     """
     texts = checks.for_encoders(prompt)
     lengths = [pipe.tokenizers[0].model_max_length] * 2
     lengths.append(max_sequence_length or pipe.max_sequence_length)
     checks.warn_of_cuts(pipe, texts, lengths)
+    if line := unknown_words(sum(texts, []), pipe.words):
+        checks.warn(line)
     read = partial(read_by_all, pipe, texts, lengths)
     context, pooled = read()
     models = dict(zip(ENCODERS, pipe.text_encoders, strict=True))
@@ -847,10 +852,10 @@ class Pipeline(Parts):
 #         f"spread of 8 seeds {alike:.3f}")
 
 # %% [markdown]
-# Guidance makes the prompt plainer, and pictures of one prompt more alike: read the
-# last column from top to bottom. Too much of it drives values to their limits. Whether
-# it draws *more rightly* is the first column's matter; sixteen prompts tell a large
-# step from a small one, and no more than their brackets do.
+# Some guidance makes pictures of one prompt more alike, and much of it less so again:
+# read the last column from top to bottom. Too much drives values to their limits.
+# Whether it draws *more rightly* is the first column's matter; sixteen prompts tell a
+# large step from a small one, and no more than their brackets do.
 
 # %% [markdown]
 # ### Steps
@@ -1241,16 +1246,17 @@ class Pipeline(Parts):
 # rows = []
 # for avoided in ("", "a red dress", "red", "a red dress on a blue background"):
 #     drawn = pipe("a dress on a blue background", negative_prompt=avoided, **how)
-#     red, green, blue = drawn[:, :, 24:40, 28:36].mean((2, 3)).T
-#     redness, half = red - (green + blue) / 2, 1.96 / 16**0.5
-#     print(f"away from “{avoided}”: redness of the middle {redness.mean():+.2f} ± "
-#         f"{half * redness.std():.2f}")
+#     inside = parts(drawn)[1][:, None]  # (B, 1, 64, 64)
+#     tint = (drawn * inside).sum((2, 3)) / inside.sum((2, 3)).clamp(min=1)
+#     redness = tint[:, 0] - tint[:, 1:].mean(1)  # (B, 3) → (B,)
+#     half = 1.96 / 16**0.5 * redness.std()
+#     print(f"away from “{avoided}”: redness {redness.mean():+.2f} ± {half:.2f}")
 #     rows.append(drawn[:8])
 # viz.show_images(torch.cat(rows), columns=8, low=0)
 
 # %% [markdown]
-# Redness is red less the mean of green and blue, in the middle of the picture, where
-# the dress is; the first row, with the empty prompt, is what the others are compared
+# Redness is red less the mean of green and blue, within the outline of what stands out
+# from the ground; the first row, with the empty prompt, is what the others are compared
 # with. A negative prompt works as far as the model knows it as a *text*: “a red dress”
 # begins many captions, “red” alone none, and can belong to a garment or to a ground. A
 # whole caption moves away from the ground as well.

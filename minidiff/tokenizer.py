@@ -49,7 +49,7 @@ from minidiff.files.tokenizer_files import LETTER, NUMBER, Settings, lowercase, 
 # from minidiff import viz
 # from minidiff.classroom import journey
 # from minidiff.files.weights import TINY
-# from minidiff.data.garments import prompts
+# from minidiff.data.samples import TWO, sample_captions
 # from minidiff.classroom.exercises import check, seal
 # from minidiff.classroom.journey import PROMPT
 #
@@ -234,12 +234,12 @@ def learn_merges_naively(words: dict[tuple[str, ...], int], limit: int) -> list[
 # the first by name wins. And parts that mean something, such as the ending "er", come
 # out although nobody said what a suffix is.
 #
-# Now a real corpus. The tiny model draws *scenes*, coloured garments on a coloured
-# ground; here are 2,000 of their captions, each with two garments. Each row shows three
-# words after so many merges.
+# Now a real corpus. The tiny model draws *scenes*, garments and everyday things on a
+# coloured ground; here are 2,000 of their captions, each of two things. Each row shows
+# three words after so many merges.
 
 # %% tags=["active-ipynb"]
-# corpus = prompts(2000, "two")[0]
+# corpus = sample_captions(2000, TWO)
 # words = Counter(word_symbols(w) for text in corpus for w in split_words(clean(text)))
 # merges = learn_merges_naively(words, 200)
 # print(corpus[0])

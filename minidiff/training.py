@@ -72,10 +72,15 @@ Batch = dict[str, Tensor]
 # from minidiff.dit import MMDiTConfig
 # from minidiff.flow_matching import euler, guide, sigma_schedule
 # from minidiff.classroom import journey
-# from minidiff.data import garments as data
+# from minidiff.data.language import captions
+# from minidiff.data.samples import ONE
+# from minidiff.data.scenes import COLORS, MIDDLE, World
+# from minidiff.data.told import ToldScenes
 # from minidiff.classroom.exercises import check
+# from minidiff.files.pictures import to_bytes
 # from minidiff.judging.exam import share
 # from minidiff.learning.run import read_log
+# from minidiff.recipes.text_stages import by_color
 #
 # torch.set_num_threads(1)  # the quickest for small tensors
 # viz.show_pipeline("training")
@@ -91,13 +96,14 @@ Batch = dict[str, Tensor]
 # %% [markdown]
 # ## A picture of the data
 #
-# A garment of Fashion-MNIST is a grey picture of 28 × 28. We tint it, place it on a
-# coloured ground and say in words what we did. That gives as many captioned scenes as
-# we like. Eight pairs of colour and garment are kept out of training, so that one can
-# later ask for something never seen: a green dress, an orange bag.
+# A garment of Fashion-MNIST is a grey picture of 28 × 28, an everyday thing a cut-out
+# of an emoji font. We tint it, place it on a coloured ground and say in words what we
+# did. That gives as many captioned scenes as we like. Of each kind one colour is kept
+# out of training, so that one can later ask for something never seen: a green dress, a
+# blue t-shirt.
 
 # %% tags=["active-ipynb"]
-# scenes = data.Scenes("train", two_garments=0.3)
+# scenes = ToldScenes("train")
 # shown = scenes.batch(torch.arange(8))
 # images = shown.images
 # viz.show_images(images, shown.captions, columns=4)
@@ -221,11 +227,12 @@ def vae_loss(vae: VAE, batch: Batch, kl_weight: float = 5e-4) -> Tensor:
 # {\sum_k e^{\tau\, t_i \cdot v_k}}$$
 #
 # and likewise the true caption of each picture. The scale $\tau$, one over what others
-# call the temperature, is learned. Usually $y$ is the identity matrix. Our captions
-# repeat: “a red dress on a blue background” and “a photo of a red dress on a blue
-# background” are both right for one picture, and calling one of them wrong would teach
-# CLIP to hear the words “a photo of”. So $y_{ij}$ is shared in equal parts by all that
-# mean the same. First with loops:
+# call the temperature, CLIP learns, and lets grow to 100. Ours stays where CLIP's
+# begins, at 1/0.07, so that losses of two runs can be compared. Usually $y$ is the
+# identity matrix. Our captions repeat: “a red dress on a blue background” and “a photo
+# of a red dress on a blue background” are both right for one picture, and calling one
+# of them wrong would teach CLIP to hear the words “a photo of”. So $y_{ij}$ is shared
+# in equal parts by all that mean the same. First with loops:
 
 
 # %%
@@ -248,7 +255,7 @@ def contrastive_loops(t: Tensor, v: Tensor, scale: float, meaning: Tensor) -> Te
 
 # %%
 def contrastive_loss(
-    text: Tensor, image: Tensor, scale: Tensor, meaning: Tensor
+    text: Tensor, image: Tensor, scale: float, meaning: Tensor
 ) -> Tensor:
     """Which caption belongs to which picture; Radford et al. 2021, figure 3.
 
@@ -267,15 +274,21 @@ def contrastive_loss(
 # meaning = torch.tensor([0, 0, 1, 2, 1, 3])
 # unit = F.normalize(text, dim=-1), F.normalize(image, dim=-1)
 # slow = [contrastive_loops(*pair, 5, meaning) for pair in (unit, unit[::-1])]
-# fast = contrastive_loss(text, image, torch.tensor(5.0), meaning)
+# fast = contrastive_loss(text, image, 5, meaning)
 # print("loops and cross-entropy agree:", torch.isclose(sum(slow) / 2, fast).item())
 
 # %% [markdown]
 # SD3.5's two CLIPs were trained apart, on other data. Ours share the tower for
 # pictures. It and T5's decoder are ordinary networks: `minidiff.learning.towers`.
-
+#
+# Our pictures are few and small: a pen and a brush look much alike, and so CLIP gives
+# their names nearly one vector. The transformer needs to know them apart. So each
+# caption has to find another caption of its scene as well, among all of the batch.
 
 # %%
+SCALE = 1 / 0.07  # where CLIP's own begins
+
+
 class CLIPTraining(nn.Module):
     """Both text encoders with the picture tower that they share while they learn."""
 
@@ -285,21 +298,39 @@ class CLIPTraining(nn.Module):
         self.tower = ImageTower()
         widths = [encoder.config.projection_dim for encoder in (clip_l, clip_g)]
         self.heads = nn.ModuleList(nn.Linear(self.tower.features, w) for w in widths)
-        self.log_scale = nn.Parameter(torch.full((2,), math.log(1 / 0.07)))
 
 
 def clip_loss(model: CLIPTraining, batch: Batch) -> Tensor:
-    """Sum of both encoders' losses.
+    """Each encoder's loss against the pictures, and its captions' among themselves.
 
-    ``batch``: images, ids_l and ids_g (B, L), meaning (B,).
+    ``batch``: images, ids_l and ids_g (B, 2, L) of two captions of each, meaning (B,).
     """
     features = model.tower(batch["images"])
-    scales, losses = model.log_scale.exp().clamp(max=100), []
+    losses = []
     for i, ids in enumerate((batch["ids_l"], batch["ids_g"])):
-        text, image = model.text[i](ids)[1], model.heads[i](features)
-        losses.append(contrastive_loss(text, image, scales[i], batch["meaning"]))
-    return losses[0] + losses[1]
+        text, other = (model.text[i](caption)[1] for caption in ids.unbind(1))
+        for partner in (model.heads[i](features), other):
+            losses.append(contrastive_loss(text, partner, SCALE, batch["meaning"]))
+    return torch.stack(losses).sum()
 
+
+# %% [markdown]
+# And a batch can be easy. Where it holds one green dress, the word “green” finds the
+# picture, and nothing is learned about dresses. Every other batch of the shipped recipe
+# therefore holds pictures of like colours, neighbours in an order by mean colour:
+
+# %% tags=["active-ipynb"]
+# pool = World("train").batch(torch.arange(1024)).images
+# order = by_color(to_bytes(pool))
+# batches = {"as they come": pool[:8], "of like colours": pool[order[512:520]]}
+# for name, batch in batches.items():
+#     apart = torch.pdist(batch.mean((2, 3))).median()
+#     print(f"eight {name}: two mean colours are {apart:.2f} apart (median)")
+# viz.show_images(torch.cat(list(batches.values())), columns=8)
+
+# %% [markdown]
+# In the lower row a caption has to find its picture by what it names. The recipe's
+# batches hold 128, from 65,536 pictures.
 
 # %% [markdown]
 # ### T5: fill the gaps
@@ -494,6 +525,7 @@ def loss_by_level(model: MMDiT, batch: Batch, levels: int = 8) -> list[float]:
 # %% tags=["active-ipynb"]
 # batch = scenes.batch(torch.arange(100, 104))
 # ids = [tokenize(batch.captions) for tokenize in pipe.tokenizers]
+# twice = [x[:, None].expand(-1, 2, -1) for x in ids[:2]]  # for want of others
 # numbers = torch.arange(4)
 # spans = choose_spans(rng.uniform(4, numbers, 4), ids[2], 0)
 # source, target = corrupt_spans(ids[2], spans, sentinels, 0, t5.eos_token_id)
@@ -503,7 +535,8 @@ def loss_by_level(model: MMDiT, batch: Batch, levels: int = 8) -> list[float]:
 # noise, sigma = noise_and_levels(numbers, latents.shape[1:], seed=3)
 # batches = {
 #     "autoencoder": {"images": x0, "noise": rng.normal(1, numbers, latents.shape[1:])},
-#     "CLIP": {"images": x0, "ids_l": ids[0], "ids_g": ids[1], "meaning": numbers},
+#     "CLIP": {"images": x0, "ids_l": twice[0], "ids_g": twice[1],
+#         "meaning": numbers},
 #     "T5": {"source": source, "target": target},
 #     "transformer": {"x0": latents, "noise": noise, "sigma": sigma,
 #         "context": texts[0], "pooled": texts[1]},
@@ -524,7 +557,7 @@ def loss_by_level(model: MMDiT, batch: Batch, levels: int = 8) -> list[float]:
 # counts = target[target != 0].bincount()
 # chance = counts[counts > 0] / counts.sum()
 # distance = mean.abs().mean() + 2 * mean.square().mean()
-# baselines = [distance + gradient_difference(mean) / 2, 2 * math.log(4)]
+# baselines = [distance + gradient_difference(mean) / 2, 4 * math.log(4)]
 # baselines += [-(chance * chance.log()).sum(), (noise - latents).square().mean()]
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
@@ -631,7 +664,11 @@ class TrainingConfig:
 # directions, the diagonal of $S$ the singular values, a few large, most small. Adam
 # scales each number by itself, and so still follows mostly the large ones. Muon steps
 # along $UV^T$, found by five rounds of matrix products, about equally far in all
-# directions (`minidiff.learning.muon`).
+# directions (`minidiff.learning.muon`). But not in the layers that make the
+# conditioning $c$ of chapter 5 and the modulations: those learn by Adam, at a rate of
+# at most 0.0005. With Muon and a rate of 0.01 they once drove $c$ so far below zero
+# that SiLU let nothing of it through, and no gradient back
+# ([what we got wrong](../book/wrong.md)).
 
 
 # %%
@@ -787,15 +824,23 @@ def fit(
 # ## A real run
 #
 # Now a text-to-image model, from nothing, while you wait. To fit into half a minute on
-# a laptop's CPU it paints 16 × 16 pixels instead of latents, one garment only, with a
-# transformer of two blocks. Everything else is the real thing: MMDiT, the shipped text
-# encoders, the loss above, dropped prompts, the loop.
+# a laptop's CPU it paints 16 × 16 pixels instead of latents, one garment in the
+# middle, with a transformer of two blocks. Everything else is the real thing: MMDiT,
+# the shipped text encoders, the loss above, dropped prompts, the loop.
 
 # %% tags=["active-ipynb"]
+# def small_scenes(split: str, n: int) -> tuple[Tensor, list[str]]:
+#     world = World(split, layouts=ONE, garments=1.0)
+#     shown = world.attributes(torch.arange(30 * n))
+#     large = (shown.place == MIDDLE) & (shown.sizes[:, 0] > 0)
+#     numbers = large.nonzero()[:n, 0]
+#     texts = captions(world.attributes(numbers), 0, numbers)[0]
+#     return world.batch(numbers).images, texts
+#
 # def small_set(split: str, n: int) -> Batch:
-#     batch = data.Scenes(split, two_garments=0.0).batch(torch.arange(n))
-#     context, pooled = pipe.encode_prompt(batch.captions)
-#     x0 = F.avg_pool2d(batch.images, 4)  # → (B, 3, H/4, W/4)
+#     images, texts = small_scenes(split, n)
+#     context, pooled = pipe.encode_prompt(texts)
+#     x0 = F.avg_pool2d(images, 4)  # → (B, 3, H/4, W/4)
 #     return {"x0": x0, "context": context, "pooled": pooled}
 #
 # train_set, test_set = small_set("train", 512), small_set("test", 32)
@@ -923,8 +968,7 @@ def fit(
 # pictures = draw(model)
 # corners = pictures[:, :, ::15, ::15].mean((2, 3))  # (B, 3, H, W) → (B, 3)
 # brightest = pictures[:, :, 5:11, 5:11].flatten(2).quantile(0.8, dim=2)  # → (B, 3)
-# grounds = nearest(corners, data.BACKGROUNDS)
-# tints = nearest(brightest, data.COLORS)
+# grounds, tints = nearest(corners, COLORS), nearest(brightest, COLORS)
 # right = [g == w[1] for g, w in zip(grounds, wanted)], [
 #     t == w[0].split()[0] for t, w in zip(tints, wanted)]
 # for what, rows in zip(("grounds", "tints"), map(torch.tensor, right)):
@@ -960,9 +1004,8 @@ def fit(
 # heart? Another reason is mixed in: the 16 captions hold only part of the words.
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
-# captions = data.Scenes("train", two_garments=0.0).batch(torch.arange(16)).captions
-# asked = data.Scenes("test", two_garments=0.0).batch(torch.arange(32)).captions
-# heard = {word for text in captions for word in text.split()}
+# told, asked = small_scenes("train", 16)[1], small_scenes("test", 32)[1]
+# heard = {word for text in told for word in text.split()}
 # unheard = torch.tensor([bool(set(text.split()) - heard) for text in asked])
 # ends = [[r["average"] for r in rows if r["step"] == 80 and "average" in r][0]
 #     for rows in (log, few_log)]
@@ -1060,7 +1103,7 @@ def fit(
 # moments = rng.normal(3, torch.arange(4), (8, 6, 6))
 # kl = DiagonalGaussianDistribution(moments).kl().mean() / (4 * 6 * 6)
 # errors["KL"] = (kl_divergence(*moments.chunk(2, 1)) / kl - 1).abs().item()
-# fast = contrastive_loss(text, image, torch.tensor(5.0), torch.arange(6))
+# fast = contrastive_loss(text, image, 5, torch.arange(6))
 # reference = image_text_contrastive_loss(5 * unit[0] @ unit[1].mT)
 # errors["CLIP"] = (fast / reference - 1).abs().item()
 # for name, error in errors.items():
@@ -1221,8 +1264,8 @@ def fit(
 # image_side = text_side + rng.normal(3, torch.arange(32), (16,))
 # for n in (32, 8):
 #     pairs = zip(text_side.split(n), image_side.split(n))
-#     how = torch.tensor(5.0), torch.arange(n)
-#     losses = torch.stack([contrastive_loss(*pair, *how) for pair in pairs])
+#     losses = torch.stack(
+#         [contrastive_loss(*pair, 5, torch.arange(n)) for pair in pairs])
 #     print(f"CLIP's loss of 32 pairs in parts of {n}: {losses.mean():.2f}")
 
 # %% [markdown]

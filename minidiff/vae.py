@@ -47,7 +47,7 @@ from torch import Tensor, nn
 # from minidiff.classroom import journey
 # from minidiff.files.pictures import from_bytes, to_pil, to_tensor
 # from minidiff.files.weights import TINY, load_component
-# from minidiff.data.garments import sample_scenes
+# from minidiff.data.samples import sample_scenes
 # from minidiff.classroom.exercises import check, seal
 # from minidiff.classroom.journey import PROMPT, SEED
 #
@@ -68,10 +68,11 @@ from torch import Tensor, nn
 # viz.show_latents(drawn_latents[0])
 
 # %% [markdown]
-# To learn what latents are we take them from pictures first: scenes composed from the
-# test set of Fashion-MNIST, which no part of the tiny model was trained on. Eight show
-# one garment, the first what our prompt asks for; eight show two. (Every garment was a
-# grey picture of 28 × 28 pixels and has been enlarged: do not look for threads.)
+# To learn what latents are we take them from pictures first: scenes that no part of the
+# tiny model was trained on. Eight show one thing, the first what our prompt asks for;
+# eight show two or more. (Their garments are of Fashion-MNIST's test set, grey pictures
+# of 28 × 28 pixels, enlarged: do not look for threads. Of everything else there is one
+# picture, which training has seen in other scenes.)
 
 # %% tags=["active-ipynb"]
 # images, captions = sample_scenes()
@@ -590,7 +591,7 @@ def check_image(images: Tensor, config: VAEConfig) -> None:
 # $$ \mathrm{PSNR}(a, b) = 10 \log_{10} \frac{2^2}{\operatorname{mean}\,(a - b)^2}. $$
 #
 # Ten decibels more are a tenth of the error. Above the pictures, below what comes back:
-# three with one garment, and three with two.
+# three with one thing, and three with more.
 
 
 # %%
@@ -605,7 +606,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # latents = posterior.mode()
 # restored = vae.decode(latents)
 # each = [psnr(*pair) for pair in zip(images, restored)]
-# for kind, some in {"one garment": each[:8], "two garments": each[8:]}.items():
+# for kind, some in {"one thing": each[:8], "two or more": each[8:]}.items():
 #     mean = sum(some) / 8
 #     print(f"{kind:12} n = 8, mean PSNR {mean:.1f} dB, worst {min(some):.1f} dB")
 # rows = [0, 1, 2, 8, 9, 8 + each[8:].index(min(each[8:]))]
@@ -613,7 +614,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # viz.show_images(torch.cat([images[rows], restored[rows]]), titles, columns=6)
 
 # %% [markdown]
-# The last column is the worst of the sixteen scenes. Garments of half the size have
+# The last column is the worst of the second eight. Things of half the size have
 # finer detail for the same number of latent pixels, so that the lower mean is no
 # surprise. Look for the difference in what is fine, prints, seams, edges. This
 # autoencoder is small and learned on a CPU ([how](../book/training_log.md)).
@@ -910,7 +911,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # is close to 1 hardly anything is seen; the third row shows a scale like SD3.5's, for
 # which contrasts grow by half. Outlines stay. Padding on the wrong side moves every
 # picture three pixels to the right and down, one at the first level and one of twice
-# the size at the second, and smears the border above and on the left. The garments
+# the size at the second, and smears the border above and on the left. The things
 # themselves look nearly as before, but a shift makes every edge wrong, and decibels
 # count that. Neither mistake raises an error.
 #

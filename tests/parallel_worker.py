@@ -89,7 +89,8 @@ def clip() -> Task:
     def batch(i: Tensor) -> Batch:
         ids = torch.cat([words(i, 5), torch.full_like(i, 19)[:, None]], 1)
         known = {"images": normal(1, i, 3, 64, 64), "meaning": ids[:, 0] % 3}
-        return known | {"ids_l": ids, "ids_g": ids}
+        pairs = torch.stack([ids, ids], 1)
+        return known | {"ids_l": pairs, "ids_g": pairs}
 
     return Task(CLIPTraining(*encoders), clip_loss, batch)
 
@@ -105,10 +106,12 @@ def t5() -> Task:
 
 def judge() -> Task:
     def batch(i: Tensor) -> Batch:
-        known = {"images": normal(1, i, 3, 64, 64), "layout": i % 3}
-        known |= {"garments": words(i, 2) % 10, "colors": words(i, 2) % 8}
-        known["garments"][known["layout"] == 0, 1] = -1
-        return known | {"background": i % 8}
+        known = {"images": normal(1, i, 3, 64, 64), "ground": i % 12}
+        cells = rng.uniform(3, i, 64).unflatten(1, (8, 8)).double()
+        known["trace"] = cells
+        for name, count in (("kinds", 200), ("colors", 12)):
+            known[name] = torch.where(cells > 0.8, (cells * count).long(), -1)
+        return known
 
     return Task(Judge(JudgeConfig((8, 8, 8), (1, 1, 1), 12)), judge_loss, batch)
 

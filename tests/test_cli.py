@@ -253,7 +253,7 @@ def setting(folder, file, name, value):
 SHIFT = ("scheduler/scheduler_config.json", "shift")
 LENGTH = ("tokenizer/tokenizer_config.json", "model_max_length")
 MISFITS = {
-    "CLIP-L's tokenizer has ids from 0 to 704": lambda f: vocabulary_of(f, 704),
+    "CLIP-L's tokenizer has ids from 0 to 1536": lambda f: vocabulary_of(f, 1536),
     "CLIP-L's tokenizer writes 77 ids": lambda f: setting(f, *LENGTH, 77),
     "model_max_length is 'long'": lambda f: setting(f, *LENGTH, "long"),
     "CLIP-L looks for the end token 5": lambda f: setting(
@@ -379,7 +379,7 @@ def test_an_evaluation_from_the_command_line(run, fashion, tmp_path):
     named = {"n": 2, "seed": 7, "num_inference_steps": 1, "guidance_scale": 2}
     assert named.items() <= found.items()
     assert found["rows"].keys() == metrics.ROWS.keys()
-    assert found["frechet"]["n"] == 4 and "T5 color" in found["attention"]
+    assert found["frechet"]["n"] == 2 and "T5 color" in found["attention"]
 
 
 @pytest.mark.parametrize("kind", ["train.train_stages", "finetune.finetune_pictures"])

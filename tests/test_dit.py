@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import minidiff
 from minidiff import dit
 from minidiff.classroom.exercises import check
 from minidiff.control import spread
@@ -324,7 +325,7 @@ def test_published_sizes_and_flops(name: str) -> None:
 def test_tiny_fits_the_package() -> None:
     with torch.device("meta"):
         model = MMDiT(MMDiTConfig.tiny())
-    assert sum(p.numel() for p in model.parameters()) == 4_519_744
+    assert sum(p.numel() for p in model.parameters()) == 5_446_272
 
 
 @pytest.mark.parametrize("name", ["medium", "large", "large-turbo"])
@@ -365,6 +366,17 @@ def test_a_fresh_model_is_the_identity() -> None:
         assert torch.equal(new_x, x)
         if not block.pre_only:
             assert torch.equal(new_context, context)
+
+
+def test_time_and_prompt_steer_the_shipped_model() -> None:
+    """A conditioning that has died leaves modulations that are always the same."""
+    pipe = minidiff.load("tiny")
+    _, pooled = pipe.encode_prompt(["a cat", "two red dresses"])
+    made = pipe.transformer.modulations(torch.tensor([[0.2], [0.9]]), pooled)
+    for both in (*made.blocks, (made.final,)):
+        for m in both:  # (level, prompt, …)
+            for a, b in (m, m.transpose(0, 1)):
+                assert (a - b).norm() > 0.01 * a.norm()
 
 
 @pytest.mark.slow

@@ -20,7 +20,9 @@ from minidiff.cli import train as command
 from minidiff.data import captioned
 from minidiff.data.captioned import captions_of, read_folder
 from minidiff.data.fashion_mnist import CLASSES
-from minidiff.data.garments import Scenes
+from minidiff.data.language import captions
+from minidiff.data.samples import ONE
+from minidiff.data.scenes import World
 from minidiff.efficiency import Float8Linear, weigh
 from minidiff.engine import memory
 from minidiff.engine.adapters import load_lora
@@ -511,13 +513,15 @@ def stripes(images: Tensor) -> Tensor:
 
 def tall_garments(split: str, folder: Path, n: int) -> tuple[Tensor, Tensor, list[str]]:
     """Scenes with one garment that is no shoe and no bag: plain, striped, captions."""
-    batch = Scenes(split, folder, two_garments=0).batch(torch.arange(3 * n))
+    world = World(split, folder, layouts=ONE, garments=1.0)
+    batch, numbers = world.batch(torch.arange(3 * n)), torch.arange(3 * n)
     flat = torch.tensor([CLASSES.index(c) for c in CLASSES[5:] if c != "shirt"])
-    tall = ~torch.isin(batch.attributes.garments[:, 0], flat)
+    tall = ~torch.isin(batch.attributes.kinds[:, 0], flat)
     images, masks = batch.images[tall][:n], batch.masks[tall][:n, :1]
     gaps = (torch.arange(64) // 4 % 2)[:, None]
     striped = images + masks * gaps * (images[:, :, :1, :1] - images)
-    return images, striped, [batch.captions[i] for i in tall.nonzero()[:n]]
+    texts, _ = captions(batch.attributes, 0, numbers)
+    return images, striped, [texts[i] for i in tall.nonzero()[:n]]
 
 
 @pytest.mark.slow

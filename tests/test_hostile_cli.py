@@ -126,8 +126,7 @@ EVALUATIONS = [
     ([], ["--steps", 0], "--steps is 0; expected a whole number, 1 to 1000"),
     ([], ["--steps", HUGE], f"--steps is {HUGE}; expected a whole number, 1 to 1000"),
     ([], ["--guidance-scale", "nan"], "guidance_scale is nan; expected a finite"),
-    ([], ["--garments", "three"], "garments is 'three', expected one, two or all"),
-    ([], ["--garments", "one", "--inception", "a"], "--inception is a, which needs"),
+    ([], ["--rows", "five"], "rows is 'five'; expected all, or a word of"),
     ([], ["--judge", "nowhere"], "no judge in nowhere"),
 ]
 
@@ -145,7 +144,7 @@ TRAININGS = [
     (["--stage", "none"], "--stage is 'none'; expected all, tokenizers, clip, t5"),
     (["--recipe", "none"], "--recipe is 'none'; expected shipped, gpu"),
     (["--start", "nowhere"], "--start is nowhere; expected tiny, or a model's folder"),
-    (["--scenes", "nowhere"], "scenes is 'nowhere'; expected composed, plain"),
+    (["--scenes", "nowhere"], "scenes is 'nowhere'; expected world, garments"),
     (["--steps", 5], "--steps and --batch-size need a --stage that has them"),
     (["--stage", "vae", "--steps", 0], "steps is 0; expected above 0"),
     (["--stage", "vae", "--steps", HUGE], f"steps is {HUGE}; expected above 0"),
@@ -275,7 +274,7 @@ ECHOES = [
     ["info", LONG],
     ["info", f"{LONG}.png"],
     ["download", LONG],
-    ["evaluate", "--garments", LONG],
+    ["evaluate", "--rows", LONG],
     ["evaluate", "--model", LONG],
     ["train", "--output", "o", "--stage", LONG],
     ["train", "--output", "o", "--recipe", LONG],
@@ -647,7 +646,7 @@ def test_results_stay_when_they_cannot_be_replaced(
 ) -> None:
     Path("old.json").write_text(json.dumps({"kept": 1}))
     monkeypatch.setattr(os, "replace", lambda *_: os.open("no/where", os.O_RDONLY))
-    how = ("-n", 2, "--steps", 1, "--garments", "one", "--data", fashion)
+    how = ("-n", 2, "--steps", 1, "--rows", "one garment", "--data", fashion)
     monkeypatch.setattr(evaluation, "attention_correlation", lambda *_, **__: {})
     code, _, err = run("evaluate", *how, "--output", "old.json", "--overwrite")
     assert code == 2 and "cannot write old.json" in err

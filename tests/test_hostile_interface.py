@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -408,6 +409,14 @@ def test_what_is_told_once(pipe, call, told):
     assert sum(bool(re.search(told, str(w.message))) for w in warned) == 1
 
 
+def test_words_never_seen_are_named(small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "model")
+    (folder / "words.txt").write_text("a\nbag\nred\n")
+    pipe, line = minidiff.load(folder), "^the small model has not seen: lighthouse$"
+    with pytest.warns(UserWarning, match=line):
+        pipe.encode_prompt(["a red bag", "A lighthouse"])
+
+
 def test_a_context_of_400_rows_is_told_nothing(pipe, recwarn):
     Request("a bag")
     pipe.check(Request("a bag", max_sequence_length=388))
@@ -420,8 +429,6 @@ def test_a_context_of_400_rows_is_told_nothing(pipe, recwarn):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_t5_does_not_overflow(small, tmp_path, dtype):
     """Weights so large that its states leave float16's range: 65,504."""
-    import shutil
-
     folder = shutil.copytree(small, tmp_path / "large")
     encoder = weights.load_component(T5Encoder, T5Config, folder / "text_encoder_3")
     with torch.no_grad():

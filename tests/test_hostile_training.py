@@ -90,7 +90,7 @@ RECIPES = [
     ('{"vae": {"beta2": NaN}}', "beta2 is nan; expected 0 to 0.999999"),
     ('{"vae": {"muon": 1}}', "muon is a int, expected bool"),
     ('{"t5": {"muon": true}}', "t5: muon is for vae, transformer, turbo"),
-    ('{"two_garments": 1.5}', "two_garments is 1.5; expected 0 to 1"),
+    ('{"guidance": 0.5}', "guidance is 0.5; expected 1 to 100"),
     ('{"shift": 0}', "shift is 0; expected above 0"),
     ('{"scenes": 5}', "scenes is a int, expected str"),
     (f'{{"scenes": "{"x" * 5000}"}}', "scenes has 5,000 characters; expected at most"),
@@ -119,10 +119,10 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"stage": "vae", "batch_size": -1}, "batch_size is -1; expected 1 to 1048576"),
     ({"seed": -1}, "--seed is -1; expected a whole number, 0 to"),
     ({"seed": 2**63}, "--seed is 9223372036854775808; expected a whole number"),
-    ({"scenes": "striped"}, "scenes is 'striped'; expected composed"),
+    ({"scenes": "striped"}, "scenes is 'striped'; expected world"),
     ({"scenes": "x" * 100_000}, "scenes has 100,000 characters; expected at most"),
-    ({"scenes": "a\0b"}, "expected composed"),
-    ({"scenes": "/dev/null"}, "scenes is '/dev/null'; expected composed"),
+    ({"scenes": "a\0b"}, "expected world"),
+    ({"scenes": "/dev/null"}, "scenes is '/dev/null'; expected world"),
     ({"start": Path("/dev/null")}, "--start is /dev/null; expected tiny"),
     ({"start": Path("nowhere")}, "--start is nowhere; expected tiny"),
     ({"output": Path("/dev/null")}, "/dev/null is a file; expected a folder"),
@@ -593,7 +593,7 @@ EVALUATIONS: list[tuple[dict[str, Any], str]] = [
     ({"steps": HUGE}, "--steps is 10+; expected a whole number, 1 to 1000"),
     ({"guidance_scale": float("nan")}, "guidance_scale is nan; expected a finite"),
     ({"guidance_scale": float("inf")}, "guidance_scale is inf; expected a finite"),
-    ({"garments": "three"}, "garments is 'three', expected one, two or all"),
+    ({"rows": "five"}, "rows is 'five'; expected all, or a word of"),
 ]
 
 

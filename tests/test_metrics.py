@@ -1,3 +1,4 @@
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,10 +8,14 @@ import torch
 from torch import nn
 
 import minidiff
-from minidiff.data.garments import Attributes, Scenes, prompts
+from minidiff.data.language import Group, Meaning, shown
+from minidiff.data.scenes import COLORS, KINDS, held_out_colors
 from minidiff.judging import attention_maps, distances, metrics
 from minidiff.judging.distances import correlation, frechet_distance, psnr_by_picture
-from minidiff.judging.judge import Judge, JudgeConfig, load_judge, score
+from minidiff.judging.judge import Judge, JudgeConfig, load_judge
+
+SMALL = JudgeConfig((8, 8, 16), (1, 1, 1), 8)
+HOW = {"num_inference_steps": 28, "guidance_scale": 2.0}
 
 
 def published(a: np.ndarray, b: np.ndarray) -> float:
@@ -100,35 +105,6 @@ def test_correlation():
     assert correlation(a, -2 * a + 1).tolist() == pytest.approx([-1] * 4)
 
 
-def logits_of(attributes: Attributes) -> Attributes:
-    """Certain logits of what the attributes say."""
-    sizes = (3, 10, 8, 8)
-    hot = (
-        nn.functional.one_hot(a.clamp(min=0), n)
-        for a, n in zip(attributes, sizes, strict=True)
-    )
-    return Attributes(*(h.float() for h in hot))
-
-
-@pytest.mark.parametrize("kind", ["one", "two"])
-def test_score_counts_each_attribute(kind):
-    _, wanted = prompts(100, kind)
-    assert all(v.all() for v in score(logits_of(wanted), wanted).values())
-    column = 0 if kind == "one" else 1
-    wrong = wanted.colors.clone()
-    wrong[:30, column] = (wrong[:30, column] + 1) % 8
-    found = score(logits_of(wanted._replace(colors=wrong)), wanted)
-    means = {k: round(v.float().mean().item(), 4) for k, v in found.items()}
-    assert means == {
-        "layout": 1, "garments": 1, "colors": 0.7, "background": 1, "all": 0.7,
-        "colors and background": 0.7,
-    }  # fmt: skip
-    # What is said of a second garment that is not there does not count.
-    if kind == "one":
-        other = wanted._replace(garments=wanted.garments + torch.tensor([0, 4]))
-        assert score(logits_of(other), wanted)["all"].all()
-
-
 class Echo:
     """A pipeline whose pictures are the noise that it is given, enlarged."""
 
@@ -148,63 +124,86 @@ class Echo:
         return nn.functional.interpolate(latents[:, :3].sigmoid(), scale_factor=4)
 
 
-@pytest.mark.slow
-def test_evaluate(fashion):
-    torch.manual_seed(0)
-    judge, pipe = Judge(JudgeConfig((8, 8, 8), (1, 1, 1), 12)).eval(), Echo()
-    judge.window.weight.data *= 100  # untrained features hardly differ
-    found = metrics.assess(
-        pipe, judge, 24, guidance_scale=2.0, folder=fashion, batch=16
-    )
-    assert list(found["rows"]) == list(metrics.ROWS)
-    assert pipe.calls[0] == {"num_inference_steps": 28, "guidance_scale": 2.0}
-    assert found["vae_psnr"] == pytest.approx(40, abs=0.01)
-    assert found["frechet"]["n"] == 48
-    assert found["frechet"]["model"] > found["frechet"]["floor"]
-    again = metrics.assess(
-        Echo(), judge, 24, guidance_scale=2.0, folder=fashion, batch=24
-    )
-    assert again["rows"] == found["rows"]  # whatever the batch
-    table = metrics.format_table(found)
-    assert "two garments, one never trained" in table and "FID" not in table
-    model, floor, vae = (found["frechet"][k] for k in ("model", "floor", "vae"))
-    assert "in the judge's last hidden layer, 48 pictures" in table
-    assert f"model {model}, test scenes {floor}, VAE reconstructions {vae}." in table
+def test_a_comparison_does_not_depend_on_its_batch(fashion):
+    judge, pipe = load_judge(), Echo()
+    names = ("one garment", "all scenes")
+    found = metrics.Comparison(pipe, judge, 24, folder=fashion, batch=16, **HOW)
+    result = found.rows(names)
+    assert list(result["rows"]) == list(names) and pipe.calls[0] == HOW
+    assert result["psnr"]["all"] == pytest.approx(40, abs=0.01)
+    assert result["frechet"]["model"] > result["frechet"]["floor"]
+    again = metrics.Comparison(Echo(), judge, 24, folder=fashion, batch=24, **HOW)
+    assert again.rows(names) == result
+    table = metrics.format_table(result)
+    assert "| one garment | " in table and "FID" not in table
+    model, floor = (result["frechet"][k] for k in ("model", "floor"))
+    assert "in the judge's last hidden layer, 24 pictures" in table
+    assert f"model {model}, test scenes {floor}." in table
 
 
-@pytest.mark.slow
-def test_evaluate_with_other_features(fashion):
+def test_distances_in_other_features(fashion):
     """With Inception-v3's, here means of three channels, the distances are FID."""
-    judge, seen = Judge(JudgeConfig((8, 8, 8), (1, 1, 1), 12)).eval(), []
+    seen = []
 
     def means(images):
         seen.append(len(images))
         return images.mean((2, 3))
 
-    rows = metrics.choose_rows("all")[::2]  # those with seen pairs
-    options = {"folder": fashion, "batch": 8, "rows": rows, "inception": means}
-    found = metrics.assess(Echo(), judge, 8, guidance_scale=1.0, **options)
-    assert sum(seen) == 2 * (8 + 8) + 16 + 16  # rows, then training, then the VAE's
-    assert 0 < found["frechet"]["floor"] < found["frechet"]["model"]
-    assert "in Inception-v3's last pool (FID), 16 pictures" in metrics.format_table(
-        found
+    judge, sizes = Judge(SMALL).eval(), {"folder": fashion, "batch": 8}
+    found = metrics.Comparison(Echo(), judge, 8, **sizes, inception=means, **HOW)
+    result = found.rows(("all scenes",))
+    assert sum(seen) == 3 * 8  # training scenes, test scenes, drawn pictures
+    assert "in Inception-v3's last pool (FID), 8 pictures" in metrics.format_table(
+        result
     )
 
 
-def test_evaluate_refuses():
-    with pytest.raises(ValueError, match="n is 1"):
-        metrics.assess(Echo(), Judge(), 1)
-    with pytest.raises(ValueError, match="n is 100001; expected .* 2 to 100000"):
-        metrics.assess(Echo(), Judge(), 100_001)
-    with pytest.raises(ValueError, match="seed is 9223372036854775808; expected"):
-        metrics.assess(Echo(), Judge(), 2, seed=2**63)
+def test_the_reference_are_training_scenes(fashion, monkeypatch):
+    seen, real = [], metrics.World
+    monkeypatch.setattr(
+        metrics, "World", lambda s, *a, **k: seen.append(s) or real(s, *a, **k)
+    )
+    judge = Judge(SMALL).eval()
+    found = metrics.Comparison(Echo(), judge, 8, folder=fashion, batch=8, **HOW)
+    found.distances(
+        {"real": torch.zeros(8, 3, 64, 64), "model": torch.ones(8, 3, 64, 64)}
+    )
+    assert seen == ["train"]
+    seen.clear()
+    found.row("one thing")
+    assert seen == ["test", "test"]  # what prompts say, and its pictures
+
+
+def test_pictures_that_show_the_prompt_are_right(fashion, monkeypatch):
+    """The prompts are those of the real scenes, of the test split."""
+    row = metrics.ROWS["two things"]
+    texts, _, numbers = metrics.row_prompts(row, 40, 2)
+    scenes = metrics.row_scenes(row, "test", fashion, "cpu", 2).batch(numbers)
+    known = dict(zip(texts, scenes.images, strict=True))
+    drawn = lambda pipe, texts, *_, **__: torch.stack([known[t] for t in texts])  # noqa: E731
+    monkeypatch.setattr(metrics, "generate", drawn)
+    found = metrics.Comparison(Echo(), load_judge(), 40, folder=fashion, **HOW)
+    shares, _ = found.row("two things")
+    assert shares["real"]["all"] > 0.85 and shares["exchanged"] <= 0.05
+    assert shares["model"]["all"] == pytest.approx(shares["real"]["all"], abs=0.1)
+
+
+def test_what_cannot_be_compared():
+    for n, seed, message in (
+        (1, 2, "n is 1"),
+        (100_001, 2, "n is 100001; expected .* 2 to 100000"),
+        (2, 2**63, "seed is 9223372036854775808; expected"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            metrics.Comparison(Echo(), Judge(SMALL), n, seed)
     large = Echo()
     large.vae.config.factor = 8
     with pytest.raises(ValueError, match="draws 128 × 128 pixels"):
-        metrics.assess(large, Judge(), 2)
-    with pytest.raises(ValueError, match="garments is 'three'"):
-        metrics.choose_rows("three")
-    assert len(metrics.choose_rows("one")) == 2 and len(metrics.choose_rows("all")) == 4
+        metrics.Comparison(large, Judge(SMALL), 2)
+    with pytest.raises(ValueError, match=re.escape("rows is 'five'; expected all")):
+        metrics.choose_rows("five")
+    assert len(metrics.choose_rows("one")) == 5
+    assert metrics.choose_rows("all") == tuple(metrics.ROWS)
 
 
 class Words:
@@ -227,24 +226,6 @@ def test_rows_of_words_in_the_context():
     assert rows["T5 background"] == [48, 49, 50]
 
 
-@pytest.mark.slow
-def test_pictures_that_show_the_prompt_are_right(fashion, monkeypatch):
-    """The prompts are those of the real scenes, and of the test split."""
-    known = {}
-    for two in (0.0, 1.0):
-        for held in (False, True):
-            how = {"seed": 2, "two_garments": two, "held_out": held}
-            scenes = Scenes("test", fashion, **how).batch(torch.arange(40))
-            known |= dict(zip(scenes.captions, scenes.images, strict=True))
-    drawn = lambda pipe, texts, *_, **__: torch.stack([known[t] for t in texts])  # noqa: E731
-    monkeypatch.setattr(metrics, "generate", drawn)
-    how = {"guidance_scale": 1.0, "folder": fashion, "batch": 16}
-    for row in metrics.assess(Echo(), load_judge(), 40, **how)["rows"].values():
-        assert row["real"]["colors and background"] > 0.95
-        assert row["model"]["all"] == pytest.approx(row["real"]["all"], abs=0.1)
-
-
-@pytest.mark.slow
 def test_words_look_where_their_garment_is(fashion):
     pipe = minidiff.load("tiny")
     found = attention_maps.attention_correlation(pipe, 16, folder=fashion)
@@ -254,30 +235,54 @@ def test_words_look_where_their_garment_is(fashion):
         for word in ("color", "garment", "background")
     }
     best = max(abs(x) for w in found.values() for v in w.values() for x in v)
-    assert best >= 0.8
+    assert best >= 0.5
     pipe.text_encoders = (*pipe.text_encoders[:2], None)
     pipe.tokenizers = (*pipe.tokenizers[:2], None)
     found = attention_maps.attention_correlation(pipe, 2, folder=fashion)
     assert {name.split()[0] for name in found} == {"CLIP"}
 
 
+def test_rows_name_the_pairs_never_trained():
+    row = metrics.ROWS["one garment, colour never trained"]
+    texts, meanings, numbers = metrics.row_prompts(row, 40, 2)
+    assert len(texts) == len(meanings) == len(numbers) == 40
+    held = held_out_colors()
+    for meaning in meanings:
+        (group,) = meaning.groups
+        assert group.color == list(COLORS)[held[KINDS.index(group.kind)]]
+    scenes = metrics.row_scenes(row, "test", None, "cpu", 2)
+    shows = shown(scenes.attributes(numbers))
+    pairs = zip(shows, meanings, strict=True)
+    assert all(a.groups[0].kind == b.groups[0].kind for a, b in pairs)
+    row = metrics.ROWS["one thing, place never trained"]
+    assert all(m.place for m in metrics.row_prompts(row, 40, 2)[1])
+
+
+def test_texture_is_the_roughness_inside():
+    smooth = torch.full((2, 3, 64, 64), -1.0)
+    smooth[:, :, 16:48, 16:48] = 1.0
+    rough = smooth.clone()
+    rough[:, :, 16:48, 16:48] -= 0.2 * (torch.arange(32) % 2)
+    values = metrics.texture(torch.cat([smooth, rough]))
+    torch.testing.assert_close(values, torch.tensor([0.0, 0.0, 0.16, 0.16]))
+    assert len(metrics.texture(smooth[:, :, :, :1].expand(-1, -1, -1, 64))) == 0
+
+
 @pytest.mark.slow
-def test_what_is_compared_with_what(fashion, monkeypatch):
-    """Training scenes are the reference, all others are the test set's."""
-    seen, real = [], metrics.Scenes
-    monkeypatch.setattr(metrics, "Scenes", lambda s, *a: seen.append(s) or real(s, *a))
-    judge, pipe = Judge(JudgeConfig((8, 8, 8), (1, 1, 1), 12)).eval(), Echo()
-    how = {"guidance_scale": 1.0, "folder": fashion}
-    every = metrics.assess(pipe, judge, 8, **how)
-    assert sorted(seen) == ["test"] * 6 + ["train"] * 2
-    known = metrics.assess(pipe, judge, 8, rows=list(metrics.ROWS)[::2], **how)
-    assert known["frechet"] == every["frechet"]  # never-trained pairs do not count
+@pytest.mark.filterwarnings("ignore:T5 reads 32 tokens")
+def test_an_evaluation_measures_every_row(monkeypatch):
+    import minidiff
 
-
-def test_rows_alone_and_the_usual_guidance(fashion):
-    judge, pipe = Judge(JudgeConfig((8, 8, 8), (1, 1, 1), 12)).eval(), Echo()
-    pipe.defaults = SimpleNamespace(guidance_scale=3.0)
-    rows = metrics.choose_rows("one")
-    found = metrics.assess(pipe, judge, 2, folder=fashion, rows=rows)
-    assert pipe.calls[0]["guidance_scale"] == 3 and "frechet" not in found
-    assert "Fréchet" not in metrics.format_table(found)
+    pipe = minidiff.load("tiny")
+    pipe.progress = False
+    options = {"num_inference_steps": 1, "guidance_scale": 2.0}
+    found = metrics.Comparison(pipe, Judge(SMALL), 3, batch=3, **options)
+    monkeypatch.setattr(found, "reconstruction", lambda: {"all": 30.0})
+    result = found.rows(("one garment", "all scenes"))
+    assert result["rows"].keys() == {"one garment", "all scenes"}
+    assert result["frechet"]["n"] == 3 and result["texture"].keys() == {"real", "model"}
+    table = metrics.format_table(result)
+    assert "| one garment | " in table and "30.0 dB" in table
+    free = {"prompts": found.free([("a cat", Meaning((Group("cat"),)))])}
+    assert free["prompts"]["n"] == 1 and free["prompts"]["rows"][0]["prompt"] == "a cat"
+    assert "1 prompts: right" in metrics.format_table(free)

@@ -8,7 +8,14 @@ from test_training import assert_same, regression
 from torch import nn
 
 from minidiff.dit import MMDiT, MMDiTConfig
-from minidiff.learning.muon import AT_ONCE, RMS, Muon, orthogonal, orthogonal_parts
+from minidiff.learning.muon import (
+    AT_ONCE,
+    HIGHEST,
+    RMS,
+    Muon,
+    orthogonal,
+    orthogonal_parts,
+)
 from minidiff.learning.run import Run
 from minidiff.training import fit
 from minidiff.vae import VAE, VAEConfig
@@ -83,9 +90,27 @@ def test_a_convolution_is_a_matrix_with_a_row_for_each_channel_it_gives() -> Non
 def test_the_layers_at_entrances_and_exits_are_left_to_adamw(kind, config, ends):
     with torch.device("meta"):
         named = list(kind(config).named_parameters())
-    taken = {id(x) for x in Muon(named).matrices}
-    left = [n.split(".")[-2] for n, x in named if x.ndim > 1 and id(x) not in taken]
-    assert left == list(ends)
+    optimizer = Muon(named)
+    fast, slow = ({id(x) for x in g["params"]} for g in optimizer.param_groups)
+    assert len(fast) + len(slow) == len(named)
+    left = fast - {id(x) for x in optimizer.matrices}
+    known = [n.split(".")[-2] for n, x in named if x.ndim > 1 and id(x) in left]
+    assert known == list(ends)
+    conditioning = {n.split(".")[0] for n, x in named if id(x) in slow}
+    parts = {"t_embedder", "y_embedder", "joint_blocks", "final_layer"}
+    assert conditioning == (parts if kind is MMDiT else set())
+
+
+@pytest.mark.parametrize("rate", [0.01, 1e-4])
+def test_what_steers_the_blocks_moves_slowly(rate: float) -> None:
+    """Each number by at most the lower rate in AdamW's first step, at any gradient."""
+    names = "t_embedder.mlp.0.weight", "joint_blocks.0.x_block.adaLN_modulation.1.bias"
+    for name in (*names, "context_embedder.bias"):
+        x = nn.Parameter(torch.zeros(4, 4))
+        x.grad = torch.full((4, 4), 7.0)
+        Muon([(name, x)], lr=rate).step()
+        moved = min(rate, HIGHEST) if name in names else rate
+        torch.testing.assert_close(x.data, torch.full((4, 4), -moved))
 
 
 def test_several_maps_in_one_weight_are_orthogonal_each() -> None:

@@ -10,7 +10,7 @@ from training_jobs import train
 
 import minidiff
 from minidiff.data import captioned
-from minidiff.data import garments as data
+from minidiff.files.pictures import from_bytes
 from minidiff.tokenizer import T5Tokenizer
 
 pytestmark = pytest.mark.slow
@@ -94,7 +94,7 @@ def test_own_pictures_are_split_once(own_pictures: Path) -> None:
     images, captions = captioned.read_folder(own_pictures, 64)
     where = [captions.index(text) for text in texts]
     shown = torch.cat([batch.images for batch in batches])
-    torch.testing.assert_close(shown, data.from_bytes(images[where]))
+    torch.testing.assert_close(shown, from_bytes(images[where]))
     other = captioned.Pictures("test", folder, seed=1)
     assert set(other.numbers.tolist()) != set(held.numbers.tolist())
     squeezed = captioned.Pictures("train", folder, crop=False)

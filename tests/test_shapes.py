@@ -96,7 +96,9 @@ def train(pipe: sampling.Pipeline) -> None:
     clip_l, clip_g, t5 = pipe.text_encoders
     images, ids = torch.rand(2, 3, 64, 64), torch.randint(3, 60, (2, 12))
     model = training.CLIPTraining(clip_l, clip_g)
-    batch = {"images": images, "ids_l": ids, "ids_g": ids, "meaning": torch.arange(2)}
+    pairs = torch.stack([ids, ids.flip(0)], 1)
+    batch = {"images": images, "ids_l": pairs, "ids_g": pairs}
+    batch["meaning"] = torch.arange(2)
     training.clip_loss(model, batch)
     hidden = training.choose_spans(torch.rand(2, 4), ids, 0)
     source, target = training.corrupt_spans(ids, hidden, torch.arange(90, 100), 0, 1)

@@ -17,8 +17,10 @@ from training_jobs import TABLES, files, losses, only_prepares, run_stages, trai
 
 import minidiff
 from minidiff import training
-from minidiff.data import garments as data
+from minidiff.data.fashion_mnist import fashion_mnist, garments_by_class
+from minidiff.data.scenes import World
 from minidiff.dit import MMDiT, MMDiTConfig
+from minidiff.files.pictures import from_bytes
 from minidiff.files.weights import TINY, load_component
 from minidiff.learning.run import read_log
 from minidiff.recipes import text_stages, transformer_stage
@@ -100,7 +102,7 @@ def test_a_stage_is_done_with_its_settings_only(
     longer = replace(job.recipe, vae=replace(job.recipe.vae, steps=24))
     with pytest.raises(ValueError, match="holds a run with steps = 12, not 24"):
         run_stages(replace(job, recipe=longer), "vae")
-    pictures, labels = data.fashion_mnist("train", job.data)
+    pictures, labels = fashion_mnist("train", job.data)
     monkeypatch.setattr(stages, "fashion_mnist", lambda *_: (pictures[1:], labels[1:]))
     with pytest.raises(ValueError, match="holds a run with data = "):
         run_stages(job, "vae")
@@ -149,7 +151,7 @@ def go_on(job: Job, made: Path, tmp_path: Path) -> Callable[..., Path]:
     quick = {"steps": 8, "batch_size": 4, "warmup_steps": 2, "learning_rate": 2e-3}
     quick |= {"log_every": 1, "save_every": 2, "validate_every": 0, "bfloat16": False}
     recipe = tmp_path / "recipe.json"
-    small = {"latents": 32, "pictures": 4, "held": 8, "keep_latents": True}
+    small = {"latents": 32, "pictures": 4, "held": 8}
     stages = {"transformer": quick, "vae": quick, "turbo": quick}
     stages["control"] = quick | {"validate_every": 8}
     recipe.write_text(json.dumps(stages | small))
@@ -259,49 +261,6 @@ def test_the_loss_begins_where_the_old_model_stands(
     assert log[0]["loss"] == pytest.approx(seen[0].item(), rel=1e-5)
 
 
-def test_the_decoder_learns_alone(
-    go_on: Callable[..., Path], made: Path, tmp_path: Path
-) -> None:
-    model = go_on("vae", tmp_path / "new")
-    log = read_log(tmp_path / "new" / "runs" / "vae" / "log.jsonl")
-    losses = [record["loss"] for record in log if "loss" in record]
-    assert sum(losses[-3:]) < 0.95 * sum(losses[:3]), losses
-    name = "vae/diffusion_pytorch_model.safetensors"
-    old, new = load_file(made / name), load_file(model / name)
-    same = {key.split(".")[0] for key in old if torch.equal(old[key], new[key])}
-    assert same == {"encoder"}
-    settings = [
-        (folder / "vae" / "config.json").read_text() for folder in (made, model)
-    ]
-    assert settings[0] == settings[1]  # the latents keep their scale
-    assert all(torch.equal(old[k], new[k]) for k in old if k.startswith("encoder"))
-
-
-def test_latents_move_less_when_they_are_held(
-    go_on: Callable[..., Path], made: Path, tmp_path: Path
-) -> None:
-    file, images = tmp_path / "recipe.json", torch.rand(4, 3, 64, 64) * 2 - 1
-    recipe = json.loads(file.read_text()) | {"keep_latents": False}
-    recipe["vae"]["muon"] = True
-    means, settings = [], []
-    for hold in (None, 1e-6, 1e3):
-        file.write_text(json.dumps(recipe | {"hold_latents": hold or 0.0}))
-        model = go_on("vae", tmp_path / f"{hold}") if hold else made
-        vae = load_component(VAE, VAEConfig, model / "vae")
-        means.append(vae.encode(images).mean.detach())
-        settings.append(vae.config)
-    free, held = ((mean - means[0]).square().mean().sqrt() for mean in means[1:])
-    assert 0 < held < free / 2
-    assert settings[0] == settings[1] == settings[2]  # the latents keep their scale
-
-
-def test_latents_are_kept_or_held(go_on: Callable[..., Path], tmp_path: Path) -> None:
-    file = tmp_path / "recipe.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"hold_latents": 0.1}))
-    with pytest.raises(ValueError, match="has keep_latents and hold_latents; expected"):
-        go_on("vae", tmp_path / "out")
-
-
 def test_recomputed_blocks_of_the_transformer(
     go_on: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,7 +277,7 @@ def test_recomputed_blocks_of_the_transformer(
 
 @pytest.mark.parametrize(
     ("changes", "middle"),
-    [({}, 0.5), ({"uniform_levels": True}, 0.5), ({"shift": 3.0}, 0.75)],
+    [({}, 0.5), ({"shift": 3.0}, 0.75)],
     ids=str,
 )
 def test_levels_are_distributed_as_the_recipe_says(
@@ -328,15 +287,14 @@ def test_levels_are_distributed_as_the_recipe_says(
     changes: dict,
     middle: float,
 ) -> None:
-    """Logit-normal or uniform; shifted, 1/2 becomes 3/4."""
+    """Logit-normal; shifted, 1/2 becomes 3/4."""
     job = replace(job, recipe=replace(job.recipe, **changes))
     task = transformer_lesson(job).task
     sigma = task.batch(torch.arange(4000))["sigma"]
     assert sigma.median() == pytest.approx(middle, abs=0.03)
     outer = (sigma < 0.1).double().mean()
-    # a tenth of uniform levels; of logit-normal ones Φ(logit 0.1) = 0.014, or 0.0004
-    expected = 0.1 if changes.get("uniform_levels") else 0.014 if not changes else 0
-    assert outer == pytest.approx(expected, abs=0.015 if expected == 0.1 else 0.006)
+    expected = 0 if changes else 0.014  # Φ(logit 0.1), or 0.0004
+    assert outer == pytest.approx(expected, abs=0.006)
 
 
 def test_prompts_are_dropped_as_often_as_the_recipe_says(
@@ -441,7 +399,7 @@ def test_plain_fashion_mnist_trains_every_stage(fashion: Path, tmp_path: Path) -
     recipe |= {"pictures": 16, "latents": 16, "held": 8, "captions": 200}
     file, output = tmp_path / "recipe.json", tmp_path / "model"
     file.write_text(json.dumps(recipe))
-    with pytest.raises(ValueError, match="scenes is 'striped'; expected composed"):
+    with pytest.raises(ValueError, match="scenes is 'striped'; expected world"):
         train("all", output, fashion, recipe=str(file), scenes="striped")
     with pytest.raises(ValueError, match="expected all, .* with plain scenes"):
         train("judge", output, fashion, recipe=str(file), scenes="plain")
@@ -483,6 +441,20 @@ def test_few_held_out_scenes_make_a_small_grid(fashion: Path, tmp_path: Path) ->
     assert Image.open(output / "grid.png").size == (192, 64)
 
 
+def test_every_other_batch_has_one_mean_color() -> None:
+    n, size = 64, 8
+    colors = torch.tensor([[200, 20, 20], [20, 200, 20], [20, 20, 200], [90, 90, 90]])
+    which = torch.arange(n) % 4
+    images = colors[which].byte()[..., None, None].expand(-1, -1, 6, 6)
+    place = text_stages.alike_or_not(
+        torch.arange(n), text_stages.by_color(images), size
+    )
+    batches = which[place].view(-1, size)
+    alike = (batches == batches[:, :1]).all(1)
+    assert alike.tolist() == [False, True] * 4
+    assert len({*batches[1::2, 0].tolist()}) > 1  # not the same colour each time
+
+
 def test_a_second_run_of_a_stage_is_refused_before_it_works(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -506,8 +478,10 @@ def test_pictures_meet_their_own_captions(
     place = place_in_pool(torch.arange(16), job.recipe.pictures)
     scene = job.scenes().batch(place)
     assert (batch["images"] - scene.images).abs().max() <= 1 / 127
+    pairs = job.scenes().caption_pairs(place)
+    assert (pairs == scene.caption_ids[:, None]).any(1).all()
     for table, name in zip(text_stages.token_tables(job), "lg", strict=False):
-        assert torch.equal(batch[f"ids_{name}"], table[scene.caption_ids].long())
+        assert torch.equal(batch[f"ids_{name}"], table[pairs].long())
 
 
 def test_t5_restores_words_and_says_the_same_anew(
@@ -516,7 +490,7 @@ def test_t5_restores_words_and_says_the_same_anew(
     numbers, ids = torch.arange(16), text_stages.token_tables(job)[2].long()
     batch = t5_lesson(job).task.batch(numbers)
     place = place_in_pool(numbers, job.recipe.pictures)
-    pairs = job.scenes(job.recipe.two_garments).caption_pairs(place)
+    pairs = job.scenes().caption_pairs(place)
     t5 = T5Tokenizer.from_pretrained(job.model / "tokenizer_3")
     for i, source in enumerate(batch["source"]):
         target = batch["target"][i]
@@ -534,7 +508,7 @@ def test_a_sample_has_its_own_caption(
     task = transformer_lesson(job).task
     numbers = torch.arange(4 * job.recipe.latents)
     place = place_in_pool(numbers, job.recipe.latents)
-    scene = job.scenes(job.recipe.two_garments).batch(place)
+    scene = job.scenes().batch(place)
     batch, pipe = task.batch(numbers), minidiff.load(made)
     with torch.no_grad():
         x0 = pipe.vae.scale(pipe.vae.encode(scene.images).mode())
@@ -547,18 +521,20 @@ def test_a_sample_has_its_own_caption(
 def test_learning_looks_at_training_garments(
     job: Job, fashion: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train, test = (data.Scenes(s, fashion).gray for s in ("train", "test"))
-    assert torch.equal(job.scenes().gray, train) and job.scenes().held_out is False
-    assert torch.equal(job.scenes(split="test").gray, test)
-    task = judge_lesson(job).task
-    found = task.batch(torch.arange(4))["images"]
-    scenes = data.Scenes("train", fashion, held_out=None)
-    torch.testing.assert_close(found, scenes.batch(torch.arange(4)).images)
+    train, test = (garments_by_class(s, fashion, "cpu").gray for s in ("train", "test"))
+    assert torch.equal(job.scenes().wardrobe.gray, train)
+    assert job.scenes().held_out == ""
+    assert torch.equal(job.scenes("test").wardrobe.gray, test)
+    task, numbers = judge_lesson(job).task, torch.arange(4)
+    found = task.batch(numbers)["images"]
+    scenes = World("train", fashion, held_out=None)
+    expected = scenes.batch(place_in_pool(numbers, job.recipe.latents)).images
+    torch.testing.assert_close(found, expected, atol=1 / 255, rtol=0)
 
 
 def test_pools_and_scales(job: Job) -> None:
     scenes = job.scenes()
-    images = data.from_bytes(picture_pool(scenes, 8)[0])
+    images = from_bytes(picture_pool(scenes, 8)[0])
     expected = scenes.batch(torch.arange(8)).images
     torch.testing.assert_close(images, expected, atol=1 / 255, rtol=0)
     vae = measured(VAE(VAEConfig.tiny()), images)

@@ -57,20 +57,25 @@ def test_every_caption_counts_alike_in_the_loss_of_t5() -> None:
     assert loss.item() == pytest.approx(math.log(9) / 2)
 
 
-def test_each_clip_has_its_own_scale_up_to_a_hundred() -> None:
+def test_the_loss_of_both_clips_is_a_sum() -> None:
     configs = CLIPTextConfig.tiny_l(), CLIPTextConfig.tiny_g()
     model = training.CLIPTraining(*map(CLIPTextEncoder, configs))
-    ids = torch.randint(0, 600, (4, 32))
+    ids, meaning = torch.randint(0, 600, (4, 2, 32)), torch.arange(4)
     batch = {"images": torch.rand(4, 3, 64, 64), "ids_l": ids, "ids_g": ids}
-    batch["meaning"] = torch.arange(4)
-    training.clip_loss(model, batch).backward()
-    assert model.log_scale.grad.all()
-    found = []
-    with torch.no_grad():
-        for value in (math.log(100), 9.0):
-            model.log_scale.fill_(value)
-            found.append(training.clip_loss(model, batch).item())
-    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    found = training.clip_loss(model, batch | {"meaning": meaning}).item()
+    seen, total = model.tower(batch["images"]), 0.0
+    for encoder, head in zip(model.text, model.heads, strict=True):
+        text, other = (encoder(x)[1] for x in ids.unbind(1))
+        for pair in ((text, head(seen)), (text, other)):
+            ways = map(unit, pair), map(unit, pair[::-1])
+            loops = [training.contrastive_loops(*w, 1 / 0.07, meaning) for w in ways]
+            total += sum(loops).item() / 2
+    assert found == pytest.approx(total, rel=1e-4)
+
+
+def unit(x: torch.Tensor) -> torch.Tensor:
+    """Rows of length one."""
+    return nn.functional.normalize(x, dim=-1)
 
 
 def test_the_loss_of_the_autoencoder_is_its_formula() -> None:

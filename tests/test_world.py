@@ -14,8 +14,10 @@ from minidiff.data.scenes import (
     COLORS,
     GARMENTS,
     KINDS,
+    LARGE,
     MIDDLE,
     PLACES,
+    SMALL,
     World,
     held_out_colors,
     held_out_places,
@@ -180,16 +182,30 @@ def test_items_lie_apart_within_the_picture_where_the_place_says(world):
     a, present = batch.attributes, item_groups(batch.attributes) >= 0
     low = batch.centres - batch.sides[..., None] / 2
     high = batch.centres + batch.sides[..., None] / 2
-    assert low[present].min() > -1 and high[present].max() < 65
+    assert low[present].min() >= 0 and high[present].max() <= 64
     for i, j in ((0, 1), (0, 2), (1, 2)):
         both = present[:, i] & present[:, j]
         apart = (batch.centres[:, i] - batch.centres[:, j]).abs().amax(1)
         need = (batch.sides[:, i] + batch.sides[:, j]) / 2
-        assert (apart - need)[both].min() > -1.5
+        assert (apart - need)[both].min() > 0
     one = present.sum(1) == 1
     x, y = (batch.centres[:, 0] - 32).unbind(1)
     for name, where in (("left", x < -8), ("below", y > 8), ("top left", x < -8)):
         assert where[one & (a.place == PLACES.index(name))].all()
+
+
+def test_items_lie_on_nine_places(world):
+    batch = world.batch(torch.arange(1000))
+    present = item_groups(batch.attributes) >= 0
+    alone = present.sum(1) == 1
+    large = batch.sides[:, 0] == LARGE
+    unsaid = batch.attributes.sizes[:, 0] > 0
+    assert torch.equal(large, alone & (batch.attributes.place == MIDDLE) & unsaid)
+    assert torch.isin(batch.centres, torch.tensor([16.0, 32.0, 48.0])).all()
+    assert (batch.centres[large] == 32).all()
+    for i, j in ((0, 1), (0, 2), (1, 2)):  # none covers another
+        apart = (batch.centres[:, i] - batch.centres[:, j]).abs().amax(-1)
+        assert (apart[present[:, i] & present[:, j]] >= SMALL).all()
 
 
 def test_tints_keep_light_and_shade(world):

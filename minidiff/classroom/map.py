@@ -32,8 +32,8 @@ NAMES = (
 STATIONS = {k: Station(i + 1, NAMES[i]) for i, k in enumerate(KEYS)}
 
 STYLE = """
-.minidiff-map, .minidiff-map span { display: flex; flex-wrap: wrap; align-items: center;
-  justify-content: center; gap: 0.35rem 0.5rem; }
+.minidiff-map, .minidiff-map :is(span, div) { display: flex; flex-wrap: wrap;
+  align-items: center; justify-content: center; gap: 0.35rem 0.5rem; }
 .minidiff-map { font-size: 0.9em; line-height: 1.25; margin: 1rem 0; max-width: 46rem; }
 .minidiff-map a, .minidiff-map .frame { border: 1px solid #7a808b; border-radius: 8px;
   padding: 0.35rem 0.6rem; text-align: center; }
@@ -75,9 +75,9 @@ class Map:
         way += f'<span class="frame"><i>noise</i> → {steps}</span> → <i>latents</i> → '
         way += f"{vae} → <i>picture</i>"
         rest = f"{sampling} <i>calls all of it</i> · {training} <i>made the weights</i>"
-        more = f"<i>Part II:</i> {' '.join(beyond)}"
+        more = f"<i>Part II:</i> {' · '.join(beyond)}"
         label = html.escape(repr(self), quote=True)
-        rows = "".join(f'<span class="rest">{row}</span>' for row in (rest, more))
+        rows = "".join(f'<div class="rest">{row}</div>' for row in (rest, more))
         inside = f"<style>{STYLE}</style>{way}{rows}"
         return f'<nav class="minidiff-map" aria-label="{label}">{inside}</nav>'
 

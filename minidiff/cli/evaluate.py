@@ -20,7 +20,7 @@ from minidiff.interface.terminal import tell
 EXAMPLES = examples(
     "minidiff evaluate --model my-model/model --output found.json",
     "minidiff evaluate --model my-model/turbo --steps 1 --beside my-model/model",
-    "minidiff evaluate -n 100 --garments one --guidance-scale 3 --seed 5",
+    "minidiff evaluate -n 100 --rows one --guidance-scale 3 --seed 5",
 )
 WHAT, HOW = Group("What is measured"), Group("How to draw")
 
@@ -28,7 +28,9 @@ WHAT, HOW = Group("What is measured"), Group("How to draw")
 def evaluate(
     model: Annotated[str, WHO(f"{MODEL}.")] = "tiny",
     n: Annotated[int, WHAT("Prompts in each row.", "-n", "--n")] = 500,
-    garments: Annotated[str, WHAT("Rows: one, two, or all.")] = "all",
+    rows: Annotated[
+        str, WHAT("Rows whose name holds this word: thing, trained, …; or all.")
+    ] = "all",
     judge: Annotated[
         Path | None, WHAT("Folder of a judge.", usual="the shipped one")
     ] = None,
@@ -62,8 +64,6 @@ def evaluate(
     from minidiff.files.disk import reserved, write_json
 
     given = locals()
-    if inception and garments != "all":
-        raise ValueError(f"--inception is {inception}, which needs --garments all")
     with reserved(output, overwrite) if output else nullcontext():
         from minidiff.judging import evaluation
 

@@ -20,7 +20,7 @@ from minidiff.cli.options import (
     not_none,
     refuse,
 )
-from minidiff.interface.terminal import status, tell
+from minidiff.interface.terminal import status
 
 if TYPE_CHECKING:
     from minidiff.control import Control
@@ -165,12 +165,11 @@ def begin(series: "Series", given: dict[str, Any]) -> "tuple[Series, Pipeline]":
 
     from minidiff.drawing.image_to_image import Start
     from minidiff.engine.memory import Plan
-    from minidiff.files.tokenizer_files import seen, unknown_words
 
     model, image, dtype = given["model"], given["image"], given["dtype"]
     start = image and Start(mask_image=given["mask"], **fields_of(Start, given))
     series = replace(series, request=asked_for(given), start=start)
-    pipe = series.load(
+    return series, series.load(
         model,
         given["text_encoders"],
         find_device(given["device"]),
@@ -179,9 +178,6 @@ def begin(series: "Series", given: dict[str, Any]) -> "tuple[Series, Pipeline]":
         fast=given["fast"] or None,
         compile=given["compile"],
     )
-    if line := unknown_words(series.texts, seen(model)):
-        tell(line)
-    return series, pipe
 
 
 def asked_for(given: dict[str, Any]) -> "Request":

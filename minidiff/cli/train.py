@@ -31,8 +31,7 @@ def train(
     recipe: Annotated[
         str | None,
         WHAT(
-            "gpu, shipped, world, trial, longer, further, muon, details, or a JSON "
-            "file.",
+            "gpu, shipped, trial, or a JSON file.",
             usual="gpu on a GPU, else shipped",
         ),
     ] = None,
@@ -42,10 +41,10 @@ def train(
     scenes: Annotated[
         str | None,
         WHAT(
-            "composed, world (garments and things; world:FOLDER with your cut-outs), "
+            "world (garments and things; world:FOLDER with your cut-outs), garments, "
             "plain (grey garments, captioned by class), or a folder of pictures with "
             "captions.",
-            usual="composed",
+            usual="world",
         ),
     ] = None,
     seed: Annotated[int | None, WHAT("Of scenes, order and noise.", usual="0")] = None,
@@ -97,7 +96,7 @@ def train(
     steps: Annotated[int | None, HOW("Of the one stage named.", usual=ONE)] = None,
     batch_size: Annotated[int | None, HOW("Of the one stage named.", usual=ONE)] = None,
     compile: Annotated[
-        bool | None, HOW("Compile.", usual="as a JSON recipe says, or on a GPU")
+        bool | None, HOW("Compile.", usual="as the recipe says, or on a GPU")
     ] = None,
     recompute: Annotated[
         bool, HOW("Less memory for the transformer, a third slower.", "--recompute")
@@ -119,8 +118,7 @@ def train(
     steps, batch_size, learning_rate, warmup_steps, weight_decay, beta2, max_grad_norm,
     ema_decay, plateau, drop, muon, accumulation, bfloat16, compile, sharded,
     log_every, save_every, validate_every. Of all: pictures, latents, captions,
-    held, two_garments, uniform_levels, keep_latents, hold_latents, shift, scenes,
-    guidance. Muon is for vae, transformer and turbo.
+    held, shift, scenes, guidance. Muon is for vae, transformer and turbo.
     """
     given = locals() | {"from": from_model}
     flags = ("lora", "fp8", "encoders", "buckets")

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minidiff.data.garments import IMAGE_SIZE
+from minidiff.data.scenes import IMAGE_SIZE
 from minidiff.files.disk import excerpt, read_text
 from minidiff.files.pictures import from_bytes, in_rgb, open_picture, to_tensor
 from minidiff.interface.terminal import tell

@@ -3,6 +3,7 @@
 import functools
 import io
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -89,3 +90,32 @@ def fashion_mnist(
         ValueError: the file is damaged, or of another data set.
     """
     return _read(_parquet_file(split, folder))
+
+
+@dataclass(frozen=True, eq=False)
+class ByClass:
+    """Garments in the order of their classes.
+
+    ``gray`` (N, 28, 28) in [0, 1], each garment's brightest value 1; ``numbers`` and
+    ``starts`` (10,): how many a class has, and where they begin.
+    """
+
+    gray: Tensor
+    numbers: Tensor
+    starts: Tensor
+
+    def pick(self, kinds: Tensor, u: Tensor) -> Tensor:
+        """A picture (…, 28, 28) of each class in ``kinds``, chosen by ``u`` (…)."""
+        return self.gray[self.starts[kinds] + (u * self.numbers[kinds]).long()]
+
+
+def garments_by_class(
+    split: str, folder: str | Path | None, device: str | torch.device
+) -> ByClass:
+    """The garments of one split on a device: see ``fashion_mnist``."""
+    images, labels = fashion_mnist(split, folder)
+    gray = images[labels.argsort(stable=True)].float()
+    gray = gray / gray.amax((1, 2), keepdim=True)
+    numbers = labels.bincount(minlength=len(CLASSES))
+    starts = numbers.cumsum(0) - numbers
+    return ByClass(gray.to(device), numbers.to(device), starts.to(device))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minidiff.data.fashion_mnist import CLASSES, fashion_mnist
+from minidiff.data.fashion_mnist import CLASSES, garments_by_class
 from minidiff.data.rng import uniform
 from minidiff.data.things import SIZE, THINGS, cut_outs
 
@@ -42,7 +42,13 @@ SIDES = ("left", "right", "above", "below")
 PLACES = (*SIDES, "top left", "top right", "bottom left", "bottom right", "middle")
 MIDDLE = PLACES.index("middle")
 SIZES = ("small", "medium", "big")
-GARMENT_SHARE = 0.36  # of groups
+# Centres of PLACES, in quarters of the picture from its middle
+DIRECTIONS = ((-1, 0), (1, 0), (0, -1), (0, 1))
+DIRECTIONS += ((-1, -1), (1, -1), (-1, 1), (1, 1), (0, 0))
+# Of three items the first faces two corners: their places, by that of the first
+THREE = ((0, 5, 7), (1, 4, 6), (2, 6, 7), (3, 4, 5))
+SMALL, LARGE = 30.0, 50.0  # sides of items, in pixels
+GARMENT_SHARE = 0.33  # of groups
 # What a scene shows: one item, one each of two kinds, two or three of a kind, one and
 # two. The numbers of items in the first group and in the second, and how often.
 LAYOUTS = ((1, 0), (1, 1), (2, 0), (3, 0), (1, 2))
@@ -60,7 +66,7 @@ class Attributes(NamedTuple):
     kinds: Tensor  # (B, 2): numbers in KINDS
     counts: Tensor  # (B, 2): items of each group
     colors: Tensor  # (B, 2): numbers in COLORS, −1 for a thing's own
-    sizes: Tensor  # (B, 2): numbers in SIZES
+    sizes: Tensor  # (B, 2): numbers in SIZES; of medium ones nothing is said
     place: Tensor  # (B,): of the first group; a number in PLACES
     ground: Tensor  # (B,): number in COLORS
 
@@ -226,7 +232,7 @@ def draw_attributes(
     allowed = things.contrast.to(device)[kinds, colors]  # −1 is the last: (B, 2, 12)
     allowed = (allowed | absent[:, :, None]).all(1)
     ground = _pick(u[:, 19:31], allowed)
-    sizes = _draw_sizes(u[:, 31:33], layout, place)
+    sizes = _draw_sizes(u[:, 31], layout, place)
     kinds, colors = kinds.masked_fill(absent, -1), colors.masked_fill(absent, -1)
     return Attributes(kinds, counts, colors, sizes, place, ground)
 
@@ -251,8 +257,9 @@ def _draw_places(
 ) -> Tensor:
     """The first group's places (B,) from ``u`` (B, 10).
 
-    One item alone lies off the middle in one scene of four; two groups lie left, right,
-    above or below; several of a kind have no place. ``held`` (B, 2): never trained.
+    One item alone lies off the middle in two scenes of five; two groups lie left,
+    right, above or below; several of a kind have no place. ``held`` (B, 2): never
+    trained.
     """
     one, two = layout == 0, (layout == 1) | (layout == 4)
     numbers = torch.arange(4, device=u.device)
@@ -267,22 +274,17 @@ def _draw_places(
     allowed = ~torch.cat([banned, torch.stack(corners, 1)], 1)
     allowed = allowed & (one[:, None] | (torch.arange(8, device=u.device) < 4))
     place = _pick(u[:, :8], allowed)
-    place = torch.where(two | (one & (u[:, 8] < 0.25)), place, MIDDLE)
+    place = torch.where(two | (one & (u[:, 8] < 0.4)), place, MIDDLE)
     if held_out == "places":
         place = held[:, 0]
     return place
 
 
 def _draw_sizes(u: Tensor, layout: Tensor, place: Tensor) -> Tensor:
-    """Sizes (B, 2) from ``u`` (B, 2): one alone in the middle, or one of two."""
-    chance = u[:, 0]
-    one = (layout == 0) & (place == MIDDLE)
-    alone = torch.where(chance < 0.12, 0, torch.where(chance < 0.24, 2, 1))
-    alone = torch.where(one, alone, 1)
-    first = torch.where(chance < 0.1, 0, torch.where(chance < 0.2, 2, 1))
-    pair = torch.stack([first, 2 - first], 1)
-    two = (layout == 1)[:, None]
-    return torch.where(two, pair, torch.stack([alone, torch.ones_like(alone)], 1))
+    """Sizes (B, 2) from ``u`` (B,): one alone in the middle may be small or big."""
+    alone = (layout == 0) & (place == MIDDLE)
+    size = torch.where(u < 0.12, 0, torch.where(u < 0.24, 2, 1))
+    return torch.stack([torch.where(alone, size, 1), torch.ones_like(size)], 1)
 
 
 # Where the items lie
@@ -299,85 +301,21 @@ def item_groups(attributes: Attributes) -> Tensor:
 def arrange(attributes: Attributes, u: Tensor) -> tuple[Tensor, Tensor]:
     """Sides (B, 3) and centres (B, 3, 2; x and y) of the items in pixels.
 
-    ``u`` (B, 12): three numbers for sides, one for a turn, six for positions.
+    One item alone in the middle is large, unless it is called small. All others are
+    small and lie on nine places: what is alike is alike in latents and in patches, too,
+    and there is less to learn than with items anywhere. ``u`` (B,) chooses at which
+    side of the others the first of several of a kind lies.
     """
-    n = attributes.counts.sum(1)
-    alone = _arrange_one(attributes, u)
-    # several of a kind: the first lies left, right, above or below of the others
-    turn = torch.where(attributes.place < 4, attributes.place, _choose(u[:, 3], 4))
-    two = _arrange_two(attributes, turn, u)
-    three = _arrange_three(turn, u)
-    number = (n - 1)[:, None]
-    sides = torch.where(
-        number == 0, alone[0], torch.where(number == 1, two[0], three[0])
-    )
-    number = number[..., None]
-    centres = torch.where(
-        number == 0, alone[1], torch.where(number == 1, two[1], three[1])
-    )
-    return sides, centres
-
-
-def _arrange_one(attributes: Attributes, u: Tensor) -> tuple[Tensor, Tensor]:
-    """One item: large in the middle, or smaller at a side or in a corner."""
-    low = torch.tensor([22.0, 44.0, 56.0], device=u.device)[attributes.sizes[:, 0]]
-    span = torch.tensor([8.0, 12.0, 6.0], device=u.device)[attributes.sizes[:, 0]]
-    middle = attributes.place == MIDDLE
-    side = torch.where(middle, low + span * u[:, 0], 26 + 8 * u[:, 0])
-    directions = [[-1, 0], [1, 0], [0, -1], [0, 1]]
-    directions += [[-1, -1], [1, -1], [-1, 1], [1, 1], [0, 0]]
-    direction = torch.tensor(directions, device=u.device)[attributes.place]
-    room = (IMAGE_SIZE - side)[:, None]
-    jitter = (u[:, 4:6] - 0.5) * room.clamp(max=10)
-    away = direction * room / 2 * (0.75 + 0.25 * u[:, 6:8])
-    centre = IMAGE_SIZE / 2 + torch.where(direction == 0, jitter, away)
-    return side[:, None].expand(-1, 3), centre[:, None].expand(-1, 3, -1)
-
-
-def _arrange_two(
-    attributes: Attributes, turn: Tensor, u: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Two items side by side or one above the other, the first at ``turn``."""
-    low = torch.tensor([17.0, 28.5, 37.0], device=u.device)[attributes.sizes]
-    span = torch.tensor([4.0, 3.0, 5.0], device=u.device)[attributes.sizes]
-    kind = attributes.counts[:, 1:] == 0  # two of a kind: about as large
-    low, span = torch.where(kind, 28.5, low), torch.where(kind, 3.0, span)
-    side = low + span * u[:, :2]  # (B, 2)
-    spare = IMAGE_SIZE - side.sum(1)
-    # along the axis: the spare pixels lie before, between and behind
-    before, between = spare * u[:, 4] * 0.5, spare * (1 - u[:, 4]) * 0.5
-    front, back = before, before + between
-    first = (turn % 2 == 0)[:, None]  # left or above comes first
-    sides = torch.where(first, side, side.flip(1))
-    ends = torch.stack([front + sides[:, 0] / 2, back + sides.sum(1) - sides[:, 1] / 2])
-    along = torch.where(first, ends.T, ends.T.flip(1))  # (2, B) → (B, 2)
-    room = (IMAGE_SIZE - side).clamp(max=16)
-    across = IMAGE_SIZE / 2 + (u[:, 5:7] - 0.5) * room
-    return _three(side), _three(_axes(along, across, turn))
-
-
-def _arrange_three(turn: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The first item at ``turn`` of the two others, which lie side by side."""
-    side = 28 + 3 * u[:, :3]  # (B, 3)
-    sign = torch.where(turn % 2 == 0, -1, 1)[:, None]
-    ends = torch.tensor([1, -1, -1], device=u.device) * sign * (IMAGE_SIZE / 2 - 16)
-    spread = torch.tensor([0.0, -16, 16], device=u.device)
-    slack = torch.tensor([20.0, 2, 2], device=u.device)
-    along = IMAGE_SIZE / 2 + ends + (u[:, 4:7] - 0.5) * 2
-    across = IMAGE_SIZE / 2 + spread + (u[:, 7:10] - 0.5) * slack
-    return side, _axes(along, across, turn)
-
-
-def _axes(along: Tensor, across: Tensor, turn: Tensor) -> Tensor:
-    """Centres (B, N, 2), x and y, for axes that lie level (left, right) or upright."""
-    level = (turn < 2)[:, None, None]
-    pair = torch.stack([along, across], -1)
-    return torch.where(level, pair, pair.flip(-1))
-
-
-def _three(x: Tensor) -> Tensor:
-    """(B, 2, …) → (B, 3, …): the third item, which is not there, like the second."""
-    return torch.cat([x, x[:, 1:]], 1)
+    n, place, device = attributes.counts.sum(1), attributes.place, u.device
+    large = (n == 1) & (place == MIDDLE) & (attributes.sizes[:, 0] > 0)
+    sides = torch.where(large, LARGE, SMALL)[:, None].expand(-1, 3)
+    side = torch.where(place < 4, place, _choose(u, 4))
+    two = torch.stack([side, side ^ 1, side ^ 1], 1)  # left and right, above and below
+    three = torch.tensor(THREE, device=device)[side]
+    one = place[:, None].expand(-1, 3)
+    slots = torch.stack([one, two, three])[n - 1, torch.arange(len(n), device=device)]
+    directions = torch.tensor(DIRECTIONS, device=device)[slots]
+    return sides, IMAGE_SIZE / 2 + IMAGE_SIZE / 4 * directions
 
 
 # Pictures
@@ -405,7 +343,7 @@ def resampling(centre: Tensor, side: Tensor, n: int) -> Tensor:
 
 
 def render_things(
-    source: Tensor, mirrored: Tensor, colors: Tensor, rows: Tensor, columns: Tensor
+    source: Tensor, colors: Tensor, rows: Tensor, columns: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Colours (N, 3, 64, 64), multiplied by alpha, and alpha (N, 1, 64, 64) of things.
 
@@ -414,7 +352,6 @@ def render_things(
         colors: in COLORS, −1 for their own (N,).
         rows, columns: (N, 64, 48), see ``resampling``.
     """
-    columns = torch.where(mirrored[:, None, None], columns.flip(2), columns)
     # (N, 48·5, 48) · (N, 48, 64) → (N, 48, 5·64)
     drawn = (source.flatten(1, 2) @ columns.mT).view(len(source), SIZE, -1)
     # (N, 64, 48) · (N, 48, 5·64) → (N, 64, 5, 64) → (N, 5, 64, 64)
@@ -471,13 +408,7 @@ class World:
         garments: float = GARMENT_SHARE,
         things: Things | None = None,
     ) -> None:
-        images, labels = fashion_mnist(split, folder)
-        order = labels.argsort(stable=True)
-        gray = images[order].float()
-        # (N, 28, 28) → (N, 1, 1): each garment's brightest value becomes one
-        self.gray = (gray / gray.amax((1, 2), keepdim=True)).to(device)
-        self.numbers = labels.bincount(minlength=GARMENTS).to(device)
-        self.starts = self.numbers.cumsum(0) - self.numbers
+        self.wardrobe = garments_by_class(split, folder, device)
         self.seed, self.held_out = seed, held_out
         self.layouts, self.garments = layouts, garments
         self.things = things or shipped_things()
@@ -485,8 +416,8 @@ class World:
 
     @property
     def device(self) -> torch.device:
-        """Where the garments are."""
-        return self.gray.device
+        """Where the cut-outs are."""
+        return self.layers.device
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -497,7 +428,7 @@ class World:
     def content(self) -> tuple:
         """All that decides what ``batch`` returns."""
         return (
-            self.gray,
+            self.wardrobe.gray,
             self.things.layers,
             self.seed,
             self.held_out,
@@ -516,7 +447,7 @@ class World:
         """The scenes with the numbers ``indices`` (B,), any non-negative integers."""
         attributes = self.attributes(indices)
         u = uniform(self.seed, indices, 64, self.device)[:, 36:]
-        sides, centres = arrange(attributes, u)
+        sides, centres = arrange(attributes, u[:, 3])
         groups = item_groups(attributes)
         kinds = attributes.kinds.gather(1, groups.clamp(min=0))
         colors = attributes.colors.gather(1, groups.clamp(min=0))
@@ -540,14 +471,14 @@ class World:
     ) -> tuple[Tensor, Tensor]:
         """Items that are all garments or all things: see ``render_things``.
 
-        ``u`` (N,) chooses the garment's picture, or whether the thing is mirrored.
+        ``u`` (N,) chooses the garment's picture.
         """
         is_garment = bool(kinds[0] < GARMENTS)
         n = 28 if is_garment else SIZE
         rows = resampling(centres[:, 1], sides, n)
         columns = resampling(centres[:, 0], sides, n)
         if is_garment:
-            gray = self.gray[self.starts[kinds] + _choose(u, self.numbers[kinds])]
+            gray = self.wardrobe.pick(kinds, u)
             return render_garments(gray, colors, rows, columns)
         source = self.layers[kinds - GARMENTS]
-        return render_things(source, u < 0.5, colors, rows, columns)
+        return render_things(source, colors, rows, columns)

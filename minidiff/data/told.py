@@ -16,7 +16,7 @@ from torch import Tensor
 from minidiff.data.captioned import captions_of
 from minidiff.data.language import RANDOM, Dice, Meaning, captions, say
 from minidiff.data.rng import fold_in, uniform
-from minidiff.data.scenes import SceneBatch, Things, World
+from minidiff.data.scenes import GARMENT_SHARE, SceneBatch, Things, World
 from minidiff.data.things import cut_out, multiplied
 from minidiff.files.pictures import open_picture
 
@@ -38,7 +38,8 @@ class ToldScenes(World):
 
     Args:
         told: how many training scenes have captions. ``held``: how many test scenes.
-        things: what to show beside garments; those that ship if None.
+        things: what to show beside garments; those that ship if None. ``garments``:
+            their share among groups.
     """
 
     def __init__(
@@ -50,9 +51,10 @@ class ToldScenes(World):
         told: int = 2**17,
         held: int = 512,
         things: Things | None = None,
+        garments: float = GARMENT_SHARE,
     ) -> None:
         own = fold_in(seed, TEST) if split == "test" else seed
-        super().__init__(split, folder, device, own, things=things)
+        super().__init__(split, folder, device, own, garments=garments, things=things)
         self.root, self.told, self.held = seed, told, held
         self.first = 2 * told if split == "test" else 0
 

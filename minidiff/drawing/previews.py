@@ -43,7 +43,7 @@ def fit_preview(vae: VAE, pictures: Tensor | None = None) -> Preview:
     ``pictures`` (B, 3, H, W) in [−1, 1]; by default the scenes of the package.
     """
     if pictures is None:
-        from minidiff.data.garments import sample_scenes
+        from minidiff.data.samples import sample_scenes
 
         pictures = sample_scenes()[0]
     weight = next(vae.parameters())

@@ -176,6 +176,7 @@ class Opened:
         readers, how = (self.files.tokenizers, encoders), self.files.scheduler
         pipe = Pipeline(*readers, transformer, vae, how, self.files.origin)
         pipe.adapters = Adapters(pipe)
+        pipe.words = seen(self.given.model)
         return pipe
 
     def rehearsal(self, plan: Plan | None = None) -> Pipeline:

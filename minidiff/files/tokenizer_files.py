@@ -11,7 +11,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -552,7 +552,7 @@ def seen(model: Path | str) -> frozenset[str]:
     )
 
 
-def unknown_words(texts: Iterable[str], words: frozenset[str]) -> str:
+def unknown_words(texts: Iterable[str], words: Collection[str]) -> str:
     """One line that names what the model has not seen; "" for nothing."""
     asked = dict.fromkeys(word for text in texts for word in words_of(text))
     missing = [word for word in asked if words and word not in words]

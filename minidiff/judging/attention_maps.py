@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minidiff.attention import record_attention
-from minidiff.data.garments import Scenes, scene_captions
 from minidiff.data.rng import fold_in, normal
+from minidiff.data.samples import ONE
+from minidiff.data.scenes import COLORS, KINDS, Attributes, World
 from minidiff.judging.distances import correlation
 from minidiff.judging.judge import EVALUATION_SEED
 
@@ -44,9 +45,9 @@ def attention_correlation(
         to image".
     """
     weight = next(pipe.transformer.parameters())
-    scenes = Scenes("test", folder, weight.device, seed, two_garments=0.0)
+    scenes = World("test", folder, weight.device, seed, layouts=ONE, garments=1.0)
     batch = scenes.batch(torch.arange(n))
-    texts = scene_captions(batch.attributes, torch.zeros(n, dtype=torch.long))
+    texts = plain_captions(batch.attributes)
     context, pooled = pipe.encode_prompt(texts)
     x0 = pipe.vae.scale(pipe.vae.encode(batch.images.to(weight.dtype)).mode())
     noise = normal(fold_in(seed, 3), torch.arange(n), x0.shape[1:], weight.device)
@@ -63,6 +64,16 @@ def attention_correlation(
         name: directions(maps, rows, masks, context.shape[1])
         for name, rows in words.items()
     }
+
+
+def plain_captions(shown: Attributes) -> list[str]:
+    """One sentence a scene, always built alike, that names all but size and place."""
+    numbers = shown.colors[:, 0], shown.kinds[:, 0], shown.ground
+    names = list(COLORS)
+    return [
+        f"the {names[color]} {KINDS[kind]} on a {names[ground]} background"
+        for color, kind, ground in zip(*(x.tolist() for x in numbers), strict=True)
+    ]
 
 
 def word_rows(pipe: Any, text: str) -> dict[str, list[int]]:

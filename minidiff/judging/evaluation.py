@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 
-from minidiff.data.garments import prompts
 from minidiff.engine.loading import blueprint, load
-from minidiff.files.disk import read_json
 from minidiff.interface import checks
 from minidiff.interface.terminal import status
-from minidiff.judging import metrics, witness, world
+from minidiff.judging import metrics
 from minidiff.judging.attention_maps import attention_correlation
 from minidiff.judging.diversity import MOST, SEEDS, diversity
+from minidiff.judging.free_prompts import read_free_prompts
 from minidiff.judging.inception import load_inception
 from minidiff.judging.judge import JUDGE, load_judge
 from minidiff.sampling import Pipeline
@@ -22,7 +21,7 @@ from minidiff.sampling import Pipeline
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What ``metrics.evaluate`` is asked, by names and files; None for what is usual.
+    """What a ``Comparison`` is asked, by names and files; None for what is usual.
 
     Raises ValueError, before a weight is read, for what cannot be.
     """
@@ -31,7 +30,7 @@ class Evaluation:
     n: int = 500
     guidance_scale: float | None = None
     steps: int | None = None
-    garments: str = "all"
+    rows: str = "all"
     seed: int = metrics.EVALUATION_SEED
     judge: Path | None = None
     inception: Path | None = None
@@ -46,33 +45,10 @@ class Evaluation:
         if self.steps is not None:
             checks.check_range("--steps", self.steps, 1, 1000)
         checks.check_number("guidance_scale", checks.given(self.guidance_scale, 1.0))
-        metrics.choose_rows(self.garments)
-        if self.prompts and not self.of_world:
-            raise ValueError(
-                "--prompts needs the judge of the world of things (--judge)"
-            )
+        metrics.choose_rows(self.rows)
         for model in filter(None, (self.model, self.beside)):
             parts = blueprint(model)
             metrics.check_side(parts["transformer"], parts["vae"])
-
-    @property
-    def of_world(self) -> bool:
-        """Whether the judge is the one of garments and everyday things."""
-        path = (self.judge or JUDGE) / "config.json"
-        return path.is_file() and read_json(path).get("scenes") == "world"
-
-    def measure_world(self, log: Callable[[str], None]) -> dict[str, Any]:
-        """The same with the judge of garments and everyday things."""
-        free = self.prompts and world.read_free_prompts(self.prompts)
-        with status(f"loading {self.model}"):
-            judge = witness.load_witness(self.judge or JUDGE, self.device)
-            pipe = self.open(self.model)
-        sizes = self.n, self.seed, self.data, self.batch
-        found = world.WorldEvaluation(pipe, judge, *sizes, log, **self.options(pipe))
-        result = {"prompts": found.free(free)} if free else found.rows()
-        texts = world.row_prompts(world.ROWS["all scenes"], MOST, self.seed)[0]
-        result |= self.compare(pipe, lambda x: judge.read(x)[0], texts)
-        return result | {"model": self.model}
 
     def open(self, model: str) -> Pipeline:
         """The pipeline of that name, in float32, that shows no progress."""
@@ -107,34 +83,29 @@ class Evaluation:
 
     def measure(self, log: Callable[[str], None]) -> dict[str, Any]:
         """Load the models and measure: what ``table`` prints, ready for JSON."""
-        if self.of_world:
-            return self.measure_world(log)
+        free = self.prompts and read_free_prompts(self.prompts)
         with status(f"loading {self.model}"):
             judge = load_judge(self.judge or JUDGE, self.device)
             weights = self.inception
             inception = load_inception(weights, self.device) if weights else None
             pipe = self.open(self.model)
-        result = metrics.assess(
-            pipe,
-            judge,
-            n=self.n,
-            **self.options(pipe),
-            folder=self.data,
-            seed=self.seed,
-            batch=self.batch,
-            rows=metrics.choose_rows(self.garments),
-            log=log,
-            inception=inception,
+        sizes = self.n, self.seed, self.data, self.batch
+        how = self.options(pipe)
+        found = metrics.Comparison(pipe, judge, *sizes, log, inception, **how)
+        if free:
+            result = {"prompts": found.free(free)}
+        else:
+            result = found.rows(metrics.choose_rows(self.rows))
+            result["attention"] = attention_correlation(pipe, folder=self.data)
+        texts = metrics.row_prompts(metrics.ROWS["all scenes"], MOST, self.seed)[0]
+        return (
+            result | self.compare(pipe, judge.features, texts) | {"model": self.model}
         )
-        result |= self.compare(pipe, judge.features, prompts(MOST, seed=self.seed)[0])
-        found = attention_correlation(pipe, folder=self.data)
-        return result | {"model": self.model, "attention": found}
 
 
 def table(result: dict[str, Any]) -> str:
     """What was measured as a Markdown table, with lines beneath it."""
-    of_world = "psnr" in result or "prompts" in result
-    lines = [(world if of_world else metrics).format_table(result)]
+    lines = [metrics.format_table(result)]
     if found := result.get("diversity"):
         lines.append(
             f"Diversity: {found['share']:.2f} of that of {found['beside']} (spread of "

@@ -5,44 +5,29 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minidiff.data import garments, language, scenes
+from minidiff.data.language import RANDOM, Dice, say, shown
 from minidiff.data.rng import fold_in, uniform
-from minidiff.files.disk import read_json
-from minidiff.judging.judge import EVALUATION_SEED, JUDGE, load_judge, score
-from minidiff.judging.witness import find, follows, load_witness
+from minidiff.data.samples import ONE, TWO
+from minidiff.data.scenes import draw_attributes
+from minidiff.judging.answers import follows
+from minidiff.judging.judge import EVALUATION_SEED, find, load_judge
 
 Grade = Callable[[Tensor], dict[str, Tensor]]
-NAMES = {"garments": "things", "layout": "places", "background": "ground"}
-ONE, TWO = (1.0, 0.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0, 0.0)
 
 
 def exam(n: int, two: bool = False) -> tuple[list[str], Grade]:
     """``n`` prompts, of two things each or of one, and who grades their pictures.
 
+    They name all that a scene shows but sizes, and of a thing not its own colours.
     The grade of pictures (n, 3, 64, 64) in [−1, 1] says by what is asked ("things",
     "colors", "places", "ground", "all") which of them, (n,), show it. The prompts are
     the same each time, and no training ever drew their scenes.
     """
-    if read_json(JUDGE / "config.json").get("scenes") == "world":
-        return world_exam(n, two)
-    texts, wanted = garments.prompts(n, "two" if two else "one", seed=EVALUATION_SEED)
+    numbers, seed = torch.arange(n), EVALUATION_SEED
+    scenes = draw_attributes(uniform(seed, numbers, 33), "", TWO if two else ONE)
+    asked, dice = shown(scenes), uniform(fold_in(seed, 1), numbers, RANDOM).tolist()
+    texts = [say(*pair) for pair in zip(asked, map(Dice, dice), strict=True)]
     judge = load_judge()
-
-    def grade(images: Tensor) -> dict[str, Tensor]:
-        with torch.no_grad():
-            right = score(judge(images), wanted)
-        return {NAMES.get(name, name): x for name, x in right.items()}
-
-    return texts, grade
-
-
-def world_exam(n: int, two: bool = False) -> tuple[list[str], Grade]:
-    """The same for the world of garments and everyday things."""
-    numbers = torch.arange(n)
-    how = "", TWO if two else ONE, scenes.GARMENT_SHARE, scenes.shipped_things()
-    drawn = scenes.draw_attributes(uniform(EVALUATION_SEED, numbers, 33), *how)
-    texts, asked = language.captions(drawn, fold_in(EVALUATION_SEED, 1), numbers)
-    judge = load_witness(JUDGE)
 
     def grade(images: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():

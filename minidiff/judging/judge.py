@@ -1,45 +1,70 @@
-"""The judge: a small network that reads a scene's attributes from its picture.
+"""The judge: a small network that finds a scene's items and says what they are.
 
 It is trained on real scenes of the training split only and frozen before any
-evaluation, so that it can say how often a generated picture shows what its prompt asked
-for. All pairs of colour and class are among its scenes: shown only those that the model
-is trained on, it would learn that a blue t-shirt does not exist, and see none. Its last
-hidden layer gives the features of the Fréchet distance.
+evaluation. Whether a picture shows what a sentence asks for is then a question to what
+it has found (``judging.answers``). All pairs of kind and colour are among its scenes:
+shown only those that the model is trained on, it would learn that the others do not
+exist. Its last hidden layer gives the features of the Fréchet distance.
 """
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.data.fashion_mnist import CLASSES
-from minidiff.data.garments import BACKGROUNDS, COLORS, LAYOUTS, Attributes, Scenes
+from minidiff.data.scenes import COLORS, IMAGE_SIZE, KINDS, SceneBatch, item_groups
 from minidiff.files.disk import write_json
-from minidiff.files.layout import Config
 from minidiff.files.weights import load_component, save_weights
+from minidiff.training import precise
 
-Network = TypeVar("Network", bound=nn.Module)
 JUDGE = Path(__file__).parent.parent / "pretrained" / "judge"
 GROUPS = 8  # of channels, in each normalisation
+CELL = 8  # pixels along a side of a cell
+SPREAD = 6.0  # of an item's trace around its centre, in pixels
 EVALUATION_SEED = 2  # scenes that training (seeds 0, 1, 3, 4, 6 to 9) never draws
 
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """Widths and residual blocks at 32, 16 and 8 pixels; features of each garment."""
+    """Widths and residual blocks at 32, 16 and 8 pixels; features of a cell."""
 
     widths: tuple[int, ...] = (24, 48, 96)
     blocks: tuple[int, ...] = (1, 2, 2)
-    features: int = 96
+    features: int = 128
 
     def __post_init__(self) -> None:
         three = len(self.widths) == len(self.blocks) == 3
         if not three or any(width % GROUPS for width in self.widths):
             found = f"widths are {self.widths}, blocks {self.blocks}"
             raise ValueError(f"{found}; expected 3 each, widths in steps of {GROUPS}")
+
+
+class Reading(NamedTuple):
+    """Logits of every cell (B, 8, 8, …) and of the ground (B, 12)."""
+
+    presence: Tensor  # (B, 8, 8): is an item's centre here?
+    kinds: Tensor  # (B, 8, 8, KINDS)
+    colors: Tensor  # (B, 8, 8, 12)
+    ground: Tensor  # (B, 12)
+
+
+class Item(NamedTuple):
+    """What the judge found at one place; x and y in pixels."""
+
+    kind: str
+    color: str
+    x: float
+    y: float
+
+
+class Found(NamedTuple):
+    """All that the judge found in one picture."""
+
+    items: tuple[Item, ...]
+    ground: str
 
 
 class Residual(nn.Module):
@@ -64,12 +89,10 @@ class Residual(nn.Module):
 
 
 class Judge(nn.Module):
-    """Pictures (B, 3, 64, 64) in [−1, 1] → logits of every attribute.
+    """Pictures (B, 3, 64, 64) in [−1, 1] → a ``Reading``.
 
-    A convolutional trunk gives an 8 × 8 map. Five windows of it, each brought to 4 × 4,
-    go through one linear layer: the whole picture, and where a garment lies if it is on
-    the left, on the right, above or below. The layout, read from all five, says which
-    of them are the two garments.
+    A convolutional trunk gives an 8 × 8 map. Each cell reads itself, with what lies
+    around it, beside the mean of all cells.
     """
 
     def __init__(self, config: JudgeConfig = JudgeConfig()) -> None:  # noqa: B008
@@ -78,37 +101,36 @@ class Judge(nn.Module):
         width = config.widths[0]
         self.stem = nn.Conv2d(20, width, 3, 1, 1)
         blocks = []
-        for level, (new, count) in enumerate(
-            zip(config.widths, config.blocks, strict=True)
-        ):
+        levels = zip(config.widths, config.blocks, strict=True)
+        for level, (new, count) in enumerate(levels):
             for i in range(count):
                 blocks += [Residual(width, new, 2 if level and i == 0 else 1)]
                 width = new
         self.blocks = nn.Sequential(*blocks)
-        self.window = nn.Linear(16 * width, config.features)
-        self.layout = nn.Linear(5 * config.features, len(LAYOUTS))
-        self.background = nn.Linear(5 * config.features, len(BACKGROUNDS))
-        self.garment = nn.Linear(config.features, len(CLASSES))
-        self.color = nn.Linear(config.features, len(COLORS))
+        self.around = nn.Conv2d(width, config.features, 3, 1, 1)
+        self.presence = nn.Linear(2 * config.features, 1)
+        self.kind = nn.Linear(2 * config.features, len(KINDS))
+        self.color = nn.Linear(2 * config.features, len(COLORS))
+        self.ground = nn.Linear(config.features, len(COLORS))
 
-    def forward(self, images: Tensor) -> Attributes:
-        """Logits: (B, 3), (B, 2, 10), (B, 2, 8) and (B, 8)."""
+    def forward(self, images: Tensor) -> Reading:
         return self.read(images)[1]
 
     def features(self, images: Tensor) -> Tensor:
         """What the Fréchet distance compares: (B, 2·features)."""
         return self.read(images)[0]
 
-    def read(self, images: Tensor) -> tuple[Tensor, Attributes]:
-        """Features of both garments side by side (B, 2·features), and the logits."""
-        # (B, 5, 64, 64) → (B, 20, 32, 32): no detail of a small garment is averaged
+    def read(self, images: Tensor) -> tuple[Tensor, Reading]:
+        """Features (B, 2·features): the cells' mean and maximum; and the logits."""
+        # (B, 5, 64, 64) → (B, 20, 32, 32): no detail of a small item is averaged
         x = F.pixel_unshuffle(with_silhouette(images), 2)
-        x = windows(self.blocks(F.relu(self.stem(x))))
-        x = F.relu(self.window(x))  # (B, 5, 16·W) → (B, 5, F)
-        layout = self.layout(x.flatten(1))
-        garments = choose_windows(x, layout.softmax(1))  # → (B, 2, F)
-        heads = layout, self.garment(garments), self.color(garments)
-        return garments.flatten(1), Attributes(*heads, self.background(x.flatten(1)))
+        x = F.relu(self.around(self.blocks(F.relu(self.stem(x)))))
+        mean, most = x.mean((2, 3)), x.amax((2, 3))  # (B, F, 8, 8) → 2 × (B, F)
+        cells = x.permute(0, 2, 3, 1)  # → (B, 8, 8, F)
+        cells = torch.cat([cells, mean[:, None, None].expand_as(cells)], -1)
+        presence = self.presence(cells)[..., 0]
+        heads = presence, self.kind(cells), self.color(cells), self.ground(mean)
+        return torch.cat([mean, most], 1), Reading(*heads)
 
 
 def with_silhouette(images: Tensor) -> Tensor:
@@ -125,93 +147,87 @@ def with_silhouette(images: Tensor) -> Tensor:
     return torch.cat([images, distance, images.amax(1, keepdim=True)], 1)
 
 
-def windows(x: Tensor) -> Tensor:
-    """Five windows of the map (B, W, 8, 8), each 4 × 4 and flat: (B, 5, 16·W)."""
-    whole = F.avg_pool2d(x, 2)
-    beside = x[:, :, 2:6, :4], x[:, :, 2:6, 4:]
-    stacked = x[:, :, :4, 2:6], x[:, :, 4:, 2:6]
-    return torch.stack([whole, *beside, *stacked], 1).flatten(2)
+def traces(centres: Tensor, present: Tensor) -> Tensor:
+    """How near every cell's middle is to each item's centre, (B, 3, 8, 8) in [0, 1].
+
+    ``centres`` (B, 3, 2), x and y in pixels; ``present`` (B, 3).
+    """
+    middles = torch.arange(CELL // 2, IMAGE_SIZE, CELL, device=centres.device)
+    x, y = (centres[..., i, None] - middles for i in (0, 1))  # (B, 3, 8)
+    square = y[..., :, None] ** 2 + x[..., None, :] ** 2  # → (B, 3, 8, 8)
+    return torch.exp(-square / (2 * SPREAD**2)) * present[..., None, None]
 
 
-def choose_windows(x: Tensor, layout: Tensor) -> Tensor:
-    """Both garments' windows (B, 2, F) of ``x`` (B, 5, F), weighted by ``layout``."""
-    first, second = x[:, [0, 1, 3]], x[:, [0, 2, 4]]  # single, beside, stacked
-    pair = torch.stack([first, second], 1)  # 2 × (B, 3, F) → (B, 2, 3, F)
-    return (pair * layout[:, None, :, None].to(x.dtype)).sum(2)
+def judge_targets(scenes: SceneBatch) -> dict[str, Tensor]:
+    """What a reading should say: trace, kinds, colors (B, 8, 8), ground (B,).
+
+    Kinds and colours are −1 away from the items; so are a thing's own colours.
+    """
+    groups = item_groups(scenes.attributes)
+    trace, nearest = traces(scenes.centres, groups >= 0).max(1)  # (B, 8, 8)
+    group = groups.gather(1, nearest.flatten(1)).clamp(min=0)
+    near = trace > 0.4
+    found = {"trace": trace, "ground": scenes.attributes.ground}
+    for name in ("kinds", "colors"):
+        value = getattr(scenes.attributes, name).gather(1, group).view_as(nearest)
+        found[name] = value.masked_fill(~near, -1)
+    return found
 
 
 def judge_loss(judge: Judge, batch: dict[str, Tensor]) -> Tensor:
-    """Cross-entropies of all attributes, summed; absent garments (−1) cost nothing.
+    """Cross-entropies of presence, kinds, colours and ground, summed; over scenes.
 
-    ``batch`` holds "images" (B, 3, 64, 64) and the ``Attributes`` by their names.
+    ``batch`` holds "images" (B, 3, 64, 64) and what ``judge_targets`` makes.
     """
-    logits = judge(batch["images"])
-    losses = (
-        F.cross_entropy(
-            logit.flatten(0, -2),
-            batch[name].flatten(),
-            ignore_index=-1,
-            reduction="sum",
-        )
-        for name, logit in zip(Attributes._fields, logits, strict=True)
-    )
-    total: Any = sum(losses)
-    return total / len(batch["images"])
+    reading = judge(batch["images"])
+    shown = precise(reading.presence)
+    presence = F.binary_cross_entropy_with_logits(shown, batch["trace"])
+    kinds = over_cells(reading.kinds, batch["kinds"])
+    colors = over_cells(reading.colors, batch["colors"])
+    ground = F.cross_entropy(precise(reading.ground), batch["ground"])
+    return 20 * presence + kinds + colors + ground
 
 
-def score(logits: Attributes, target: Attributes) -> dict[str, Tensor]:
-    """For every picture (B,), is it right in each kind of attribute, and in all?
+def over_cells(logits: Tensor, target: Tensor) -> Tensor:
+    """The mean over scenes of their cells' cross-entropy; a target of −1 is left out.
 
-    ``colors`` and ``garments`` ask for both garments where there are two.
+    ``logits`` (B, 8, 8, C), ``target`` (B, 8, 8).
     """
-    right = {
-        name: ((p.argmax(-1) == t) | (t < 0)).reshape(len(t), -1).all(1)
-        for name, p, t in zip(Attributes._fields, logits, target, strict=True)
-    }
-    everything = torch.stack(list(right.values())).all(0)
-    painting = right["colors"] & right["background"]
-    return right | {"colors and background": painting, "all": everything}
+    wide = precise(logits).movedim(-1, 1)  # → (B, C, 8, 8)
+    loss = F.cross_entropy(wide, target, ignore_index=-1, reduction="none")
+    return (loss.sum((1, 2)) / (target >= 0).sum((1, 2)).clamp(min=1)).mean()
+
+
+# What it found
 
 
 @torch.no_grad()
-def accuracy(judge: Judge, scenes: Scenes, n: int, batch: int = 500) -> dict:
-    """Share of the first ``n`` scenes that the judge reads rightly, by attribute."""
-    device = scenes.gray.device
-    totals: dict[str, float] = {}
-    for chunk in torch.arange(n, device=device).split(batch):
-        scene = scenes.batch(chunk)
-        for name, right in score(judge(scene.images), scene.attributes).items():
-            totals[name] = totals.get(name, 0) + right.sum().item()
-    return {name: total / n for name, total in totals.items()}
+def find(reading: Reading) -> list[Found]:
+    """The items of each picture: where presence has a peak above one half."""
+    p = reading.presence.double().sigmoid()
+    # of neighbours that are alike, as around an item on their corner, the first counts
+    p = p - 1e-9 * torch.arange(p[0].numel(), device=p.device).view(p.shape[1:])
+    peak = (p == F.max_pool2d(p[:, None], 3, 1, 1)[:, 0]) & (p > 0.5)
+    kinds, colors = reading.kinds.argmax(-1), reading.colors.argmax(-1)
+    grounds = [list(COLORS)[i] for i in reading.ground.argmax(-1).tolist()]
+    items: list[list[Item]] = [[] for _ in grounds]
+    rows, ys, xs = peak.nonzero(as_tuple=True)
+    values = (rows, ys, xs, kinds[peak], colors[peak])
+    for row, y, x, kind, color in zip(*(v.tolist() for v in values), strict=True):
+        place = CELL * x + CELL / 2, CELL * y + CELL / 2
+        items[row].append(Item(KINDS[kind], list(COLORS)[color], *place))
+    return [Found(tuple(i), g) for i, g in zip(items, grounds, strict=True)]
 
 
-def measure(judge: Judge, folder: str | Path | None, n: int = 10_000) -> dict:
-    """Accuracy on real test scenes, the ceiling of every evaluation."""
-    device = next(judge.parameters()).device
-    return {
-        f"{kind}, {'never trained' if held else 'seen'}": accuracy(
-            judge, Scenes("test", folder, device, EVALUATION_SEED, two, held), n
-        )
-        for two, kind in enumerate(("one garment", "two garments"))
-        for held in (False, True)
-    }
-
-
-def save_judge(judge: nn.Module, output: Path, **facts: object) -> None:
+def save_judge(judge: Judge, output: Path, **facts: object) -> None:
     """Write model.safetensors (fp16) and config.json, with ``facts`` about it."""
-    config: Any = judge.config
     output.mkdir(parents=True, exist_ok=True)
     save_weights(judge, output / "model.safetensors", dtype=torch.float16)
-    write_json(output / "config.json", asdict(config) | facts)
+    write_json(output / "config.json", asdict(judge.config) | facts)
 
 
-def load_frozen(
-    kind: type[Network],
-    config: type[Config],
-    folder: str | Path,
-    device: str | torch.device,
-) -> Network:
-    """A trained judge of some ``kind``, frozen, in eval mode and float32.
+def load_judge(folder: str | Path = JUDGE, device: str | torch.device = "cpu") -> Judge:
+    """A trained judge, frozen, in eval mode and float32.
 
     Raises FileNotFoundError or ValueError, naming the file or folder, for a bad one.
     """
@@ -219,10 +235,5 @@ def load_frozen(
         raise FileNotFoundError(
             f"no judge in {folder}: train it with `minidiff train --stage judge`"
         )
-    judge = load_component(kind, config, folder, device, torch.float32)
+    judge = load_component(Judge, JudgeConfig, folder, device, torch.float32)
     return judge.requires_grad_(False)
-
-
-def load_judge(folder: str | Path = JUDGE, device: str | torch.device = "cpu") -> Judge:
-    """The trained judge of garments: see ``load_frozen``."""
-    return load_frozen(Judge, JudgeConfig, folder, device)

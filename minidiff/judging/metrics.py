@@ -1,44 +1,90 @@
-"""How good is a model: prompts followed, Fréchet distance, PSNR, beside real scenes'.
+"""How good is a model: prompts followed, texture, Fréchet distance, PSNR.
 
 Every figure is set beside the same figure of real test scenes: the judge is no oracle,
-and what it gets wrong on real pictures is the ceiling for generated ones.
+and what it gets wrong on real pictures is the ceiling for drawn ones.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from minidiff.data.garments import IMAGE_SIZE, Scenes, prompts
+from minidiff.data.language import Meaning, captions
 from minidiff.data.rng import fold_in, normal
+from minidiff.data.samples import ONE, TWO
+from minidiff.data.scenes import GARMENT_SHARE, IMAGE_SIZE, SHARES, World
 from minidiff.interface.checks import check_range
+from minidiff.judging.answers import EVERYTHING, follows, shares
 from minidiff.judging.distances import frechet_distance, psnr_by_picture
-from minidiff.judging.inception import InceptionV3
-from minidiff.judging.judge import EVALUATION_SEED, Judge, load_judge, score
+from minidiff.judging.judge import EVALUATION_SEED, Judge, find
 
-Folder = str | Path | None  # of the data set: see ``minidiff.data.garments``
 Extract = Callable[[Tensor], Tensor]  # pictures (B, 3, 64, 64) → features (B, D)
 FEATURES = "the judge's last hidden layer", "Inception-v3's last pool (FID)"
-ROWS = {
-    "one garment, seen pairs": ("one", False),
-    "one garment, pair never trained": ("one", True),
-    "two garments, seen pairs": ("two", False),
-    "two garments, one never trained": ("two", True),
-}
-SEEN = tuple(row for row, (_, held_out) in ROWS.items() if not held_out)
 MOST_PROMPTS = 100_000  # in each row
 LARGEST_SEED = 2**63 - 1
+PARTS = ("colors", "places")  # of what is right in free prompts
+SEVERAL = (0.0, 0.0, 0.5, 0.5, 0.0)
 
 
-def choose_rows(garments: str) -> tuple[str, ...]:
-    """The rows with "one" or "two" garments, or "all"."""
-    if garments not in ("one", "two", "all"):
-        raise ValueError(f"garments is {garments!r}, expected one, two or all")
-    return tuple(r for r, (kind, _) in ROWS.items() if garments in (kind, "all"))
+class Row(NamedTuple):
+    """A row of the table: which scenes, and whether phrasings are new ones."""
+
+    layouts: tuple[float, ...] = SHARES
+    garments: float = GARMENT_SHARE
+    held_out: str = ""  # "colors" or "places" of the first group, named in the prompt
+    new_phrasing: bool = False
+
+
+ROWS = {
+    "one garment": Row(ONE, 1.0),
+    "one thing": Row(ONE, 0.0),
+    "one garment, colour never trained": Row(ONE, 1.0, "colors"),
+    "one thing, colour never trained": Row(ONE, 0.0, "colors"),
+    "one thing, place never trained": Row(ONE, 0.0, "places"),
+    "two garments": Row(TWO, 1.0),
+    "two things": Row(TWO, 0.0),
+    "several of a kind": Row(SEVERAL),
+    "all scenes": Row(),
+    "all scenes, phrasing never trained": Row(new_phrasing=True),
+}
+
+
+def choose_rows(word: str) -> tuple[str, ...]:
+    """The rows whose names hold ``word``; all that there are for "all"."""
+    chosen = tuple(row for row in ROWS if word == "all" or word in row)
+    if not chosen:
+        raise ValueError(f"rows is {word!r}; expected all, or a word of {list(ROWS)}")
+    return chosen
+
+
+def row_prompts(row: Row, n: int, seed: int) -> tuple[list[str], list[Meaning], Tensor]:
+    """n prompts of a row, what they ask for, and the numbers (n,) of their scenes.
+
+    The scenes are those of ``row_scenes``. Where a pair was never trained the prompt
+    names it.
+    """
+    numbers = torch.arange(4 * n)
+    parts = row.held_out, row.layouts, row.garments
+    attributes = World("test", None, "cpu", seed, *parts).attributes(numbers)
+    texts, meanings = captions(attributes, fold_in(seed, 1), numbers, row.new_phrasing)
+    kept = [i for i, m in enumerate(meanings) if names_pair(m, row.held_out)][:n]
+    chosen = [texts[i] for i in kept], [meanings[i] for i in kept]
+    return *chosen, torch.tensor(kept)
+
+
+def names_pair(meaning: Meaning, held_out: str) -> bool:
+    """Whether a prompt names the first group's colour or place, if it is asked for."""
+    asked = {"colors": meaning.groups[0].color, "places": meaning.place}
+    return bool(asked.get(held_out, True)) and meaning.place != "corner"
+
+
+def row_scenes(row: Row, split: str, folder: Any, device: Any, seed: int) -> World:
+    """The real scenes of a row."""
+    return World(split, folder, device, seed, row.held_out, row.layouts, row.garments)
 
 
 def check_side(transformer: Any, vae: Any) -> None:
@@ -46,161 +92,6 @@ def check_side(transformer: Any, vae: Any) -> None:
     side = transformer.config.sample_size * vae.config.factor
     if side != IMAGE_SIZE:
         raise ValueError(f"the model draws {side} × {side} pixels, scenes have 64 × 64")
-
-
-def assess(
-    pipe: Any,
-    judge: Judge | None = None,
-    n: int = 500,
-    guidance_scale: float | None = None,
-    num_inference_steps: int = 28,
-    folder: Folder = None,
-    seed: int = EVALUATION_SEED,
-    batch: int = 500,
-    rows: tuple[str, ...] = tuple(ROWS),
-    log: Callable[[str], None] = lambda line: None,
-    inception: InceptionV3 | None = None,
-) -> dict[str, Any]:
-    """Measure a pipeline that draws scenes: prompts followed and Fréchet distance.
-
-    Args:
-        pipe: a ``Pipeline`` whose pictures measure 64 × 64.
-        judge: the shipped one if not given, on the pipeline's device.
-        n: prompts in each row.
-        guidance_scale: the pipeline's default if None. Choose it with another ``seed``.
-        folder: the data set (see ``fashion_mnist``).
-        rows: which of ``ROWS``. The Fréchet distance is of the rows with seen pairs.
-        inception: gives the features of the distance; the judge does if None.
-
-    Returns:
-        What ``format_table`` prints, ready for JSON.
-    """
-    check_range("n", n, 2, MOST_PROMPTS)
-    check_range("seed", seed, 0, LARGEST_SEED)
-    check_side(pipe.transformer, pipe.vae)
-    device = next(pipe.transformer.parameters()).device
-    judge = load_judge(device=device) if judge is None else judge
-    if guidance_scale is None:
-        guidance_scale = pipe.defaults.guidance_scale
-    options = {
-        "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale,
-    }
-    extract = inception or judge.features
-    measured = Comparison(pipe, judge, extract, n, seed, folder, batch, options)
-    result: dict[str, Any] = {"n": n, "seed": seed, **options, "rows": {}}
-    whole = set(SEEN) <= set(rows)
-    reference = measured.training_features() if whole else None
-    features = {}
-    for row in rows:
-        start = time.perf_counter()
-        means, features[row] = measured.row(row)
-        result["rows"][row] = means
-        real, model = means["real"]["all"], means["model"]["all"]
-        seconds = time.perf_counter() - start
-        log(f"{row}: real {real:.3f}, model {model:.3f} ({seconds:.0f} s)")
-    if reference is not None:
-        found = {
-            k: torch.cat([features[r][k] for r in SEEN]) for k in ("model", "real")
-        }
-        result |= measured.distances(found, reference, FEATURES[inception is not None])
-    return result
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What a model draws beside real scenes: who looks, at which, and how many."""
-
-    pipe: Any
-    judge: Judge
-    extract: Extract
-    n: int  # prompts in a row
-    seed: int
-    folder: Folder
-    batch: int
-    options: dict[str, Any]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the judge is."""
-        return next(self.judge.parameters()).device
-
-    def scenes(
-        self,
-        kind: str,
-        held_out: bool = False,
-        split: str = "test",
-        seed: int | None = None,
-    ) -> Scenes:
-        """Scenes with "one" or "two" garments."""
-        seed = self.seed if seed is None else seed
-        two = float(kind == "two")
-        return Scenes(split, self.folder, self.device, seed, two, held_out)
-
-    def parts(self, n: int) -> Iterator[Tensor]:
-        """The numbers 0 … n − 1, as many as are looked at together."""
-        yield from torch.arange(n).split(self.batch)
-
-    @torch.no_grad()
-    def row(self, row: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """A row of the table, and the features (n, D) that its pictures gave.
-
-        Real scenes and prompts have the same attributes: those of ``seed``.
-        """
-        kind, held_out = ROWS[row]
-        texts, wanted = prompts(self.n, kind, held_out, self.seed)
-        scenes = self.scenes(kind, held_out)
-        scores: dict[str, list[dict[str, Tensor]]] = {"real": [], "model": []}
-        features: dict[str, list[Tensor]] = {"real": [], "model": []}
-        for i in self.parts(self.n):
-            drawn = generate(
-                self.pipe, [texts[j] for j in i], i, self.seed, **self.options
-            )
-            pictures = {"real": scenes.batch(i).images, "model": drawn.to(self.device)}
-            for name, images in pictures.items():
-                right = score(self.judge(images), wanted.select(i).to(self.device))
-                scores[name].append(right)
-                features[name].append(self.extract(images))
-        means = {name: right_shares(s) for name, s in scores.items()}
-        return means, {name: torch.cat(f) for name, f in features.items()}
-
-    @torch.no_grad()
-    def training_features(self) -> Tensor:
-        """Features of 2·n real training scenes, n with one garment: the reference."""
-        parts = []
-        for kind in ("one", "two"):
-            scenes = self.scenes(kind, False, "train", fold_in(self.seed, 2))
-            parts += [self.extract(scenes.batch(i).images) for i in self.parts(self.n)]
-        return torch.cat(parts)
-
-    @torch.no_grad()
-    def reconstructions(self) -> tuple[float, Tensor]:
-        """The VAE's mean PSNR on 2·n test scenes, n with one garment, and features."""
-        vae = self.pipe.vae
-        weight = next(vae.parameters())
-        ratios, features = [], []
-        for kind in ("one", "two"):
-            scenes = self.scenes(kind)
-            for i in self.parts(self.n):
-                images = scenes.batch(i).images
-                decoded = vae.decode(vae.encode(images.to(weight.dtype)).mode())
-                decoded = decoded.float().clamp(-1, 1)
-                ratios.append(psnr_by_picture(decoded, images))
-                features.append(self.extract(decoded))
-        return torch.cat(ratios).mean().item(), torch.cat(features)
-
-    def distances(
-        self, features: dict[str, Tensor], reference: Tensor, name: str
-    ) -> dict[str, Any]:
-        """Fréchet distances to training scenes: of pictures, test scenes, the VAE's."""
-        ratio, decoded = self.reconstructions()
-        compared = {"model": features["model"], "floor": features["real"]}
-        compared["vae"] = decoded
-        found = {
-            k: round(frechet_distance(v, reference), 2) for k, v in compared.items()
-        }
-        facts = {"features": name, "n": 2 * self.n}
-        return {"frechet": facts | found, "vae_psnr": round(ratio, 2)}
 
 
 @torch.no_grad()
@@ -216,25 +107,152 @@ def generate(
     return images.float() * 2 - 1
 
 
-def right_shares(scores: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Shares of right pictures, by what is asked of them."""
-    joined = {name: torch.cat([s[name] for s in scores]) for name in scores[0]}
-    means = {name: x.cpu().double().mean().item() for name, x in joined.items()}
-    return {name: round(mean, 4) for name, mean in means.items()}
+class Comparison:
+    """Measures a pipeline that draws 64 × 64 pictures of the small world.
+
+    Args:
+        pipe: a ``Pipeline``; ``options`` are given to it with each prompt.
+        n: prompts of each row; ``batch``: how many are drawn at once.
+        folder: where Fashion-MNIST is (see ``fashion_mnist``).
+        inception: gives the features of the distances; the judge does if None.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        judge: Judge,
+        n: int,
+        seed: int = EVALUATION_SEED,
+        folder: str | Path | None = None,
+        batch: int = 100,
+        log: Callable[[str], None] = lambda line: None,
+        inception: Extract | None = None,
+        **options: Any,
+    ) -> None:
+        check_range("n", n, 2, MOST_PROMPTS)
+        check_range("seed", seed, 0, LARGEST_SEED)
+        check_side(pipe.transformer, pipe.vae)
+        self.pipe, self.judge, self.options = pipe, judge, options
+        self.extract, self.kind = inception or judge.features, FEATURES[bool(inception)]
+        self.n, self.seed, self.folder, self.batch = n, seed, folder, batch
+        self.device, self.log = next(judge.parameters()).device, log
+
+    def draw(self, texts: list[str]) -> Tensor:
+        """Pictures (N, 3, 64, 64) in [−1, 1] of prompts, each with its own noise."""
+        parts = [
+            generate(self.pipe, texts[i[0] : i[-1] + 1], i, self.seed, **self.options)
+            for i in torch.arange(len(texts)).split(self.batch)
+        ]
+        return torch.cat(parts).to(self.device)
+
+    @torch.no_grad()
+    def answers(
+        self, images: Tensor, meanings: Sequence[Meaning]
+    ) -> list[dict[str, bool]]:
+        """Whether each picture (N, 3, 64, 64) shows what is asked."""
+        found = [one for part in images.split(128) for one in find(self.judge(part))]
+        return [follows(*pair) for pair in zip(found, meanings, strict=True)]
+
+    def row(self, name: str) -> tuple[dict, dict[str, Tensor]]:
+        """A row's shares, real, model and exchanged, and its pictures."""
+        texts, meanings, numbers = row_prompts(ROWS[name], self.n, self.seed)
+        scenes = row_scenes(ROWS[name], "test", self.folder, self.device, self.seed)
+        real = torch.cat([scenes.batch(i).images for i in numbers.split(128)])
+        drawn = self.draw(texts)
+        pictures = {"real": real, "model": drawn}
+        result: dict[str, Any] = {
+            k: shares(self.answers(v, meanings)) for k, v in pictures.items()
+        }
+        others = meanings[1:] + meanings[:1]
+        result["exchanged"] = shares(self.answers(drawn, others))["all"]
+        return result, pictures
+
+    def rows(self, names: Sequence[str] = tuple(ROWS)) -> dict:
+        """All rows, texture of garments and Fréchet distance, ready for JSON."""
+        result: dict[str, Any] = {"n": self.n, "seed": self.seed, **self.options}
+        result["rows"] = {}
+        for name in names:
+            start = time.perf_counter()
+            result["rows"][name], pictures = self.row(name)
+            real, model = (result["rows"][name][k]["all"] for k in ("real", "model"))
+            seconds = time.perf_counter() - start
+            self.log(f"{name}: real {real:.3f}, model {model:.3f} ({seconds:.0f} s)")
+            if name == "one garment":
+                known = {k: texture(v).median().item() for k, v in pictures.items()}
+                result["texture"] = {k: round(v, 5) for k, v in known.items()}
+            if name == "all scenes":
+                result["frechet"] = self.distances(pictures)
+        return result | {"psnr": self.reconstruction()}
+
+    @torch.no_grad()
+    def distances(self, pictures: dict[str, Tensor]) -> dict:
+        """Fréchet distances to training scenes: of drawn pictures, of test scenes."""
+        scenes = World("train", self.folder, self.device, fold_in(self.seed, 2))
+        numbers = torch.arange(self.n, device=self.device).split(128)
+        train = torch.cat([self.extract(scenes.batch(i).images) for i in numbers])
+        found = {
+            name: torch.cat([self.extract(part) for part in images.split(128)])
+            for name, images in pictures.items()
+        }
+        far = {k: round(frechet_distance(v, train), 3) for k, v in found.items()}
+        known = {"features": self.kind, "n": self.n}
+        return known | {"model": far["model"], "floor": far["real"]}
+
+    @torch.no_grad()
+    def reconstruction(self, n: int = 1000) -> dict[str, float]:
+        """Mean PSNR in dB of the autoencoder on test scenes of each sort."""
+        vae, result = self.pipe.vae, {}
+        weight = next(vae.parameters())
+        for name, share in (("garments", 1.0), ("things", 0.0), ("all", GARMENT_SHARE)):
+            scenes = World(
+                "test", self.folder, weight.device, self.seed, garments=share
+            )
+            ratios = []
+            for i in torch.arange(n, device=weight.device).split(50):
+                images = scenes.batch(i).images
+                decoded = vae.decode(vae.encode(images.to(weight.dtype)).mode())
+                ratios.append(psnr_by_picture(decoded.float(), images))
+            result[name] = round(torch.cat(ratios).mean().item(), 2)
+        return result
+
+    def free(self, prompts: Sequence[tuple[str, Meaning]]) -> dict:
+        """What a file of free prompts gives: see ``read_free_prompts``."""
+        texts, meanings = [t for t, _ in prompts], [m for _, m in prompts]
+        answers = self.answers(self.draw(texts), meanings)
+        means = shares(answers)
+        rows = [{"prompt": t, **a} for t, a in zip(texts, answers, strict=True)]
+        known = {"n": len(rows), "right": means["all"], "colors": means["colors"]}
+        return known | {"places": means["places"], "rows": rows}
+
+
+def texture(images: Tensor) -> Tensor:
+    """Fine texture of what lies on the ground, for those of (B, 3, 64, 64) with enough.
+
+    The mean square of the grey picture's Laplacian inside the mask of pixels that
+    differ from the ground, the median of the border, eroded by two pixels.
+    """
+    edges = images[:, :, 0], images[:, :, -1], images[..., 0], images[..., -1]
+    ground = torch.cat(edges, 2).median(2).values[..., None, None]
+    mask = ((images - ground).abs().amax(1, keepdim=True) > 0.25).float()
+    inside = 1 - F.max_pool2d(1 - mask, 5, 1, 2)
+    kernel = images.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
+    square = F.conv2d(images.mean(1, keepdim=True), kernel, padding=1).square()
+    area = inside.sum((1, 2, 3))
+    value = (square * inside).sum((1, 2, 3)) / area.clamp(min=1)
+    return value[area > 50]
 
 
 def format_table(result: dict) -> str:
-    """The result of ``assess`` as a Markdown table with two lines beneath it."""
-    parts = ["all", "garments", "colors", "background", "colors and background"]
-    parts.append("layout")
-    header = "| right in %, real / model | " + " | ".join(parts) + " |"
-    lines = [header, "|---" * (len(parts) + 1) + "|"]
-    for row, means in result["rows"].items():
-        cells = (
-            f"{100 * means['real'][p]:.1f} / {100 * means['model'][p]:.1f}"
-            for p in parts
-        )
-        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    """What ``Comparison`` measured as a Markdown table with lines beneath it."""
+    if "prompts" in result:
+        return format_free(result["prompts"])
+    parts = ("all", *EVERYTHING)
+    lines = ["| right in %, real / model | " + " | ".join(parts) + " | exchanged |"]
+    lines.append("|---" * (len(parts) + 2) + "|")
+    for name, row in result["rows"].items():
+        pairs = [(100 * row["real"][p], 100 * row["model"][p]) for p in parts]
+        cells = [f"{real:.1f} / {model:.1f}" for real, model in pairs]
+        lines.append(f"| {name} | {' | '.join(cells)} | {100 * row['exchanged']:.1f} |")
     lines += [
         "",
         f"{result['n']} prompts a row, {result['num_inference_steps']} steps, "
@@ -242,20 +260,33 @@ def format_table(result: dict) -> str:
     ]
     if "frechet" in result:
         f = result["frechet"]
-        lines += [
+        lines.append(
             f"Fréchet distance in {f['features']}, {f['n']} pictures against as "
-            f"many training scenes: model {f['model']}, test scenes {f['floor']}, "
-            f"VAE reconstructions {f['vae']}.",
-            f"VAE: {result['vae_psnr']} dB PSNR.",
-        ]
-    lines += [_best_block(k, v) for k, v in result.get("attention", {}).items()]
+            f"many training scenes: model {f['model']}, test scenes {f['floor']}."
+        )
+    if "texture" in result:
+        t = result["texture"]
+        share = t["model"] / t["real"]
+        lines.append(f"Texture inside garments: {share:.2f} of real scenes'.")
+    known = ", ".join(f"{k} {v} dB" for k, v in result["psnr"].items())
+    lines.append(f"Autoencoder: {known}.")
+    lines += [best_block(k, v) for k, v in result.get("attention", {}).items()]
     return "\n".join(lines)
 
 
-def _best_block(word: str, found: dict[str, list[float]]) -> str:
+def best_block(word: str, found: dict[str, list[float]]) -> str:
     """The block where a word's map agrees most with the garment, up to the sign."""
     cells = []
     for direction, values in found.items():
         best = max(range(len(values)), key=lambda i: abs(values[i]))
         cells.append(f"{values[best]:+.2f} in block {best} ({direction})")
     return f"Attention of {word} and the garment's mask: " + ", ".join(cells) + "."
+
+
+def format_free(result: dict) -> str:
+    """What free prompts gave: the shares, and the prompts that were drawn wrongly."""
+    kinds = ", ".join(f"{k} {100 * result[k]:.1f} %" for k in ("right", *PARTS))
+    wrong = [row["prompt"] for row in result["rows"] if not row["all"]]
+    return "\n".join(
+        [f"{result['n']} prompts: {kinds}.", *map("wrong: {}".format, wrong)]
+    )

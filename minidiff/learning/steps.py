@@ -67,11 +67,13 @@ def restore_state(
     check_fit(run, step, tensors, model, optimizer)
     for part, module in (("model/", model), ("ema/", ema)):
         load_whole(module, {n: tensors[part + n] for n in module.state_dict()})
-    state = optimizer.state_dict()
-    for i, (name, parameter) in enumerate(model.named_parameters()):
+    state, names = optimizer.state_dict(), {x: n for n, x in model.named_parameters()}
+    ordered = (x for group in optimizer.param_groups for x in group["params"])
+    for i, parameter in enumerate(ordered):
         if parameter.requires_grad:
             kept = {
-                key: tensors[f"{key}/{name}"] for key in moments(optimizer, parameter)
+                key: tensors[f"{key}/{names[parameter]}"]
+                for key in moments(optimizer, parameter)
             }
             state["state"][i] = {k: laid_like(x, parameter) for k, x in kept.items()}
     optimizer.load_state_dict(state)

@@ -123,7 +123,7 @@ def hold(job: Job, encoder: SceneEncoder) -> Held:
 def control_lesson(job: Job) -> Lesson:
     """A ControlNet of half as many blocks as the transformer has, OUTPUT/control."""
     encoder, recipe = SceneEncoder(job), job.recipe
-    scenes, n = job.scenes(recipe.two_garments), recipe.latents
+    scenes, n = job.scenes(), recipe.latents
     features = encoder.features(scenes, n, keep=True)
     path = job.cache and job.cache / f"edges-{encoder.file_name(scenes, n)}"
     make = lambda: {"edges": encode_edges(encoder.vae, scenes, n)}  # noqa: E731

@@ -127,7 +127,7 @@ class FlowBatches:
         drop: how often the empty prompt takes the caption's place.
         drop_encoder: how often each encoder is left out by itself.
         widths: of CLIP-L and CLIP-G, for ``drop_encoder``.
-        shift: moves levels towards 1; ``uniform``: they are not logit-normal.
+        shift: moves levels towards 1.
     """
 
     features: Features
@@ -138,7 +138,6 @@ class FlowBatches:
     drop_encoder: float = 0.0
     widths: tuple[int, int] = (0, 0)
     shift: float = 1.0
-    uniform: bool = False
 
     def __call__(self, indices: Tensor) -> Batch:
         f = self.features
@@ -160,8 +159,6 @@ class FlowBatches:
         """The samples' noise (B, C, h, w), float32, and levels (B,)."""
         shape = tuple(self.features.latents.shape[1:])
         noise, sigma = noise_and_levels(indices, shape, self.noise_seed)
-        if self.uniform:
-            sigma = rng.uniform(self.noise_seed + 1, indices, 1)[:, 0]
         return {"noise": noise, "sigma": shift_sigma(sigma, self.shift)}
 
 

@@ -1,7 +1,7 @@
 """A job and its stages: what is read, learned and kept, and from which seeds."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,10 +10,10 @@ from torch import nn
 
 from minidiff.data import rng
 from minidiff.data.captioned import Pictures
-from minidiff.data.garments import SCENES, Scenes
+from minidiff.data.garments import Garments
 from minidiff.data.reader import vocabulary
+from minidiff.data.scenes import GARMENT_SHARE
 from minidiff.data.told import ToldScenes, own_things
-from minidiff.dit import MMDiTConfig
 from minidiff.engine import loading
 from minidiff.files import layout
 from minidiff.files.disk import read_json, write_json
@@ -24,15 +24,12 @@ from minidiff.flow_matching import Scheduler
 from minidiff.interface.terminal import printable
 from minidiff.learning import parallel
 from minidiff.learning.run import Run
-from minidiff.recipes.recipe import Recipe
-from minidiff.text_encoders import T5Config
+from minidiff.recipes.recipe import GARMENTS, PLAIN, Recipe
 from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
 from minidiff.training import Task, TrainingConfig
 
 LENGTH = 32  # tokens of a prompt, for each encoder
-# What the world needs more than garments alone: words, and one block
-VOCABULARY = 1536
-LARGER = {T5Config: {"vocab_size": VOCABULARY}, MMDiTConfig: {"num_layers": 6}}
+AnyScenes = ToldScenes | Garments | Pictures
 
 
 @dataclass(frozen=True)
@@ -60,20 +57,6 @@ class Job:
         """The folder of the stages' runs."""
         return self.output / "runs"
 
-    @property
-    def composed(self) -> bool:
-        """Whether the scenes come from this package, not from a folder."""
-        return self.recipe.scenes in SCENES
-
-    @property
-    def world(self) -> bool:
-        """Whether the scenes are those of garments and everyday things."""
-        return self.recipe.world
-
-    def tiny(self, config: Any) -> Any:
-        """The tiny configuration of this class, as large as the scenes need it."""
-        return replace(config.tiny(), **LARGER.get(config, {}) if self.world else {})
-
     def config(self, stage: str) -> TrainingConfig | None:
         """How a stage learns; None for one that does not learn by steps."""
         return getattr(self.recipe, stage, None)
@@ -82,18 +65,18 @@ class Job:
         """A seed for one purpose."""
         return rng.fold_in(self.seed, sum(map(ord, purpose)))
 
-    def scenes(
-        self, two_garments: float = 0.5, split: str = "train"
-    ) -> Scenes | ToldScenes | Pictures:
+    def scenes(self, split: str = "train") -> AnyScenes:
         """Scenes, or the pictures of a folder, of one split on this job's device."""
         name, r = self.recipe.scenes, self.recipe
-        if self.world:
-            sizes = max(r.pictures, r.latents, r.captions), r.held
-            things = own_things(r.things) if r.things else None
-            return ToldScenes(split, self.data, self.device, self.seed, *sizes, things)
-        if not self.composed:
+        here = self.data, self.device, self.seed
+        if name == PLAIN:
+            return Garments(split, *here)
+        if not r.told:
             return Pictures(split, name, self.device, self.seed, self.crop)
-        return SCENES[name](split, self.data, self.device, self.seed, two_garments)
+        sizes = max(r.pictures, r.latents, r.captions), r.held
+        things = own_things(r.things) if r.things else None
+        share = 1.0 if name == GARMENTS else GARMENT_SHARE
+        return ToldScenes(split, *here, *sizes, things, share)
 
     def read_tokenizers(self) -> list[CLIPTokenizer | T5Tokenizer]:
         """The three trained tokenizers."""
@@ -109,7 +92,7 @@ class Job:
         """A part to train: its tiny configuration, or what ``start`` has learned."""
         kind, config = cast(tuple[Any, Any], loading.PARTS[name])
         if self.start is None:
-            return kind(self.tiny(config))
+            return kind(config.tiny())
         model = load_component(kind, config, self.start / name)
         for parameter in model.parameters():  # it may be a read-only memory map
             parameter.data = parameter.data.clone()

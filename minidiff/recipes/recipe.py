@@ -1,6 +1,8 @@
 """A recipe: how long each stage learns, and from how much; read, changed, checked."""
 
 import math
+import os
+import shutil
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,9 +23,7 @@ LIMITS = {
     "warmup_steps": (0, MOST),
     "validate_every": (0, MOST),
     "weight_decay": (0, MOST),
-    "hold_latents": (0, MOST),
     "ema_decay": (0, 1),
-    "two_garments": (0, 1),
     "guidance": (1, 100),
     "plateau": (0, 1),
     "drop": (0, 1),
@@ -46,27 +46,24 @@ class Recipe:
     latents: int  # scenes kept as latents, for the transformer
     captions: int = 20_000  # that the tokenizers learn from
     held: int = 512  # test scenes that validation looks at
-    two_garments: float = 0.65  # of T5's and the transformer's scenes: they are harder
-    uniform_levels: bool = False  # noise levels uniform, not logit-normal
-    keep_latents: bool = False  # of the autoencoder only the decoder learns
-    hold_latents: float = 0.0  # how strongly, where both learn: see ``held_loss``
     shift: float = 1.0  # moves noise levels towards 1
     guidance: float = 2.5  # of turbo's teacher, and of what control draws
-    scenes: str = "composed"  # or "plain" (garments as they are), "world", a folder
+    scenes: str = "world"  # or one of ``SCENES``, a folder
 
     @property
-    def world(self) -> bool:
-        """Whether scenes are those of garments and things."""
-        return self.scenes.partition(":")[0] == WORLD
+    def told(self) -> bool:
+        """Whether scenes are composed and told here, not read from a folder."""
+        return self.scenes.partition(":")[0] in (WORLD, GARMENTS)
 
     @property
     def things(self) -> str:
         """The folder of own cut-outs, in "world:FOLDER"; "" for those that ship."""
-        return self.scenes.partition(":")[2] if self.world else ""
+        return self.scenes.partition(":")[2] if self.told else ""
 
 
 LEARNED = tuple(f.name for f in fields(Recipe) if f.type is TrainingConfig)
-WORLD = "world"  # scenes of garments and everyday things, told in free sentences
+# Scenes of garments and everyday things, of garments alone, and garments as they are
+SCENES = WORLD, GARMENTS, PLAIN = "world", "garments", "plain"
 MUON = ("vae", "transformer", "turbo")  # the stages that Muon may serve
 
 
@@ -75,15 +72,18 @@ def find_recipe(name: str, cuda: bool = False) -> Recipe:
 
     The file changes "shipped": {"transformer": {"steps": 5000}, "latents": 4096}, and
     so do the other recipes of ``recipes.json``. With ``cuda`` what a file does not say
-    is compiled and in bfloat16 (CLIP in float32). Raises ValueError for an unknown name
-    or key, naming it.
+    is compiled and in bfloat16 (CLIP in float32); else it is not compiled, and a recipe
+    of that table only where there is a C++ compiler. Raises ValueError for an unknown
+    name or key, naming it.
     """
     if name in RECIPES:
-        return for_gpu(RECIPES[name]) if cuda else RECIPES[name]
+        return for_gpu(RECIPES[name]) if cuda else for_cpu(RECIPES[name])
     if not name.endswith(".json"):
         known = ", ".join(RECIPES)
         raise ValueError(f"--recipe is {name!r}; expected {known}, or a .json file")
-    chosen = changed(find_recipe("shipped", cuda), read_json(Path(name)), name)
+    shipped = RECIPES["shipped"]
+    shipped = for_gpu(shipped) if cuda else each_stage(shipped, compile=False)
+    chosen = changed(shipped, read_json(Path(name)), name)
     for stage in LEARNED:
         if getattr(chosen, stage).muon and stage not in MUON:
             known = ", ".join(MUON)
@@ -96,11 +96,20 @@ def for_gpu(recipe: Recipe) -> Recipe:
 
     CLIP compares unit vectors: for its logits bfloat16 is too coarse.
     """
-    stages = {
-        name: replace(getattr(recipe, name), compile=True, bfloat16=name != "clip")
-        for name in LEARNED
-    }
-    return replace(recipe, **stages)
+    clip = replace(recipe.clip, compile=True, bfloat16=False)
+    return replace(each_stage(recipe, compile=True, bfloat16=True), clip=clip)
+
+
+def for_cpu(recipe: Recipe) -> Recipe:
+    """The same stages, none compiled where there is no compiler."""
+    here = any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+    return recipe if here else each_stage(recipe, compile=False)
+
+
+def each_stage(recipe: Recipe, **settings: bool) -> Recipe:
+    """The recipe with these settings in every stage that learns."""
+    learned = {n: replace(getattr(recipe, n), **settings) for n in LEARNED}
+    return replace(recipe, **learned)
 
 
 def changed(settings: Settings, changes: dict[str, Any], where: str) -> Settings:
@@ -139,16 +148,6 @@ def check_setting(name: str, value: float, where: str) -> None:
         limits = f"{low} to {high}" if name in LIMITS else f"above 0, at most {MOST}"
         found = str(value)[:40]
         raise ValueError(f"{where}: {name} is {found}; expected {limits}")
-
-
-def check_latents(recipe: Recipe, none: bool) -> None:
-    """Raise ValueError for latents that are to be kept or held where there are none."""
-    if recipe.keep_latents and recipe.hold_latents:
-        raise ValueError("the recipe has keep_latents and hold_latents; expected one")
-    if none and (recipe.keep_latents or recipe.hold_latents):
-        raise ValueError(
-            "the recipe keeps or holds a model's latents; expected --start"
-        )
 
 
 def read_recipes() -> dict[str, Recipe]:

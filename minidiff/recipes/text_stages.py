@@ -8,15 +8,20 @@ import torch
 from torch import Tensor
 
 from minidiff.data import rng
-from minidiff.data.captioned import Pictures
-from minidiff.data.garments import Scenes, token_table
 from minidiff.data.told import ToldScenes
 from minidiff.files.layout import ENCODERS
 from minidiff.files.pictures import from_bytes, to_bytes
 from minidiff.files.sentencepiece import case_folding
 from minidiff.learning.run import cached, fingerprint
 from minidiff.recipes.features import collect, place_in_pool
-from minidiff.recipes.job import LENGTH, VOCABULARY, Job, Lesson, announce, export_part
+from minidiff.recipes.job import (
+    LENGTH,
+    AnyScenes,
+    Job,
+    Lesson,
+    announce,
+    export_part,
+)
 from minidiff.text_encoders import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
 from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
 from minidiff.training import (
@@ -30,13 +35,12 @@ from minidiff.training import (
     t5_loss,
 )
 
-CLIP_VOCABULARY = 704  # rows of the table: 512 bytes, then merges and two markers
-
 
 def train_tokenizers(job: Job) -> None:
     """BPE for both CLIPs and Unigram for T5, from training captions.
 
-    T5 has room for 250 letters: rarer ones it will read as unknown.
+    T5 has room for 250 letters: rarer ones it will read as unknown. Capitals it reads
+    as small letters, as CLIP does.
     """
     indices = torch.arange(job.recipe.captions, device=job.device)
     scenes = job.scenes()
@@ -45,37 +49,32 @@ def train_tokenizers(job: Job) -> None:
     else:
         captions = scenes.batch(indices).captions
     for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
-        clip = CLIPTokenizer.train(captions, clip_vocabulary(job), LENGTH, pad)
+        clip = CLIPTokenizer.train(
+            captions, CLIPTextConfig.tiny_l().vocab_size, LENGTH, pad
+        )
         clip.save_pretrained(job.model / name)
     letters = {c for c, _ in Counter("".join(captions)).most_common(250)}
     known = ["".join(c if c in letters else " " for c in text) for text in captions]
-    known = [text.lower() for text in known] if job.world else known
-    t5 = T5Tokenizer.train(known, job.tiny(T5Config).vocab_size, 32, LENGTH)
-    if job.world:  # capitals are read as small letters, as CLIP reads them
-        t5 = T5Tokenizer(t5.scores, case_folding(), t5.settings)
+    small = [text.lower() for text in known]
+    t5 = T5Tokenizer.train(small, T5Config.tiny().vocab_size, 32, LENGTH)
+    t5 = T5Tokenizer(t5.scores, case_folding(), t5.settings)
     t5.save_pretrained(job.model / "tokenizer_3")
 
 
 def token_tables(job: Job) -> list[Tensor]:
     """Ids of every caption by each tokenizer, (captions + 1, L); the last row is ""."""
     tokenizers, scenes = job.read_tokenizers(), job.scenes()
-    encode = token_table if job.composed else encode_all
 
     def make() -> dict[str, Tensor]:
         texts = scenes.all_captions()
-        tables = [torch.cat([encode(t, texts), t([""]).int()]) for t in tokenizers]
+        tables = [torch.cat([encode_all(t, texts), t([""]).int()]) for t in tokenizers]
         return {str(i): table for i, table in enumerate(tables)}
 
     path = None
-    if job.world and job.cache:  # many captions: they take minutes
+    if job.cache:  # many captions: they take minutes
         pieces = [list(tokenizer.vocab) for tokenizer in tokenizers]
         path = job.cache / f"{fingerprint(*scenes.content, *pieces)}.safetensors"
     return [x for _, x in sorted(cached(path, make, job.device).items())]
-
-
-def clip_vocabulary(job: Job) -> int:
-    """Rows of a CLIP's table."""
-    return VOCABULARY if job.world else CLIP_VOCABULARY
 
 
 def encode_all(tokenizer: CLIPTokenizer | T5Tokenizer, texts: list[str]) -> Tensor:
@@ -88,9 +87,7 @@ def encode_all(tokenizer: CLIPTokenizer | T5Tokenizer, texts: list[str]) -> Tens
 
 
 @torch.no_grad()
-def picture_pool(
-    scenes: Scenes | ToldScenes | Pictures, n: int, chunk: int = 64
-) -> tuple[Tensor, ...]:
+def picture_pool(scenes: AnyScenes, n: int, chunk: int = 64) -> tuple[Tensor, ...]:
     """Scenes 0 … n − 1: pictures uint8 (n, 3, 64, 64), captions and meanings (n,)."""
 
     def parts() -> Iterator[tuple[Tensor, ...]]:
@@ -102,17 +99,41 @@ def picture_pool(
     return collect(n, parts())
 
 
+def by_color(images: Tensor) -> Tensor:
+    """An order of pictures, bytes (N, 3, H, W), in which neighbours have like colours.
+
+    Theirs is the mean colour, each channel in 16 levels.
+    """
+    levels = [x.float().mean((2, 3)).long() // 16 for x in images.split(1024)]
+    key = torch.cat(levels) @ torch.tensor([256, 16, 1], device=images.device)
+    return key.argsort(stable=True)
+
+
+def alike_or_not(indices: Tensor, order: Tensor, size: int) -> Tensor:
+    """Places in the pool for samples ``indices``, in batches of ``size``.
+
+    Every other batch holds neighbours in ``order``: where all pictures have the same
+    colours, captions are told apart by what they name.
+    """
+    n, batch = len(order), indices // size
+    block = place_in_pool(batch // 2, max(n // size, 1))
+    alike = order[(block * size + indices % size) % n]
+    return torch.where(batch % 2 == 1, alike, place_in_pool(indices, n))
+
+
 def clip_lesson(job: Job) -> Lesson:
     """Both CLIP text encoders, contrastively against one picture tower."""
-    images, captions, meaning = picture_pool(job.scenes(), job.recipe.pictures)
+    images, _, meaning = picture_pool(job.scenes(), job.recipe.pictures)
     ids_l, ids_g, _ = token_tables(job)
+    pairs = caption_pairs(job)
+    order, size = by_color(images), job.recipe.clip.batch_size
 
     def batch(indices: Tensor) -> Batch:
-        place = place_in_pool(indices, len(images))
+        place = alike_or_not(indices, order, size)
         return {
             "images": from_bytes(images[place]),
-            "ids_l": ids_l[captions[place]].long(),
-            "ids_g": ids_g[captions[place]].long(),
+            "ids_l": ids_l[pairs[place]].long(),  # (B, 2, L)
+            "ids_g": ids_g[pairs[place]].long(),
             "meaning": meaning[place],
         }
 
@@ -127,11 +148,7 @@ def clip_lesson(job: Job) -> Lesson:
 def clip_configs(job: Job) -> list[CLIPTextConfig]:
     """The tiny configurations with the trained tokenizers' end tokens."""
     return [
-        replace(
-            config,
-            vocab_size=clip_vocabulary(job),
-            eos_token_id=tokenizer.eos_token_id,
-        )
+        replace(config, eos_token_id=tokenizer.eos_token_id)
         for config, tokenizer in zip(
             (CLIPTextConfig.tiny_l(), CLIPTextConfig.tiny_g()),
             job.read_tokenizers(),
@@ -140,17 +157,22 @@ def clip_configs(job: Job) -> list[CLIPTextConfig]:
     ]
 
 
+def caption_pairs(job: Job) -> Tensor:
+    """The numbers of two captions of each scene that say the same, (pictures, 2)."""
+    n, scenes = job.recipe.pictures, job.scenes()
+    every = torch.arange(n, device=job.device).split(2**16)
+    return collect(n, ((scenes.caption_pairs(part),) for part in every))[0]
+
+
 def t5_lesson(job: Job) -> Lesson:
     """T5's encoder: odd samples restore hidden words, even ones say the same anew."""
     n = job.recipe.pictures
-    scenes = job.scenes(job.recipe.two_garments)
     ids = token_tables(job)[2]
     tokenizer = T5Tokenizer.from_pretrained(job.model / "tokenizer_3")
     marks = [tokenizer.sentinel_id(i) for i in range(3)]
     sentinels = torch.tensor(marks, device=job.device)
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    every = torch.arange(n, device=job.device).split(2**16)
-    captions = collect(n, ((scenes.caption_pairs(part),) for part in every))[0]
+    captions = caption_pairs(job)
     seed = job.seed_for("spans")
 
     def batch(indices: Tensor) -> Batch:
@@ -167,5 +189,5 @@ def t5_lesson(job: Job) -> Lesson:
     def export(model: T5Training) -> None:
         export_part(job, model.encoder, "text_encoder_3")
 
-    encoder = T5Encoder(job.tiny(T5Config))
+    encoder = T5Encoder(T5Config.tiny())
     return Lesson(Task(T5Training(encoder), t5_loss, batch), export)

@@ -19,7 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minidiff.data.captioned import Pictures
 from minidiff.data.fashion_mnist import fashion_mnist
-from minidiff.data.garments import SCENES
 from minidiff.data.told import ToldScenes
 from minidiff.engine import loading
 from minidiff.files.disk import write_text
@@ -33,13 +32,14 @@ from minidiff.learning.run import Run, check_folder, check_other, fingerprint, l
 from minidiff.learning.steps import check_batch
 from minidiff.recipes.control_stage import control_lesson
 from minidiff.recipes.job import Job, Stage, announce
-from minidiff.recipes.judge_stage import judge_lesson, witness_lesson
+from minidiff.recipes.judge_stage import judge_lesson
 from minidiff.recipes.recipe import (
     LEARNED,
+    PLAIN,
+    SCENES,
     WORLD,
     Recipe,
     changed,
-    check_latents,
     find_recipe,
 )
 from minidiff.recipes.text_stages import clip_lesson, t5_lesson, train_tokenizers
@@ -56,8 +56,7 @@ STAGES = (  # in the order in which one needs another
     Stage("clip", clip_lesson, needs=tuple(TOKENIZERS), makes=(CLIP_L, CLIP_G)),
     Stage("t5", t5_lesson, needs=tuple(TOKENIZERS), makes=(T5,)),
     Stage("vae", vae_lesson, makes=("vae",), goes_on=True),
-    Stage("judge", judge_lesson, only="composed"),
-    Stage("judge", witness_lesson, only=WORLD),
+    Stage("judge", judge_lesson, only=WORLD),
     Stage(
         "transformer",
         transformer_lesson,
@@ -161,11 +160,11 @@ def samples(job: Job) -> dict[str, object]:
     passing = {*LEARNED, "held", "guidance"}  # validation's are not learned from
     values = {f.name: getattr(job.recipe, f.name) for f in fields(Recipe)}
     values = {k: v for k, v in values.items() if k not in passing}
-    if job.composed or job.world:
+    if job.recipe.told or job.recipe.scenes == PLAIN:
         scenes = job.scenes()
         things = (scenes.things.layers,) if isinstance(scenes, ToldScenes) else ()
         data = fingerprint(*fashion_mnist("train", job.data), *things)
-        kind = WORLD if job.world else job.recipe.scenes  # wherever own things are
+        kind = job.recipe.scenes.partition(":")[0]  # wherever own things are
         return values | {"scenes": kind, "data": data}
     content = job.scenes().content
     return values | {"scenes": "pictures", "data": fingerprint(*content)}
@@ -177,8 +176,8 @@ def samples(job: Job) -> dict[str, object]:
 def choose_stages(name: str, start: Path | None, scenes: str) -> tuple[Stage, ...]:
     """The stages that ``name`` names: one, or "all" that there are."""
     possible = [s for s in STAGES if s.only in (None, scenes)]
-    case = " with plain scenes" if scenes == "plain" else " with your pictures"
-    case = "" if scenes in ("composed", WORLD) else case
+    case = f" with {scenes} scenes" if scenes in SCENES else " with your pictures"
+    case = "" if scenes == WORLD else case
     if start:
         possible, case = [s for s in STAGES if s.goes_on], " with --start"
     names = {s: (s.name,) if s.named else (s.name, "all") for s in possible}
@@ -273,17 +272,15 @@ class TrainOptions:
         stage: "all", or the name of one.
         data: where Fashion-MNIST is.
         device: "cpu", "cuda", …
-        recipe: "gpu" (large batches, for a large GPU), "shipped" (what began the
-            shipped model, an hour and a half of two CPU cores), "trial" (a few steps of
-            everything), "world" (garments and things), a name of
-            ``recipes.json`` (with ``start``) or a JSON file (see
-            ``find_recipe``); by default "gpu" on a GPU, else "shipped".
+        recipe: "gpu" (large batches, for a large GPU), "shipped" (what made the model
+            that ships, on two CPU cores), "trial" (a few steps of everything), or a
+            JSON file (see ``find_recipe``); by default "gpu" on a GPU, else "shipped".
         steps, batch_size: of the one stage named, for the recipe's.
         compile: for the recipe's.
         start: a model to go on from, "tiny" or its folder: its tokenizers and text
             encoders stay, its autoencoder and transformer learn on.
-        scenes: "composed", "plain", "world" or a folder of pictures with captions,
-            for the recipe's; ``crop`` takes their middle, or squeezes them.
+        scenes: "world", "garments", "plain" or a folder of pictures with captions, for
+            the recipe's; ``crop`` takes their middle, or squeezes them.
         recompute: the transformer needs less memory, and more time.
         seed: decides what is drawn by chance: other scenes, another order, other noise.
     """
@@ -312,8 +309,6 @@ def train_stages(options: TrainOptions) -> None:
     recipe = chosen_recipe(o)
     check_range("--seed", o.seed, 0, 2**63 - 1)
     stages = choose_stages(o.stage, o.start, recipe.scenes)
-    learns_vae = any(stage.name == "vae" for stage in stages)
-    check_latents(recipe, learns_vae and o.start is None)
     start = o.start and open_start(o.start)
     check_needs(stages, start or o.output / "model")
     device = parallel.start(o.device)
@@ -339,11 +334,11 @@ def chosen_recipe(o: TrainOptions) -> Recipe:
     recipe = find_recipe(o.recipe or ("gpu" if cuda else "shipped"), cuda)
     scenes = {"scenes": o.scenes or recipe.scenes}
     recipe = changed(recipe, scenes, "the command line")
-    known, folder = (*SCENES, WORLD), recipe.things or recipe.scenes
-    if recipe.scenes not in known and not Path(folder).is_dir():
+    folder = recipe.things or recipe.scenes
+    if recipe.scenes not in SCENES and not Path(folder).is_dir():
         raise ValueError(
-            f"scenes is {recipe.scenes!r}; expected {', '.join(known)}, or a folder of "
-            "pictures"
+            f"scenes is {recipe.scenes!r}; expected {', '.join(SCENES)}, or a folder "
+            "of pictures"
         )
     size = {"steps": o.steps, "batch_size": o.batch_size}
     size = {name: value for name, value in size.items() if value is not None}
@@ -356,7 +351,7 @@ def chosen_recipe(o: TrainOptions) -> Recipe:
 
 def limited(recipe: Recipe, o: TrainOptions) -> Recipe:
     """The recipe with no more samples than there are; the data must be there."""
-    if recipe.scenes in SCENES or recipe.world:
+    if recipe.scenes == PLAIN or recipe.told:
         for split in ("test", "train"):  # the small one first
             fashion_mnist(split, o.data)
         return recipe

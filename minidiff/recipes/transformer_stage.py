@@ -10,9 +10,6 @@ from torch import Tensor
 
 from minidiff.attention import Heads, JointAttention
 from minidiff.data import rng
-from minidiff.data.captioned import Pictures
-from minidiff.data.garments import Scenes
-from minidiff.data.told import ToldScenes
 from minidiff.dit import MMDiT
 from minidiff.files.layout import ENCODERS
 from minidiff.files.pictures import save_sheet
@@ -28,14 +25,13 @@ from minidiff.recipes.features import (
     place_in_pool,
     validation,
 )
-from minidiff.recipes.job import Job, Lesson, export_index, export_part
+from minidiff.recipes.job import AnyScenes, Job, Lesson, export_index, export_part
 from minidiff.recipes.text_stages import token_tables
 from minidiff.recipes.vae_stage import chunk_size
 from minidiff.text_encoders import assemble
 from minidiff.training import Task, transformer_loss
 from minidiff.vae import VAE
 
-AnyScenes = Scenes | ToldScenes | Pictures
 NAME = "transformer"  # of the part
 
 
@@ -124,8 +120,7 @@ class SceneEncoder:
 def transformer_lesson(job: Job) -> Lesson:
     """The MMDiT, by rectified flow on latents and captions that are encoded once."""
     recipe, encoder = job.recipe, SceneEncoder(job)
-    scenes = job.scenes(recipe.two_garments)
-    features = encoder.features(scenes, recipe.latents, keep=True)
+    features = encoder.features(job.scenes(), recipe.latents, keep=True)
     held = encoder.features(job.scenes(split="test"), recipe.held, keep=False)
     fixed = held.fixed(job.seed_for("validation"))
     batch = flow_batches(job, features, encoder)
@@ -136,7 +131,7 @@ def transformer_lesson(job: Job) -> Lesson:
         found = validation(model, fixed, job.device, len(held))
         step = job.run.step if job.run else 0
         draw(model, file=grids / f"{step:06}.png")
-        if job.world:  # what each stretch of the run bought can be measured later
+        if recipe.told:  # what each stretch of the run bought can be measured later
             export_part(replace(job, output=job.output / f"at/{step}"), model, NAME)
         return found
 
@@ -161,7 +156,6 @@ def flow_batches(job: Job, features: Features, encoder: SceneEncoder) -> FlowBat
         drop_encoder=0.05,
         widths=(clip_l.config.hidden_size, clip_g.config.hidden_size),
         shift=job.recipe.shift,
-        uniform=job.recipe.uniform_levels,
     )
 
 

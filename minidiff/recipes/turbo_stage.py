@@ -31,7 +31,7 @@ def turbo_lesson(job: Job) -> Lesson:
     recipe, encoder = job.recipe, SceneEncoder(job)
     config = recipe.turbo
     check_rows(config)
-    scenes, n = job.scenes(recipe.two_garments), drawings(config)
+    scenes, n = job.scenes(), drawings(config)
     features = encoder.features(scenes, n, keep=True)  # their captions are told
     held = encoder.features(job.scenes(split="test"), recipe.held, keep=False)
     shift = read_scheduler(job.model / "scheduler").shift

@@ -1,9 +1,6 @@
-"""The stage of the autoencoder: reconstruction, latents kept or held, their scale."""
+"""The stage of the autoencoder: reconstruction, and the scale of its latents."""
 
-import functools
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,10 +8,10 @@ from torch import Tensor
 from minidiff.data import rng
 from minidiff.files.pictures import from_bytes
 from minidiff.judging.distances import psnr_by_picture
-from minidiff.recipes.features import collect, place_in_pool
+from minidiff.recipes.features import place_in_pool
 from minidiff.recipes.job import Job, Lesson, export_part
 from minidiff.recipes.text_stages import picture_pool
-from minidiff.training import Batch, Task, precise, vae_loss
+from minidiff.training import Batch, Task, vae_loss
 from minidiff.vae import VAE, Upsample
 
 
@@ -46,13 +43,11 @@ def vae_lesson(job: Job) -> Lesson:
     shape = (config.latent_channels, side, side)
     held = torch.arange(recipe.held, device=job.device)
     tests = job.scenes(split="test").batch(held).images
-    means = latent_means(vae, images) if recipe.hold_latents else None
 
     def batch(indices: Tensor) -> Batch:
         place = place_in_pool(indices, len(images))
-        known = {} if means is None else {"known": means[place].float()}
         noise = rng.normal(seed, indices, shape)
-        return {"images": from_bytes(images[place]), "noise": noise} | known
+        return {"images": from_bytes(images[place]), "noise": noise}
 
     @torch.no_grad()
     def validate(vae: VAE) -> dict[str, float]:
@@ -60,38 +55,14 @@ def vae_lesson(job: Job) -> Lesson:
         return {"psnr": psnr_by_picture(decoded, tests).mean().item()}
 
     def export(vae: VAE) -> None:
-        fixed = recipe.keep_latents or recipe.hold_latents
-        vae = vae if fixed else measured(vae, from_bytes(images[:1024]))
-        export_part(job, vae, "vae")
+        export_part(job, measured(vae, from_bytes(images[:1024])), "vae")
 
-    vae.encoder.requires_grad_(not recipe.keep_latents)
-    holding = functools.partial(held_loss, weight=recipe.hold_latents)
-    loss = holding if recipe.hold_latents else vae_loss
-    return Lesson(Task(vae, loss, batch, validate), export)
+    return Lesson(Task(vae, vae_loss, batch, validate), export)
 
 
 def chunk_size(device: torch.device) -> int:
     """How many pictures are encoded at once: what the caches of ``device`` hold."""
     return 64 if device.type == "cpu" else 2048
-
-
-@torch.no_grad()
-def latent_means(vae: VAE, images: Tensor) -> Tensor:
-    """float16 latents (n, C, h, w), not scaled, of ``images`` in bytes."""
-    parts = images.split(chunk_size(images.device))
-    means = ((vae.encode(from_bytes(x)).mean.half(),) for x in parts)
-    return collect(len(images), means)[0]
-
-
-def held_loss(vae: VAE, batch: Batch, weight: float) -> Tensor:
-    """The loss of a ``vae`` whose means stay near ``batch["known"]`` (B, C, h, w).
-
-    A transformer that has learned on these then fits what ``vae`` becomes.
-    """
-    posterior = vae.encode(batch["images"])  # once, for both terms
-    encoded = SimpleNamespace(encode=lambda _: posterior, decode=vae.decode)
-    distance = precise(posterior.mean) - batch["known"]
-    return vae_loss(cast(VAE, encoded), batch) + weight * distance.square().mean()
 
 
 @torch.no_grad()

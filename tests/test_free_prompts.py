@@ -1,0 +1,59 @@
+"""Files of free prompts: what is read, and what cannot be."""
+
+import json
+
+import pytest
+
+from minidiff.data.language import Group, Meaning
+from minidiff.judging.free_prompts import read_free_prompts
+
+
+def test_free_prompts_are_read(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    two = {"thing": "cat", "color": "red", "place": None}
+    lines = [
+        {"prompt": "two red cats", "things": [two, two], "ground": None},
+        {"prompt": "x", "things": [{"thing": "cat"}, {"thing": "dress"}]},
+        {
+            "prompt": "y",
+            "things": [{"thing": "dog"}, {"thing": "cat", "place": "left"}],
+            "ground": "blue",
+        },
+        {"prompt": "z", "things": [{"thing": "dog", "place": "above"}]},
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    assert [meaning for _, meaning in read_free_prompts(file)] == [
+        Meaning((Group("cat", 2, "red"),)),
+        Meaning((Group("cat"), Group("dress"))),
+        Meaning((Group("dog"), Group("cat")), "right", "blue"),
+        Meaning((Group("dog"),), "above"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1: "),
+        ("[]", "line 1: "),
+        ('{"prompt": "a"}', "line 1: 'things'"),
+        ('{"prompt": "a", "things": []}', "0 kinds of things"),
+        ('{"prompt": "a", "things": [{"thing": "wug"}]}', "thing is 'wug'"),
+        ('{"prompt": "a", "things": [{"thing": 3}]}', "thing is 3"),
+        (
+            '{"prompt": "a", "things": [{"thing": "cat", "color": "mauve"}]}',
+            "color is 'mauve'",
+        ),
+        (
+            '{"prompt": "a", "things": [{"thing": "cat", "place": "inside"}]}',
+            "place is 'inside'",
+        ),
+        ('{"prompt": "a", "things": [{"thing": "cat"}], "ground": "x"}', "ground is"),
+        ("", "holds no prompt"),
+    ],
+)
+def test_free_prompts_that_cannot_be_are_named(tmp_path, line, message):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(line)
+    with pytest.raises(ValueError, match="prompts.jsonl") as error:
+        read_free_prompts(file)
+    assert message in str(error.value) and "\n" not in str(error.value)
