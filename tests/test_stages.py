@@ -151,7 +151,7 @@ def go_on(job: Job, made: Path, tmp_path: Path) -> Callable[..., Path]:
     quick = {"steps": 8, "batch_size": 4, "warmup_steps": 2, "learning_rate": 2e-3}
     quick |= {"log_every": 1, "save_every": 2, "validate_every": 0, "bfloat16": False}
     recipe = tmp_path / "recipe.json"
-    small = {"latents": 32, "pictures": 4, "held": 8}
+    small = {"latents": 32, "pictures": 4, "held": 8, "captions": 500}
     stages = {"transformer": quick, "vae": quick, "turbo": quick}
     stages["control"] = quick | {"validate_every": 8}
     recipe.write_text(json.dumps(stages | small))
@@ -207,7 +207,7 @@ def test_a_control_net_learns_beside_a_model(
     """The model stays; a run that was killed ends where one that was not does."""
     assert files(go_on("control", tmp_path / "whole")) == files(made)
     net = minidiff.load_control(tmp_path / "whole" / "control")
-    assert (net.kind, net.last, net.config.num_layers) == ("edges", False, 2)
+    assert (net.kind, net.last, net.config.num_layers) == ("edges", False, 3)
     assert all(layer.weight.any() for layer in net.controlnet_blocks)
     killed_after_step(4, lambda: go_on("control", tmp_path / "killed"))
     assert not (tmp_path / "killed" / "control").exists()

@@ -43,8 +43,10 @@ PLACES = (*SIDES, "top left", "top right", "bottom left", "bottom right", "middl
 MIDDLE = PLACES.index("middle")
 SIZES = ("small", "medium", "big")
 # Centres of PLACES, in quarters of the picture from its middle
-DIRECTIONS = ((-1, 0), (1, 0), (0, -1), (0, 1))
-DIRECTIONS += ((-1, -1), (1, -1), (-1, 1), (1, 1), (0, 0))
+DIRECTIONS = (
+    *((-1, 0), (1, 0), (0, -1), (0, 1)),
+    *((-1, -1), (1, -1), (-1, 1), (1, 1), (0, 0)),
+)
 # Of three items the first faces two corners: their places, by that of the first
 THREE = ((0, 5, 7), (1, 4, 6), (2, 6, 7), (3, 4, 5))
 SMALL, LARGE = 30.0, 50.0  # sides of items, in pixels
