@@ -171,7 +171,8 @@ def test_a_judge_that_cannot_be_used_is_named(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "garments", "least"), [("one garment", 1.0, 0.9), ("one thing", 0.0, 0.99)]
+    ("name", "garments", "least"),
+    [("one garment", 1.0, 0.87), ("one thing", 0.0, 0.99)],
 )
 def test_the_shipped_judge_reads_real_scenes(fashion, name, garments, least):
     assert sum(f.stat().st_size for f in JUDGE.iterdir()) <= 2 * 2**20
