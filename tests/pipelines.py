@@ -147,7 +147,7 @@ def pair(folder: Path):
 
 def halved(folder: Path) -> Pipeline:
     """The pipeline of a folder, with weights that half precision holds."""
-    pipe = minidiff.load(folder)
+    pipe = minidiff.load(folder, fast=False)
     pipe.progress = False
     for part in (*pipe.text_encoders, pipe.transformer, pipe.vae):
         for x in (*part.parameters(), *part.buffers()):

@@ -410,7 +410,7 @@ def test_plain_fashion_mnist_trains_every_stage(fashion: Path, tmp_path: Path) -
     assert not (output / "judge").exists()
     pictures = minidiff.load(output / "model")("a dress", num_inference_steps=2)
     assert pictures[0].size == (64, 64)
-    with pytest.raises(ValueError, match="holds a run with scenes = plain, not comp"):
+    with pytest.raises(ValueError, match="holds a run with data = "):
         (output / "runs" / "vae.done").unlink()
         train("vae", output, fashion, recipe=str(file))
 

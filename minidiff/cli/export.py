@@ -33,7 +33,7 @@ def export(
 
         if format == "onnx":
             check_installed()
-        pipe = load(model)
+        pipe = load(model, fast=False)  # fused layers have no form in ONNX
     if format == "onnx":
         export_onnx(pipe, output)
     else:
