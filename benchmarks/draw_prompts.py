@@ -36,7 +36,7 @@ def draw_sheet(
             spine.set(color="none" if fine else "red", linewidth=3)
     figure.tight_layout()
     with replacing(file) as part:
-        figure.savefig(part, format=file.suffix[1:], dpi=120)
+        figure.savefig(part, format=file.suffix[1:] or "png", dpi=120)
 
 
 def main() -> None:

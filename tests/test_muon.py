@@ -10,7 +10,7 @@ from torch import nn
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.learning.muon import (
     AT_ONCE,
-    HIGHEST,
+    CONDITIONING_RATE,
     RMS,
     Muon,
     orthogonal,
@@ -109,7 +109,7 @@ def test_what_steers_the_blocks_moves_slowly(rate: float) -> None:
         x = nn.Parameter(torch.zeros(4, 4))
         x.grad = torch.full((4, 4), 7.0)
         Muon([(name, x)], lr=rate).step()
-        moved = min(rate, HIGHEST) if name in names else rate
+        moved = min(rate, CONDITIONING_RATE) if name in names else rate
         torch.testing.assert_close(x.data, torch.full((4, 4), -moved))
 
 

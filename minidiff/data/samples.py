@@ -40,23 +40,22 @@ def sample_scenes() -> tuple[Tensor, list[str]]:
     return tiles.permute(1, 3, 0, 2, 4).flatten(0, 1).contiguous(), texts
 
 
-def is_first(attributes: Attributes, n: int) -> int:
-    """The number of the first of n scenes that show what ``FIRST`` asks for."""
+def find_first(attributes: Attributes) -> int:
+    """The number of the first scene that shows what ``FIRST`` asks for."""
     group = ("dress", 1, "red")
     for i, meaning in enumerate(shown(attributes)):
         if (meaning.groups[0][:3], meaning.ground) == (group, "blue"):
             if len(meaning.groups) == 1 and meaning.place == "middle":
                 return i
-    raise ValueError(f"none of {n} scenes shows {FIRST}")
+    raise ValueError(f"none of {len(attributes.place)} scenes shows {FIRST}")
 
 
 def write_samples(folder: str | Path | None, output: Path = SAMPLES) -> None:
     """Make the files that ``sample_scenes`` reads."""
-    n = 100_000
     one = World("test", folder, layouts=ONE)
     several = World("test", folder, layouts=(0.0, *SHARES[1:]))
     garments = World("test", folder, layouts=ONE, garments=1.0)
-    first = is_first(garments.attributes(torch.arange(n)), n)
+    first = find_first(garments.attributes(torch.arange(100_000)))
     chosen = (garments, [first]), (one, range(7)), (several, range(8, 16))
     pictures, texts = [], []
     for world, rows in chosen:

@@ -19,7 +19,7 @@ MOMENTUM = 0.95
 AT_ONCE = 32  # matrices
 RMS = 0.2  # of AdamW's updates, so that the same rate serves both (Liu et al. 2025)
 CONDITIONING = {"t_embedder", "y_embedder", "adaLN_modulation"}
-HIGHEST = 5e-4  # its rate: at 0.01, by Muon, SiLU(c) was 1e-10 after 4,000 steps
+CONDITIONING_RATE = 5e-4  # at most: with Muon at 0.01 SiLU(c) fell below 1e-10
 
 
 def orthogonal(x: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class Muon(torch.optim.AdamW):
             whose name holds a digit: all but the first layer of the text and of the
             picture and the last one, or ``conv_in`` and ``conv_out``. (In other models
             that may be tables, which it is not for.) Not those of ``CONDITIONING``,
-            which AdamW moves at a rate of at most ``HIGHEST``. Of sharded ones each
+            which AdamW moves at ``CONDITIONING_RATE`` at most. Of sharded ones each
             process holds all updates while it makes a step.
         settings: of AdamW. The rate and the weight decay are Muon's too.
     """
@@ -71,13 +71,17 @@ class Muon(torch.optim.AdamW):
         named_parameters: Iterable[tuple[str, Tensor]],
         **settings: Any,
     ) -> None:
-        groups: dict[bool, list[tuple[str, Tensor]]] = {False: [], True: []}
+        layers: list[tuple[str, Tensor]] = []
+        conditioning: list[Tensor] = []
         for name, x in named_parameters:
-            groups[not CONDITIONING.isdisjoint(name.split("."))].append((name, x))
-        parameters = [{"params": [x for _, x in named]} for named in groups.values()]
-        super().__init__(parameters, **settings)
+            if CONDITIONING.isdisjoint(name.split(".")):
+                layers.append((name, x))
+            else:
+                conditioning.append(x)
+        groups = [{"params": [x for _, x in layers]}, {"params": conditioning}]
+        super().__init__(groups, **settings)
         self.matrices = [
-            x for n, x in groups[False] if x.ndim in (2, 4) and any(map(str.isdigit, n))
+            x for n, x in layers if x.ndim in (2, 4) and any(map(str.isdigit, n))
         ]
 
     @torch.no_grad()
@@ -87,7 +91,7 @@ class Muon(torch.optim.AdamW):
         # A convolution is a matrix too: a row for each channel that it gives
         updates = orthogonal_parts([self._average(x).flatten(1) for x in matrices])
         rate, decay = (self.param_groups[0][key] for key in ("lr", "weight_decay"))
-        self.param_groups[1]["lr"] = min(rate, HIGHEST)
+        self.param_groups[1]["lr"] = min(rate, CONDITIONING_RATE)
         super().step()
         for x, update in zip(matrices, updates, strict=True):
             update = parallel.shard_like(update.reshape(x.shape), x)
