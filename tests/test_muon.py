@@ -8,6 +8,7 @@ from test_training import assert_same, regression
 from torch import nn
 
 from minidiff.dit import MMDiT, MMDiTConfig
+from minidiff.learning import muon
 from minidiff.learning.muon import (
     AT_ONCE,
     CONDITIONING_RATE,
@@ -58,9 +59,11 @@ def learn(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter]) -> None
         optimizer.step()
 
 
+@pytest.mark.parametrize("short", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32)], ids=str)
-def test_whole_matrices_move_as_with_pytorch(shape: tuple[int, int]) -> None:
-    """PyTorch's own multiplies in bfloat16 always: so do both here."""
+def test_whole_matrices_move_as_with_pytorch(shape, short, monkeypatch) -> None:
+    """PyTorch's own multiplies in bfloat16 always."""
+    monkeypatch.setattr(muon, "multiplies_bfloat16", lambda device: short)
     (own,), (other,) = matrices(shape), matrices(shape)
     before = own[1].detach().clone()
     learn(Muon([own], lr=0.1, weight_decay=0.1), [own[1]])

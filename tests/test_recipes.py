@@ -16,9 +16,9 @@ from training_jobs import files, train
 
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.files.weights import TINY
-from minidiff.learning.run import RESULTS, check_other
+from minidiff.learning.run import RESULTS, check_other, lasting
 from minidiff.learning.steps import check_batch
-from minidiff.recipes import finetune, text_stages
+from minidiff.recipes import finetune, recipe, text_stages
 from minidiff.recipes.features import place_in_pool
 from minidiff.recipes.job import LENGTH
 from minidiff.recipes.recipe import RECIPES, find_recipe
@@ -101,7 +101,8 @@ def test_a_file_changes_the_recipe(tmp_path: Path) -> None:
     path.write_text('{"transformer": {"steps": 7, "learning_rate": 1}, "shift": 3.0}')
     recipe = find_recipe(str(path))
     assert (recipe.transformer.steps, recipe.shift) == (7, 3.0)
-    assert recipe.vae == replace(RECIPES["shipped"].vae, compile=False)
+    vae = replace(RECIPES["shipped"].vae, compile=False)
+    assert replace(recipe.vae, bfloat16=True) == vae
     path.write_text('{"vae": {"step": 7}}')
     with pytest.raises(ValueError, match="vae sets 'step'; expected steps"):
         find_recipe(str(path))
@@ -195,8 +196,26 @@ def test_a_file_is_no_folder_to_train_in(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_a_file_decides_what_is_compiled_and_in_bfloat16(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has", [False, True])
+def test_only_a_processor_that_has_bfloat16_learns_in_it(has, monkeypatch) -> None:
+    known = {"amx_bf16": False, "avx512_bf16": has}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    on_cpu, on_card = (find_recipe("shipped", cuda) for cuda in (False, True))
+    assert on_cpu.transformer.bfloat16 == on_cpu.vae.bfloat16 == has
+    assert on_card.transformer.bfloat16
+
+
+def test_a_run_goes_on_where_numbers_are_longer() -> None:
+    config = TrainingConfig(steps=2, batch_size=2, bfloat16=True)
+    assert lasting(config) == lasting(replace(config, bfloat16=False))
+    assert lasting(config) != lasting(replace(config, muon=True))
+
+
+def test_a_file_decides_what_is_compiled_and_in_bfloat16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What it does not name follows the device."""
+    monkeypatch.setattr(recipe, "multiplies_bfloat16", lambda device: True)
     path = tmp_path / "recipe.json"
     path.write_text('{"vae": {"compile": true}, "t5": {"bfloat16": false}}')
     recipes = [find_recipe(str(path), cuda) for cuda in (False, True)]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minidiff.learning import parallel
+from minidiff.learning.steps import multiplies_bfloat16
 
 A, B, C = 3.4445, -4.7750, 2.0315  # of Jordan: five rounds bring most of S near 1
 MOMENTUM = 0.95
@@ -107,7 +108,8 @@ class Muon(torch.optim.AdamW):
         state["step"] += 1
         average = state["exp_avg"].lerp_(grad, 1 - MOMENTUM)
         update = grad.lerp(average, MOMENTUM)
-        short = update.dtype == torch.float32  # bfloat16 is precise enough, and faster
+        # bfloat16 is precise enough
+        short = update.dtype == torch.float32 and multiplies_bfloat16(update.device)
         return parallel.whole(update.bfloat16() if short else update)
 
 

@@ -148,9 +148,10 @@ def check_other(output: Path, own: str, other: str) -> None:
 def lasting(config: "DataclassInstance") -> dict[str, Any]:
     """Of a configuration what changes the weights, for a run's settings.
 
-    How often is logged, saved and validated does not, nor does compilation much.
+    How often is logged, saved and validated does not; compilation and shorter numbers,
+    which follow the machine, do not much.
     """
-    passing = ("compile", "log_every", "save_every", "validate_every")
+    passing = ("compile", "bfloat16", "log_every", "save_every", "validate_every")
     return {k: v for k, v in asdict(config).items() if k not in passing}
 
 

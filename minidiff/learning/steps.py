@@ -264,6 +264,16 @@ INDUCTOR: dict[str, Any] = {
     "cpp.use_decompose_tanh": True,
     "cpp.enable_floating_point_contract_flag": "fast",
 }
+BFLOAT16 = "amx_bf16", "avx512_bf16", "bf16"  # a processor's instructions for it
+
+
+def multiplies_bfloat16(device: torch.device | str) -> bool:
+    """Whether products in bfloat16 are the faster ones on ``device``.
+
+    A processor without instructions for them takes longer than in float32.
+    """
+    known = torch.cpu.get_capabilities()
+    return torch.device(device).type != "cpu" or any(known.get(x) for x in BFLOAT16)
 
 
 def compiled(module: nn.Module) -> Callable[..., Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from minidiff.data import rng
 from minidiff.dit import MMDiT
 from minidiff.flow_matching import shift_sigma
+from minidiff.learning.steps import multiplies_bfloat16
 from minidiff.training import Batch, drop_encoders, loss_by_level, noise_and_levels
 from minidiff.vae import VAE
 
@@ -106,8 +107,10 @@ def encode_latents(
 ) -> Tensor:
     """The most likely latents (n, C, h, w), scaled, of pictures in [−1, 1].
 
-    They have the dtype and the device of ``like``.
+    They have the dtype and the device of ``like``. With ``autocast`` they are made in
+    bfloat16 where that is faster.
     """
+    autocast = autocast and multiplies_bfloat16(like.device)
 
     def encode(images: Tensor) -> tuple[Tensor]:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from minidiff.files.disk import excerpt, read_json
-from minidiff.learning.steps import MOST_SAMPLES
+from minidiff.learning.steps import MOST_SAMPLES, multiplies_bfloat16
 from minidiff.training import TrainingConfig
 
 if TYPE_CHECKING:
@@ -72,9 +72,9 @@ def find_recipe(name: str, cuda: bool = False) -> Recipe:
 
     The file changes "shipped": {"transformer": {"steps": 5000}, "latents": 4096}, and
     so do the other recipes of ``recipes.json``. With ``cuda`` what a file does not say
-    is compiled and in bfloat16 (CLIP in float32); else it is not compiled, and a recipe
-    of that table only where there is a C++ compiler. Raises ValueError for an unknown
-    name or key, naming it.
+    is compiled and in bfloat16 (CLIP in float32); else it is not compiled, a recipe of
+    that table only where there is a C++ compiler, and bfloat16 is for processors that
+    multiply in it. Raises ValueError for an unknown name or key, naming it.
     """
     if name in RECIPES:
         return for_gpu(RECIPES[name]) if cuda else for_cpu(RECIPES[name])
@@ -82,7 +82,7 @@ def find_recipe(name: str, cuda: bool = False) -> Recipe:
         known = ", ".join(RECIPES)
         raise ValueError(f"--recipe is {name!r}; expected {known}, or a .json file")
     shipped = RECIPES["shipped"]
-    shipped = for_gpu(shipped) if cuda else each_stage(shipped, compile=False)
+    shipped = for_gpu(shipped) if cuda else for_cpu(shipped, compiler=False)
     chosen = changed(shipped, read_json(Path(name)), name)
     for stage in LEARNED:
         if getattr(chosen, stage).muon and stage not in MUON:
@@ -100,10 +100,12 @@ def for_gpu(recipe: Recipe) -> Recipe:
     return replace(each_stage(recipe, compile=True, bfloat16=True), clip=clip)
 
 
-def for_cpu(recipe: Recipe) -> Recipe:
-    """The same stages, none compiled where there is no compiler."""
-    here = any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
-    return recipe if here else each_stage(recipe, compile=False)
+def for_cpu(recipe: Recipe, compiler: bool = True) -> Recipe:
+    """The same stages, compiled or in bfloat16 only where the machine can."""
+    names = os.environ.get("CXX", "g++"), "clang++"
+    if not (compiler and any(map(shutil.which, names))):
+        recipe = each_stage(recipe, compile=False)
+    return recipe if multiplies_bfloat16("cpu") else each_stage(recipe, bfloat16=False)
 
 
 def each_stage(recipe: Recipe, **settings: bool) -> Recipe:
