@@ -346,8 +346,8 @@ class Attention(nn.Module):
 # block with what they have seen of the picture.
 #
 # One softmax for all has a price. Words and patches share a total of 1: the more a
-# patch reads of the text, the less it can read of its neighbours. SD3.5 *Medium*
-# therefore has a second attention in its first 13 blocks: the patches alone, on
+# patch reads of the text, the less it can read of its neighbours. SD3.5 *Medium* has a
+# second attention in its first 13 blocks, whose softmax is the patches' own: on
 # projections of their own (`attn2`), beside the joint one, and both answers are added.
 # It is nothing new: an `Attention` called on one stream. Its makers say that it serves
 # pictures of several resolutions and their coherence (model card of SD3.5 Medium). What
@@ -499,7 +499,8 @@ def record_attention(
 
 # %% [markdown]
 # First the budget. Each patch has a weight of 1 to give. How much of it goes to the
-# words of the prompt, to the padding behind them, to patches?
+# tokens of the prompt (marks of beginning and end included), to the padding behind
+# them, to patches?
 
 # %% tags=["active-ipynb"]
 # clip, _, t5 = pipe.tokenizers
@@ -519,7 +520,7 @@ def record_attention(
 # %% tags=["active-ipynb"]
 # names = [f"block {i}" for i in range(blocks)], [f"head {h}" for h in range(num_heads)]
 # by_head = read["words"].mean(-1)  # (block, head, patches) → (block, head)
-# title = f"share of a patch's weight that goes to the {len(used)} words, step {middle}"
+# title = f"share of a patch's weight for the {len(used)} prompt tokens, step {middle}"
 # viz.show_heatmap(by_head, *names, title=title, digits=2)
 
 # %% [markdown]
@@ -618,7 +619,8 @@ def record_attention(
 # pooled vector of chapter 2. There are two ways to do it. *Apart*: words read only
 # words and patches only patches, in every block. *No words*: the context of the empty
 # prompt, with our prompt's pooled vector; nothing is cut. What will the model paint in
-# each: noise, some garment, a red dress? And which of the two is the fair experiment?
+# each: noise, some garment, a red dress? And which of the two is the fairer experiment?
+# (We count without guidance, in 8 steps; the pictures have the model's defaults.)
 
 # %% tags=["active-ipynb"]
 # class Apart(JointAttention):
@@ -654,14 +656,15 @@ def record_attention(
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# "No words" is the fair one. Its patches read tokens as they did in training, only that
-# these tokens say nothing; what is still right has come through the pooled vector, by
-# the modulation of chapter 5, and what is missing against "joint" comes through the
-# field "patches read words". "Apart" changes two things at once: without words a patch
-# spreads all its weight over patches, which it never did in training. Compare the
-# shapes in the two lower rows: what "apart" spoils beyond "no words" is this, and no
-# proof that words were needed for it. A cut that makes a network meet what it never met
-# says little about what the part was for; look for a control.
+# "No words" is the fairer one. Nothing is cut, and its tokens are known from training,
+# though not together with this pooled vector. What is right there beyond chance has
+# come through the pooled vector, by the modulation of chapter 5; what is missing
+# against "joint" would have come through the field "patches read words". "Apart"
+# changes two things at once: without words a patch spreads all its weight over patches,
+# which it never did in training. Compare the shapes in the two lower rows: what "apart"
+# spoils beyond "no words" is this, and no proof that words were needed for it. A cut
+# that makes a network meet what it never met says little about what the part was for;
+# look for a control.
 #
 # </details>
 #
@@ -679,22 +682,24 @@ def record_attention(
 #         return out[:, :text], out[:, text:]
 #
 #
-# options = {"num_images_per_prompt": 4, "output_type": "pt", "guidance_scale": 1.0}
-# plain, other = (pipe(PROMPT, seed=seed, **options) for seed in (0, 4))
+# options = {"num_images_per_prompt": 8, "output_type": "pt", "guidance_scale": 1.0}
+# plain, other = (pipe(PROMPT, seed=seed, **options) for seed in (0, 8))
 # for block in pipe.transformer.joint_blocks:
 #     block.attention = Masked()
 # hidden = pipe(PROMPT, seed=0, **options)
 # for block in pipe.transformer.joint_blocks:
 #     block.attention = JointAttention()
-# print(f"padding hidden: pixels move by {(hidden - plain).abs().mean():.3f} of 1")
-# print(f"another seed:   pixels move by {(other - plain).abs().mean():.3f} of 1")
+# for name, x in (("padding hidden", hidden), ("another seed", other)):
+#     moved = (x - plain).abs().mean((1, 2, 3))  # (8,) by picture
+#     half = 2.36 * moved.std() / 8**0.5
+#     print(f"{name:14}: pixels move by {moved.mean():.3f} ± {half:.3f} of 1")
 
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The first number against the second says how much of the picture hangs on padding.
-# "Nothing" it cannot be, unless padding had no weight at all: training filled those
-# places with something, and the weights took it for granted.
+# For this prompt and eight seeds, the first number against the second says how much of
+# the picture hangs on padding. "Nothing" it cannot be, unless padding had no weight at
+# all: training filled those places with something, and the weights took it for granted.
 #
 # </details>
 #
@@ -810,8 +815,9 @@ def record_attention(
 # each, mixed = reach.mean((1, 2)), entropy(table[:, middle, :, text:].mean(1)).exp()
 # print("tokens that one head reads:    ", each.round().int().tolist(), "by block")
 # print("tokens that all heads read:    ", mixed.mean(1).round().int().tolist())
-# # The mean over heads reads more tokens than a head does: heads read different ones.
-# # That is what a block has several for.
+# # A mean of tables never has less entropy than they have on average; what counts is
+# # how much more. Heads that read the same tokens would leave the number where it is;
+# # five that read equally many and share none would make it five times as large.
 
 # %% [markdown]
 # **4.3 Code.** Write a joint attention in which nobody reads the words marked False in
@@ -868,15 +874,18 @@ def record_attention(
 # with record_attention(pipe.transformer, average_heads=True) as found:
 #     views = pipe(pair, num_images_per_prompt=4, **options)
 # left = (torch.arange(side**2) % side) < side // 2
+# pieces = [piece.strip("▁") for piece in t5.tokens(t5.encode(pair))]
 # for word in ("red", "blue"):
-#     rows = [1 + pair.split().index(word)]
+#     rows = [1 + pair.split().index(word), behind + pieces.index(word)]
 #     x = torch.stack([m[4][:, text:, rows].sum(-1) for m in found.values()])
 #     sides = [f"{b[:, left].mean():.4f}/{b[:, ~left].mean():.4f}" for b in x]
-#     print(f"{word:>5}, CLIP's token, left/right:", *sides)
+#     print(f"{word:>5}, both tokens, left/right:", *sides)
 # viz.show_images(views, low=0)
-# # A model that binds has, in some block, a large number for each colour on its own
-# # side. Where both colours are read on both sides, expect pictures with the colours
-# # exchanged.
+# # Two tokens read evenly would get 2/128 = 0.016. A large number for each colour on
+# # its own side would show binding. Look at the pictures too: where the colours are
+# # right and the numbers do not show it, they came another way. A garment's own token
+# # has read its colour (chapter 2), and the weights of one word do not tell what
+# # another carries.
 
 # %% [markdown]
 # ## Summary

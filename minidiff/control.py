@@ -71,6 +71,7 @@ if TYPE_CHECKING:
 # from minidiff.classroom import journey
 # from minidiff.classroom.exercises import check
 # from minidiff.classroom.journey import PROMPT, SEED
+# from minidiff.data.language import article
 # from minidiff.data.samples import sample_scenes
 #
 # _ = torch.set_grad_enabled(False)
@@ -712,18 +713,21 @@ def save_control(
 # ## Look at it
 #
 # A net for the tiny model. Where the package ships one, it is read. Otherwise the next
-# cells train one, in less than a minute, on 48 drawings of the model itself: their
-# edges are the sketches, and their captions are known. That is far too little for a
-# good net, and enough to see one begin to work. (`minidiff train --stage control
-# --start tiny` trains one as it should be, on the edges of the world's scenes.)
+# cells train one, on 48 drawings of the model itself: their edges are the sketches, and
+# their captions are known. That is far too little for a good net, and enough to see one
+# begin to work. (`minidiff train --stage control --start tiny` trains one as it should
+# be, on the edges of the world's scenes.)
 
 # %% tags=["active-ipynb"]
 # COLORS = "red green blue yellow purple white orange pink".split()
 # THINGS = "shirt dress coat bag boot sneaker".split()
 #
+# def on_ground(color: str, thing: str, ground: str) -> str:
+#     words = article(f"{color} {thing}"), article(f"{ground} background")
+#     return " on ".join(words)
+#
 # def caption(i: int) -> str:
-#     ground = COLORS[(i + 3) % 8]
-#     return f"a {COLORS[i % 8]} {THINGS[i % 6]} on a {ground} background"
+#     return on_ground(COLORS[i % 8], THINGS[i % 6], COLORS[(i + 3) % 8])
 #
 # def lesson(count: int = 48) -> Batch:
 #     """Latents, conditions and texts of the model's own drawings."""
@@ -763,50 +767,54 @@ def save_control(
 # net = load_control(shipped) if shipped.is_dir() else learned()
 
 # %% [markdown]
-# Sketches now, that it has not seen: edges of eight new drawings. Their shapes are
-# asked for with *other words*: other colours, other grounds. Without control, words and
-# noise know nothing of the sketch. How well a drawing keeps to its sketch is
-# measured as the *intersection over union* of the drawing's edges with it; an edge
-# counts as met within one pixel.
+# Sketches now, that it has not seen: edges of 32 new drawings. Their shapes are asked
+# for with *other words*: other colours, other grounds. Without control, words and noise
+# know nothing of the sketch. How well a drawing keeps to its sketch is measured as the
+# *intersection over union* of the drawing's edges with it; an edge counts as met within
+# one pixel.
 
 # %% tags=["active-ipynb"]
 # from minidiff.judging.edges import agreement
 #
-# first = [caption(i + 64) for i in range(8)]
-# words = [f"a {COLORS[(i + 5) % 8]} {t} on a {COLORS[(i + 1) % 8]} background"
-#     for i, t in enumerate(THINGS[(i + 64) % 6] for i in range(8))]
+# first = [caption(i + 64) for i in range(32)]
+# words = [on_ground(COLORS[(i + 5) % 8], THINGS[(i + 64) % 6], COLORS[(i + 1) % 8])
+#     for i in range(32)]
 # how = {"num_inference_steps": 10, "output_type": "pt"}
 # sketches = canny(pipe(first, seed=900, **how))
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # def steered(**control: float) -> Tensor:
-#     """The eight prompts, drawn with the eight sketches."""
+#     """The prompts, drawn with their sketches."""
 #     return pipe(words, seed=50, control=Control(sketches, net, **control), **how)
 #
-# def kept(pictures: Tensor) -> float:
-#     return agreement(pictures, sketches).mean().item()
+# def kept(pictures: Tensor) -> Tensor:
+#     return agreement(pictures, sketches)  # (B,)
+#
+# def more(pictures: Tensor) -> str:
+#     gain = kept(pictures) - kept(without)
+#     half = 1.96 * gain.std() / len(gain) ** 0.5
+#     return f"{kept(pictures).mean():.2f}, more by {gain.mean():.2f} ± {half:.2f}"
 #
 # without, drawn = pipe(words, seed=50, **how), steered()
-# rows = torch.cat([sketches.expand(-1, 3, -1, -1), without, drawn])
-# print(f"agreement without control {kept(without):.2f}, with {kept(drawn):.2f}")
-# viz.show_images(rows, words, columns=8, low=0)
+# print(f"agreement without control {kept(without).mean():.2f}; with {more(drawn)}")
+# rows = torch.cat([x[:8] for x in (sketches.expand(-1, 3, -1, -1), without, drawn)])
+# viz.show_images(rows, words[:8], columns=8, low=0)
 
 # %% [markdown]
 # Above the sketches, in the middle what the words give alone, below what words and
-# sketches give together; the line over them has the two means. Compare colours between
-# the lower rows, and outlines between the first row and the last.
+# sketches give together; the line over them has the means of all 32. Compare colours
+# between the lower rows, and outlines between the first row and the last.
 #
-# **How strongly, and when?** A strength below 1 lets the sketch suggest; far above 1
-# the tokens leave the range that the transformer knows. Of the steps, the early ones
-# decide the large forms (chapter 8), so a control that acts in the first half should
-# achieve more than one that acts in the second. The numbers say whether it does.
+# **How strongly, and when?** A strength below 1 lets the sketch suggest; above 1 it
+# insists. Of the steps, the early ones decide the large forms (chapter 8), so a control
+# that acts in the first half should achieve more than one that acts in the second. The
+# numbers say whether it does.
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # for strength in (0.0, 0.5, 1.0, 2.0):
-#     print(f"strength {strength}: agreement {kept(steered(strength=strength)):.2f}")
+#     print(f"strength {strength}: {more(steered(strength=strength))}")
 # for start, end in ((0.0, 0.5), (0.5, 1.0)):
-#     some = kept(steered(start=start, end=end))
-#     print(f"from {start} to {end}: agreement {some:.2f}")
+#     print(f"from {start} to {end}: {more(steered(start=start, end=end))}")
 
 # %% [markdown]
 # Several at once: two nets, or one net with two sketches. Their answers are added; each
@@ -816,42 +824,45 @@ def save_control(
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # other = Control(sketches.roll(1, 0), net, 0.5)
 # both = pipe(words, seed=50, control=[Control(sketches, net), other], **how)
-# print(f"own sketch {kept(both):.2f}, with the neighbour's "
+# print(f"own sketch {kept(both).mean():.2f}, with the neighbour's "
 #     f"{agreement(both, sketches.roll(1, 0)).mean():.2f}")
 
 # %% [markdown]
 # ## Predict, then break it
 #
-# **One.** Give the net an empty sketch: black, no edge at all. It is not silence. The
-# net has learned that black means *no edge here*. What will be drawn?
+# **One.** Give the net an empty sketch: black, no edge at all. It is not silence. To
+# the net black may mean *no edge here*. What will be drawn?
 
-# %% tags=["active-ipynb", "nbval-ignore-output"]
+# %% tags=["active-ipynb", "hide-output", "nbval-ignore-output"]
 # nothing = Control(torch.zeros(1, 1, 64, 64), net)
 # blank = pipe(words, seed=50, control=nothing, **how)
 # shares = [f"{canny(pictures).mean():.1%}" for pictures in (without, blank)]
 # print("pixels on an edge:", " then ".join(shares))
-# viz.show_images(torch.cat([without, blank]), columns=8, low=0)
+# viz.show_images(torch.cat([without[:8], blank[:8]]), columns=8, low=0)
 
 # %% [markdown]
 # **Two.** Ask for nothing: the empty prompt, guided by nothing, with a sketch. What
-# does a sketch alone decide?
+# does a sketch alone decide? (The second number is what another picture's sketch would
+# get; what lies above it, the sketch decided.)
 
-# %% tags=["active-ipynb", "nbval-ignore-output"]
+# %% tags=["active-ipynb", "hide-output", "nbval-ignore-output"]
 # own = Control(sketches, net)
-# alone = pipe([""] * 8, seed=50, guidance_scale=1.0, control=own, **how)
-# print(f"agreement {kept(alone):.2f}")
-# viz.show_images(torch.cat([sketches.expand(-1, 3, -1, -1), alone]), columns=8, low=0)
+# alone = pipe([""] * len(words), seed=50, guidance_scale=1.0, control=own, **how)
+# chance = agreement(alone, sketches.roll(1, 0)).mean()
+# print(f"agreement {kept(alone).mean():.2f}, with another's sketch {chance:.2f}")
+# rows = torch.cat([sketches[:8].expand(-1, 3, -1, -1), alone[:8]])
+# viz.show_images(rows, columns=8, low=0)
 
 # %% [markdown]
 # **Three.** Count the net behind the last block too, as Stability's code does, though
 # it was trained without. How far do the pictures move?
 
-# %% tags=["active-ipynb", "nbval-ignore-output"]
+# %% tags=["active-ipynb", "hide-output", "nbval-ignore-output"]
 # net.last = True
 # moved = steered()
 # net.last = False
 # print(f"relative difference {((moved - drawn).norm() / drawn.norm()).item():.3f}, "
-#     f"agreement {kept(moved):.2f}")
+#     f"agreement {more(moved)}")
 
 # %% [markdown]
 # The published pairs of net and code differ by just this. If a picture of yours differs
@@ -882,8 +893,9 @@ def save_control(
 # ### A mask
 #
 # *Inpainting* paints only where a mask is white. After each step all else is put back,
-# at the noise level of that step, so that what is painted meets it seamlessly. Here the
-# lower half may change:
+# at the noise level of that step, so that each step sees both parts equally noisy.
+# Where words and kept part disagree, as here, a seam stays. Here the lower half may
+# change:
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # mask = torch.zeros(1, 64, 64)
@@ -904,8 +916,8 @@ def save_control(
 # $$e_0 + w\,(e - e_0).$$
 #
 # With $w = 1$ nothing changes, with $w = 0$ the place reads as if nothing had been
-# said, and beyond 1 it is exaggerated: guidance, applied to a word instead of a
-# velocity. The pooled vector belongs to the whole prompt and stays.
+# said, and beyond 1 the row is pushed further from the empty one: guidance, applied to
+# a word instead of a velocity. The pooled vector belongs to the whole prompt and stays.
 #
 # Which rows are a word's? Tokenize the text up to the word, and with it; the rows in
 # between are its own. This holds for all three tokenizers, whatever they put around.
@@ -972,10 +984,10 @@ def encode_weighted(pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
 # viz.show_images(weighed, prompts, low=0)
 
 # %% [markdown]
-# The numbers say how much redder than green and blue the middle of each picture is, so
-# that you see how much hangs on these rows. A word with the weight 0 is not out of the
-# world: the pooled vector has read it, and so have the rows of the other words, for the
-# encoders had the whole sentence.
+# The numbers say how much redder than green and blue the middle of each picture is. If
+# they do not rise with the weight, the colour does not hang on these rows: the pooled
+# vector has read the word, and so have the rows of the other words, for the encoders
+# had the whole sentence. One prompt is no measurement of a model.
 #
 # ## Parity
 #
@@ -1115,27 +1127,26 @@ def encode_weighted(pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
 # **11.4 Explore.** Let words and sketch contradict one another: a sneaker's sketch, the
 # word *dress*. Which of them wins, at which strength? Print the agreement for
 # strengths from 0.25 to 2, and look.
-#
-# <details><summary>Answer</summary>
-#
-# Use `Control(sketches[5:6], net, s)`, for instance, with the prompt “a red dress on a
-# blue background”, and compare with the agreement of a drawing without control. Neither
-# wins altogether. The net learned from pairs in which the two agreed, so it has no rule
-# for the case. The words act through attention in every block, the sketch through a sum
-# behind it: a weak control bends the dress along the lines, a strong one draws the
-# lines and lets the word fill them with cloth. How early the sketch begins to win
-# depends on how long the net was trained.
-#
-# </details>
-#
+
+# %% tags=["active-ipynb", "hide-cell", "nbval-ignore-output"]
+# lines = sketches[7:8]  # a sneaker's
+# for strength in (0.0, 0.25, 0.5, 1.0, 2.0):
+#     drawn = pipe([PROMPT] * 8, seed=50, control=Control(lines, net, strength), **how)
+#     found = agreement(drawn, lines.expand(8, -1, -1, -1)).mean()
+#     print(f"strength {strength}: agreement with the sneaker's lines {found:.2f}")
+# viz.show_images(drawn, columns=8, low=0)
+# # The word has won where the number is that of strength 0. The net learned from pairs
+# # in which words and lines agreed, so that nothing has taught it a rule for this case.
+
+# %% [markdown]
 # ## Summary
 #
 # You **made** edges as OpenCV does, **explained** why zeros can learn, **built** the
-# layout of SD3.5 Large's nets and **opened** both kinds of their files, which differ
-# behind the last block. You **trained** a net and **measured** it by intersection over
-# union; you **steered** by strength, by a part of the steps and by two sketches. And
-# you can now **choose**: outline, a sketch; places and colours, a first picture; one
-# region, a mask; one word, its weight.
+# layout of SD3.5 Large's nets and know both kinds of their files, which differ behind
+# the last block. You **trained** a net and **measured** it by intersection over union;
+# you **steered** by strength, by a part of the steps and by two sketches. And you can
+# now **choose**: outline, a sketch; places and colours, a first picture; one region, a
+# mask; one word, its weight, where the model hangs on its rows.
 #
 # ```bash
 # minidiff train --stage control --start tiny --output my-control

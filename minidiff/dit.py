@@ -351,9 +351,9 @@ def timestep_embedding(timestep: Tensor, width: int = 256) -> Tensor:
 # 101 rows, which show false patterns in their place; those at the right hardly turn,
 # and tell early from late.
 #
-# This has to be computed in 32 bits, even in a 16-bit model. Between 512 and 1024 the
-# numbers of bfloat16 lie four apart. Does a schedule lose steps by that, and does a
-# picture suffer?
+# This is computed in 32 bits, even in a 16-bit model. Between 512 and 1024 the numbers
+# of bfloat16 lie four apart. Does a schedule lose steps by that, and does a picture
+# suffer?
 
 # %% tags=["active-ipynb"]
 # print(torch.tensor([994.5, 996.0, 997.5]).bfloat16().tolist())
@@ -372,7 +372,7 @@ def timestep_embedding(timestep: Tensor, width: int = 256) -> Tensor:
 # print(f"the picture told rounded times: {psnr_by_picture(*drawn).item():.0f} dB")
 
 # %% [markdown]
-# Above 40 dB an eye sees no difference. So few steps survive the rounding; in training,
+# With 28 steps no two times become one, and this picture hardly changes. In training,
 # where levels lie anywhere, 32 bits cost nothing and keep the question closed.
 
 # %% [markdown]
@@ -938,14 +938,14 @@ class MMDiT(Layers):
 
 # %% [markdown]
 # The second table is the one to read: the gain of the right caption, in decibels, with
-# the interval of sixteen scenes. Where it is within its interval of zero, the latent
-# already tells all that the caption could. Towards $\sigma = 1$ there is nothing else
-# to go by. A wrong caption is worse than none, since the network believes it. So what a
-# prompt decides is decided in the first steps of a drawing, and the later ones only
-# carry it out. The levels to train on (chapter 6) and the steps to guide (chapter 8)
-# follow from this table.
+# the interval of sixteen scenes. Where its interval holds zero, these scenes show no
+# use of the caption. The gain grows with the noise: the less the latent tells, the more
+# the caption must. Compare the two tables at one level: where the second gain is the
+# larger, a wrong caption does more harm than none. So most of what a prompt decides is
+# decided at high noise, in the first steps of a drawing. Which levels to train on
+# (chapter 6) has to do with this.
 #
-# A prompt enters on two ways: as words, which attention reads, and as one pooled vector
+# A prompt enters in two ways: as words, which attention reads, and as one pooled vector
 # in the modulations. Which of them decides? We draw eight prompts four times: as they
 # are, with the pooled vector of another prompt, with the words of another, and, for
 # scale, from another seed.
@@ -977,7 +977,7 @@ class MMDiT(Layers):
 
 # %% [markdown]
 # The judge of chapter 8 counts what shows all that its prompt asks for; eight prompts
-# give wide intervals. Compare the second row with the third: the way on which a wrong
+# give wide intervals. Compare the second row with the third: the way by which a wrong
 # text does more harm is the way that the model relies on.
 #
 # ### What time does to the blocks
@@ -989,7 +989,7 @@ class MMDiT(Layers):
 
 # %% tags=["active-ipynb"]
 # given = [t.expand(8, *t.shape[1:]) for t in pipe.encode_prompt(captions[0])]
-# sigmas = [0.0, 0.25, 0.5, 0.75, 1.0]
+# sigmas = [0.05, 0.25, 0.5, 0.75, 1.0]
 # mixtures = [(1 - sigma) * x0[:1] + sigma * noise for sigma in sigmas]
 # text = [t[:1] for t in given]
 # pairs = zip(mixtures, torch.tensor(sigmas).split(1))
@@ -1012,10 +1012,10 @@ class MMDiT(Layers):
 
 # %% [markdown]
 # Read the first figure by rows: where a row changes from left to right, the block works
-# differently at another noise level. In the second, compare the two numbers: lengths
-# hardly change, and yet the vectors move. A mean of sizes, the obvious thing to plot,
-# would have shown a line that is nearly flat. (In this model they move little; for most
-# of its training they did not move at all: [what we got wrong](../book/wrong.md).)
+# differently at another noise level. In the table beneath, compare the two numbers of a
+# row: a vector may move while its length stays. A mean of sizes, the obvious thing to
+# plot, would not show that. (Once, in training, they did not move at all: [what we got
+# wrong](../book/wrong.md).)
 
 # %% [markdown]
 # ## Where the parameters are, and where the work is
@@ -1047,7 +1047,7 @@ class MMDiT(Layers):
 # A third of everything is AdaLN: 6 · $D^2$ for each stream of each block, against 4 ·
 # $D^2$ for attention and 8 · $D^2$ for the MLP. (Medium's second attention changes the
 # shares a little.) But it multiplies one vector per picture, not every token, so that
-# this third costs next to no time. The work is elsewhere. We count one step of the
+# this third is next to no work. The work is elsewhere. We count one step of the
 # sampler, which runs two samples through the network (chapter 6 says why), and two
 # operations for a multiply-add. On *meta*, attention counts as `bmm`, products of
 # batches of matrices, and a linear map with its bias as `addmm`:
@@ -1088,8 +1088,9 @@ class MMDiT(Layers):
 # is more than half of either. Medium has the larger share because its first 13 blocks
 # attend twice, and because its tokens are narrower: a linear map costs $D^2$ for each
 # token, attention only $D$ for each pair of tokens. Why twice? Its makers write that
-# the second attention, of patches alone, makes pictures hang together better at many
-# resolutions: text and patches no longer share one softmax for everything.
+# the second attention, of patches alone, improves generation at many resolutions and
+# the coherence of pictures (model card). What one can see is that in it patches need
+# not share their weight with text.
 #
 # ## Predict, then break it
 #
@@ -1155,6 +1156,9 @@ class MMDiT(Layers):
 
 # %% tags=["active-ipynb", "hide-output"]
 # titles = ["as trained", "transposed", "all one place"]
+# for title, picture in zip(titles, pictures, strict=True):
+#     spread = F.avg_pool2d(picture, 8).std((1, 2)).mean()
+#     print(f"{title:14} the colours of 64 patches spread by {spread:.2f}")
 # viz.show_images(torch.stack(pictures), titles)
 
 # %% tags=["active-ipynb", "hide-output"]
@@ -1169,8 +1173,9 @@ class MMDiT(Layers):
 # and ground are mirrored at the diagonal, while inside each patch things stay upright.
 # Not exactly, since each patch kept its noise; exchange the noise of the patches as
 # well, and the answer is the mirrored one, number by number. With one place for all,
-# patches differ by nothing but their noise: each knows the prompt, and none knows
-# whether it is garment or ground. So all paint nearly the same, and it is neither.
+# patches differ by nothing but their noise: each knows the prompt, and nothing tells it
+# whether it is to be garment or ground. So they decide nearly alike, as the last number
+# says.
 
 # %% [markdown]
 # ## Parity
@@ -1246,6 +1251,8 @@ class MMDiT(Layers):
 #
 # exercise_5_1()
 # print(f"{part():.3f} of the blocks; {counts['Medium']['AdaLN'] / 1e6:.0f} M numbers")
+# # A block without the second attention has 12 of 36 parts, one with it 15 of 43: a
+# # third and a little more.
 
 # %% [markdown]
 # **5.2 Code.** Make any block but the last the identity, without touching its weights:
@@ -1282,6 +1289,7 @@ class MMDiT(Layers):
 # model.joint_blocks = blocks
 # print("silenced is left out:", torch.allclose(*pictures[1:], atol=1e-4))
 # viz.show_images(torch.stack(pictures), ["whole", "block 3 silenced", "left out"])
+# # With both gates at zero a block adds nothing, whatever its shifts and scales.
 
 # %% [markdown]
 # **5.3 Code.** Write the arithmetic of one block: how many floating point operations
@@ -1314,6 +1322,8 @@ class MMDiT(Layers):
 # exercise_5_3()
 # equal = next(n for n in range(10**5) if 4 * n**2 * 1536 > 24 * n * 1536**2)
 # print(f"Medium's width: attention overtakes the linear maps at {equal:,} tokens")
+# # Linear maps grow with the tokens, attention with their square: equal where
+# # 4·n²·D = 24·n·D², so at n = 6·D.
 
 # %% [markdown]
 # **5.4 Explore.** Ask the shipped model for pictures of `height=96` and `width=48`. The
@@ -1326,15 +1336,17 @@ class MMDiT(Layers):
 # for name, rows in (("first 16 rows", slice(0, 16)), ("middle 64", slice(16, 79)),
 #         ("last 16", slice(79, 95))):
 #     print(f"{name:14} neighbours in a column differ by {step[rows].mean():.3f}")
+# usual = pipe([PROMPT] * 8, seed=0, output_type="pt")
+# rim = (usual[:, :, 1:16] - usual[:, :, :15]).abs().mean()
+# print(f"first 16 rows of a usual picture: {rim:.3f}")
 # viz.show_images(tall, low=0)
 
 # %% [markdown]
 # The grid is 24 × 12 latent pixels, so 12 × 6 patches. The crop takes six columns that
-# training knew, and twelve rows of which it knew the middle eight. In the other four a
-# ground of one colour would give differences near zero, as it does in a trained
-# picture; what is more is invented. The table's rows there are made of the same waves,
-# so the network is not lost; but it was never taught what stands above or below a 64 ×
-# 64 picture.
+# training knew, and twelve rows of which it knew the middle eight. In the other four,
+# compare with the first rows of a usual picture: what is more is invented. The table's
+# rows there are made of the same waves, so the network is not lost; but it was never
+# taught what stands above or below a 64 × 64 picture.
 
 # %% [markdown]
 # ## Summary

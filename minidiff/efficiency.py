@@ -146,8 +146,9 @@ def step_operations(config: MMDiTConfig, patches: int, words: int) -> int:
 #               f" the table of the joint attention {share:.0%}")
 
 # %% [markdown]
-# To the last operation. From 512² to 1024² the patches become four times as many and
-# the work *more* than four times as much, because the table grows with the square.
+# To the last operation. From 512² to 1024² the patches become four times as many. Two
+# things pull the work away from four times: the table grows with the square, and the
+# text's tokens stay as they are. For Medium the first wins, for Large the second.
 #
 # ## The roofline
 #
@@ -243,8 +244,8 @@ class StreamedLinear(nn.Module):
 
 
 # %% [markdown]
-# Exchange every linear layer of T5 for it. The model has then almost nothing of its own
-# left to keep on a card, and says the same, bit for bit. In SD3.5 the 9 GB of T5 cross
+# Exchange every linear layer of T5 for it. The model keeps only its table of words and
+# its norms on the card, and says the same, bit for bit. In SD3.5 the 9 GB of T5 cross
 # the bus once a prompt: over PCIe 4.0 × 16, at most 32 GB/s, that is 0.3 s at least.
 
 
@@ -286,8 +287,9 @@ def swap(model: nn.Module, name: str, layer: nn.Module) -> None:
 # $$s_i = \max_j |w_{ij}| / 448, \qquad \hat w_{ij} = s_i \cdot
 #   \mathrm{e4m3}(w_{ij} / s_i)$$
 #
-# One scale for each output channel, because rows differ in size by far more than the
-# numbers within one do. First a row by hand:
+# One scale for each output channel costs almost nothing, and no large row can push
+# another below the smallest number that e4m3 has. (How much it matters we try at the
+# end.) First a row by hand:
 
 
 # %%
@@ -358,7 +360,7 @@ class Float8Linear(nn.Module):
 # %% [markdown]
 # Three fraction bits divide each power of two into eight, so that rounding moves a
 # weight by up to a sixteenth of its value. Large ones and small ones alike: that is
-# what a *floating* point gives. Errors of single weights are independent and half
+# what a *floating* point gives. Errors of single weights are of either sign, and partly
 # cancel in a sum; what is left in the picture we measure below, together with four
 # bits.
 #
@@ -567,7 +569,7 @@ def attend_tiles(q: Tensor, k: Tensor, v: Tensor, tile: int = 128) -> Tensor:
 # ## A large picture in tiles
 #
 # The decoder works at the full resolution of the picture, and its peak grows with the
-# area. Latents far from one another hardly matter to one another, so decode squares of
+# area. What a pixel shows comes mostly from the latents near it, so decode squares of
 # them. Side by side they show seams; hence they *overlap* by a quarter, and over the
 # overlap one fades linearly into the next.
 
@@ -633,9 +635,9 @@ def tiled(
 # viz.show_images(first, names, columns=3)
 
 # %% [markdown]
-# The error does not vanish with the seams: the group norms of chapter 3 take their
-# means over the whole picture, and here over a tile. That is why a tile should be as
-# large as fits. `minidiff.load(…, vae_tile=64)` does what you have just done.
+# The error does not vanish with the seams: the group norms and the attention of chapter
+# 3 look at the whole picture, and here at a tile. That is why a tile should be as large
+# as fits. `minidiff.load(…, vae_tile=64)` does what you have just done.
 #
 # ## Between two products: fusing
 #
@@ -645,7 +647,8 @@ def tiled(
 # writes its output back. Count the passes between attention and MLP, for one stream:
 
 # %% tags=["active-ipynb"]
-# alone = {"x + gate · y": 4, "mean, variance": 1, "normalise": 2, "scale, shift": 2}
+# alone = {"gate · y": 2, "x + that": 3, "mean, variance": 1, "normalise": 2}
+# alone |= {"scale": 2, "shift": 2}
 # fused = {"read x and y, write x and its norm": 4}
 # rows = 2 * (4096 + 333)  # two samples of Large, at 1024²
 # for name, passes in {"one by one": alone, "fused": fused}.items():
@@ -724,11 +727,12 @@ def double(x: Tensor, layer: Upsample) -> Tensor:
 # %% [markdown]
 # ## What hardly changes need not be computed again
 #
-# All of this left the numbers alone, or nearly. The last lever does not. From one step
-# to the next the latent moves a little, and so does what the blocks say. If the first
-# block, which is cheap, says nearly what it said before, then let the others repeat
-# themselves: add what they added to the picture at the last step. (A *first-block
-# cache*; the idea of reusing features over steps is DeepCache's, Ma et al. 2024.)
+# Streaming, tiles of attention, fusing and folding left the numbers alone. The last
+# lever, like fewer bits, does not. From one step to the next the latent moves a little,
+# and so does what the blocks say. If the first block, which is cheap, says nearly what
+# it said before, then let the others repeat themselves: add what they added to the
+# picture at the last step. (A *first-block cache*; the idea of reusing features over
+# steps is DeepCache's, Ma et al. 2024.)
 
 
 # %%
@@ -795,8 +799,9 @@ class FirstBlockCache(MMDiT):
 
 # %% [markdown]
 # A step that is skipped costs the first block: a fifth or less of the model. Compare
-# with the honest alternative, *fewer steps*: chapter 8's solvers at the same cost are
-# the bar that a cache has to clear. You will hold it against them in an exercise.
+# with the honest alternative, *fewer steps*: the same solver with as many steps as cost
+# the same is the bar that a cache has to clear. You will hold it against that in an
+# exercise.
 #
 # ## Predict, then break it
 #
@@ -834,10 +839,10 @@ class FirstBlockCache(MMDiT):
 #     print(f"entries of size {size}:", "the same" if off < 1e-5 else f"off by {off}")
 
 # %% [markdown]
-# As long as no score exceeds 88, the logarithm of float32's largest number, nothing is
-# lost: the sum is the same. Beyond it $e^s$ is infinite, and infinity over infinity is
-# not a number. QK-norm (chapter 4) bounds the scores of SD3.5; without it one would
-# meet this in training first.
+# As long as the exponentials and their sum stay within float32 (whose largest number
+# has the logarithm 88), nothing is lost: the sum is the same. Beyond it $e^s$ is
+# infinite, and infinity over infinity is not a number. QK-norm (chapter 4) bounds the
+# scores of SD3.5; without it one would meet this in training first.
 #
 # ## Parity
 #
@@ -968,7 +973,7 @@ class FirstBlockCache(MMDiT):
 
 # %% [markdown]
 # **12.4 Explore.** A cache has to beat fewer steps. A skipped step still costs its
-# first block, one of `num_layers`. For both thresholds above, draw the prompts plainly
+# first block, one of `num_layers`. For thresholds 0.1 and 0.2, draw the prompts plainly
 # with as many steps as the cached run's blocks would pay for, and compare both with the
 # pictures of 28 steps. Who is closer?
 
@@ -981,16 +986,19 @@ class FirstBlockCache(MMDiT):
 #     steps = 28 - skipped + math.ceil(skipped / layers)
 #     pipe.transformer = model
 #     plain = pipe(prompts, seed=SEED, num_inference_steps=steps, output_type="pt")
-#     found = [-10 * (x - exact).square().mean().log10() for x in (cached, plain)]
+#     errors = [(x - exact).square().mean((1, 2, 3)) for x in (cached, plain)]
+#     found = [-10 * e.log10().mean() for e in errors]
 #     print(f"{skipped} skipped, the cost of {steps} steps: cached {found[0]:.1f} dB, "
-#           f"plain {found[1]:.1f} dB")
+#           f"plain {found[1]:.1f} dB; the cached one is closer on "
+#           f"{int((errors[0] < errors[1]).sum())} of {len(prompts)}")
 
 # %% [markdown]
-# Both cost the same. The plain run takes a few long steps, each with a fresh velocity;
-# the cached one takes 28 short steps, most of them with an answer that is a little old,
-# and a first block that is not. Which error is larger depends on how fast the blocks'
-# answer changes against how much the path bends, and on the threshold: with a large one
-# the answer grows as old as the long step is long.
+# The lines say on how many of the prompts. Both cost the same. The plain run takes a
+# few long steps, each with a fresh velocity; the cached one takes 28 short steps, most
+# of them with an answer that is a little old, and a first block that is not. Which
+# error is larger depends on how fast the blocks' answer changes against how much the
+# path bends, and on the threshold: with a large one the answer grows as old as the long
+# step is long.
 #
 # ## Summary
 #

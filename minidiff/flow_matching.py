@@ -404,9 +404,9 @@ def score(x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
 # %% [markdown]
 # ### A network that has to learn it
 #
-# No picture model can keep its data and look them up. So let a small network find the
-# field, by nothing but our loss: four linear layers, 3,000 steps. Like every network of
-# this kind it is told the level in a few waves.
+# A network keeps no list of its data. So let a small one find the field, by nothing but
+# our loss: four linear layers, 3,000 steps. Like every network of this kind it is told
+# the level in a few waves.
 
 # %% tags=["active-ipynb"]
 # torch.manual_seed(SEED)
@@ -520,10 +520,10 @@ def logit_normal_density(sigma: Tensor, mean: float = 0.0, std: float = 1.0) -> 
 # Near 1 hardly anything is known of the scene, and what is unknown cannot be predicted.
 # Near 0 it is the noise that is unknown: so little of it is left in $x$ that it cannot
 # be told from texture, and an answer without it costs its variance, 1. The logit-normal
-# density deliberately does not follow the loss: an error in the velocity moves
-# $\hat x_0$ by $\sigma$ times as much, so that errors at faint noise are cheap. But
-# this density is not the last word. Chapter 5 measured from which level on the caption
-# decides; above 0.7 this density has only one sample in five. A recipe may therefore
+# density deliberately does not follow the loss: an error in the velocity moves $\hat
+# x_0$ by $\sigma$ times as much, so that errors at faint noise are cheap. But this
+# density is not the last word. Chapter 5 measured that the caption counts most at high
+# noise; above 0.8 this density has fewer than one sample in ten. A recipe may therefore
 # move it towards noise, by the shift of the next section ([how the shipped model was
 # made](../book/training_log.md)).
 #
@@ -727,14 +727,14 @@ def euler(
 
 # %% tags=["active-ipynb"]
 # def draw_moons(turns: Tensor) -> Tensor:
-#     """Points of both moons, at places ``turns`` in [0, 1) along them: (2·N, 2)."""
+#     """Points of both moons, at places ``turns`` (2, N) in [0, 1): (2·N, 2)."""
 #     angle = torch.pi * turns
-#     arc = torch.stack([angle.cos(), angle.sin()], dim=-1)
-#     both = torch.cat([arc, torch.tensor([1.0, 0.5]) - arc])
-#     return (both - centre) / size
+#     upper, lower = torch.stack([angle.cos(), angle.sin()], dim=-1)
+#     return (torch.cat([upper, torch.tensor([1.0, 0.5]) - lower]) - centre) / size
 #
 # dice = torch.Generator().manual_seed(7)
-# fresh, turns = torch.randn(2000, 2, generator=dice), torch.rand(1000, generator=dice)
+# fresh = torch.randn(2000, 2, generator=dice)
+# turns = torch.rand(2, 1000, generator=dice)
 # fine = sigma_schedule(64, shift=1.0)
 # ends = {"exact": euler(perfect, fresh, fine), "learned": euler(learned, fresh, fine)}
 # panels = {name: {"data": moons, name: x} for name, x in ends.items()}
@@ -751,11 +751,12 @@ def euler(
 # %% [markdown]
 # Each line counts 2,000 points, and the brackets are where the true share lies 19 times
 # of 20. The perfect field *memorises*: it has nothing to give but its data. The learned
-# one draws points that nobody gave it. Most lie on the moons, in the gaps between the
-# data, and some beside them, for it did not know that the moons are thin. It cannot
-# follow every jump of the perfect field near $\sigma = 0$ and smooths them over, and
-# that is all of its art. A flow model makes new pictures because it does *not* reach
-# the least loss. Chapter 7 gives a network so few pictures that it can, nearly.
+# one draws points that nobody gave it. Most lie near the moons, but hardly on them: of
+# points truly drawn there, many more come so close to one of the data. It did not know
+# that the moons are thin. It cannot follow every jump of the perfect field near $\sigma
+# = 0$ and smooths them over, and that is all of its art. A flow model makes new
+# pictures because it does *not* reach the least loss. Chapter 7 gives a network so few
+# pictures that it can, nearly.
 
 # %% [markdown]
 # **Heun** looks ahead: it makes the Euler step, asks for the velocity at the far end,
@@ -863,7 +864,7 @@ def dpmpp_2m(
 # Euler's error falls in proportion to the step, that of the other two with its square.
 # Now the same on latents, with the shipped model as the velocity, and with two lists of
 # levels: the published one, and an even one without the small last level 0.001. The
-# fine solution is Heun in 60 even steps. Write down what you expect of DPM++ 2M: as in
+# fine solution is Heun in 240 even steps. Write down what you expect of DPM++ 2M: as in
 # the plane?
 
 # %% tags=["active-ipynb"]
@@ -872,7 +873,7 @@ def dpmpp_2m(
 #
 # even = lambda n, shift=1.0: torch.linspace(1, 0, n + 1)
 # lists, counts = {"published": sigma_schedule, "even": even}, (8, 16, 32)
-# exact = heun(model, noise, even(60))
+# exact = heun(model, noise, even(240))
 # latent = {name: errors(model, noise, [f(n, shift=1.0) for n in counts], exact)
 #     for name, f in lists.items()}
 
@@ -891,15 +892,14 @@ def dpmpp_2m(
 #     "lists of levels. Lower is better; steeper is a higher order.")
 
 # %% [markdown]
-# Twice the steps divide the error by 2 where the order is 1, by 4 where it is 2. Read
-# the published list first: DPM++ 2M begins far behind Euler, and only with many steps
-# does it come out ahead. The reason is the list. Its last step but one falls to 0.001,
-# a way in $\ln\sigma$ several times as long as the one before, and the line through the
-# last two estimates is drawn across all of it; the more steps, the longer. The even
-# list has no such step, and there it is the better for its memory. Order is a promise
-# about small steps, and a list of levels that ends so abruptly never makes them small.
-# In practice one takes as many steps as change the picture to the eye, long before the
-# error is small.
+# Twice the steps divide the error by 2 where the order is 1, by 4 where it is 2, once
+# the steps are small; where a solver falls short of that, they are not yet. Compare
+# DPM++ 2M on the two lists. The published one ends abruptly: its last step but one
+# falls to 0.001, a way in $\ln\sigma$ several times as long as the one before, and the
+# line through the last two estimates is drawn across all of it. Twice the steps take
+# only about $\ln 2$ off that way. The even list has no such step. (This is one drawing;
+# chapter 8 compares over several prompts.) In practice one takes as many steps as
+# change the picture to the eye, long before the error is small.
 #
 #
 # ## Guidance
@@ -925,8 +925,9 @@ def dpmpp_2m(
 # Walking against $v$, each step also climbs the probability that a classifier would
 # give to the prompt, and $g$ multiplies this part. No classifier is trained, hence the
 # name; but the network must have met the empty prompt, which is why training leaves
-# some captions out (chapter 7). For $g > 1$ the sum is no longer the velocity of any
-# data: $p(x)\, p(\text{prompt} \mid x)^g$, mixed with noise, would need another field.
+# some captions out (chapter 7). For $g > 1$ the sum is not the velocity that belongs to
+# $p(x)\, p(\text{prompt} \mid x)^g$: that density, mixed with noise, would need another
+# field.
 
 
 # %%
@@ -1037,12 +1038,12 @@ class ClassifierFree(Guidance):
 # %% [markdown]
 # With $g = 0$ the points cover both moons, with $g = 1$ the upper one. As $g$ grows
 # they leave the part that lies near the other moon and gather where the prompt is least
-# in doubt. Guidance buys clarity and pays with variety; and it costs a second pass.
-# *Guidance distillation* saves that: a student is told $g$ beside $\sigma$, and learns
-# to answer with the guided velocity at once ([Meng et al.
-# 2023](https://arxiv.org/abs/2210.03142); chapter 9 distils steps and guidance). (<a
-# href="../book/inside.html#a-flow-in-the-plane">Move the sliders</a> of this field:
-# solver, steps, shift, guidance.)
+# in doubt. Here guidance buys clarity and pays with variety (chapter 8 counts both in
+# pictures); and it costs a second pass. *Guidance distillation* saves that: a student
+# is told $g$ beside $\sigma$, and learns to answer with the guided velocity at once
+# ([Meng et al. 2023](https://arxiv.org/abs/2210.03142); chapter 9 distils steps and
+# guidance). (<a href="../book/inside.html#a-flow-in-the-plane">Move the sliders</a> of
+# this field: solver, steps, shift, guidance.)
 #
 # ## Look at it
 #
@@ -1142,8 +1143,8 @@ class ClassifierFree(Guidance):
 #   bfloat16, and computes each step in float32. Our pipeline keeps the state in float32
 #   throughout; it is small.
 # - **Guidance in one batch or two.** One batch of two is faster; two calls need less
-#   memory. Some pipelines guide only the middle steps, where it matters most
-#   ([Kynkäänniemi et al. 2024](https://arxiv.org/abs/2404.07724)).
+#   memory. Some pipelines guide only some of the steps, in the middle, where
+#   [Kynkäänniemi et al. 2024](https://arxiv.org/abs/2404.07724) find that it helps.
 # - **Resolution-dependent shift.** Newer models compute the shift from the number of
 #   patches (“dynamic shifting”). SD3.5's is fixed at 3.
 #
@@ -1199,6 +1200,8 @@ class ClassifierFree(Guidance):
 #     return x
 #
 # exercise_6_2()
+# # Over a short step the velocity changes nearly evenly, so that its value half-way is
+# # its mean; only the curvature is left as error.
 
 # %% [markdown]
 # **6.3 Code.** Go *up* again: from a state at level $\sigma$ make one at a higher level
@@ -1214,7 +1217,7 @@ class ClassifierFree(Guidance):
 # @check
 # def exercise_6_3() -> None:
 #     data, old, fresh = torch.full((3, 200_000), 5.0), *torch.randn(2, 3, 200_000)
-#     x = renoise(interpolate(data, old, 0.3), fresh, 0.3, 0.7)
+#     x = renoise(interpolate(data, old, 0.2), fresh, 0.2, 0.7)
 #     assert abs(x.mean() - 0.3 * 5) < 0.01, "the data should have weight 1 − 0.7"
 #     assert abs(x.std() - 0.7) < 0.01, "all noise together should have deviation 0.7"
 
@@ -1224,6 +1227,8 @@ class ClassifierFree(Guidance):
 #     return keep * x + (higher**2 - (keep * sigma) ** 2) ** 0.5 * fresh
 #
 # exercise_6_3()
+# # keep brings the data to 1 − σ′ and the old noise to keep·σ; fresh noise adds the
+# # variance that is missing to σ′².
 
 # %% [markdown]
 # **6.4 Explore.** Draw the journey's prompt with `dpmpp_2m` in 4, 6 and 10 steps and
@@ -1245,9 +1250,9 @@ class ClassifierFree(Guidance):
 
 # %% [markdown]
 # The numbers are mean differences of pixels between 0 and 1; two hundredths are hard to
-# see. With few steps the last step but one is several times as long in $\ln\sigma$ as
-# the one before, and the line through two estimates is drawn too far. With more steps
-# it begins lower, where the estimates hardly differ any more.
+# see. With few steps the last step but one is many times as long in $\ln\sigma$ as the
+# one before, and the line through two estimates is drawn too far. More steps shorten
+# it, though slowly, and it begins lower, where estimates differ less.
 #
 #
 # ## Summary

@@ -10,7 +10,7 @@ After it you will be able to
 - **see** that what fine-tuning changes is nearly of low rank, and **derive** LoRA;
 - **attach** it to a model's layers, in 8 bits too, and **train** it;
 - **weigh**, switch off, take out, add up and fuse several by name;
-- **read** the files of every common trainer, and **write** theirs;
+- **read** the files of the common trainers, and **write** two of their forms;
 - **tell** LoRA from rsLoRA, LoHa, LoKr and DoRA by one formula each.
 """
 
@@ -75,8 +75,8 @@ from minidiff.interface.checks import check_range
 #
 # A linear layer is a matrix $W$. A LoRA leaves it as it is and lays a second way beside
 # it, through a bottleneck of $r$ numbers: a wide, flat matrix $A$ and a tall, thin one,
-# $B$. To scale, for the largest layer of a block of the tiny model and for one of
-# SD3.5 Medium's, at rank 8:
+# $B$. To scale, for the first layer of a block's MLP in the tiny model and in SD3.5
+# Medium, at rank 8:
 
 # %% tags=["active-ipynb"]
 # sizes = {"Tiny: 640 × 160": (640, 160), "Medium: 6144 × 1536": (6144, 1536)}
@@ -180,7 +180,8 @@ from minidiff.interface.checks import check_range
 # directions.) What do the few suffice for? By the theorem of Eckart and Young the first
 # $r$ directions are the *best* matrix of rank $r$, and cutting $\Delta W$ there costs
 # $s_{r+1}^2 + s_{r+2}^2 + \dots$ of its square. So cut the change of every matrix in
-# the blocks to rank 1, 8 and (nothing is cut) 160, and draw.
+# the blocks to rank 1, 8 and (nothing is cut) 160, and draw. All else (biases, the
+# layers outside the blocks) keeps its whole change.
 
 # %% tags=["active-ipynb"]
 # def cut(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -230,12 +231,13 @@ from minidiff.interface.checks import check_range
 #
 # and each needs the other.
 #
-# Why $\alpha / r$? A choice of scale, so that a rate found for one rank serves for
-# another: with $A$ fixed, each of the $r$ directions adds its share, and their sum is
-# divided by their number. Kalajdzievski (2023) shows that the sum of $r$ independent
-# shares grows like $\sqrt r$ only, and divides by that: *rsLoRA*, $\alpha/\sqrt r$.
-# In a file the rank can be read off the shapes; $\alpha$ cannot, and a reader that
-# loses it draws with the wrong strength.
+# Why $\alpha / r$? A choice of scale, so that a rate found for one rank may serve for
+# another: each of the $r$ directions adds its share, and their sum is divided by their
+# number. Kalajdzievski (2023) shows that this divides by too much. With plain gradient
+# descent the scale counts twice, in what $B$ learns and again in what it adds, so that
+# the change grows like $r$ times the scale's square; it keeps its size with
+# $\alpha/\sqrt r$: *rsLoRA*. In a file the rank can be read off the shapes; $\alpha$
+# cannot, and a reader that loses it draws with the wrong strength.
 #
 # | symbol | variable | meaning | Tiny | Medium |
 # |---|---|---|---|---|
@@ -508,12 +510,13 @@ def detach(updates: Iterable[Update], model: nn.Module) -> None:
 
 
 # %% [markdown]
-# What the trainer of diffusers adapts is attention: the projections of both streams.
-# `add_lora` puts fresh updates there, and the model's own weights stop learning.
+# The trainer of diffusers adapts attention: the projections of both streams. `add_lora`
+# puts fresh updates there, and beside Medium's second attention too, which that trainer
+# leaves out; the model's own weights stop learning.
 
 
 # %%
-# What the trainer of diffusers adapts: the projections of both streams' attention.
+# The projections of attention: those of diffusers' trainer, and Medium's second one.
 ATTENTION = (
     "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
 )
@@ -572,8 +575,8 @@ def add_lora(
 # learn(pipe.transformer, lesson(lines), steps=80, rate=1e-2)
 
 # %% [markdown]
-# Its rate is larger than that of the full fine-tuning above: $B$ begins at zero and has
-# a way to go.
+# Its rate is larger than that of the full fine-tuning above: a step of $B$ reaches $W$
+# only through $A$, whose numbers begin below $1/\sqrt{\text{in}}$.
 
 # %% [markdown]
 # ## Keep it
@@ -648,6 +651,8 @@ def stacked(own: Sequence[tuple[Target, LowRank]], outputs: int) -> dict[str, Te
 # %% tags=["active-ipynb"]
 # folder = Path(tempfile.mkdtemp())
 # save_lora({"transformer": ink}, folder / "ink.safetensors")
+# parts = {"transformer": pipe.transformer}
+# save_kohya({"transformer": ink}, parts, folder / "kohya.safetensors")
 # detach(ink.values(), pipe.transformer)
 # size = (folder / "ink.safetensors").stat().st_size
 # print("taken off, the model draws as before:", torch.equal(draw(tests), base))
@@ -802,6 +807,17 @@ def build(one: Stored, target: Target) -> Update:
     return update.requires_grad_(False)
 
 
+# %% tags=["active-ipynb"]
+# pictures = []
+# for name in ("ink", "kohya"):
+#     found = read_lora(folder / f"{name}.safetensors", parts)["transformer"]
+#     attach(found, pipe.transformer)
+#     pictures.append(draw(tests))
+#     detach(found.values(), pipe.transformer)
+#     print(f"{name}: {len(found)} updates")
+# print("both files draw the same:", torch.allclose(*pictures, atol=1e-3))
+
+
 # %%
 def no_target(one: Stored, model: nn.Module | None) -> ValueError:
     """What to say of an update for a layer that is not linear, or not there."""
@@ -850,10 +866,10 @@ def check_target(one: Stored, target: Target) -> None:
 # table(columns)
 
 # %% [markdown]
-# One seed, one prompt, three weights: the thing that is drawn stays, the manner comes.
-# The last column is what the model's own picture gives when *drawn* as lines. Here is a
-# number for "the subject stays": how a drawing correlates with those lines, and with
-# those of another prompt.
+# One seed, one prompt, three weights: does the thing that is drawn stay, and the manner
+# come? The last column is what the model's own picture gives when *drawn* as lines.
+# Here is a number for "the subject stays": how a drawing correlates with those lines,
+# and with those of another prompt.
 
 # %% tags=["active-ipynb"]
 # def likeness(a: Tensor, b: Tensor) -> float:
@@ -863,14 +879,16 @@ def check_target(one: Stored, target: Target) -> None:
 #     return F.cosine_similarity(*centred).mean().item()
 #
 # styled, wanted = columns["weight 1"], line_drawing(base)
+# print(f"to its own lines, n = {len(tests)}: drawn by the LoRA "
+#     f"{likeness(styled, wanted):.2f}, the photograph {likeness(base, wanted):.2f}")
+# print(f"to another's lines: {likeness(styled, wanted.roll(1, 0)):.2f}")
 # assert likeness(styled, wanted) > likeness(base, wanted)
 # assert likeness(styled, wanted) > likeness(styled, wanted.roll(1, 0))
-# print("drawn by the LoRA, a picture is nearer to its own line drawing")
-# print("than the photograph is, and than to the line drawing of another: True")
 
 # %% [markdown]
-# A second manner: *yellow paper*. The same pictures, but all that is white in them is
-# yellow. Both are trained by themselves; neither has seen the other.
+# A second manner: *yellow light*. Every pixel of the same pictures is multiplied by a
+# tint, so that white turns yellow and blue nearly vanishes. Both are trained by
+# themselves; neither has seen the other.
 
 # %% tags=["active-ipynb"]
 # drawing.remove()
@@ -891,8 +909,9 @@ def check_target(one: Stored, target: Target) -> None:
 # table(columns)
 
 # %% [markdown]
-# Sums of LoRAs are a habit, not a theorem: two that pull the same layers apart spoil
-# the picture, and smaller weights are the usual remedy.
+# Look at each row: did the ground take the tint, and did it keep it beside the lines?
+# Sums of LoRAs are a habit, not a theorem: two that pull the same layers apart can
+# spoil the picture, and smaller weights are the usual remedy.
 #
 # ## Fusing, and what rounding takes
 #
@@ -947,7 +966,7 @@ def fuse(updates: Mapping[str, Update], model: nn.Module, weight: float = 1.0) -
 # %% [markdown]
 # bfloat16 keeps eight bits of a number, these 8-bit floats keep four; the bars say how
 # large the rounding is beside the change itself. That is why a LoRA stays *beside*
-# weights in 8 bits, and in its own precision.
+# weights in 8 bits, in the precision in which the model computes.
 #
 # Let us fuse both at the weights last set, and compare with the ways beside.
 
@@ -965,7 +984,7 @@ def fuse(updates: Mapping[str, Update], model: nn.Module, weight: float = 1.0) -
 # **One.** The LoRA is trained for weight 1. What will weight −1 draw, and what 3? Write
 # it down, then look.
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "hide-output"]
 # drawing, columns = pipe.adapters.load(folder / "ink.safetensors"), {}
 # for drawing.weight in (-1.0, 0.0, 1.0, 3.0):
 #     columns[f"weight {drawing.weight:g}"] = draw(tests)
@@ -980,7 +999,7 @@ def fuse(updates: Mapping[str, Update], model: nn.Module, weight: float = 1.0) -
 # **Two.** $B$ begins at zero. Let $A$ begin at zero as well: will it learn more slowly,
 # or how?
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "hide-output"]
 # updates = add_lora(pipe.transformer, rank=8)
 # for update in updates.values():
 #     update.down.weight.zero_()
@@ -1125,15 +1144,16 @@ def fuse(updates: Mapping[str, Update], model: nn.Module, weight: float = 1.0) -
 # exercise_10_3()
 
 # %% [markdown]
-# **10.4 Explore.** Train the lines again at rank 1 and at rank 32 (`add_lora`,
-# `learn`), and look at all three side by side. Does more rank give more style?
+# **10.4 Explore.** Train the lines again at rank 1 and at rank 32 (`add_lora(…,
+# alpha=8)`, so that the scale is $\alpha/r$, and `learn`), and look at all three side
+# by side. Does more rank give more style?
 #
 # <details><summary>Answer</summary>
 #
-# Rarely, and the spectrum says why: a manner that few directions hold gains nothing
-# from further ones, which then have time to learn the twenty pictures themselves. Count
-# `likeness(styled, wanted)` for prompts that are no captions. It should rise steeply
-# from rank 1 and then lie flat; if it falls, the LoRA has begun to memorise.
+# Print `likeness(styled, wanted)` for prompts that are no captions, at each rank. The
+# spectrum above says that few directions hold most of the change, so that beyond them a
+# higher rank has little left to add. If the likeness falls, look at the pictures: a
+# rate too high for this rank and a memory of the twenty look different.
 #
 # </details>
 #
@@ -1141,9 +1161,9 @@ def fuse(updates: Mapping[str, Update], model: nn.Module, weight: float = 1.0) -
 #
 # You **saw** that what fine-tuning changes is held by few directions, and **derived** a
 # change that has only those. You **attached** it beside the layers, **trained** it on
-# twenty pictures and **kept** the model's own weights. You **weighed**, switched,
-# added and fused, and saw what rounding takes. You **read** files of every style, and
-# **broke** two: one by its weight, one by its start.
+# twenty pictures and **kept** the model's own weights. You **weighed**, switched, added
+# and fused, and saw what rounding takes. You **wrote** and **read** files of two
+# styles, and **broke** two LoRAs: one by its weight, one by its start.
 #
 # From here on "the model" may mean the model and what it wears. Chapter 11 adds another
 # kind of guest: a second network that tells the first where to draw.

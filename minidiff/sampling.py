@@ -17,10 +17,10 @@ After it you will be able to
 # %% [markdown]
 # ## Where we are
 #
-# At the end. Every part exists: tokenizers (chapter 1), text encoders (2), the
-# autoencoder (3), attention (4) inside the transformer (5), the flow and its solvers
-# (6), and trained weights (7). What is left is to call them in the right order, with
-# the right defaults, and to refuse early what cannot be drawn.
+# At the end of Part I. Every part exists: tokenizers (chapter 1), text encoders (2),
+# the autoencoder (3), attention (4) inside the transformer (5), the flow and its
+# solvers (6), and trained weights (7). What is left is to call them in the right order,
+# with the right defaults, and to refuse early what cannot be drawn.
 #
 # On a first reading you may go from *Batch it, compute ahead* straight to *The pipeline
 # equals the loop*: what lies between is the same once more, as a program needs it.
@@ -799,12 +799,12 @@ class Pipeline(Parts):
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # for name, curve in settled.items():
-#     steps = [int((curve >= level).nonzero()[0]) for level in (0.5, 0.9)]
-#     print(f"{name:8} half there at step {steps[0]}, nine tenths at step {steps[1]}")
+#     print(f"{name:8} nine tenths there at step {int((curve >= 0.9).nonzero()[0])}")
 
 # %% [markdown]
-# What comes early is what a step decides for the whole picture. Where all three curves
-# lie near 1, the estimate stands, and more steps there buy little.
+# The three measures differ in kind, so compare each with its own beginning in the
+# figure. Where all three curves lie near 1, the estimate stands, and more steps there
+# buy little.
 
 # %% [markdown]
 # ### Prompts
@@ -852,10 +852,10 @@ class Pipeline(Parts):
 #         f"spread of 8 seeds {alike:.3f}")
 
 # %% [markdown]
-# Some guidance makes pictures of one prompt more alike, and much of it less so again:
-# read the last column from top to bottom. Too much drives values to their limits.
-# Whether it draws *more rightly* is the first column's matter; sixteen prompts tell a
-# large step from a small one, and no more than their brackets do.
+# The last column, of one prompt only, says how unlike its eight pictures are; the
+# middle one counts values at their limits. Whether it draws *more rightly* is the first
+# column's matter; sixteen prompts tell a large step from a small one, and no more than
+# their brackets do.
 
 # %% [markdown]
 # ### Steps
@@ -888,22 +888,21 @@ class Pipeline(Parts):
 #     output_type="latent", **how)
 # fine = latents(40, "heun")
 # shifted = Scheduler(shift=3.0)
-# rows = [("euler", 16, {}), ("heun", 8, {}), ("dpmpp_2m", 16, {}), ("euler", 28, {})]
+# rows = [("euler", 14, {}), ("heun", 7, {}), ("dpmpp_2m", 14, {}), ("euler", 28, {})]
 # rows += [(name, 14, {"sigmas": shifted.sigmas(14)}) for name in ("euler", "dpmpp_2m")]
 # for name, n, how in rows:
 #     error = (latents(n, name, **how) - fine).flatten(1).norm(dim=1)
 #     error = error / fine.flatten(1).norm(dim=1)
-#     half = 1.96 * error.std() / 4**0.5
+#     half = 3.18 * error.std() / 4**0.5  # Student's t, four prompts
 #     calls = 2 * n - 1 if name == "heun" else n
 #     where = "shift 3" if how else "its own levels"
 #     measured = f"error {error.mean():.3f} ± {half:.3f}"
 #     print(f"{name:9} {calls:2} calls, {where:14} {measured}")
 
 # %% [markdown]
-# Two lessons. More steps are not the only way to be exact: which levels are visited
-# counts too, so compare the rows of nearly equal work, and each solver with itself. And
-# a small error is not the aim; a picture that shows what was asked is, and for that all
-# of these may do.
+# Two lessons. Besides the number of steps it counts which levels they visit: compare
+# each solver's own levels with the moved ones, for which of the two the error is
+# smaller. And a small error is not the aim; a picture that shows what was asked is.
 
 # %% [markdown]
 # ## Predict, then break it
@@ -915,25 +914,23 @@ class Pipeline(Parts):
 # pairs = [("red dress", "blue"), ("purple dress", "blue"), ("red dress", "white")]
 # pairs += [("red coat", "blue"), ("red bag", "blue")]
 # prompts = [f"a {thing} on a {ground} background" for thing, ground in pairs]
-# changed = pipe(prompts, latents=noise.repeat(5, 1, 1, 1), output_type="pt")
-# viz.show_images(changed, [f"{a}, {b}" for a, b in pairs], columns=5, low=0)
+# how = {"num_images_per_prompt": 8, "output_type": "pt"}
+# changed = pipe(prompts, seed=0, **how)  # (40, 3, 64, 64), eight seeds a prompt
+# viz.show_images(changed[::8], [f"{a}, {b}" for a, b in pairs], columns=5, low=0)
 
 # %% tags=["active-ipynb", "hide-output", "nbval-ignore-output"]
-# outlines = parts(torch.cat([changed, pipe(prompts[:1], seed=1, output_type="pt")]))[1]
-# rows, columns = (torch.arange(n, dtype=torch.float32) for n in outlines.shape[1:])
-# size = outlines.sum((1, 2)).clamp(min=1)
-# x = (outlines * columns).sum((1, 2)) / size
-# y = (outlines.mT * rows).sum((1, 2)) / size
-# for i, name in enumerate([*(f"{a}, {b}" for a, b in pairs[1:]), "another seed"], 1):
-#     same = overlap(outlines[0], outlines[i])
-#     moved = math.hypot(x[i] - x[0], y[i] - y[0])
-#     print(f"{name:18} outlines overlap by {same:.2f}, the centre moved {moved:.1f}")
+# first, *others = parts(changed)[1].unflatten(0, (5, 8))  # outlines (8, 64, 64) each
+# names = [*(f"{a}, {b}" for a, b in pairs[1:]), "another seed"]
+# for name, other in zip(names, [*others, first.roll(1, 0)], strict=True):
+#     same = overlap(first, other)  # (8,)
+#     half = 2.36 * same.std() / 8**0.5  # Student's t, eight seeds
+#     print(f"{name:18} outlines overlap by {same.mean():.2f} ± {half:.2f}")
 
 # %% [markdown]
-# The last line is the measure: how unlike two pictures of one prompt are. Outlines that
-# overlap more, and centres that move less, were kept by the noise. The noise fixes what
-# the prompt leaves open, and no more. That is why one draws a prompt with several
-# seeds.
+# Each line compares eight pictures with eight of “red dress, blue”, each from the same
+# noise; the last one compares those with one another. It is the measure: how unlike two
+# pictures of one prompt are. Where a line lies clearly above it, the noise has kept
+# something of the outline; elsewhere it has not.
 
 # %% [markdown]
 # **Two.** Take T5 away: its rows of the context become zeros, as in SD3.5 when T5 is
@@ -960,16 +957,18 @@ class Pipeline(Parts):
 #         max_sequence_length=words.shape[1] - half), "T5 alone": pipe(**given, **how)}
 #     for name, drawn in answers.items():
 #         right = grade(drawn * 2 - 1)
-#         colors = share(right["colors"])
-#         print(f"{kind:10} {name:9} right {share(right['all'])}, colors {colors}")
+#         asked = ("all", "things", "colors", "places")
+#         print(f"{kind:10} {name:9}", *(f"{k} {share(right[k])}" for k in asked))
 
 # %% [markdown]
 # Single pictures deceive here; the table counts. Compare “no T5” with “all three”, for
 # one thing and for two: where the brackets do not overlap, T5 was missed. And “T5
-# alone” tells whether CLIP would be. (In training each encoder was left out now and
-# then, so zeros do not surprise the transformer.) Esser et al. 2024 report that the
-# large model, too, does without T5 on simple prompts; what suffers there is written
-# text and long, detailed prompts.
+# alone” tells whether CLIP would be. (In training each encoder was left out in one
+# sample of twenty, both CLIPs together in one of four hundred. So zeros in T5's place
+# are known to the transformer, and zeros in both CLIPs' nearly unknown: that row also
+# measures how unfamiliar they are.) Esser et al. 2024 report that the large model does
+# without T5 on simple prompts; what suffers there is written text and long, detailed
+# prompts.
 #
 # Whom does it believe, if CLIP and T5 are told different things? Each of 16 pictures is
 # drawn from one prompt for both CLIPs and the next one for T5. What it shows is graded
@@ -1090,8 +1089,8 @@ class Pipeline(Parts):
 #
 # ## What else the package does
 #
-# The chapters end here; the package goes on. What people do on top of a pipeline lives
-# in rooms of its own: `drawing` (guidance, image to image, previews), `recipes`
+# Part I ends here; Part II and the package go on. What people do on top of a pipeline
+# lives in rooms of its own: `drawing` (guidance, image to image, previews), `recipes`
 # (training) and `engine` (memory and speed). The options in a terminal are those of
 # `minidiff sample` (`--help` lists them all).
 #
@@ -1201,6 +1200,8 @@ class Pipeline(Parts):
 #     apart = (x - picture[0]).abs().mean()
 #     print(f"strength {strength}: pixels differ by {apart:.3f}")
 # viz.show_images(again, [f"strength {s}" for s in ways], low=0)
+# # Little changes, because prompt and noise are those that the picture was drawn with:
+# # the mixture lies near its own path, and at strength 1 it is that path.
 
 # %% [markdown]
 # **8.3 Code.** Walk from one seed to another. The straight line between two noises
@@ -1257,9 +1258,10 @@ class Pipeline(Parts):
 # %% [markdown]
 # Redness is red less the mean of green and blue, within the outline of what stands out
 # from the ground; the first row, with the empty prompt, is what the others are compared
-# with. A negative prompt works as far as the model knows it as a *text*: “a red dress”
-# begins many captions, “red” alone none, and can belong to a garment or to a ground. A
-# whole caption moves away from the ground as well.
+# with. Compare each row with the first: where the intervals lie apart, the negative
+# prompt was understood. Then compare the rows of “red” and “a red dress”: “red” alone
+# is no caption that training showed, and it could belong to a ground. Only if their
+# intervals lie apart does the model need the whole text.
 
 # %% [markdown]
 # ## Summary
@@ -1271,7 +1273,7 @@ class Pipeline(Parts):
 # error, and took T5 away. You **set up** the three published models with the same
 # lines, without their weights.
 #
-# The journey ends where it wanted to go: the prompt of chapter 1 is a picture.
+# Part I's journey ends where it wanted to go: the prompt of chapter 1 is a picture.
 
 # %% tags=["active-ipynb"]
 # print(journey.meets("latents", called))

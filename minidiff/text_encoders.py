@@ -499,10 +499,8 @@ def check_clip_config(config: CLIPTextConfig) -> None:
 # %% [markdown]
 # In the last line a gradient reaches the end token alone, in the lines before it every
 # position up to the end token. So the last layer's output at the words is a by-product:
-# no loss ever asked for it. That says nothing yet of how bad it is. (An easy figure of
-# how far each layer turns each token looks much the same for a CLIP that was never
-# trained.) The probe near the end of the chapter compares the layers by what can be
-# read from them.
+# no loss ever asked for it. That says nothing yet of how bad it is. The probe near the
+# end of the chapter compares the layers by what can be read from them.
 #
 # ### Captions compared
 #
@@ -527,12 +525,12 @@ def similarity(vectors: Tensor) -> Tensor:
 # viz.show_heatmap(similarity(clip_l(tokenize_l(captions))[1]), rows, numbers, digits=2)
 
 # %% [markdown]
-# Read row 0: caption 1 says the same, 3 changes only the garment, 4 has the
-# same words with the colours exchanged, and 5 has nothing in common with it. A good
-# sentence vector puts them in an order: 1 near, 5 far, and 4 farther than 1. Six
-# captions are an anecdote, though. Count: over many scenes, how often does a caption
-# lie nearer to another caption of the same scene than to the one with the two colours
-# exchanged?
+# Read row 0: caption 1 says the same, 3 changes only the garment, 4 has the same words
+# with the colours exchanged, and 5 has nothing in common with it. A good sentence
+# vector puts them in an order: 1 near, 5 far, and 4 farther than 1. Six captions are an
+# anecdote, though. Count: over many scenes, how often does a caption lie nearer to
+# another caption of the same scene than to one with the two colours exchanged? (Both
+# rivals are worded alike, so that the wording cannot decide.)
 
 # %% tags=["active-ipynb"]
 # from minidiff.data.rng import uniform
@@ -554,18 +552,18 @@ def similarity(vectors: Tensor) -> Tensor:
 
 # %% tags=["active-ipynb"]
 # for name, layouts, forms in (("one", ONE, ONES), ("two", TWO, TWOS)):
-#     rows = named_scenes(layouts, 450)
+#     rows = [r for r in named_scenes(layouts, 450) if name == "one" or r[0] != r[1]]
 #     turn = (4, 1, 2, 3, 0) if name == "one" else (1, 0, 2, 3, 4)
 #     texts = [[form.format(*row) for row in rows] for form in forms]
-#     texts.append([forms[0].format(*(row[i] for i in turn)) for row in rows])
+#     texts.append([forms[1].format(*(row[i] for i in turn)) for row in rows])
 #     first, same, other = (clip_l(tokenize_l(t))[1] for t in texts)
 #     near, far = (F.cosine_similarity(first, x) for x in (same, other))
 #     print(f"{name:3} in the picture, n = {len(near)}: {share(near > far)} are nearer")
 
 # %% [markdown]
 # In brackets stands the interval in which the true share lies 19 times of 20. Half
-# would be chance. Where the share is below 100 % the pooled vector, which has to say
-# all in one, mixes up what belongs to what. The transformer has the states as well.
+# would be chance. Near one half the pooled vector does not say which colour belongs to
+# which thing. The transformer has the states as well.
 
 # %% [markdown]
 # ## T5
@@ -945,10 +943,13 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 # ## What does each reader know?
 #
 # The direct way to find out is to leave a reader out. The finished pipeline draws the
-# pictures of 32 prompts that ask for two things each, always from the same noise, in
-# eight steps and without guidance (chapters 6 and 8); the *judge*, a small network that
-# was trained on real scenes alone, says what each picture shows. A reader is left out
-# by zeros in its place.
+# pictures of 32 prompts that ask for two things each, each from a noise of its own, the
+# same in every line, in eight steps and without guidance (chapters 6 and 8); the
+# *judge*, a small network that was trained on real scenes alone, says what each picture
+# shows. A reader is left out by zeros in its place; in two lines T5 loses its table of
+# positions, or the pooled vector is that of the empty prompt. Colours are graded
+# without regard to the kinds of things, and a colour that the prompt does not name
+# counts as right; so a share above 0 is no proof of reading.
 
 # %% tags=["active-ipynb"]
 # from minidiff.data.rng import normal
@@ -996,8 +997,10 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 # line stays within the first one's interval, what was taken away was not missed, or its
 # loss is too small to be seen with 32 prompts. Where it falls, the transformer listened
 # there: it need not listen to the reader who knows best. A model that gets colours
-# right without any T5 has learned to take them from the CLIPs, and leaving out the
-# CLIPs then leaves it deaf, whatever T5 says.
+# right without any T5 takes them from the CLIPs; whether it could take them from T5 the
+# lines without CLIP say. Read two lines with care: in training a CLIP's states and its
+# pooled vector were left out together, so that "no CLIP states" and "pooled of no
+# words" are inputs that the model never met.
 #
 # So the second question: what *could* be read? A *linear probe* is a matrix, fitted by
 # least squares, that guesses a property from a state; the better it guesses on captions
@@ -1053,9 +1056,10 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 # Then look how far each reader comes, and where. In CLIP the caption's second colour
 # cannot reach the first thing, which stands before it (the causal mask); T5's tokens
 # see it. If "its own" is much higher than "the other's" there, T5 binds; if both are
-# high, its tokens know the colours of the whole sentence. And compare CLIP's last two
-# columns: they say whether taking the states one layer early matters for this property,
-# in this model.
+# high, its tokens know the colours of the whole sentence; if both are low, its tokens
+# hardly say colours at all, at least not in a way that a matrix can read. And compare
+# CLIP's last two columns: they say whether taking the states one layer early matters
+# for this property, in this model.
 #
 # Two measures, two questions: a probe says what is *there*, leaving out says what is
 # *used*. A reader can know much and be ignored, because another is easier to read.
@@ -1095,7 +1099,8 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 # is taken. Every layer maps equal states to equal states, so that "red" is the same
 # vector in both captions, whatever the weights are: such a T5 reads a bag of words.
 # (The line "T5 without order" of the table above shows what that costs the picture.)
-# Ours is not far from it: compare the first number with the probe of T5 above.
+# How far ours is from it, the first number says: it is the part of the state that
+# depends on order here.
 #
 # </details>
 
@@ -1212,7 +1217,8 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 # right = [shelf[nearest(q, rows)] == text for q, text in zip(asked, shelf)]
 # print(f"found in other words, n = {len(right)}: {share(torch.tensor(right))}")
 # # The captions of one scene point the same way because CLIP's loss compared directions
-# # only; lengths were free, and without the norm a long vector wins every search.
+# # only; lengths were free, and without the norm a long vector may win though another
+# # points more nearly the same way.
 
 # %% [markdown]
 # **2.3 Code.** Rearrange a table of relative positions (32, H) so that T5, given the

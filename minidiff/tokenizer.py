@@ -78,8 +78,9 @@ from minidiff.files.tokenizer_files import LETTER, NUMBER, Settings, lowercase, 
 # | $s(p)$ | its score, the log of its probability | – | `scores[p]` |
 #
 # The published vocabularies do not ship with this book. Three small ones do, which
-# learned from captions of the book's own pictures and have the same form and quirks. A
-# batch of $B$ prompts becomes a tensor of ids `(B, L)`.
+# learned from captions of the book's own pictures. They have the same form and quirks,
+# but for one: the character map of the small T5 makes capitals small, and that of the
+# published one keeps them. A batch of $B$ prompts becomes a tensor of ids `(B, L)`.
 
 # %% [markdown]
 # ## Bytes as characters
@@ -244,6 +245,7 @@ def learn_merges_naively(words: dict[tuple[str, ...], int], limit: int) -> list[
 # merges = learn_merges_naively(words, 200)
 # print(corpus[0])
 # print(len(words), "different words,", len(merges), "merges of 200 allowed")
+# print(sum("background" in clean(text) for text in corpus), "captions say background")
 
 # %% tags=["active-ipynb"]
 # steps, rows = (0, 5, 10, 20, 40, 80, len(merges)), []
@@ -255,10 +257,9 @@ def learn_merges_naively(words: dict[tuple[str, ...], int], limit: int) -> list[
 # viz.show_pieces(rows, [f"{step} merges" for step in steps])
 
 # %% [markdown]
-# The parts of "background" come early, because every caption has a background. The
-# learning stopped by itself, before the merges that we allowed were used up: no pair is
-# left to join, since all words have become whole. In a corpus of millions of words that
-# never happens, and the limit decides.
+# The parts of "background" come early, because the word stands in many of the 2,000
+# captions. The learning ended at our limit of 200 merges. Without a limit it goes on
+# until no pair occurs twice; in a corpus of millions of words the limit comes first.
 #
 # The naive loop counts all words again after each merge. But a merge changes only the
 # words that hold its pair: we keep the set of these for each pair, take their old pairs
@@ -310,9 +311,9 @@ def merge_naively(symbols: Sequence[str], ranks: dict[Pair, int]) -> Iterator[tu
 # viz.show_pieces([*merge_naively(word_symbols("undressed"), ranks)])
 
 # %% [markdown]
-# "Undressed" is in no caption. Still it has an encoding: "dres" was learned on the way
-# to "dress", whose last s carries the end-of-word mark, so that the second s here stays
-# alone. Nothing is ever unknown; at worst it is spelled.
+# "Undressed" is in no caption. Still it has an encoding: "dress" was learned from "dre"
+# and an "ss" that carries the end-of-word mark; here the s stands within the word, so
+# that "dre" and "ss" stay apart. Nothing is ever unknown; at worst it is spelled.
 #
 # Each round of this loop looks at all pairs, so where a round makes but one merge a
 # word of $n$ letters costs about $n^2$ steps. A *heap*, a list kept half in order,
@@ -812,16 +813,16 @@ def candidates(words: dict[str, int]) -> dict[str, float]:
 # for step in range(6):
 #     each = [n * log_probability(word, scores) for word, n in counted.items()]
 #     mean = sum(each) / sum(counted.values())
-#     print(f"round {step}: {len(scores):3} pieces, mean log-likelihood {mean:.2f}")
+#     print(f"round {step}: {len(scores):3} pieces, mean log-likelihood {mean:.4f}")
 #     scores = maximize(expected_counts(counted, scores), letters)
 
 # %% [markdown]
 # The first round helps most, and EM alone already drops most candidates. But it keeps
-# whole words as pieces, however many there are; to come down to a size that somebody
-# asked for, the vocabulary must be *pruned*. After two rounds of EM the quarter that
-# would be missed least is dropped. A piece's worth is the number of its uses, times the
-# score lost to its best replacement by other pieces. Then EM again, and pruning again,
-# down to the size. Single letters always stay.
+# every word here that occurs at least twice as a piece of its own; to come down to a
+# size that somebody asked for, the vocabulary must be *pruned*. After two rounds of EM
+# the quarter that would be missed least is dropped. A piece's worth is the number of
+# its uses, times the score lost to its best replacement by other pieces. Then EM again,
+# and pruning again, down to the size. Single letters always stay.
 
 
 # %%
@@ -874,11 +875,11 @@ def learn_pieces(words: dict[str, int], alphabet: str, size: int) -> dict[str, f
 #
 # Around this model T5 puts a *character map*, which replaces signs by simpler ones ("ﬁ"
 # by "fi", full-width letters by plain ones) and comes as a trie packed into an array
-# (`minidiff.files.sentencepiece` reads it); a cut at white space; one id, `<unk>`,
-# for letters that are no piece, neighbours sharing one; and 100 *sentinels*
-# `<extra_id_0>` …, which stand for hidden spans when T5 is trained (chapter 7). There
-# is no token for the beginning, and capitals are kept. Again `_word_ids` is the heart:
-# the best path, then look up.
+# (`minidiff.files.sentencepiece` reads it); a cut at white space; one id, `<unk>`, for
+# letters that are no piece, neighbours sharing one; and 100 *sentinels* `<extra_id_0>`
+# …, which stand for hidden spans when T5 is trained (chapter 7). There is no token for
+# the beginning, and no lower-casing, unless the character map does it, as that of the
+# book's small T5. Again `_word_ids` is the heart: the best path, then look up.
 
 
 # %%
@@ -1037,11 +1038,12 @@ class T5Tokenizer(Tokenizer):
 # <details><summary>Answer</summary>
 #
 # The `!` makes another row for each reader. Capitals and double spaces are gone before
-# CLIP looks; T5 keeps capitals, as pieces if its captions had them and letter by letter
-# if not. "é" is two bytes to CLIP, an emoji four, and both can always be spelled. To T5
-# a letter that is no piece is `<unk>`, and neighbours share one. (The published T5
-# knows "é", but not the emoji; in a Chinese prompt each run between two spaces becomes
-# one `<unk>`.)
+# CLIP looks; In the book's T5 the character map makes capitals small, so that it cannot
+# tell the first prompt either; the published T5 keeps them, and reads other pieces. "é"
+# is two bytes to CLIP, an emoji four, and both can always be spelled. To T5 a letter
+# that is no piece is `<unk>`, and neighbours share one. (The published T5 knows "é",
+# but not the emoji; in a Chinese prompt each run between two spaces becomes one
+# `<unk>`.)
 #
 # </details>
 #
@@ -1052,19 +1054,20 @@ class T5Tokenizer(Tokenizer):
 # %% tags=["active-ipynb", "hide-output"]
 # trained = CLIPTokenizer.train(corpus, 1000)
 # backwards = CLIPTokenizer(trained.vocab, list(trained.ranks)[::-1], trained.settings)
-# changed = sorted({w for text in corpus[:300] for w in split_words(text)
-#     if backwards.encode(w) != trained.encode(w)})
-# print(len(changed), "of", len(words), "words change:", *changed)
+# known = {w for text in corpus for w in split_words(clean(text))}
+# changed = sorted(w for w in known if backwards.encode(w) != trained.encode(w))
+# print(len(changed), "of", len(known), "words change:", *changed)
 # viz.show_tokens(backwards, PROMPT)
 
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Those words whose letters two merges fight for. In "background" the pair "a", "c",
-# learned late for the sake of "black", now comes before "b", "a"; and no merge can use
-# it with the "b" that is left. Words survive where nothing competes for their letters.
-# Silent failure is the rule with tokenizers: wrong ids are valid ids, the model reads
-# another word, and only comparison with the reference tells.
+# Those words whose letters two merges fight for. In "background" the pairs "c", "k" and
+# "b", "a", learned late for other words, now come before "a", "c", which was learned
+# among the first. "ba" and "ck" are left, and no merge joins them. Words survive where
+# nothing competes for their letters. Silent failure is the rule with tokenizers: wrong
+# ids are valid ids, the model reads another word, and only comparison with the
+# reference tells.
 #
 # </details>
 #
@@ -1262,7 +1265,7 @@ class T5Tokenizer(Tokenizer):
 # list. You **found** the most probable path through the lattice of a word, and learned
 # the pieces of such a lattice by EM and pruning. You **reproduced** CLIP's published
 # ids from the ranks of eighteen merges, and those of three small tokenizers with their
-# padding, and **explained** the quirks: a `!` that is special, capitals that only T5
+# padding, and **explained** the quirks: a `!` that is special, capitals that CLIP never
 # sees, padding that nothing hides. This is what our prompt hands on to chapter 2.
 # (`journey.meets` compares a tensor with the one on record: all chapters speak of the
 # same.)

@@ -614,10 +614,10 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # viz.show_images(torch.cat([images[rows], restored[rows]]), titles, columns=6)
 
 # %% [markdown]
-# The last column is the worst of the second eight. Things of half the size have
-# finer detail for the same number of latent pixels, so that the lower mean is no
-# surprise. Look for the difference in what is fine, prints, seams, edges. This
-# autoencoder is small and learned on a CPU ([how](../book/training_log.md)).
+# The last column is the worst of the second eight. Single pictures differ by several
+# decibels, so that eight of each are too few to tell a small difference of the two
+# means. Look for what is lost in what is fine, prints, seams, edges. This autoencoder
+# is small and learned on a CPU ([how](../book/training_log.md)).
 #
 # How wide are the distributions? Compare the noise $s$ with the spread of the means,
 # look at what a draw does to the picture, and count bits.
@@ -727,8 +727,8 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # quality it spends so many bytes and restores so many decibels. Our latent can also be
 # made cheaper: turn up the noise. If a draw has noise $\max(s, t)$, its bits are fewer
 # and its picture worse. (Counted are the bits that the best of codes would need; the
-# files that JPEG writes are real, with some hundred bytes of tables at their
-# beginning.)
+# files that JPEG writes are real, with several hundred bytes of headers and tables at
+# their beginning.)
 
 # %% tags=["active-ipynb"]
 # def jpeg(picture: Tensor, quality: int) -> tuple[int, float]:
@@ -803,9 +803,9 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 # %% [markdown]
 # At the left end nothing is disturbed, and the control, which learned for that, should
-# be ahead. Then look where the curves cross, and how far apart they are beyond. A
-# forgiving decoder is bought with sharpness; how much noise one trains with is a
-# choice, and the weight $\beta$ makes it.
+# be ahead. Then look where the curves cross, and how far apart they are beyond. If the
+# control is ahead at the left, a more forgiving decoder costs sharpness, in this one
+# trial; how much noise one trains with is a choice, and the weight $\beta$ makes it.
 
 # %% [markdown]
 # ## A walk between two latents
@@ -820,21 +820,25 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # fade = torch.lerp(images[0], images[3], steps)
 # viz.show_images(torch.cat([walk, fade]), columns=7)
 
-# %% [markdown]
-#
 # %% tags=["active-ipynb"]
 # again = vae.encode(walk).mode()
 # moved = (again - torch.lerp(latents[0], latents[3], steps)).flatten(1).norm(dim=1)
 # share = moved / torch.lerp(latents[0], latents[3], steps).flatten(1).norm(dim=1)
 # print("encoded again, a latent of the walk moves by", *[f"{x:.0%}" for x in share])
+# middles = (latents + latents.roll(1, 0)) / 2
+# for name, z in {"latents": latents, "middles of two": middles}.items():
+#     moved = (vae.encode(vae.decode(z)).mode() - z).flatten(1).norm(dim=1)
+#     shares = moved / z.flatten(1).norm(dim=1)
+#     print(f"{len(z)} {name}: by {shares.mean():.0%}, from {shares.min():.0%} to "
+#         f"{shares.max():.0%}")
 
 # %% [markdown]
 # The mixture of pixels is a double exposure: both garments, half transparent. The
 # decoded walk is hardly better: near its ends one garment wins, in the middle both show
-# through. The printed line says why. The two ends are latents of pictures: decoded and
+# through. The printed lines say why. The two ends are latents of pictures: decoded and
 # encoded again they come back nearly where they were. In the middle they do not: a
-# point between two latents is in general no picture's latent. Which latents are, and
-# how to draw one, is what the transformer has to learn.
+# point between two latents is mostly no picture's latent. Which latents are, and how to
+# draw one, is what the transformer has to learn.
 
 # %% [markdown]
 # ## Why scale and shift
@@ -844,9 +848,10 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # given $\sigma$ then depends on the variance of $x_0$: the ratio of signal to noise is
 # $(1 - \sigma)^2 \operatorname{Var}(x_0) / \sigma^2$, at $\sigma = 0.5$ the variance
 # itself. Schedules, step sizes and the network's initialisation all assume that $x_0$
-# has mean 0 and variance 1. Nothing in the training of the autoencoder made it so.
-# Hence two constants, the same for all channels, measured once over the training data
-# and stored beside the weights:
+# has mean 0 and variance 1. In the training of the autoencoder only the divergence
+# pulls that way, with a small weight, and nothing guarantees it. Hence two constants,
+# the same for all channels, measured once over the training data and stored beside the
+# weights:
 #
 # $$
 # x = (z - \text{shift}) \cdot \text{scale}, \qquad
@@ -1072,8 +1077,8 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # exercise_3_3()
 # cut = ((restored + 1) * 127.5).clamp(0, 255).to(torch.uint8)
 # print(f"changed by cutting off: {(cut != to_bytes(restored)).float().mean():.0%}")
-# # Decimals are spread evenly, so one half lies above one half and is rounded up: about
-# # half of all values, less those that are whole already, such as clamped ones.
+# # Were decimals spread evenly, one half would be rounded up. Large plain grounds,
+# # where one value counts many times, can move the share either way.
 
 # %% [markdown]
 # **3.4 Explore.** Exchange half of the channels between two latents before decoding:
@@ -1093,10 +1098,10 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # %% tags=["active-ipynb", "hide-cell"]
 # print(f"range beyond the second: {views[4].min():.1f} to {views[4].max():.1f}")
 # print(f"half the pixels: {psnr(images[0], views[5]):.1f} dB of {each[0]:.1f} dB")
-# # Channels do not divide into colour and outline: both mixtures show traces of both.
-# # Beyond a picture contrasts overshoot, and values leave [−1, 1] where they do.
-# # Latents are pictures in so far that a coarse one decodes to a coarse picture: each
-# # latent pixel tells mostly of its own 4 × 4 pixels.
+# # In the two mixtures look for traces of both: if there are, channels do not divide
+# # into colour and outline. Beyond the second picture nothing holds the values; the
+# # printed range says how far they went. A coarse latent decodes to a coarse picture,
+# # at the decibels printed: so far latents are pictures.
 
 # %% [markdown]
 # ## Summary
