@@ -672,7 +672,7 @@ def record_attention(
 # mask that gives its keys no weight. Does the picture change, and as much as another
 # seed would change it?
 
-# %% tags=["active-ipynb", "hide-output"]
+# %% tags=["active-ipynb", "hide-output", "nbval-ignore-output"]
 # class Masked(JointAttention):
 #     def forward(self, context: Heads, image: Heads) -> tuple[Tensor, Tensor]:
 #         kept = Heads(*(t[:, used] for t in context))
@@ -868,7 +868,7 @@ def record_attention(
 # divide the patches into the left and the right half, and compare the weights that
 # *red* and *blue* get from the two, block by block, for several seeds.
 
-# %% tags=["active-ipynb", "hide-cell"]
+# %% tags=["active-ipynb", "hide-cell", "nbval-ignore-output"]
 # pair = "a red dress left of a blue bag on a white background"
 # options = {"num_inference_steps": 8, "guidance_scale": 1.0, "output_type": "pt"}
 # with record_attention(pipe.transformer, average_heads=True) as found:

@@ -1029,8 +1029,8 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 # %% [markdown]
 # **9.4 Explore.** Train the student of the plane for 100, 400 and 1,600 steps, and draw
-# with 1, 2, 4 and 8 jumps each time. Which number of jumps profits most from the longer
-# training, and why?
+# with 1, 2, 4 and 8 jumps each time. Does one number of jumps profit more from the
+# longer training than the others, and why?
 
 # %% tags=["active-ipynb", "hide-cell", "nbval-ignore-output"]
 # for steps in (100, 400, 1600):
@@ -1039,11 +1039,10 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 #     _ = learn(net, steps, lambda i: plane_loss(net, teacher, some_jumps(i)))
 #     found = [f"{missed(follow(net, z, n)):.2f}" for n in counts[:4]]
 #     print(f"{steps:5} steps of training, 1, 2, 4 and 8 jumps miss by", *found)
-# # Compare the first column with the last. What is right spreads from the teacher
-# # through the sizes: early in training the longest jump imitates halves that are
-# # themselves still wrong. What stays in all columns is what a network of this width
-# # has not learned: the map tears the plane where neighbours part, and a smooth network
-# # joins the two sides by a bridge.
+# # Compare the columns: in this run they fall together. A long jump is taught by halves
+# # that the same network makes, so it cannot be right while they are wrong; and what a
+# # network of this width cannot learn stays in all of them: the map tears the plane
+# # where neighbours part, and a smooth network joins the two sides by a bridge.
 
 # %% [markdown]
 # ## Summary

@@ -1154,7 +1154,7 @@ class MMDiT(Layers):
 #     ends.append(model(exchange(noise), time, context, pooled))
 # _ = model.pos_embed.copy_(table)
 
-# %% tags=["active-ipynb", "hide-output"]
+# %% tags=["active-ipynb", "hide-output", "nbval-ignore-output"]
 # titles = ["as trained", "transposed", "all one place"]
 # for title, picture in zip(titles, pictures, strict=True):
 #     spread = F.avg_pool2d(picture, 8).std((1, 2)).mean()

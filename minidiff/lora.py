@@ -807,17 +807,6 @@ def build(one: Stored, target: Target) -> Update:
     return update.requires_grad_(False)
 
 
-# %% tags=["active-ipynb"]
-# pictures = []
-# for name in ("ink", "kohya"):
-#     found = read_lora(folder / f"{name}.safetensors", parts)["transformer"]
-#     attach(found, pipe.transformer)
-#     pictures.append(draw(tests))
-#     detach(found.values(), pipe.transformer)
-#     print(f"{name}: {len(found)} updates")
-# print("both files draw the same:", torch.allclose(*pictures, atol=1e-3))
-
-
 # %%
 def no_target(one: Stored, model: nn.Module | None) -> ValueError:
     """What to say of an update for a layer that is not linear, or not there."""
@@ -849,6 +838,17 @@ def check_target(one: Stored, target: Target) -> None:
         raise ValueError(f"{found}; expected [{out}], [{out}, 1] or [1, {inputs}]")
 
 
+# %% tags=["active-ipynb"]
+# pictures = []
+# for name in ("ink", "kohya"):
+#     found = read_lora(folder / f"{name}.safetensors", parts)["transformer"]
+#     attach(found, pipe.transformer)
+#     pictures.append(draw(tests))
+#     detach(found.values(), pipe.transformer)
+#     print(f"{name}: {len(found)} updates")
+# print("both files draw the same:", torch.allclose(*pictures, atol=1e-3))
+
+
 # %% [markdown]
 # ## Several at once
 #
@@ -871,7 +871,7 @@ def check_target(one: Stored, target: Target) -> None:
 # Here is a number for "the subject stays": how a drawing correlates with those lines,
 # and with those of another prompt.
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "nbval-ignore-output"]
 # def likeness(a: Tensor, b: Tensor) -> float:
 #     """The mean correlation of two batches' pictures, a little blurred."""
 #     soft = [F.avg_pool2d(x.mean(1, keepdim=True), 4).flatten(1) for x in (a, b)]

@@ -914,7 +914,7 @@ class Pipeline(Parts):
 # pairs = [("red dress", "blue"), ("purple dress", "blue"), ("red dress", "white")]
 # pairs += [("red coat", "blue"), ("red bag", "blue")]
 # prompts = [f"a {thing} on a {ground} background" for thing, ground in pairs]
-# how = {"num_images_per_prompt": 8, "output_type": "pt"}
+# how = {"num_images_per_prompt": 8, "num_inference_steps": 8, "output_type": "pt"}
 # changed = pipe(prompts, seed=0, **how)  # (40, 3, 64, 64), eight seeds a prompt
 # viz.show_images(changed[::8], [f"{a}, {b}" for a, b in pairs], columns=5, low=0)
 

@@ -550,7 +550,7 @@ def similarity(vectors: Tensor) -> Tensor:
 #     return [(*(colors[i] for i in c), *(KINDS[i] for i in k), colors[g])
 #         for c, k, g in rows]
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "nbval-ignore-output"]
 # for name, layouts, forms in (("one", ONE, ONES), ("two", TWO, TWOS)):
 #     rows = [r for r in named_scenes(layouts, 450) if name == "one" or r[0] != r[1]]
 #     turn = (4, 1, 2, 3, 0) if name == "one" else (1, 0, 2, 3, 4)

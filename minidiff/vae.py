@@ -820,7 +820,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # fade = torch.lerp(images[0], images[3], steps)
 # viz.show_images(torch.cat([walk, fade]), columns=7)
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "nbval-ignore-output"]
 # again = vae.encode(walk).mode()
 # moved = (again - torch.lerp(latents[0], latents[3], steps)).flatten(1).norm(dim=1)
 # share = moved / torch.lerp(latents[0], latents[3], steps).flatten(1).norm(dim=1)
