@@ -1217,7 +1217,7 @@ class ClassifierFree(Guidance):
 # @check
 # def exercise_6_3() -> None:
 #     data, old, fresh = torch.full((3, 200_000), 5.0), *torch.randn(2, 3, 200_000)
-#     x = renoise(interpolate(data, old, 0.2), fresh, 0.2, 0.7)
+#     x = renoise(interpolate(data, old, 0.4), fresh, 0.4, 0.7)
 #     assert abs(x.mean() - 0.3 * 5) < 0.01, "the data should have weight 1 − 0.7"
 #     assert abs(x.std() - 0.7) < 0.01, "all noise together should have deviation 0.7"
 
