@@ -886,9 +886,9 @@ def check_target(one: Stored, target: Target) -> None:
 # assert likeness(styled, wanted) > likeness(styled, wanted.roll(1, 0))
 
 # %% [markdown]
-# A second manner: *yellow light*. Every pixel of the same pictures is multiplied by a
-# tint, so that white turns yellow and blue nearly vanishes. Both are trained by
-# themselves; neither has seen the other.
+# A second manner: *yellow paper*. Every pixel of the same pictures is multiplied by a
+# tint, as if they were printed on it: white turns yellow, and blue nearly vanishes.
+# Both are trained by themselves; neither has seen the other.
 
 # %% tags=["active-ipynb"]
 # drawing.remove()
