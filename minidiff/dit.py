@@ -939,11 +939,11 @@ class MMDiT(Layers):
 # %% [markdown]
 # The second table is the one to read: the gain of the right caption, in decibels, with
 # the interval of sixteen scenes. Where its interval holds zero, these scenes show no
-# use of the caption. The gain grows with the noise: the less the latent tells, the more
-# the caption must. Compare the two tables at one level: where the second gain is the
-# larger, a wrong caption does more harm than none. So most of what a prompt decides is
-# decided at high noise, in the first steps of a drawing. Which levels to train on
-# (chapter 6) has to do with this.
+# use of the caption. The gain over no caption grows with the noise: the less the latent
+# tells, the more the caption must. Compare the two tables at one level: where the
+# second gain is the larger, a wrong caption does more harm than none. So most of what a
+# prompt decides is decided at high noise, in the first steps of a drawing. Which levels
+# to train on (chapter 6) has to do with this.
 #
 # A prompt enters in two ways: as words, which attention reads, and as one pooled vector
 # in the modulations. Which of them decides? We draw eight prompts four times: as they

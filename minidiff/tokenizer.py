@@ -1038,7 +1038,7 @@ class T5Tokenizer(Tokenizer):
 # <details><summary>Answer</summary>
 #
 # The `!` makes another row for each reader. Capitals and double spaces are gone before
-# CLIP looks; In the book's T5 the character map makes capitals small, so that it cannot
+# CLIP looks. In the book's T5 the character map makes capitals small, so that it cannot
 # tell the first prompt either; the published T5 keeps them, and reads other pieces. "é"
 # is two bytes to CLIP, an emoji four, and both can always be spelled. To T5 a letter
 # that is no piece is `<unk>`, and neighbours share one. (The published T5 knows "é",
