@@ -82,7 +82,7 @@ def find_recipe(name: str, cuda: bool = False) -> Recipe:
         known = ", ".join(RECIPES)
         raise ValueError(f"--recipe is {name!r}; expected {known}, or a .json file")
     shipped = RECIPES["shipped"]
-    shipped = for_gpu(shipped) if cuda else for_cpu(shipped, compiler=False)
+    shipped = for_gpu(shipped) if cuda else each_stage(for_cpu(shipped), compile=False)
     chosen = changed(shipped, read_json(Path(name)), name)
     for stage in LEARNED:
         if getattr(chosen, stage).muon and stage not in MUON:
@@ -100,10 +100,9 @@ def for_gpu(recipe: Recipe) -> Recipe:
     return replace(each_stage(recipe, compile=True, bfloat16=True), clip=clip)
 
 
-def for_cpu(recipe: Recipe, compiler: bool = True) -> Recipe:
+def for_cpu(recipe: Recipe) -> Recipe:
     """The same stages, compiled or in bfloat16 only where the machine can."""
-    names = os.environ.get("CXX", "g++"), "clang++"
-    if not (compiler and any(map(shutil.which, names))):
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         recipe = each_stage(recipe, compile=False)
     return recipe if multiplies_bfloat16("cpu") else each_stage(recipe, bfloat16=False)
 
