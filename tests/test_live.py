@@ -18,6 +18,7 @@ from torch import Tensor
 
 import minidiff
 from minidiff.attention import record_attention
+from minidiff.distillation import JumpScheduler
 from minidiff.files.sentencepiece import case_folding
 from minidiff.live import kernel
 from minidiff.live.exporting import export_pipeline, runtime, tokenizer_table
@@ -241,6 +242,24 @@ def test_solvers(small_page: Any, small_pipe: Pipeline, sampler: str) -> None:
     asked = {"prompt": PROMPT, "seed": 5, "steps": 5, "guidance": 2.0}
     asked |= {"sampler": sampler}
     assert max(differences(small_pipe, small_page, [asked])) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:CLIP-L and CLIP-G read")
+def test_a_distilled_model_jumps(chromium: Any, small: Path, tmp_path: Path) -> None:
+    python = halved(small)
+    python.scheduler = JumpScheduler(shift=3.0)
+    page = opened(chromium, python, tmp_path)
+    for steps in range(1, 9):
+        found = page.evaluate(f"schedule({steps}, model.about.scheduler)")
+        sigmas = python.scheduler.sigmas(steps)
+        times = python.scheduler.told(sigmas)[:-1]
+        assert (torch.tensor(found["sigmas"]) - sigmas).abs().max() < 1e-7
+        assert (torch.tensor(found["times"]) - times).abs().max() < 5e-7
+    requests = [
+        {"prompt": PROMPT, "seed": n, "steps": n, "guidance": 1} for n in (1, 3, 8)
+    ]
+    assert max(differences(python, page, requests)) < 1e-4
+    page.context.close()
 
 
 def test_heads_that_the_kernel_cannot_take(pipe: Pipeline, tmp_path: Path) -> None:

@@ -68,11 +68,11 @@ function embedder(x, weights, name) {
   return linear(inner, weights, `${name}.mlp.2`);
 }
 
-// All that time and pooled text say to the network, at each of the levels `sigmas`: for
-// each block and the last layer a Matrix whose row i belongs to step i.
-function modulations(sigmas, pooled, weights, config) {
-  const times = sigmas.map((sigma) => Math.fround(1000 * sigma));
-  const c = embedder(timestepEmbedding(times), weights, "t_embedder");
+// All that time and pooled text say to the network, at each of the `times`: for each block
+// and the last layer a Matrix whose row i belongs to step i.
+function modulations(times, pooled, weights, config) {
+  const thousandths = times.map((time) => Math.fround(1000 * time));
+  const c = embedder(timestepEmbedding(thousandths), weights, "t_embedder");
   const text = embedder(Matrix.from(1, pooled.length, pooled), weights, "y_embedder");
   for (let i = 0; i < c.data.length; i++) c.data[i] += text.data[i % c.columns];
   silu(c);

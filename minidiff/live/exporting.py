@@ -29,11 +29,12 @@ from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
 HERE = Path(__file__).parent
 RUNTIME = (  # one script for the worker: the chapters, and what they share
     *("tensors", "random", "tokenizer", "text_encoders", "vae", "attention", "dit"),
-    *("flow_matching", "sampling", "worker"),
+    *("flow_matching", "distillation", "sampling", "worker"),
 )
 # and one for the page
 PAGE = ("random", "flow_matching", "live", "png", "inside", "plane", "line")
 INDEX = "minidiff.exported = "
+MOST_STEPS = 50  # that a slider offers
 PANEL = 8  # columns that the kernel works on at once
 
 
@@ -94,9 +95,10 @@ def exported(folder: Path) -> dict[str, Any]:
 
 
 def usual(pipe: Pipeline) -> dict[str, float]:
-    """How the model is meant to be drawn from."""
+    """How the model is meant to be drawn from, and the most steps that a page offers."""
     steps, guidance = pipe.defaults
-    return {"steps": steps, "guidance": guidance}
+    most = getattr(pipe.scheduler, "jumps", MOST_STEPS)
+    return {"steps": steps, "guidance": guidance, "most": most}
 
 
 def about_pipeline(pipe: Pipeline) -> dict[str, Any]:
@@ -113,6 +115,7 @@ def about_pipeline(pipe: Pipeline) -> dict[str, Any]:
         "transformer": asdict(pipe.transformer.config),
         "vae": asdict(pipe.vae.config),
         "scheduler": asdict(pipe.scheduler),
+        "solvers": pipe.scheduler.solvers,
     }
 
 

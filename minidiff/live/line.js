@@ -20,7 +20,8 @@ minidiff.line = (figure) => {
   const image = figure.querySelector("img");
   const notebook = "notebook" in figure.dataset; // its address is not ours
   const address = new URLSearchParams(notebook ? "" : location.search);
-  const state = { model: names[0], seed: 0, prompt: image.dataset.prompt, ...usual(names[0]) };
+  const first = figure.dataset.model ?? names[0];
+  const state = { model: first, seed: 0, prompt: image.dataset.prompt, ...usual(first) };
   let asked = 0, speed = 0, result = null, loaded = "";
 
   function usual(name) {
@@ -53,9 +54,13 @@ minidiff.line = (figure) => {
     const slider = make("input", row, { type: "range", min, max, step }, { "aria-label": name });
     const output = make("output", row, {}, { "aria-live": "off" }); // the slider says it
     slider.oninput = () => change({ [name]: Number(slider.value) });
-    return () => { slider.value = state[name]; output.textContent = state[name]; };
+    return () => {
+      if (name === "steps") slider.max = models[state.model].most;
+      slider.value = state[name];
+      output.textContent = state[name];
+    };
   };
-  const showSteps = range("steps", 1, 50, 1), showGuidance = range("guidance", 1, 8, 0.1);
+  const showSteps = range("steps", 1, 1, 1), showGuidance = range("guidance", 1, 8, 0.1);
   const row = make("label", controls, { textContent: "seed" });
   const seed = make("input", row, { type: "number", min: 0, step: 1 });
   seed.onchange = () => change({ seed: Math.max(0, Math.floor(Number(seed.value)) || 0) });
@@ -106,9 +111,9 @@ minidiff.line = (figure) => {
 
   function recall() {
     for (const name of ["prompt", "model"]) if (address.has(name)) state[name] = address.get(name);
-    if (!(state.model in models)) state.model = names[0];
+    if (!(state.model in models)) state.model = first;
     Object.assign(state, usual(state.model));
-    const numbers = { seed: Number.MAX_SAFE_INTEGER, steps: 50, guidance: 8 };
+    const numbers = { seed: Number.MAX_SAFE_INTEGER, steps: models[state.model].most, guidance: 8 };
     for (const [name, most] of Object.entries(numbers)) {
       const value = Number(address.get(name));
       if (address.has(name) && value >= 0 && value <= most) state[name] = value;

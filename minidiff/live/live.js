@@ -93,9 +93,9 @@ window.minidiff = Object.assign(window.minidiff ?? {}, (() => {
   // length } }.
   async function draw({ model, ...given }, progress) {
     const { about, call } = await open(model);
-    const usual = { prompt: "", negative_prompt: "", seed: 0, ...about.defaults };
+    const usual = { prompt: "", negative_prompt: "", seed: 0, sampler: "euler", ...about.defaults };
     const request = { ...usual, ...given };
-    checkRequest(request);
+    checkRequest(request, about);
     const result = await call("draw", { request }, progress);
     if (!result) return null;
     const before = (step) => step ? result.trace[step - 1].x : request.latents;
@@ -104,7 +104,7 @@ window.minidiff = Object.assign(window.minidiff ?? {}, (() => {
     return result;
   }
 
-  function checkRequest({ prompt, seed, steps, guidance }) {
+  function checkRequest({ prompt, seed, steps, guidance, sampler }, { scheduler, solvers }) {
     const whole = (name, value, least, most) => {
       if (!Number.isInteger(value) || value < least || value > most) {
         throw new Error(`${name} is ${value}; expected a whole number, ${least} to ${most}`);
@@ -112,7 +112,10 @@ window.minidiff = Object.assign(window.minidiff ?? {}, (() => {
     };
     if (typeof prompt !== "string") throw new Error(`prompt is ${prompt}; expected a text`);
     whole("seed", seed, 0, Number.MAX_SAFE_INTEGER);
-    whole("steps", steps, 1, 1000);
+    whole("steps", steps, 1, scheduler.jumps ?? 1000);
+    if (!solvers.includes(sampler)) {
+      throw new Error(`sampler is ${sampler}; expected one of ${solvers.join(", ")}`);
+    }
     if (!Number.isFinite(guidance)) throw new Error(`guidance is ${guidance}; expected a number`);
   }
 

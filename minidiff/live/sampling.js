@@ -60,6 +60,13 @@ const decodeLatents = (model, latents) => scratch(() => decode(latents,
   model.about.transformer.sample_size, model.about.transformer.sample_size,
   model.weights.vae, model.about.vae));
 
+// The levels of a drawing, and the times that the network is told at them.
+function schedule(steps, scheduler) {
+  if (scheduler.jumps) return jumpSchedule(steps, scheduler);
+  const sigmas = sigmaSchedule(steps, scheduler);
+  return { sigmas, times: sigmas.slice(0, -1) };
+}
+
 // A drawing, as a generator: it yields after each step what the solver does.
 //
 // request: { prompt, negative_prompt, seed, steps, guidance, sampler, changes }; latents
@@ -71,7 +78,8 @@ function* draw(model, request) {
   const { about, weights } = model, { transformer: config } = about;
   const changes = request.changes ?? {};
   const from = request.from ?? 0;
-  const sigmas = sigmaSchedule(request.steps, about.scheduler).slice(from);
+  const plan = schedule(request.steps, about.scheduler);
+  const sigmas = plan.sigmas.slice(from), times = plan.times.slice(from);
   const count = config.in_channels * config.sample_size ** 2;
   const noise = request.latents ?? randn(count, request.seed);
   const guided = request.guidance > 1 || changes.free;
@@ -82,7 +90,7 @@ function* draw(model, request) {
       const pooled = pooledOf ? encodeTexts(model, Array(3).fill(pooledOf)).pooled : text.pooled;
       return {
         context: Matrix.from(text.rows, text.context.length / text.rows, text.context),
-        modulations: modulations(sigmas.slice(0, -1), pooled, weights.transformer, config),
+        modulations: modulations(times, pooled, weights.transformer, config),
         hidden: changes.mask ? paddingOf(model, texts) : undefined,
       };
     };
@@ -126,13 +134,13 @@ function attentionAt(model, request, x, step, block) {
 // for each block and a number for each step.
 function gatesOf(model, { prompt, steps }) {
   const { transformer: config, scheduler } = model.about;
-  const sigmas = sigmaSchedule(steps, scheduler).slice(0, -1);
+  const { times } = schedule(steps, scheduler);
   const { pooled } = encodeTexts(model, Array(3).fill(prompt));
   return scratch(() => {
-    const { blocks } = modulations(sigmas, pooled, model.weights.transformer, config);
+    const { blocks } = modulations(times, pooled, model.weights.transformer, config);
     const width = config.num_attention_heads * config.attention_head_dim;
     const size = (row) => row.reduce((sum, value) => sum + Math.abs(value), 0) / width;
-    const of = (part) => blocks.map(({ x }) => sigmas.map((_, i) => size(chunks(x, i, width)[part])));
+    const of = (part) => blocks.map(({ x }) => times.map((_, i) => size(chunks(x, i, width)[part])));
     return { attention: of(2), mlp: of(5) };
   });
 }
