@@ -642,13 +642,51 @@ def paths(velocity: Velocity, noise: Tensor, shift: float = 1.0) -> Tensor:
 # No size begins at zero, not even the smallest: a copy of the teacher answers without
 # guidance, and it does not know the names of the jumps.
 #
+# ### The student that ships
+#
 # Ten steps are a glimpse. `minidiff train --stage turbo` does the same for thousands:
 # its teacher draws first, once for 60 samples to come, and then the student learns with
 # Muon and averaged weights; every batch holds each size of jump equally often. Every
 # few hundred steps it draws new noise in 28 steps of the teacher and in 4, 2 and 1
-# jumps of the student. No picture of the world is needed, only its captions. (This book
-# shows no picture of such a student.) `--from` distils another model of the family for
-# your own captions, in full or by LoRA.
+# jumps of the student. No picture of the world is needed, only its captions. `--from`
+# distils another model of the family for your own captions, in full or by LoRA.
+#
+# Such a student comes with the package. Its folder holds a transformer and a schedule;
+# all else it reads from its teacher's. Here are the prompts and the noise from the
+# beginning of the chapter, and the same judge.
+
+# %% tags=["active-ipynb"]
+# turbo = minidiff.load("tiny-turbo")
+# turbo.progress = False
+# print("usual steps and guidance:", *turbo.defaults)
+# few = {}
+# for n in (8, 4, 2, 1):
+#     how = {"latents": start, "num_inference_steps": n, "output_type": "pt"}
+#     found = grade(2 * (few[n] := turbo(texts, **how)) - 1)["all"]
+#     print(f"jumps {n}: right {share(found)}")
+
+# %% tags=["active-ipynb"]
+# rows = {"teacher, 28 steps": drawn[28], "teacher, 4 steps": drawn[4]}
+# rows |= {f"jumps: {n}": few[n] for n in (4, 2, 1)}
+# titles = [name if i == 0 else "" for name in rows for i in range(6)]
+# viz.show_images(torch.cat([x[:6] for x in rows.values()]), titles, columns=6, low=0)
+
+# %% [markdown]
+# And how far from the picture that the teacher draws in 28 steps of the same noise? The
+# root mean square over all pixels, whose range is 1:
+
+# %% tags=["active-ipynb"]
+# off = lambda x: (x - drawn[28]).square().mean().sqrt().item()
+# both = {"steps of the teacher": drawn, "jumps of the student": few}
+# curves = {k: (counts[:4], [off(x[n]) for n in counts[:4]]) for k, x in both.items()}
+# viz.show_curves(curves, "steps", "distance from 28 steps", logx=True, markers=True)
+
+# %% tags=["active-ipynb"]
+# assert off(few[1]) < off(drawn[1]) and off(few[2]) < off(drawn[2])
+# print("one and two jumps land nearer than as many steps of the teacher")
+
+# %% [markdown]
+# TODO
 
 # %% [markdown]
 # ## Sharpen it: match the distributions
@@ -887,7 +925,7 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 #
 # diffusers has no notion of a jump. But its transformer is told a time, its scheduler
 # has levels, and the two may be given apart. So its own classes draw the same picture
-# with our weights; here with the weights of those ten steps, in three jumps.
+# with the student's weights; here in three jumps.
 
 # %% tags=["active-ipynb"]
 # import logging
@@ -896,11 +934,6 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 # logging.disable(logging.WARNING)
 # import diffusers
 #
-# from minidiff.sampling import Pipeline
-#
-# parts = pipe.tokenizers, pipe.text_encoders, pipe.transformer, pipe.vae
-# turbo = Pipeline(*parts, scheduler)
-# turbo.progress = False
 # with tempfile.TemporaryDirectory() as folder:
 #     turbo.save_pretrained(folder)
 #     read = lambda kind, name: kind.from_pretrained(f"{folder}/{name}")
@@ -908,10 +941,10 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 #     theirs = read(diffusers.FlowMatchEulerDiscreteScheduler, "scheduler")
 
 # %% tags=["active-ipynb"]
-# sigmas = scheduler.sigmas(3)
-# names = 1000 * scheduler.told(sigmas)[:-1]
+# sigmas = turbo.scheduler.sigmas(3)
+# names = 1000 * turbo.scheduler.told(sigmas)[:-1]
 # theirs.set_timesteps(sigmas=sigmas[:-1].tolist(), timesteps=names.tolist())
-# context, pooled = pipe.encode_prompt(PROMPT)
+# context, pooled = turbo.encode_prompt(PROMPT)
 # x = noise
 # for time in theirs.timesteps:
 #     v = transformer(x, context, pooled, time[None], return_dict=False)[0]

@@ -106,7 +106,7 @@ BAD = [
     (["--width", 104], "width is 104; expected a multiple of 8 up to 96"),
     (["--sampler", "ddim"], "sampler is 'ddim'; expected one of euler, heun, dpmpp_2m"),
     (["--num-images", 0], "--num-images is 0; expected a whole number, 1 to 100000"),
-    (["--model", "sd4"], "model is 'sd4'; expected tiny, sd3.5-medium"),
+    (["--model", "sd4"], "model is 'sd4'; expected tiny, tiny-turbo, sd3.5-medium"),
     (["--model", ""], "model is ''; expected tiny"),
     (["--device", "tpu"], "device is 'tpu'; expected cpu, cuda"),
     (

@@ -322,7 +322,7 @@ def test_a_callback_ends_the_drawing(pipe, how):
 
 # What ``load`` is given, and the error's line
 LOADS = [
-    ({"model": ""}, "model is ''; expected tiny, sd3.5-medium"),
+    ({"model": ""}, "model is ''; expected tiny, tiny-turbo, sd3.5-medium"),
     ({"model": "sd4"}, "model is 'sd4'; expected tiny"),
     ({"model": "nowhere/at/all"}, "model is 'nowhere/at/all'"),
     ({"model": "gone.safetensors"}, "gone.safetensors is missing"),

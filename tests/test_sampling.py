@@ -530,7 +530,7 @@ def test_folders_of_another_kind(folders, tmp_path):
 @pytest.mark.parametrize("name", ["sd4", "nowhere/at/all", ""])
 def test_unknown_models(name):
     with pytest.raises(
-        ValueError, match=f"model is '{name}'; expected tiny, sd3.5-medi"
+        ValueError, match=f"model is '{name}'; expected tiny, tiny-turbo, sd3.5-medi"
     ):
         minidiff.load(name)
 

@@ -1,6 +1,6 @@
-"""The model of the book's pages: exported into the static files when the book is built.
+"""The models of the book's pages: exported into the static files when the book is built.
 
-Beside it lies a picture of the journey's prompt, for browsers that run no scripts.
+Beside them lies a picture of the journey's prompt, for browsers that run no scripts.
 Pages that have a place to draw load the scripts.
 """
 
@@ -14,16 +14,18 @@ from minidiff.classroom.journey import PROMPT
 from minidiff.files.pictures import save_picture
 from minidiff.live.exporting import export_pipeline
 
-MODEL = "tiny"
+MODELS = "tiny-turbo", "tiny"  # the first draws unless another is asked for
 
 
 def add(app: Sphinx, error: Exception | None) -> None:
     if error or app.builder.format != "html":
         return
     folder = Path(app.outdir) / "_static" / "live"
-    pipe = minidiff.load(MODEL)
+    pipes = {name: minidiff.load(name) for name in MODELS}
+    for name, pipe in pipes.items():
+        export_pipeline(pipe, folder, name)
+    pipe = pipes[MODELS[0]]
     pipe.progress = False
-    export_pipeline(pipe, folder, MODEL)
     save_picture(pipe(PROMPT)[0], folder / "first.png", replace=True)
 
 

@@ -76,7 +76,7 @@ class Interactive:
         texts = self.prompt, self.label, json.dumps([self.prompt])
         prompt, label, examples = (html.escape(text, quote=True) for text in texts)
         return (
-            f'<figure class="minidiff-live minidiff-inside" '
+            f'<figure class="minidiff-live minidiff-inside" data-model="tiny" '
             f'data-open="{self.station}" data-examples="{examples}">\n'
             f'<img class="dark-light" src="{_data_url(self.picture)}" width="192" '
             f'alt="the picture drawn for “{prompt}”" data-prompt="{prompt}">\n'

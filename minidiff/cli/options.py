@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-MODEL = "tiny, sd3.5-medium, sd3.5-large, sd3.5-large-turbo, a hub id, a folder"
+NAMES = "tiny, tiny-turbo, sd3.5-medium, sd3.5-large, sd3.5-large-turbo"
+MODEL = f"{NAMES}, a hub id, a folder"
 
 
 class Group:

@@ -37,7 +37,7 @@ from minidiff.files import hub, single_file
 from minidiff.files.disk import read_json
 from minidiff.files.layout import (
     ENCODERS,
-    PUBLISHED,
+    ON_HUB,
     SCHEDULER,
     Published,
     config_file,
@@ -49,6 +49,7 @@ from minidiff.files.layout import (
 )
 from minidiff.files.tokenizer_files import seen
 from minidiff.files.weights import (
+    SHIPPED,
     Prepared,
     check_variant,
     count_parameters,
@@ -106,9 +107,9 @@ def load(
 ) -> Pipeline:
     """A pipeline, ready to draw.
 
-    ``model``: "tiny", "sd3.5-medium", "sd3.5-large", "sd3.5-large-turbo", a hub id, a
-    folder in the hub's diffusers layout (which may share parts with one beside it:
-    ``layout.part_folder``), or an official single file; then
+    ``model``: "tiny", "tiny-turbo", "sd3.5-medium", "sd3.5-large", "sd3.5-large-turbo",
+    a hub id, a folder in the hub's diffusers layout (which may share parts with one
+    beside it: ``layout.part_folder``), or an official single file; then
     ``text_encoders`` is the folder with the encoders and the tokenizers. ``variant``,
     such as "fp16", chooses weights of that name where a folder has them, ``revision`` a
     commit, tag or branch on the hub. ``device`` None is the CPU; ``dtype`` None is
@@ -434,7 +435,7 @@ def find_local(model: Path | str) -> Path | None:
         raise FileNotFoundError(f"{model} is missing")
     if named(model) or hub_id:
         return None
-    known = ", ".join(PUBLISHED)
+    known = ", ".join((*SHIPPED, *ON_HUB))
     raise ValueError(f"model is {str(model)!r}; expected {known} or a folder")
 
 

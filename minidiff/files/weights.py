@@ -179,6 +179,7 @@ RENAMES: dict[str, Rename] = {
 
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
+SHIPPED = "tiny", "tiny-turbo"  # the names of those that are there
 TINY = PRETRAINED / "tiny"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
@@ -202,8 +203,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def shipped(model: Path | str) -> Path | None:
     """The folder of a model that ships with this package, by its name."""
     folder = PRETRAINED / str(model)
-    known = str(model) in ("tiny", "tiny-turbo") and (folder / INDEX).is_file()
-    return folder if known else None
+    return folder if str(model) in SHIPPED else None
 
 
 def weight_files(folder: Path | str, variant: str | None = None) -> list[Path]:

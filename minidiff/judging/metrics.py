@@ -182,7 +182,8 @@ class Comparison:
                 result["texture"] = {k: round(v, 5) for k, v in known.items()}
             if name == "all scenes":
                 result["frechet"] = self.distances(pictures)
-        return result | {"psnr": self.reconstruction()}
+        scenes = min(1000, 10 * self.n)
+        return result | {"psnr": self.reconstruction(scenes), "psnr_n": scenes}
 
     @torch.no_grad()
     def distances(self, pictures: dict[str, Tensor]) -> dict:
@@ -199,8 +200,8 @@ class Comparison:
         return known | {"model": far["model"], "floor": far["real"]}
 
     @torch.no_grad()
-    def reconstruction(self, n: int = 1000) -> dict[str, float]:
-        """Mean PSNR in dB of the autoencoder on test scenes of each sort."""
+    def reconstruction(self, n: int) -> dict[str, float]:
+        """Mean PSNR in dB of the autoencoder on n test scenes of each sort."""
         vae, result = self.pipe.vae, {}
         weight = next(vae.parameters())
         for name, share in (("garments", 1.0), ("things", 0.0), ("all", GARMENT_SHARE)):
@@ -269,7 +270,7 @@ def format_table(result: dict) -> str:
         share = t["model"] / t["real"]
         lines.append(f"Texture inside garments: {share:.2f} of real scenes'.")
     known = ", ".join(f"{k} {v} dB" for k, v in result["psnr"].items())
-    lines.append(f"Autoencoder: {known}.")
+    lines.append(f"Autoencoder: {known}, on {result['psnr_n']} scenes each.")
     lines += [best_block(k, v) for k, v in result.get("attention", {}).items()]
     return "\n".join(lines)
 

@@ -20,7 +20,7 @@ minidiff.line = (figure) => {
   const image = figure.querySelector("img");
   const notebook = "notebook" in figure.dataset; // its address is not ours
   const address = new URLSearchParams(notebook ? "" : location.search);
-  const first = figure.dataset.model ?? names[0];
+  const first = figure.dataset.model in models ? figure.dataset.model : names[0];
   const state = { model: first, seed: 0, prompt: image.dataset.prompt, ...usual(first) };
   let asked = 0, speed = 0, result = null, loaded = "";
 

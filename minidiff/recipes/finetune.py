@@ -24,6 +24,7 @@ from minidiff.engine.memory import StreamedEmbedding, free_memory, to_float8
 from minidiff.files.layout import ENCODERS
 from minidiff.files.lora_files import FILE
 from minidiff.files.pictures import save_sheet
+from minidiff.files.weights import shipped
 from minidiff.interface.checks import check_range
 from minidiff.interface.terminal import tell
 from minidiff.learning import parallel, steps
@@ -170,7 +171,7 @@ def finetune(
     dtype = torch.bfloat16 if lora and config.bfloat16 else torch.float32
     sizes = check_model(model, lora, dtype, device)
     check_prompts(how)
-    known = str(model) != "tiny" and Path(model).exists()  # no name of a model
+    known = not shipped(model) and Path(model).exists()
     settings: dict[str, Any] = {"base": str(Path(model).resolve() if known else model)}
     settings |= {"folder": str(Path(pictures).resolve()), "lora": str(lora)}
     settings |= {"drop": drop, "seed": seed, **lasting(config)}
