@@ -1,4 +1,4 @@
-"""The models of the book's pages: exported into the static files when the book is built.
+"""The models of the book's pages: exported to the static files when it is built.
 
 Beside them lies a picture of the journey's prompt, for browsers that run no scripts.
 Pages that have a place to draw load the scripts.

@@ -30,7 +30,6 @@ from minidiff.files.disk import (
     write_json,
 )
 from minidiff.files.layout import (
-    INDEX,
     MODELS,
     Config,
     component_class,

@@ -95,7 +95,7 @@ def exported(folder: Path) -> dict[str, Any]:
 
 
 def usual(pipe: Pipeline) -> dict[str, float]:
-    """How the model is meant to be drawn from, and the most steps that a page offers."""
+    """How the model is meant to be drawn from, and the most steps to offer."""
     steps, guidance = pipe.defaults
     most = getattr(pipe.scheduler, "jumps", MOST_STEPS)
     return {"steps": steps, "guidance": guidance, "most": most}
