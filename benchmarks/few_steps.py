@@ -1,0 +1,103 @@
+"""A guided teacher and its few-step student, on the same prompts and the same noise.
+
+    python benchmarks/few_steps.py TEACHER STUDENT [-n 500] [--data DIR] [--sheet PNG]
+
+Printed for each number of steps, the teacher's own first: the share of scenes that the
+judge finds right, the Fréchet distance from training scenes in the judge's features
+(the last line has that of real test scenes), the diversity as a share of the teacher's,
+and how far the pictures lie from the teacher's, as the root mean square over pixels
+whose range is 1. The sheet shows the first ten prompts.
+"""
+
+import argparse
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from matplotlib import pyplot as plt
+from torch import Tensor
+
+import minidiff
+from minidiff.files.disk import replacing
+from minidiff.judging.diversity import MOST, feature_spread, features_by_prompt
+from minidiff.judging.judge import EVALUATION_SEED, load_judge
+from minidiff.judging.metrics import ROWS, Comparison, row_prompts, row_scenes
+from minidiff.sampling import Pipeline
+
+ROW, BATCH, SHOWN = "all scenes", 20, 10
+FEW = (8, 4, 2, 1)
+COLUMNS = "model", "steps", "calls", "right in %", "Fréchet", "diversity", "distance"
+
+
+def runs(teacher: str, student: str) -> Iterator[tuple[str, Pipeline, dict]]:
+    """Who draws, and how; the teacher in its usual way first."""
+    for name in (teacher, student):
+        pipe = minidiff.load(name)
+        pipe.progress = False
+        steps, scale = pipe.defaults
+        for n in (steps, *FEW) if name == teacher else FEW:
+            yield name, pipe, {"num_inference_steps": n, "guidance_scale": scale}
+
+
+def save_rows(rows: dict[str, Tensor], texts: list[str], file: Path) -> None:
+    """Write pictures (N, 3, H, W) in [−1, 1], a row of each name, prompts beneath."""
+    figure, axes = plt.subplots(
+        len(rows), SHOWN, figsize=(1.5 * SHOWN, 1.55 * len(rows)), squeeze=False
+    )
+    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
+        line[0].set_ylabel(name, fontsize=9)
+        for ax, picture in zip(line, pictures, strict=True):
+            ax.imshow((picture.clamp(-1, 1) + 1).permute(1, 2, 0).numpy() / 2)
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+    for ax, text in zip(axes[-1], texts, strict=False):
+        ax.set_xlabel(textwrap.fill(text, 22), fontsize=8)
+    figure.tight_layout()
+    with replacing(file) as part:
+        figure.savefig(part, format=file.suffix[1:] or "png", dpi=120)
+
+
+def measured(compared: Comparison, asked: tuple, real: Tensor) -> tuple[Tensor, list]:
+    """Pictures of the prompts, and right answers, Fréchet distances and spread."""
+    texts, meanings, _ = asked
+    drawn = compared.draw(texts)
+    right = sum(found["all"] for found in compared.answers(drawn, meanings))
+    far = compared.distances({"model": drawn, "real": real})
+    common = compared.judge.features, texts[:MOST], compared.seed, BATCH
+    spread = features_by_prompt(compared.pipe, *common, **compared.options)
+    return drawn, [right / len(texts), far, feature_spread(spread)]
+
+
+def main() -> None:
+    """Draw, measure, print line by line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("teacher")
+    parser.add_argument("student")
+    parser.add_argument("-n", type=int, default=500, help="prompts")
+    parser.add_argument("--data", help="folder of Fashion-MNIST's parquet files")
+    parser.add_argument("--sheet", type=Path)
+    given, judge, seed = parser.parse_args(), load_judge(), EVALUATION_SEED
+    asked = texts, _, numbers = row_prompts(ROWS[ROW], given.n, seed)
+    scenes = row_scenes(ROWS[ROW], "test", given.data, "cpu", seed)
+    real = torch.cat([scenes.batch(i).images for i in numbers.split(128)])
+    print(f"| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|")
+    rows, usual = {}, 0.0
+    for name, pipe, how in runs(given.teacher, given.student):
+        known = judge, given.n, seed, given.data, BATCH
+        drawn, found = measured(Comparison(pipe, *known, **how), asked, real)
+        right, far, spread = found
+        steps, scale = how.values()
+        rows[f"{name}, {steps}"] = drawn
+        off = (drawn - next(iter(rows.values()))).square().mean().sqrt().item() / 2
+        usual = usual or spread
+        cells = name, steps, steps * (1 + (scale > 1)), f"{100 * right:.1f}"
+        cells += far["model"], f"{spread / usual:.2f}", f"{off:.3f}"
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    print(f"\n{given.n} prompts, seed {seed}; real test scenes: {far['floor']}.")
+    if given.sheet:
+        save_rows({name: x[:SHOWN] for name, x in rows.items()}, texts, given.sheet)
+
+
+if __name__ == "__main__":
+    main()
