@@ -5,6 +5,7 @@ chapter's module has the chapter's first page as its docstring, in Markdown: the
 page lists its names and links to the chapter instead, and its source is the code alone.
 """
 
+import functools
 import re
 import sys
 from pathlib import Path
@@ -49,9 +50,13 @@ def drop_prose(
 
 
 def code_alone(app: Sphinx, module: str) -> tuple[str, dict] | None:
+    """What ``analyzed`` gives of a chapter; None for another module."""
+    return analyzed(module) if module in CHAPTERS else None
+
+
+@functools.cache  # asked for every name on a page
+def analyzed(module: str) -> tuple[str, dict]:
     """A chapter's code without prose and demonstrations, and where its names stand."""
-    if module not in CHAPTERS:
-        return None
     cells = jupytext.read(PACKAGE / f"{module.partition('.')[2]}.py").cells
     kept = [
         cell.source
@@ -59,8 +64,8 @@ def code_alone(app: Sphinx, module: str) -> tuple[str, dict] | None:
         if cell.cell_type == "code"
         and "active-ipynb" not in cell.metadata.get("tags", [])
     ]
-    analyzed = ModuleAnalyzer.for_string("\n\n\n".join(kept), module)
-    return analyzed.code, analyzed.find_tags()
+    found = ModuleAnalyzer.for_string("\n\n\n".join(kept), module)
+    return found.code, found.find_tags()
 
 
 def leave_variables(
