@@ -544,13 +544,13 @@ class JumpScheduler(Scheduler):
 def paths(velocity: Velocity, noise: Tensor, shift: float = 1.0) -> Tensor:
     """The states (B, 9, …) that drawings from ``noise`` (B, …) pass, 1, ⅞, … 0.
 
-    Three steps of DPM-Solver++ in each eighth.
+    Two steps of DPM-Solver++ in each eighth.
     """
     states = [noise]
     keep = lambda step, sigma, x, x0_hat: states.append(x)  # noqa: E731
-    places = torch.linspace(1, 0, 3 * PLACES + 1, device=noise.device)
+    places = torch.linspace(1, 0, 2 * PLACES + 1, device=noise.device)
     dpmpp_2m(velocity, noise, shift_sigma(places, shift), keep)
-    return torch.stack(states[::3], 1)
+    return torch.stack(states[::2], 1)
 
 
 # %% [markdown]
@@ -644,12 +644,19 @@ def paths(velocity: Velocity, noise: Tensor, shift: float = 1.0) -> Tensor:
 #
 # ### The student that ships
 #
-# Ten steps are a glimpse. `minidiff train --stage turbo` does the same for thousands:
-# its teacher draws first, once for 60 samples to come, and then the student learns with
-# Muon and averaged weights; every batch holds each size of jump equally often. Every
-# few hundred steps it draws new noise in 28 steps of the teacher and in 4, 2 and 1
-# jumps of the student. No picture of the world is needed, only its captions. `--from`
-# distils another model of the family for your own captions, in full or by LoRA.
+# Ten steps are a glimpse. `minidiff train --stage turbo` does the same for more than a
+# thousand: its teacher draws first, once for 12 samples to come, and then the student
+# learns with Muon and averaged weights; every batch holds each size of jump equally
+# often. Every few hundred steps it draws new noise in 28 steps of the teacher and in 4,
+# 2 and 1 jumps of the student. No picture of the world is needed, only its captions.
+# `--from` distils another model of the family for your own captions, in full or by
+# LoRA.
+#
+# Why not use each drawing more often, dear as it is? We did at first. From step 500 to
+# 1,000, when each of 3,200 drawings had served 20 samples for 10, the loss fell from
+# 0.074 to 0.061, and what the student drew of *new* noise moved away from what its
+# teacher drew, from 0.44 to 0.49 of its length. It learned the drawings by heart: which
+# noise becomes which layout is known only where there are many.
 #
 # Such a student comes with the package. Its folder holds a transformer and a schedule;
 # all else it reads from its teacher's. Here are the prompts and the noise from the

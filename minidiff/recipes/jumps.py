@@ -36,7 +36,7 @@ from minidiff.vae import VAE
 
 SIZES = 4  # of jumps: an eighth, a quarter, a half, all
 STEPS = (4, 2, 1)  # in which validation draws
-USES = 60  # samples that learn from one drawing
+USES = 12  # samples that learn from one drawing
 
 
 @dataclass(frozen=True)
