@@ -654,7 +654,7 @@ def paths(velocity: Velocity, noise: Tensor, shift: float = 1.0) -> Tensor:
 #
 # Why not use each drawing more often, dear as it is? We did at first. From step 500 to
 # 1,000, when each of 3,200 drawings had served 20 samples for 10, the loss fell from
-# 0.074 to 0.061, and what the student drew of *new* noise moved away from what its
+# 0.074 to 0.059, and what the student drew of *new* noise moved away from what its
 # teacher drew, from 0.44 to 0.49 of its length. It learned the drawings by heart: which
 # noise becomes which layout is known only where there are many.
 #
