@@ -43,7 +43,7 @@ def find_chromium(play: Playwright) -> str:
 
 def record(file: Path | str) -> None:
     """Write the animated picture."""
-    pipe = minidiff.load("tiny")
+    pipe = minidiff.load("tiny-turbo")
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as play:
         shown = live(pipe, PROMPTS[0], folder)
         text = shown.file.read_text().replace(" minidiff-inside", "")
