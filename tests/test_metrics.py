@@ -277,7 +277,7 @@ def test_an_evaluation_measures_every_row(monkeypatch):
     pipe.progress = False
     options = {"num_inference_steps": 1, "guidance_scale": 2.0}
     found = metrics.Comparison(pipe, Judge(SMALL), 3, batch=3, **options)
-    monkeypatch.setattr(found, "reconstruction", lambda: {"all": 30.0})
+    monkeypatch.setattr(found, "reconstruction", lambda n: {"all": 30.0})
     result = found.rows(("one garment", "all scenes"))
     assert result["rows"].keys() == {"one garment", "all scenes"}
     assert result["frechet"]["n"] == 3 and result["texture"].keys() == {"real", "model"}

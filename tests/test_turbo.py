@@ -101,7 +101,7 @@ def test_drawings_are_the_guided_teachers(
     empty = features.context[0], features.pooled[0]
     row = features.place[:3]
     text = features.context[row], features.pooled[row]
-    config = TrainingConfig(steps=31, batch_size=4)  # 3 drawings
+    config = TrainingConfig(steps=8, batch_size=4)  # 3 drawings
 
     def guided(x: Tensor, sigma: Tensor) -> Tensor:
         none = [e.expand_as(y) for e, y in zip(empty, text, strict=True)]
