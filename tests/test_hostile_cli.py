@@ -218,7 +218,7 @@ NUMBERS = [
     (["--dtype", "float8"], "'float8' is not one of 'float32', 'bfloat16'"),
     (["--device", ""], "device is ''; expected cpu, cuda"),
     (["--device", "cpu:-1"], "device is 'cpu:-1'; expected cpu, cuda"),
-    (["--model", ""], "model is ''; expected tiny, sd3.5-medium"),
+    (["--model", ""], "model is ''; expected tiny, tiny-turbo, sd3.5-medium"),
     (["--negative-prompt", "\udcff"], "negative_prompt is not a text in UTF-8"),
     (["--prompt-2", "\udcff"], "prompt_2 is not a text in UTF-8"),
     (["--strength", 0.5], "--strength is 0.5, which needs --image"),

@@ -129,6 +129,7 @@ def test_what_cannot_be_drawn_is_told(page: Any) -> None:
         "seed is 1.5; expected a whole number": {"seed": 1.5},
         "model is big; expected one of model": {"model": "big"},
         "prompt is 3; expected a text": {"prompt": 3},
+        "sampler is ddim; expected one of euler, heun": {"sampler": "ddim"},
     }
     for message, request in refused.items():
         assert message in page.evaluate(tell, request)
