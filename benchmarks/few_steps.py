@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--data", help="folder of Fashion-MNIST's parquet files")
     parser.add_argument("--sheet", type=Path)
     given, judge, seed = parser.parse_args(), load_judge(), EVALUATION_SEED
-    asked = texts, _, numbers = row_prompts(ROWS[ROW], given.n, seed)
+    asked = texts, _, numbers = row_prompts(ROWS[ROW], given.n, seed, given.data)
     scenes = row_scenes(ROWS[ROW], "test", given.data, "cpu", seed)
     real = torch.cat([scenes.batch(i).images for i in numbers.split(128)])
     print(f"| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|")

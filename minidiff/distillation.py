@@ -702,10 +702,10 @@ def paths(velocity: Velocity, noise: Tensor, shift: float = 1.0) -> Tensor:
 # what is left is what it has not learned, and more jumps do not help. The brackets of
 # 24 prompts are wide; on 300, the right answers of both are counted on the page [how
 # the shipped model was made](../book/training_log.md), with Fréchet distance, diversity
-# and what it cost. There most prompts leave open where a thing stands or on what
-# ground, and the student ends at a distance of 0.09, at any number of jumps. What words
-# leave open the noise decides; where it is near the border between two layouts, a
-# little of both may be drawn, as between two neighbours in the plane.
+# and what it cost. There two prompts of three leave open where a thing stands or on
+# what ground, and the student ends at a distance of 0.09, in one jump and in eight.
+# What words leave open the noise decides; where it is near the border between two
+# layouts, a little of both may be drawn, as between two neighbours in the plane.
 
 # %% [markdown]
 # ## Sharpen it: match the distributions

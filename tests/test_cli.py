@@ -370,7 +370,8 @@ def test_an_evaluation_that_cannot_be(run, monkeypatch, arguments, message):
 
 
 @pytest.mark.slow
-def test_an_evaluation_from_the_command_line(run, fashion, tmp_path):
+def test_an_evaluation_from_the_command_line(run, fashion, tmp_path, monkeypatch):
+    monkeypatch.delenv("MINIDIFF_DATA", raising=False)  # --data is enough
     how = ("-n", 2, "--steps", 1, "--guidance-scale", 2, "--seed", 7, "--data", fashion)
     code, out, err = run("evaluate", *how, "--output", "found.json", "--device", "cpu")
     assert code == 0, err

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-NAMES = "tiny, tiny-turbo, sd3.5-medium, sd3.5-large, sd3.5-large-turbo"
-MODEL = f"{NAMES}, a hub id, a folder"
+MODEL = (
+    "tiny, tiny-turbo, sd3.5-medium, sd3.5-large, sd3.5-large-turbo, a hub id, a folder"
+)
 
 
 class Group:

@@ -97,7 +97,8 @@ class Evaluation:
         else:
             result = found.rows(metrics.choose_rows(self.rows))
             result["attention"] = attention_correlation(pipe, folder=self.data)
-        texts = metrics.row_prompts(metrics.ROWS["all scenes"], MOST, self.seed)[0]
+        row = metrics.ROWS["all scenes"]
+        texts = metrics.row_prompts(row, MOST, self.seed, self.data)[0]
         return (
             result | self.compare(pipe, judge.features, texts) | {"model": self.model}
         )

@@ -61,15 +61,17 @@ def choose_rows(word: str) -> tuple[str, ...]:
     return chosen
 
 
-def row_prompts(row: Row, n: int, seed: int) -> tuple[list[str], list[Meaning], Tensor]:
+def row_prompts(
+    row: Row, n: int, seed: int, folder: str | Path | None = None
+) -> tuple[list[str], list[Meaning], Tensor]:
     """n prompts of a row, what they ask for, and the numbers (n,) of their scenes.
 
-    The scenes are those of ``row_scenes``. Where a pair was never trained the prompt
-    names it.
+    The scenes, and the ``folder`` of Fashion-MNIST, are those of ``row_scenes``. Where a
+    pair was never trained the prompt names it.
     """
     numbers = torch.arange(4 * n)
     parts = row.held_out, row.layouts, row.garments
-    attributes = World("test", None, "cpu", seed, *parts).attributes(numbers)
+    attributes = World("test", folder, "cpu", seed, *parts).attributes(numbers)
     texts, meanings = captions(attributes, fold_in(seed, 1), numbers, row.new_phrasing)
     kept = [i for i, m in enumerate(meanings) if names_pair(m, row.held_out)][:n]
     chosen = [texts[i] for i in kept], [meanings[i] for i in kept]
@@ -155,7 +157,9 @@ class Comparison:
 
     def row(self, name: str) -> tuple[dict, dict[str, Tensor]]:
         """A row's shares, real, model and exchanged, and its pictures."""
-        texts, meanings, numbers = row_prompts(ROWS[name], self.n, self.seed)
+        texts, meanings, numbers = row_prompts(
+            ROWS[name], self.n, self.seed, self.folder
+        )
         scenes = row_scenes(ROWS[name], "test", self.folder, self.device, self.seed)
         real = torch.cat([scenes.batch(i).images for i in numbers.split(128)])
         drawn = self.draw(texts)

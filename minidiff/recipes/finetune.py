@@ -171,8 +171,7 @@ def finetune(
     dtype = torch.bfloat16 if lora and config.bfloat16 else torch.float32
     sizes = check_model(model, lora, dtype, device)
     check_prompts(how)
-    known = not shipped(model) and Path(model).exists()
-    settings: dict[str, Any] = {"base": str(Path(model).resolve() if known else model)}
+    settings: dict[str, Any] = {"base": base_name(model)}
     settings |= {"folder": str(Path(pictures).resolve()), "lora": str(lora)}
     settings |= {"drop": drop, "seed": seed, **lasting(config)}
     settings |= {"how": str(how)}
@@ -199,6 +198,12 @@ def finetune(
 
 
 # Before anything is read
+
+
+def base_name(model: Path | str) -> str:
+    """What a run remembers of its model: a name, or the whole path of a folder."""
+    known = not shipped(model) and Path(model).exists()
+    return str(Path(model).resolve() if known else model)
 
 
 def check_run(config: TrainingConfig, output: Path) -> None:

@@ -23,6 +23,7 @@ from minidiff.recipes.finetune import (
     LoraConfig,
     Tuned,
     all_weights,
+    base_name,
     begin_tuning,
     check_model,
     check_run,
@@ -55,8 +56,8 @@ def distil(options: FinetuneOptions, seed: int = 0) -> Path:
     check_teacher(o.model)
     dtype = torch.bfloat16 if o.lora and config.bfloat16 else torch.float32
     sizes = check_model(o.model, o.lora, dtype, device)
-    known = str(Path(o.model).resolve()) if Path(o.model).is_dir() else o.model
-    settings: dict[str, Any] = {"stage": "turbo", "base": known, "lora": str(o.lora)}
+    base = base_name(o.model)
+    settings: dict[str, Any] = {"stage": "turbo", "base": base, "lora": str(o.lora)}
     settings |= {"folder": str(o.pictures.resolve()), "seed": seed, **lasting(config)}
     settings |= {"how": str(o.how)}
     with Run(o.output / "run", settings) as run:
