@@ -66,8 +66,8 @@ def row_prompts(
 ) -> tuple[list[str], list[Meaning], Tensor]:
     """n prompts of a row, what they ask for, and the numbers (n,) of their scenes.
 
-    The scenes, and the ``folder`` of Fashion-MNIST, are those of ``row_scenes``. Where a
-    pair was never trained the prompt names it.
+    The scenes, and the ``folder`` of Fashion-MNIST, are those of ``row_scenes``. Where
+    a pair was never trained the prompt names it.
     """
     numbers = torch.arange(4 * n)
     parts = row.held_out, row.layouts, row.garments
