@@ -646,13 +646,14 @@ def load_control(
 ) -> ControlNet:
     """A ControlNet of SD3.5 Large's layout, ready to steer.
 
-    ``source``: an official single file (it counts behind the last block too), or a
-    folder in diffusers' layout (it does not). ``kind`` says what its conditions show
-    where file, folder and their names do not: "blur", "canny", "depth" or "edges". All
-    else is as for ``minidiff.load``.
+    ``source``: "tiny-edges", which ships; an official single file (it counts behind the
+    last block too), or a folder in diffusers' layout (it does not). ``kind`` says what
+    its conditions show where file, folder and their names do not: "blur", "canny",
+    "depth" or "edges". All else is as for ``minidiff.load``.
     """
     device, dtype = checks.find_target(device, dtype)
-    path, kinds = Path(source), (ControlNet, ControlNetConfig)
+    path = weights.shipped(source, weights.CONTROLS) or Path(source)
+    kinds = ControlNet, ControlNetConfig
     if single := path.is_file():
         opened = weights.open_tensors(path)
         prepared = single_file.prepare_part("controlnet", *kinds, opened)
@@ -662,7 +663,8 @@ def load_control(
         prepared = weights.prepare_component(*kinds, path)
         kind = kind or content.get("_kind")
     else:
-        raise FileNotFoundError(f"{path} is missing; expected a ControlNet's folder")
+        expected = f"{weights.CONTROLS[0]}, or a ControlNet's file or folder"
+        raise FileNotFoundError(f"{path} is missing; expected {expected}")
     if kind is None:
         kind = next((k for k in VALUES if k in path.resolve().name.lower()), None)
     checks.check_choice("kind", str(kind), VALUES)
@@ -712,34 +714,25 @@ def save_control(
 # %% [markdown]
 # ## Look at it
 #
-# A net for the tiny model. Where the package ships one, it is read. Otherwise the next
-# cells train one, on 48 drawings of the model itself: their edges are the sketches, and
-# their captions are known. That is far too little for a good net, and enough to see one
-# begin to work. (`minidiff train --stage control --start tiny` trains one as it should
-# be, on the edges of the world's scenes.)
+# **A net of your own.** Drawings of the small model will do to learn from: their edges
+# are the sketches, and their captions are known. The student of chapter 9 makes them,
+# in two jumps each.
 
 # %% tags=["active-ipynb"]
-# COLORS = "red green blue yellow purple white orange pink".split()
-# THINGS = "shirt dress coat bag boot sneaker".split()
+# from minidiff.data.samples import ONE, sample_captions
 #
-# def on_ground(color: str, thing: str, ground: str) -> str:
-#     words = article(f"{color} {thing}"), article(f"{ground} background")
-#     return " on ".join(words)
-#
-# def caption(i: int) -> str:
-#     return on_ground(COLORS[i % 8], THINGS[i % 6], COLORS[(i + 3) % 8])
-#
-# def lesson(count: int = 48) -> Batch:
-#     """Latents, conditions and texts of the model's own drawings."""
-#     texts = [caption(i) for i in range(count)]
-#     x0 = pipe(texts, num_inference_steps=10, seed=100, output_type="latent")
+# def lesson(count: int = 192) -> Batch:
+#     """Latents, conditions and texts of the student's drawings."""
+#     student, texts = minidiff.load("tiny-turbo"), sample_captions(count, ONE)
+#     student.progress = False
+#     x0 = student(texts, num_inference_steps=2, seed=100, output_type="latent")
 #     sketches = canny(pipe.decode(x0))
 #     context, pooled = pipe.encode_prompt([*texts, ""])  # the empty prompt at the end
 #     known = {"x0": x0, "context": context, "pooled": pooled}
 #     return known | {"condition": encode_condition(pipe.vae, sketches, "edges")}
 
 # %% tags=["active-ipynb"]
-# def learned(steps: int = 140, size: int = 8) -> ControlNet:
+# def learned(steps: int = 80, size: int = 8) -> ControlNet:
 #     """A net that has seen a few drawings, a few times."""
 #     batch, generator = lesson(), torch.Generator().manual_seed(SEED)
 #     net = begin_control(pipe.transformer)
@@ -762,30 +755,39 @@ def save_control(
 #         optimizer.step()
 #     return net
 
+# %% [markdown]
+# **A net that has learned for longer.** `minidiff train --stage control --start tiny`
+# does the same on 32,768 scenes of the world, in 4,000 steps of 32, and the package
+# ships what it made.
+
 # %% tags=["active-ipynb"]
-# shipped = weights.TINY.with_name("tiny-edges")
-# net = load_control(shipped) if shipped.is_dir() else learned()
+# brief, net = learned(), load_control("tiny-edges")
 
 # %% [markdown]
-# Sketches now, that it has not seen: edges of sixteen new drawings. Their shapes are
-# asked for with *other words*: other colours, other grounds. Without control, words and
-# noise know nothing of the sketch. How well a drawing keeps to its sketch is measured
-# as the *intersection over union* of the drawing's edges with it; an edge counts as met
-# within one pixel.
+# Sketches now, that neither has seen: edges of sixteen drawings. Their shapes are asked
+# for with *other words*: other colours, other grounds. Without control, words and noise
+# know nothing of the sketch. How well a drawing keeps to its sketch is measured as the
+# *intersection over union* of the drawing's edges with it; an edge counts as met within
+# one pixel.
 
 # %% tags=["active-ipynb"]
 # from minidiff.judging.edges import agreement
 #
-# first = [caption(i + 64) for i in range(16)]
-# words = [on_ground(COLORS[(i + 5) % 8], THINGS[(i + 64) % 6], COLORS[(i + 1) % 8])
-#     for i in range(16)]
+# COLORS = "red green blue yellow purple white orange pink".split()
+# THINGS = "dress cat guitar boot rocket bag star fish".split()
+#
+# def on_ground(i: int, color: int, ground: int) -> str:
+#     words = f"{COLORS[(i + color) % 8]} {THINGS[(i + i // 8) % 8]}"
+#     return f"{article(words)} on {COLORS[(i + ground) % 8]}"
+#
+# first, words = ([on_ground(i, *at) for i in range(16)] for at in ((0, 3), (5, 1)))
 # how = {"num_inference_steps": 10, "output_type": "pt"}
 # sketches = canny(pipe(first, seed=900, **how))
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
-# def steered(**control: float) -> Tensor:
+# def steered(by: ControlNet = net, **control: float) -> Tensor:
 #     """The prompts, drawn with their sketches."""
-#     return pipe(words, seed=50, control=Control(sketches, net, **control), **how)
+#     return pipe(words, seed=50, control=Control(sketches, by, **control), **how)
 #
 # def kept(pictures: Tensor) -> Tensor:
 #     return agreement(pictures, sketches)  # (B,)
@@ -796,7 +798,9 @@ def save_control(
 #     return f"{kept(pictures).mean():.2f}, more by {gain.mean():.2f} ± {half:.2f}"
 #
 # without, drawn = pipe(words, seed=50, **how), steered()
-# print(f"agreement without control {kept(without).mean():.2f}; with {more(drawn)}")
+# print(f"agreement without control {kept(without).mean():.2f}")
+# print("with the brief net", more(steered(brief)))
+# print("with the shipped net", more(drawn))
 # rows = torch.cat([x[:8] for x in (sketches.expand(-1, 3, -1, -1), without, drawn)])
 # viz.show_images(rows, words[:8], columns=8, low=0)
 
@@ -805,6 +809,17 @@ def save_control(
 # sketches give together; the line over them has the means of all sixteen. Compare
 # colours between the lower rows, and outlines between the first row and the last.
 #
+# **Sketch yourself.** On a page of the book the model opens below, in your browser,
+# with a pad beside it: draw, and it draws along; or take the edges of the picture that
+# it has drawn last, and say other words. *Save sketch* gives a file that
+# `Control("sketch.png", net)` reads.
+
+# %% tags=["active-ipynb"]
+# with_net = Control(sketches[:1], net)
+# shown = pipe(words[0], seed=0, control=with_net, output_type="pt")[0]
+# viz.live_sketch(sketches[0], 2 * shown - 1, words[0])
+
+# %% [markdown]
 # **How strongly, and when?** A strength below 1 lets the sketch suggest; above 1 it
 # insists. Of the steps, the early ones decide the large forms (chapter 8), so a control
 # that acts in the first half should achieve more than one that acts in the second. The
@@ -846,8 +861,8 @@ def save_control(
 # get; what lies above it, the sketch decided.)
 
 # %% tags=["active-ipynb", "hide-output", "nbval-ignore-output"]
-# own = Control(sketches, net)
-# alone = pipe([""] * len(words), seed=50, guidance_scale=1.0, control=own, **how)
+# mute = {"guidance_scale": 1.0, "control": Control(sketches, net)}
+# alone = pipe([""] * len(words), seed=50, **mute, **how)
 # chance = agreement(alone, sketches.roll(1, 0)).mean()
 # print(f"agreement {kept(alone).mean():.2f}, with another's sketch {chance:.2f}")
 # rows = torch.cat([sketches[:8].expand(-1, 3, -1, -1), alone[:8]])

@@ -4,9 +4,10 @@ The functions take tensors and return matplotlib figures that a notebook shows a
 Their ground is transparent and their ink the theme's, so that they can be read in
 light and in dark; a thing has one colour throughout (:mod:`minidiff.classroom.colors`).
 matplotlib is imported when the first figure is drawn, and its global state is left
-alone. The two figures that come alive on the book's pages, :func:`live_denoising` and
-:func:`live_attention`, are in :mod:`minidiff.classroom.interactive`, the map of the
-pipeline in :mod:`minidiff.classroom.map`.
+alone. The figures that come alive on the book's pages, :func:`live_denoising`,
+:func:`live_attention` and :func:`live_sketch`, are in
+:mod:`minidiff.classroom.interactive`, the map of the pipeline in
+:mod:`minidiff.classroom.map`.
 """
 
 import functools
@@ -23,6 +24,7 @@ from minidiff.classroom.interactive import (  # noqa: F401
     latent_pictures,
     live_attention,
     live_denoising,
+    live_sketch,
     to_frames,
     to_pictures,
 )

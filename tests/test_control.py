@@ -29,6 +29,7 @@ from minidiff.control import (
     spread,
     window,
 )
+from minidiff.data.samples import sample_scenes
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.files import weights
 from minidiff.files.pictures import read_settings, to_pil
@@ -514,6 +515,19 @@ def test_nets_that_do_not_fit(steered: tuple) -> None:
         draw(pipe, control="canny")
 
 
+def test_the_net_that_ships() -> None:
+    """Drawings keep to sketches in other colours than those that they come from."""
+    pipe, shipped = minidiff.load("tiny"), load_control("tiny-edges")
+    assert (shipped.kind, shipped.last) == ("edges", False)
+    sketches = canny((sample_scenes()[0][:6] + 1) / 2)
+    things = "dress feather sandal t-shirt whale target".split()
+    words = [f"a green {thing} on pink" for thing in things]
+    how = {"seed": 0, "num_inference_steps": 8, "output_type": "pt"}
+    alone = agreement(pipe(words, **how), sketches).mean()
+    steered = pipe(words, control=Control(sketches, shipped), **how)
+    assert agreement(steered, sketches).mean() > 0.6 > 2 * alone
+
+
 # The command line
 
 
@@ -543,7 +557,7 @@ def test_sample_takes_a_control(
         (["--control-end", "0.5"], "--control-end is 0.5, which needs --control"),
         (
             ["--control", "net", "--control-image", "a.png"],
-            "net is missing; expected a ControlNet's folder",
+            "net is missing; expected tiny-edges, or a ControlNet's file or folder",
         ),
     ],
 )

@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import relative_error
+from helpers import randomize, relative_error
 from pipelines import halved
 from tokenizer_strings import strings
 from torch import Tensor
 
 import minidiff
 from minidiff.attention import record_attention
+from minidiff.control import Control, ControlNet, begin_control, canny, load_control
+from minidiff.data.samples import sample_scenes
 from minidiff.distillation import JumpScheduler
 from minidiff.files.sentencepiece import case_folding
 from minidiff.live import kernel
@@ -25,6 +27,7 @@ from minidiff.live.exporting import export_pipeline, runtime, tokenizer_table
 from minidiff.sampling import Pipeline, starting_noise
 from minidiff.tokenizer import T5Tokenizer
 
+EDGES = Path(minidiff.__file__).parent / "live" / "edges.js"
 PROMPT = "a red dress on a blue background"
 GROUNDS = ("blue", "pink", "white", "black", "green")
 THINGS = "dress shirt coat bag sneaker boot sandal pullover t-shirt trousers".split()
@@ -73,16 +76,18 @@ DRAW = """
 """
 
 
-def opened(chromium: Any, pipe: Pipeline, folder: Path) -> Any:
+def opened(
+    chromium: Any, pipe: Pipeline, folder: Path, net: ControlNet | None = None
+) -> Any:
     """A page in which the runtime's functions are, and ``pipe`` as ``model``."""
-    export_pipeline(pipe, folder, "model")
+    export_pipeline(pipe, folder, "model", net)
     page = chromium.new_page()
     page.add_script_tag(content="var minidiff = { models: {}, weights: {} };")
     for file in sorted(folder.glob("*.js")):
         if file.name != "page.js":
             page.add_script_tag(path=file)
     page.add_script_tag(content=runtime()["script"] + PACKED)
-    page.evaluate(OPEN, "model")
+    page.evaluate(OPEN, "model-edges" if net else "model")
     return page
 
 
@@ -211,13 +216,19 @@ def drawn(page: Any, requests: list[dict[str, Any]]) -> list[tuple[Tensor, Tenso
     return [tuple(map(unpacked, both)) for both in page.evaluate(DRAW, requests)]
 
 
-def differences(python: Pipeline, page: Any, requests: list[dict]) -> list[float]:
+def differences(
+    python: Pipeline, page: Any, requests: list[dict], net: ControlNet | None = None
+) -> list[float]:
     """Of latents and pictures, relative."""
     errors = []
     for asked, (latents, picture) in zip(requests, drawn(page, requests), strict=True):
         options = {"num_inference_steps": asked["steps"], "seed": asked["seed"]}
         options |= {"guidance_scale": asked["guidance"]}
         options |= {"sampler": asked.get("sampler", "euler")}
+        if net:
+            side = round(len(asked["sketch"]) ** 0.5)
+            lines = torch.tensor(asked["sketch"]).view(1, side, side).float()
+            options["control"] = Control(lines, net)
         expected = python(asked["prompt"], output_type="latent", **options)
         errors.append(relative_error(latents, expected.flatten()))
         pixels = python.decode(expected)[0].permute(1, 2, 0)
@@ -260,6 +271,60 @@ def test_a_distilled_model_jumps(chromium: Any, small: Path, tmp_path: Path) -> 
     ]
     assert max(differences(python, page, requests)) < 1e-4
     page.context.close()
+
+
+def square(side: int) -> list[int]:
+    """A sketch of a frame, a quarter of the picture wide."""
+    lines = torch.zeros(side, side, dtype=torch.long)
+    a, b = side // 4, side // 2
+    lines[a : b + 1, a : b + 1] = 1
+    lines[a + 1 : b, a + 1 : b] = 0
+    return lines.flatten().tolist()
+
+
+@pytest.mark.filterwarnings("ignore:CLIP-L and CLIP-G read")
+@pytest.mark.parametrize("which", ["tiny", "small"])
+def test_a_sketch_steers(
+    chromium: Any, which: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    python = request.getfixturevalue("pipe" if which == "tiny" else "small_pipe")
+    net = begin_control(python.transformer)
+    net = load_control("tiny-edges") if which == "tiny" else randomize(net, 3)
+    net = net.half().float()  # what is exported
+    page = opened(chromium, python, tmp_path, net)
+    side = python.transformer.config.sample_size * python.vae.config.factor
+    asked = {"prompt": PROMPT, "seed": 2, "steps": 3, "guidance": 2.0}
+    assert max(differences(python, page, [asked])) < 1e-3
+    asked["sketch"] = square(side)
+    assert max(differences(python, page, [asked], net)) < 1e-3
+    blank = asked | {"sketch": [0] * side**2}
+    assert max(differences(python, page, [blank], net)) < 1e-3
+    others = [x[0] for x in drawn(page, [asked, blank])]
+    assert relative_error(*others) > 0.02
+    page.context.close()
+
+
+def test_edges_of_a_picture_are_the_chapters(chromium: Any) -> None:
+    """But where brightness lies just between two whole numbers."""
+    page = chromium.new_page()
+    page.add_script_tag(content="var minidiff = {};")
+    page.add_script_tag(path=EDGES)
+    scenes = (255 * (sample_scenes()[0] + 1) / 2).round()
+    whole = torch.cat([scenes, torch.full_like(scenes[:, :1], 255)], 1)
+    bytes_ = whole.permute(0, 2, 3, 1).flatten(1).long().tolist()
+    found = page.evaluate("(all) => all.map((x) => [...minidiff.canny(x, 64)])", bytes_)
+    expected = canny(scenes / 255).flatten(1)
+    assert (torch.tensor(found) != expected).float().mean() < 1e-3
+    assert expected.mean() > 0.03
+    page.context.close()
+
+
+def test_a_net_that_the_runtime_does_not_read(pipe: Pipeline, tmp_path: Path) -> None:
+    depth = begin_control(pipe.transformer)
+    depth.kind = "depth"
+    with pytest.raises(ValueError, match="the net reads depth; expected edges"):
+        export_pipeline(pipe, tmp_path / "live", "odd", depth)
+    assert not (tmp_path / "live").exists()
 
 
 def test_heads_that_the_kernel_cannot_take(pipe: Pipeline, tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 import nbformat
 import pytest
 import torch
-from helpers import relative_error
+from helpers import randomize, relative_error
 from PIL import Image
 from pipelines import halved
 from torch import Tensor
 
 from minidiff import viz
+from minidiff.control import Control, begin_control
 from minidiff.files.pictures import read_settings, save_picture
 from minidiff.flow_matching import euler, exact_velocity, sigma_schedule
 from minidiff.live.exporting import export_pipeline
@@ -184,6 +185,65 @@ def test_the_saved_picture_is_that_of_sample(
     assert settings == read_settings(tmp_path / "theirs.png") | {"model": "model"}
     with Image.open(tmp_path / "ours.png") as ours:
         assert ours.convert("RGB").size == drawn.size
+
+
+@pytest.fixture
+def sketching(chromium: Any, pipe: Pipeline, tmp_path: Path) -> Iterator[Any]:
+    """A page of two models, one of which reads sketches, and the net that does."""
+    net = randomize(begin_control(pipe.transformer), 3).half().float()
+    export_pipeline(pipe, tmp_path / "live", "model")
+    export_pipeline(pipe, tmp_path / "live", "model", net)
+    (tmp_path / "page.html").write_text(PAGE)
+    Image.new("RGB", (32, 32)).save(tmp_path / "first.png")
+    page = chromium.new_page(viewport={"width": 390, "height": 1200})
+    page.goto(f"{(tmp_path / 'page.html').as_uri()}?steps=2&guidance=1")
+    page.wait_for_selector("[data-ready]")
+    yield page, net
+    page.context.close()
+
+
+def test_what_is_sketched_is_drawn(
+    sketching: tuple, pipe: Pipeline, tmp_path: Path
+) -> None:
+    """A line on the pad steers, stays in the address, and is saved for Python."""
+    page, net = sketching
+    pad = page.get_by_role("img", name="the sketch")
+    assert not pad.is_visible()
+    page.get_by_label("model").select_option("model-edges")
+    page.wait_for_selector("[data-drawn=whole]")
+    pad.scroll_into_view_if_needed()
+    box = pad.bounding_box()
+    cell = box["width"] / 32
+    page.mouse.move(box["x"] + 8.5 * cell, box["y"] + 8.5 * cell)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 8.5 * cell, box["y"] + 24.5 * cell, steps=4)
+    page.mouse.up()
+    page.wait_for_url("**&sketch=*")
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Save sketch").click()
+    saved.value.save_as(tmp_path / "sketch.png")
+    line = torch.zeros(32, 32)
+    line[8:25, 8] = 1
+    sketch = viz.to_pictures([Image.open(tmp_path / "sketch.png")])[0, ..., 0]
+    assert (torch.from_numpy(sketch) == 255 * line).all()
+    drawn = """async (request) => [...(await minidiff.draw(request)).latents]"""
+    asked = {"prompt": PROMPT, "model": "model-edges", "seed": 0}
+    how = {"steps": 2, "guidance": 1, "sketch": line.flatten().tolist()}
+    found = torch.tensor(page.evaluate(drawn, asked | how))
+    control = Control(tmp_path / "sketch.png", net)
+    steps = {"num_inference_steps": 2, "guidance_scale": 1.0, "control": control}
+    expected = pipe(PROMPT, seed=0, output_type="latent", **steps)
+    assert relative_error(found, expected.flatten()) < 1e-3
+    page.reload()
+    page.wait_for_selector("[data-drawn=whole]")
+    assert "&sketch=" in page.url
+    page.get_by_role("button", name="Clear").click()
+    page.wait_for_url(lambda url: "&sketch=" not in url)
+    page.get_by_role("button", name="The picture's edges").click()
+    page.get_by_role("button", name="Rubber").click()
+    tell = "(request) => minidiff.draw(request).catch((error) => error.message)"
+    told = page.evaluate(tell, asked | how | {"model": "model"})
+    assert told == "sketch has 1024 numbers; this model reads 0"
 
 
 def test_an_open_picture(page: Any, address: str) -> None:

@@ -1,5 +1,6 @@
 """The figures: drawn without pyplot, and the frames of those that come alive."""
 
+import base64
 import html
 import io
 import re
@@ -204,6 +205,17 @@ def test_a_figure_tells_the_page_what_to_open() -> None:
     assert 'data-open="attention"' in text
     assert 'data-prompt="a &quot;b&quot; &lt;c&gt;"' in text
     assert "<script" not in text and "http" not in text
+
+
+def test_a_sketch_lies_on_the_pad() -> None:
+    sketch = torch.zeros(1, 8, 8)
+    sketch[0, 0, 1] = sketch[0, 7, 7] = 1
+    text = viz.live_sketch(sketch, pictures(1, 8)[0], "a cat")._repr_html_()
+    lines = base64.b64encode(bytes([64, 0, 0, 0, 0, 0, 0, 1])).decode()
+    assert f'data-model="tiny-edges" data-sketch="{lines}"' in text
+    assert text.count("<img") == 1 and "minidiff-inside" not in text
+    with pytest.raises(ValueError, match="expected one size"):
+        viz.live_sketch(sketch, pictures(1, 16)[0], "a cat")
 
 
 def test_frames_must_agree() -> None:

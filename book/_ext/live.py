@@ -11,20 +11,22 @@ from sphinx.application import Sphinx
 
 import minidiff
 from minidiff.classroom.journey import PROMPT
+from minidiff.control import load_control
 from minidiff.files.pictures import save_picture
 from minidiff.live.exporting import export_pipeline
 
-MODELS = "tiny-turbo", "tiny"  # the first draws unless another is asked for
+# The first draws unless another is asked for; a net's name is of what reads sketches
+MODELS = ("tiny-turbo", None), ("tiny", None), ("tiny", "tiny-edges")
 
 
 def add(app: Sphinx, error: Exception | None) -> None:
     if error or app.builder.format != "html":
         return
     folder = Path(app.outdir) / "_static" / "live"
-    pipes = {name: minidiff.load(name) for name in MODELS}
-    for name, pipe in pipes.items():
-        export_pipeline(pipe, folder, name)
-    pipe = pipes[MODELS[0]]
+    pipes = {name: minidiff.load(name) for name, _ in MODELS}
+    for name, net in MODELS:
+        export_pipeline(pipes[name], folder, name, net and load_control(net))
+    pipe = pipes[MODELS[0][0]]
     pipe.progress = False
     save_picture(pipe(PROMPT)[0], folder / "first.png", replace=True)
 

@@ -1,4 +1,4 @@
-"""The book's two interactive figures, as frames.
+"""The book's interactive figures, as frames.
 
 On a page of the book the model that draws in the browser opens in their place; in
 JupyterLab, and where scripts are off, the frames stay.
@@ -59,30 +59,38 @@ def to_frames(values: Tensor) -> np.ndarray:
 class Interactive:
     """Frames of a drawing, in whose place the book's pages open the live model.
 
-    ``station`` is the part of the page "Inside a picture" that opens there; ``picture``
-    and ``frames`` are PNGs, and ``label`` says what the frames show.
+    ``picture`` and ``frames`` are PNGs, ``label`` says what they show. With frames
+    ``open`` is the part of the page "Inside a picture" that opens there; without, a
+    ``sketch`` in base64 lies on the pad.
     """
 
-    station: str
     prompt: str
     label: str
     picture: bytes
-    frames: bytes
+    frames: bytes = b""
+    open: str = ""
+    model: str = "tiny"
+    sketch: str = ""
 
     def __repr__(self) -> str:
-        return f"{self.station}: {self.label}"
+        return f"{self.open or 'sketch'}: {self.label}"
 
     def _repr_html_(self) -> str:
-        texts = self.prompt, self.label, json.dumps([self.prompt])
-        prompt, label, examples = (html.escape(text, quote=True) for text in texts)
+        prompt, label = (html.escape(x, quote=True) for x in (self.prompt, self.label))
+        known = {"model": self.model, "open": self.open, "sketch": self.sketch}
+        known["examples"] = html.escape(json.dumps([self.prompt]), quote=True)
+        data = " ".join(f'data-{name}="{x}"' for name, x in known.items() if x)
+        inside = " minidiff-inside" if self.frames else ""
+        frames = f"<figcaption>{label}</figcaption>"
+        if self.frames:
+            url = _data_url(self.frames)
+            shown = f'<img class="dark-light" width="100%" src="{url}" alt="{label}">'
+            frames = f'<div class="inside-frames">{shown}\n{frames}</div>'
         return (
-            f'<figure class="minidiff-live minidiff-inside" data-model="tiny" '
-            f'data-open="{self.station}" data-examples="{examples}">\n'
+            f'<figure class="minidiff-live{inside}" {data}>\n'
             f'<img class="dark-light" src="{_data_url(self.picture)}" width="192" '
             f'alt="the picture drawn for “{prompt}”" data-prompt="{prompt}">\n'
-            f'<div class="inside-frames"><img class="dark-light" width="100%" '
-            f'src="{_data_url(self.frames)}" alt="{label}">\n'
-            f"<figcaption>{label}</figcaption></div>\n</figure>"
+            f"{frames}\n</figure>"
         )
 
 
@@ -127,7 +135,8 @@ def live_denoising(
     levels = ", ".join(f"{float(sigmas[i]):.2f}" for i in chosen)
     label = f"“{prompt}”: latent, estimate x̂₀ and its picture, at σ = {levels}"
     last = to_pictures(pictures)[-1]
-    return Interactive("steps", prompt, label, _png(last), _png(np.concatenate(frames)))
+    whole = _png(np.concatenate(frames))
+    return Interactive(prompt, label, _png(last), whole, "steps")
 
 
 def live_attention(
@@ -141,7 +150,22 @@ def live_attention(
     picture = to_pictures(image)[0]
     frames = np.hstack([_overlay(x, picture) for x in maps])
     label = "Where attention finds each word: " + ", ".join(words)
-    return Interactive("attention", prompt, label, _png(picture), _png(frames))
+    return Interactive(prompt, label, _png(picture), _png(frames), "attention")
+
+
+def live_sketch(sketch: Tensor, image: Tensor, prompt: str) -> Interactive:
+    """A pad with a sketch (1, H, W) of 0 and 1, beside what was drawn by it.
+
+    ``image``: (3, H, W) in [−1, 1].
+    """
+    if sketch.shape[1:] != image.shape[1:]:
+        shapes = tuple(sketch.shape), tuple(image.shape)
+        raise ValueError(f"sketch and image are {shapes}: expected one size")
+    bits = np.packbits(sketch.detach().cpu().bool().flatten().numpy())
+    lines = base64.urlsafe_b64encode(bits.tobytes()).decode()
+    label = f"“{prompt}”, by the edges of another picture"
+    drawn = _png(to_pictures(image)[0])
+    return Interactive(prompt, label, drawn, model="tiny-edges", sketch=lines)
 
 
 def _overlay(values: Tensor, picture: np.ndarray) -> np.ndarray:

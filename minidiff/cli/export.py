@@ -8,6 +8,7 @@ from minidiff.interface.terminal import status
 
 EXAMPLES = examples(
     "minidiff export --model tiny --output site/live",
+    "minidiff export --model tiny --control tiny-edges --output site/live",
     "minidiff export --model tiny --format onnx --output tiny-onnx",
 )
 
@@ -15,6 +16,9 @@ EXAMPLES = examples(
 def export(
     output: Annotated[Path, OUT("Folder of the files.")],
     model: Annotated[str, WHO(f"{MODEL}, small.")] = "tiny",
+    control: Annotated[
+        str | None, WHO("A ControlNet that reads sketches, as well: tiny-edges.")
+    ] = None,
     format: Annotated[
         Literal["web", "onnx"],
         OUT("web: for pages that draw; onnx: a file for each part.", metavar="<str>"),
@@ -27,15 +31,19 @@ def export(
     picture at a time; this needs the packages onnx and onnxscript.
     """
     with status(f"loading {model}"):
+        from minidiff.control import load_control
         from minidiff.engine.loading import load
         from minidiff.live.exporting import export_pipeline
         from minidiff.live.onnx import check_installed, export_onnx
 
         if format == "onnx":
+            if control:
+                raise ValueError(f"--control is {control}, which needs --format web")
             check_installed()
         pipe = load(model, fast=False)  # fused layers have no form in ONNX
+        net = load_control(control) if control else None
     if format == "onnx":
         export_onnx(pipe, output)
     else:
-        export_pipeline(pipe, output, model)
+        export_pipeline(pipe, output, model, net)
     print(output)

@@ -74,7 +74,7 @@ def sample(
         Path | None, START("White where to draw, black where to keep.")
     ] = None,
     control: Annotated[
-        Path | None, STEER("ControlNet: diffusers' folder, or an official single file.")
+        Path | None, STEER("ControlNet: tiny-edges, a folder, or an official file.")
     ] = None,
     control_image: Annotated[
         Path | None, STEER("What it reads, as it is: edges, depth, …")

@@ -8,7 +8,7 @@ used for reading and for writing. Text encoders have one set of names in both la
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -178,7 +178,8 @@ RENAMES: dict[str, Rename] = {
 
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
-SHIPPED = "tiny", "tiny-turbo"  # the names of those that are there
+SHIPPED = "tiny", "tiny-turbo"  # the models that are there
+CONTROLS = ("tiny-edges",)  # the ControlNets
 TINY = PRETRAINED / "tiny"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
@@ -199,10 +200,9 @@ Model = TypeVar("Model", bound=nn.Module)
 # Files
 
 
-def shipped(model: Path | str) -> Path | None:
+def shipped(name: Path | str, among: Sequence[str] = SHIPPED) -> Path | None:
     """The folder of a model that ships with this package, by its name."""
-    folder = PRETRAINED / str(model)
-    return folder if str(model) in SHIPPED else None
+    return PRETRAINED / str(name) if str(name) in among else None
 
 
 def weight_files(folder: Path | str, variant: str | None = None) -> list[Path]:

@@ -2,7 +2,7 @@
 "use strict";
 
 // Latents (C, h·p, w·p) → tokens (h·w, D), one for each patch.
-function embedPatches(latents, height, width, weights, config) {
+function embedPatches(latents, height, width, weights, name, config) {
   const p = config.patch_size, channels = config.in_channels;
   const patches = new Matrix(height * width, channels * p * p);
   let at = 0;
@@ -16,7 +16,7 @@ function embedPatches(latents, height, width, weights, config) {
       }
     }
   }
-  return linear(patches, weights, "x_embedder.proj");
+  return linear(patches, weights, `${name}.proj`);
 }
 
 // Tokens (h·w, p·p·C) → latents (C, h·p, w·p).
@@ -68,14 +68,19 @@ function embedder(x, weights, name) {
   return linear(inner, weights, `${name}.mlp.2`);
 }
 
-// All that time and pooled text say to the network, at each of the `times`: for each block
-// and the last layer a Matrix whose row i belongs to step i.
-function modulations(times, pooled, weights, config) {
+// What time and pooled text say, at each of the `times`: a row for each, SiLU of it.
+function conditioning(times, pooled, weights) {
   const thousandths = times.map((time) => Math.fround(1000 * time));
   const c = embedder(timestepEmbedding(thousandths), weights, "t_embedder");
   const text = embedder(Matrix.from(1, pooled.length, pooled), weights, "y_embedder");
   for (let i = 0; i < c.data.length; i++) c.data[i] += text.data[i % c.columns];
-  silu(c);
+  return silu(c);
+}
+
+// What the network makes of it: for each block and the last layer a Matrix whose row i
+// belongs to step i.
+function modulations(times, pooled, weights, config) {
+  const c = conditioning(times, pooled, weights);
   const of = (name) => linear(c, weights, `${name}.adaLN_modulation.1`);
   const blocks = Array.from({ length: config.num_layers }, (_, i) => ({
     context: of(`joint_blocks.${i}.context_block`), x: of(`joint_blocks.${i}.x_block`),
@@ -142,11 +147,16 @@ function jointBlock(context, x, modulation, step, weights, name, heads, options)
     const { tokens, m } = stream;
     if (m.length === 2) continue; // the last block's text
     const own = read.part(stream.start, stream.start + tokens.rows);
-    addGated(tokens, m[2], linear(own, weights, `${stream.name}.attn.proj`));
-    const normed = modulate(layerNorm(tokens, 1e-6), m[3], m[4]);
-    const inner = geluTanh(linear(normed, weights, `${stream.name}.mlp.fc1`));
-    addGated(tokens, m[5], linear(inner, weights, `${stream.name}.mlp.fc2`));
+    takeUp(tokens, own, m, weights, stream.name);
   }
+}
+
+// What the tokens of a stream have read, and the MLP; in place.
+function takeUp(tokens, read, m, weights, name) {
+  addGated(tokens, m[2], linear(read, weights, `${name}.attn.proj`));
+  const normed = modulate(layerNorm(tokens, 1e-6), m[3], m[4]);
+  const inner = geluTanh(linear(normed, weights, `${name}.mlp.fc1`));
+  addGated(tokens, m[5], linear(inner, weights, `${name}.mlp.fc2`));
 }
 
 // MMDiT-X: the picture's tokens also attend to themselves alone.
@@ -169,12 +179,13 @@ function silence(read, d, head) {
 //
 // changes: { skip: blocks left out, order: whose place each patch is given, hidden:
 // which context rows nobody may read, silence: { block, head } }. record(block, head,
-// weights) sees the attention.
+// weights) sees the attention. text.steer(x, step) says what to add behind the blocks.
 function velocity(latents, step, text, weights, config, changes = {}, record) {
   const p = config.patch_size, heads = config.num_attention_heads;
   const side = config.sample_size / p;
-  const x = embedPatches(latents, side, side, weights, config);
+  const x = embedPatches(latents, side, side, weights, "x_embedder", config);
   addPositions(x, side, side, weights, config, changes.order);
+  const controls = text.steer?.(x, step) ?? [];
   const context = linear(text.context, weights, "context_embedder");
   const bias = changes.hidden && maskOf(changes.hidden, context.rows + x.rows);
   for (let i = 0; i < config.num_layers; i++) {
@@ -185,6 +196,7 @@ function velocity(latents, step, text, weights, config, changes = {}, record) {
     };
     scratch(() => jointBlock(context, x, text.modulations.blocks[i], step, weights,
       `joint_blocks.${i}`, heads, options));
+    if (controls[i]) add(x, controls[i]);
   }
   const [shift, scale] = chunks(text.modulations.final, step, x.columns);
   const last = linear(modulate(layerNorm(x, 1e-6), shift, scale), weights, "final_layer.linear");

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minidiff.control import ControlNet, check_net
 from minidiff.files import tokenizer_files
 from minidiff.files.disk import replacing, write_text
 from minidiff.files.layout import MODELS
@@ -29,45 +30,60 @@ from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
 HERE = Path(__file__).parent
 RUNTIME = (  # one script for the worker: the chapters, and what they share
     *("tensors", "random", "tokenizer", "text_encoders", "vae", "attention", "dit"),
-    *("flow_matching", "distillation", "sampling", "worker"),
+    *("flow_matching", "distillation", "control", "sampling", "worker"),
 )
 # and one for the page
-PAGE = ("random", "flow_matching", "live", "png", "inside", "plane", "line")
+PAGE = (
+    *("random", "flow_matching", "live", "png", "inside", "plane"),
+    *("edges", "sketch", "line"),
+)
 INDEX = "minidiff.exported = "
 MOST_STEPS = 50  # that a slider offers
 PANEL = 8  # columns that the kernel works on at once
 
 
-def export_pipeline(pipe: Pipeline, folder: Path, model: Path | str) -> None:
+def export_pipeline(
+    pipe: Pipeline, folder: Path, model: Path | str, net: ControlNet | None = None
+) -> None:
     """Write what a page needs to draw with ``pipe`` into ``folder``.
 
     ``model``, a name or a folder, is where the pipeline is from: its last part is what
-    the page calls it. Other models that are there stay. Raises ValueError for a
-    pipeline that the runtime cannot run.
+    the page calls it, with "-edges" behind it where a ``net`` reads sketches. Other
+    models that are there stay. Raises ValueError for what the runtime cannot run.
     """
-    check_runnable(pipe)
+    check_runnable(pipe, net)
     folder.mkdir(parents=True, exist_ok=True)
-    name = Path(model).name
+    name = Path(model).name + (f"-{net.kind}" if net else "")
     about = about_pipeline(pipe) | {"name": name, "words": sorted(seen(model))}
+    side = pipe.transformer.config.sample_size * pipe.vae.config.factor if net else 0
+    about |= {"control": net and asdict(net.config), "sketch": side**2}
     about["parts"] = {
         part: write_part(folder, part, module)
-        for part, module in zip(MODELS, modules(pipe), strict=True)
+        for part, module in modules(pipe, net).items()
     }
+    offered = usual(pipe) | {"sketch": side}
     write_script(folder / f"{name}.js", f"minidiff.models[{name!r}] = ", about)
     write_script(folder / "runtime.js", "minidiff.runtime = ", runtime())
-    write_script(folder / "models.js", INDEX, exported(folder) | {name: usual(pipe)})
+    write_script(folder / "models.js", INDEX, exported(folder) | {name: offered})
     write_text(folder / "page.js", joined(PAGE))
     for name in ("live.css", "field.js"):
         write_text(folder / name, (HERE / name).read_text("utf-8"))
 
 
-def modules(pipe: Pipeline) -> list[nn.Module]:
-    """What draws: the autoencoder's encoder stays behind."""
-    return [*pipe.text_encoders, pipe.transformer, pipe.vae.decoder]
+def modules(pipe: Pipeline, net: ControlNet | None) -> dict[str, nn.Module]:
+    """What draws, by name; only a net needs the autoencoder's encoder."""
+    parts = *pipe.text_encoders, pipe.transformer, pipe.vae.decoder
+    drawing = dict(zip(MODELS, parts, strict=True))
+    return drawing | ({"encoder": pipe.vae.encoder, "control": net} if net else {})
 
 
-def check_runnable(pipe: Pipeline) -> None:
+def check_runnable(pipe: Pipeline, net: ControlNet | None) -> None:
     """Raise ValueError for what the runtime does not do."""
+    if net:
+        check_net(net, pipe.transformer)
+        if (net.kind, net.last) != ("edges", False):
+            found = f"the net reads {net.kind}{' and counts last' if net.last else ''}"
+            raise ValueError(f"{found}; expected edges, in diffusers' layout")
     if None in pipe.text_encoders:
         raise ValueError("this pipeline goes without T5; expected all text encoders")
     clips, t5 = pipe.text_encoders[:2], pipe.text_encoders[2].config
@@ -195,7 +211,7 @@ def in_panels(layer: nn.Linear | nn.Conv2d) -> Tensor:
     """Panels of eight columns, (⌈N/8⌉, K, 8); of a 3 × 3 convolution, for each of its
     rows, where K are the channels of three neighbours."""
     weight = layer.weight
-    if isinstance(layer, nn.Conv2d) and layer.padding != (0, 0):
+    if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
         rows = weight.permute(2, 0, 3, 1)  # (N, C, 3, 3) → (3, N, 3, C)
         return torch.stack([panels(row.flatten(1)) for row in rows])
     return panels(weight.flatten(1))

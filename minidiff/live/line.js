@@ -21,7 +21,9 @@ minidiff.line = (figure) => {
   const notebook = "notebook" in figure.dataset; // its address is not ours
   const address = new URLSearchParams(notebook ? "" : location.search);
   const first = figure.dataset.model in models ? figure.dataset.model : names[0];
+  const SIDE = Math.max(...names.map((name) => models[name].sketch)); // of a sketch; or 0
   const state = { model: first, seed: 0, prompt: image.dataset.prompt, ...usual(first) };
+  if (SIDE && figure.dataset.sketch) state.sketch = minidiff.sketches.read(figure.dataset.sketch, SIDE);
   let asked = 0, speed = 0, result = null, loaded = "";
 
   function usual(name) {
@@ -47,6 +49,8 @@ minidiff.line = (figure) => {
   const frame = make("div", box, { className: "live-picture" });
   const canvas = make("canvas", frame, {}, { role: "img" });
   const bar = make("div", frame, { className: "live-bar" });
+  const pad = SIDE && minidiff.pad(box, SIDE, (sketch, done) => change({ sketch }, done),
+    () => minidiff.canny(canvas.getContext("2d").getImageData(0, 0, SIDE, SIDE).data, SIDE));
   const side = make("div", box, { className: "live-side" });
   const controls = make("div", side, { className: "live-controls" });
   const range = (name, min, max, step) => {
@@ -86,10 +90,10 @@ minidiff.line = (figure) => {
   const caption = figure.querySelector(":scope > figcaption");
 
   // What happens
-  function change(more) {
+  function change(more, done = true) {
     Object.assign(state, more);
     show();
-    remember();
+    if (done) remember();
     run();
   }
 
@@ -98,6 +102,13 @@ minidiff.line = (figure) => {
     showGuidance();
     seed.value = state.seed;
     if (choice) choice.value = state.model;
+    if (pad) pad.box.hidden = !models[state.model].sketch;
+  }
+
+  // What the model is asked: an empty sketch is none.
+  function asking() {
+    const { sketch, ...request } = state;
+    return models[state.model].sketch && sketch?.includes(1) ? { ...request, sketch } : request;
   }
 
   function remember() {
@@ -106,6 +117,9 @@ minidiff.line = (figure) => {
     const kept = new URLSearchParams(location.search);
     const now = { prompt, seed, steps, guidance, model };
     for (const [name, value] of Object.entries(now)) kept.set(name, value);
+    kept.delete("sketch");
+    const { sketch } = asking();
+    if (sketch) kept.set("sketch", minidiff.sketches.write(sketch));
     history.replaceState(null, "", `?${kept}${location.hash}`);
   }
 
@@ -118,13 +132,18 @@ minidiff.line = (figure) => {
       const value = Number(address.get(name));
       if (address.has(name) && value >= 0 && value <= most) state[name] = value;
     }
+    if (SIDE && address.has("sketch")) {
+      try {
+        state.sketch = minidiff.sketches.read(address.get("sketch"), SIDE);
+      } catch { /* what is no sketch is none */ }
+    }
     state.seed = Math.floor(state.seed);
     state.steps = Math.max(1, Math.floor(state.steps));
   }
 
   // A draft at once where the whole drawing takes longer, then the drawing.
   async function run() {
-    const turn = ++asked, request = { ...state };
+    const turn = ++asked, request = asking();
     try {
       if (!result && turn === 1) status.textContent = "loading the model …";
       const { about, seconds } = await minidiff.open(state.model);
@@ -212,6 +231,7 @@ minidiff.line = (figure) => {
     const { prompt, seed, steps, guidance } = state, side = canvas.width;
     const weights = about.weights && { weights: about.weights };
     const file = await minidiff.png(canvas, { model: state.model, ...weights, dtype: "float32",
+      ...(asking().sketch && { control: "edges sketch.png, strength 1, 0 to 1" }),
       prompt, negative_prompt: "", num_inference_steps: steps, guidance_scale: Math.max(1, guidance),
       height: side, width: side, seed, max_sequence_length: about.lengths[2],
       sampler: "euler", version: about.version });
@@ -228,6 +248,7 @@ minidiff.line = (figure) => {
   };
 
   recall();
+  if (state.sketch) pad.replace(state.sketch);
   input.value = state.prompt;
   show();
   canvas.hidden = true;

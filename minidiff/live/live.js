@@ -85,8 +85,9 @@ window.minidiff = Object.assign(window.minidiff ?? {}, (() => {
   // Draw a picture; null where a later drawing of the same model came between.
   //
   // The request: { prompt, negative_prompt, seed, steps, guidance, sampler, model }, the
-  // model's own where nothing is said; latents in place of the seed's noise; changes that
-  // take something away (sampling.js). With watch, a time in ms, `progress` is given
+  // model's own where nothing is said; latents in place of the seed's noise; a sketch of
+  // side² numbers, 1 on an edge, for a model that reads it; changes that take something
+  // away (sampling.js). With watch, a time in ms, `progress` is given
   // estimates on the way. The result: { pixels: Uint8ClampedArray (side·side·4), side,
   // latents: Float32Array (C·h·w), ids of the three readers, trace: for each step { sigma,
   // x: where it led, v, x0 }, times in ms, maps(block, step) → { weights (H·L·L), heads,
@@ -104,7 +105,8 @@ window.minidiff = Object.assign(window.minidiff ?? {}, (() => {
     return result;
   }
 
-  function checkRequest({ prompt, seed, steps, guidance, sampler }, { scheduler, solvers }) {
+  function checkRequest({ prompt, seed, steps, guidance, sampler, sketch }, about) {
+    const { scheduler, solvers, sketch: count } = about;
     const whole = (name, value, least, most) => {
       if (!Number.isInteger(value) || value < least || value > most) {
         throw new Error(`${name} is ${value}; expected a whole number, ${least} to ${most}`);
@@ -115,6 +117,9 @@ window.minidiff = Object.assign(window.minidiff ?? {}, (() => {
     whole("steps", steps, 1, scheduler.jumps ?? 1000);
     if (!solvers.includes(sampler)) {
       throw new Error(`sampler is ${sampler}; expected one of ${solvers.join(", ")}`);
+    }
+    if (sketch && sketch.length !== count) {
+      throw new Error(`sketch has ${sketch.length} numbers; this model reads ${count}`);
     }
     if (!Number.isFinite(guidance)) throw new Error(`guidance is ${guidance}; expected a number`);
   }

@@ -1,9 +1,9 @@
-// Chapter 3: the decoder of the autoencoder, from latents to pixels.
+// Chapter 3: the autoencoder, from latents to pixels and back.
 "use strict";
 
 // A picture with its channels side by side and a rim of one cell around it, so that three
 // neighbours in a row are one run of numbers. Only what comes out of `pictureOf`,
-// `normalized` and `enlarged` has zeros in the rim.
+// `normalized`, `enlarged` and `rimmed` has zeros in the rim.
 class Picture extends Matrix {
   constructor(height, width, channels) {
     super((height + 2) * (width + 2) + 2, channels);
@@ -129,15 +129,63 @@ function enlarged(x) {
   return y;
 }
 
+// The same picture with zeros in the rim.
+function rimmed(x) {
+  const y = new Picture(x.height, x.width, x.columns);
+  y.data.fill(0);
+  x.eachRow((start, end) => y.data.set(x.data.subarray(start, end), start));
+  return y;
+}
+
+// Half the sides, of what a convolution made: the cells that a stride of 2 meets. They are
+// the odd ones, because the chapter pads below and to the right alone.
+function halved(x) {
+  const y = new Picture(x.height / 2, x.width / 2, x.columns);
+  for (let row = 0; row < y.height; row++) {
+    for (let column = 0; column < y.width; column++) {
+      const from = x.at(2 * row + 1, 2 * column + 1);
+      y.data.set(x.data.subarray(from, from + x.columns), y.at(row, column));
+    }
+  }
+  return y;
+}
+
+function middle(x, weights, groups) {
+  x = resnetBlock(x, weights, "mid.block_1", groups);
+  x = attentionBlock(x, weights, "mid.attn_1", groups);
+  return resnetBlock(x, weights, "mid.block_2", groups);
+}
+
+// A picture (C, H, W) in [−1, 1] → the most likely latents (C, h, w), scaled.
+function encode(picture, height, width, weights, config) {
+  const groups = config.norm_num_groups, levels = config.block_out_channels.length;
+  let x = pictureOf(picture, config.in_channels, height, width);
+  x = convolve(x, weights, "conv_in");
+  for (let level = 0; level < levels; level++) {
+    for (let i = 0; i < config.layers_per_block; i++) {
+      x = resnetBlock(x, weights, `down.${level}.block.${i}`, groups);
+    }
+    const name = `down.${level}.downsample.conv`;
+    if (level < levels - 1) x = halved(convolve(rimmed(x), weights, name));
+  }
+  x = middle(x, weights, groups);
+  x = convolve(normalized(x, weights, "norm_out", groups), weights, "conv_out");
+  const latents = new Float32Array(config.latent_channels * x.height * x.width);
+  for (let i = 0; i < latents.length; i++) {
+    const cells = x.height * x.width, cell = i % cells;
+    const mean = x.data[x.at(Math.floor(cell / x.width), cell % x.width) + Math.floor(i / cells)];
+    latents[i] = (mean - config.shift_factor) * config.scaling_factor;
+  }
+  return latents;
+}
+
 // Scaled latents (C, h, w) → pixels (H·W, 3) in [0, 1].
 function decode(latents, height, width, weights, config) {
   const groups = config.norm_num_groups, levels = config.block_out_channels.length;
   const unscaled = latents.map((x) => x / config.scaling_factor + config.shift_factor);
   let x = pictureOf(unscaled, config.latent_channels, height, width);
   x = convolve(x, weights, "conv_in");
-  x = resnetBlock(x, weights, "mid.block_1", groups);
-  x = attentionBlock(x, weights, "mid.attn_1", groups);
-  x = resnetBlock(x, weights, "mid.block_2", groups);
+  x = middle(x, weights, groups);
   for (let level = levels - 1; level >= 0; level--) { // up.0 is the finest
     for (let i = 0; i <= config.layers_per_block; i++) {
       x = resnetBlock(x, weights, `up.${level}.block.${i}`, groups);

@@ -41,6 +41,7 @@ from minidiff.vae import VAE
 
 DROP = 0.5  # how often the empty prompt takes the caption's place: the sketch must do
 SHOWN = 16  # held-out scenes that a validation draws
+MOST = 2**15  # scenes to learn from: finding all their edges takes longer than learning
 
 
 def scene_edges(scenes: AnyScenes, n: int) -> Iterator[Tensor]:
@@ -123,7 +124,7 @@ def hold(job: Job, encoder: SceneEncoder) -> Held:
 def control_lesson(job: Job) -> Lesson:
     """A ControlNet of half as many blocks as the transformer has, OUTPUT/control."""
     encoder, recipe = SceneEncoder(job), job.recipe
-    scenes, n = job.scenes(), recipe.latents
+    scenes, n = job.scenes(), min(recipe.latents, MOST)
     features = encoder.features(scenes, n, keep=True)
     path = job.cache and job.cache / f"edges-{encoder.file_name(scenes, n)}"
     make = lambda: {"edges": encode_edges(encoder.vae, scenes, n)}  # noqa: E731
