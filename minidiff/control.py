@@ -764,11 +764,12 @@ def save_control(
 # brief, net = learned(), load_control("tiny-edges")
 
 # %% [markdown]
-# Sketches now, that neither has seen: edges of sixteen drawings. Their shapes are asked
-# for with *other words*: other colours, other grounds. Without control, words and noise
-# know nothing of the sketch. How well a drawing keeps to its sketch is measured as the
-# *intersection over union* of the drawing's edges with it; an edge counts as met within
-# one pixel.
+# Sketches now, that neither has seen: edges of sixteen drawings, of things at places
+# that their words name. The same things are then asked for in *other words*: other
+# colours, other grounds, and not a word on the place. Without control, words and noise
+# know nothing of the sketch, and things unplaced mostly come large and in the middle.
+# How well a drawing keeps to its sketch is measured as the *intersection over union* of
+# the drawing's edges with it; an edge counts as met within one pixel.
 
 # %% tags=["active-ipynb"]
 # from minidiff.judging.edges import agreement
@@ -776,11 +777,15 @@ def save_control(
 # COLORS = "red green blue yellow purple white orange pink".split()
 # THINGS = "dress cat guitar boot rocket bag star fish".split()
 #
-# def on_ground(i: int, color: int, ground: int) -> str:
-#     words = f"{COLORS[(i + color) % 8]} {THINGS[(i + i // 8) % 8]}"
-#     return f"{article(words)} on {COLORS[(i + ground) % 8]}"
+# WHERE = " at the top left, on the right, at the bottom left, on the left"
+# WHERE += ", at the top right, at the top, at the bottom right, at the bottom"
 #
-# first, words = ([on_ground(i, *at) for i in range(16)] for at in ((0, 3), (5, 1)))
+# def ask(i: int, color: int, ground: int, where: str = "") -> str:
+#     thing = f"{COLORS[(i + color) % 8]} {THINGS[(i + i // 8) % 8]}"
+#     return f"{article(thing)}{where} on {COLORS[(i + ground) % 8]}"
+#
+# first = [ask(i, 0, 3, WHERE.split(",")[i % 8]) for i in range(16)]
+# words = [ask(i, 5, 1) for i in range(16)]
 # how = {"num_inference_steps": 10, "output_type": "pt"}
 # sketches = canny(pipe(first, seed=900, **how))
 
@@ -797,17 +802,19 @@ def save_control(
 #     half = 1.96 * gain.std() / len(gain) ** 0.5
 #     return f"{kept(pictures).mean():.2f}, more by {gain.mean():.2f} ± {half:.2f}"
 #
-# without, drawn = pipe(words, seed=50, **how), steered()
+# without = pipe(words, seed=50, **how)
+# drawn = {s: steered(strength=s) for s in (0.5, 1.0, 2.0)}
 # print(f"agreement without control {kept(without).mean():.2f}")
 # print("with the brief net", more(steered(brief)))
-# print("with the shipped net", more(drawn))
-# rows = torch.cat([x[:8] for x in (sketches.expand(-1, 3, -1, -1), without, drawn)])
-# viz.show_images(rows, words[:8], columns=8, low=0)
+# print("with the shipped net", more(drawn[1.0]))
+# rows = sketches.expand(-1, 3, -1, -1), without, drawn[1.0], drawn[2.0]
+# viz.show_images(torch.cat([x[:8] for x in rows]), words[:8], columns=8, low=0)
 
 # %% [markdown]
-# Above the sketches, in the middle what the words give alone, below what words and
-# sketches give together; the line over them has the means of all sixteen. Compare
-# colours between the lower rows, and outlines between the first row and the last.
+# Above the sketches, then what the words give alone, then what both give together, at
+# strengths of 1 and 2. The lines over the figure have the means of all sixteen. Compare
+# colours between the lower rows, outlines and places between the first row and the
+# last.
 #
 # **Sketch yourself.** On a page of the book the model opens below, in your browser,
 # with a pad beside it: draw, and it draws along; or take the edges of the picture that
@@ -815,30 +822,32 @@ def save_control(
 # `Control("sketch.png", net)` reads.
 
 # %% tags=["active-ipynb"]
-# with_net = Control(sketches[:1], net)
-# shown = pipe(words[0], seed=0, control=with_net, output_type="pt")[0]
-# viz.live_sketch(sketches[0], 2 * shown - 1, words[0])
+# by = Control(sketches[1:2], net)
+# cat = pipe(words[1], seed=0, control=by, output_type="pt")[0]
+# viz.live_sketch(sketches[1], 2 * cat - 1, words[1])
 
 # %% [markdown]
 # **How strongly, and when?** A strength below 1 lets the sketch suggest; above 1 it
-# insists. Of the steps, the early ones decide the large forms (chapter 8), so a control
-# that acts in the first half should achieve more than one that acts in the second. The
-# numbers say whether it does.
+# insists, where words without a place want the thing in the middle. Of the steps, the
+# early ones decide the large forms (chapter 8), so a control that acts in the first
+# half should achieve more than one that acts in the second. The numbers say whether it
+# does.
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
-# for strength in (0.5, 2.0):
-#     print(f"strength {strength}: {more(steered(strength=strength))}")
+# for strength, pictures in drawn.items():
+#     print(f"strength {strength}: {more(pictures)}")
 # for start, end in ((0.0, 0.5), (0.5, 1.0)):
-#     print(f"from {start} to {end}: {more(steered(start=start, end=end))}")
+#     part = steered(strength=2.0, start=start, end=end)
+#     print(f"strength 2.0 from {start} to {end}: {more(part)}")
 
 # %% [markdown]
 # Several at once: two nets, or one net with two sketches. Their answers are added; each
-# keeps its strength. Here each drawing gets its own sketch and, at half strength, its
+# keeps its strength. Here each drawing gets its own sketch and, half as strongly, its
 # neighbour's.
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
-# other = Control(sketches.roll(1, 0), net, 0.5)
-# both = pipe(words, seed=50, control=[Control(sketches, net), other], **how)
+# pair = [Control(sketches, net, 2.0), Control(sketches.roll(1, 0), net)]
+# both = pipe(words, seed=50, control=pair, **how)
 # print(f"own sketch {kept(both).mean():.2f}, with the neighbour's "
 #     f"{agreement(both, sketches.roll(1, 0)).mean():.2f}")
 
@@ -849,7 +858,7 @@ def save_control(
 # the net black may mean *no edge here*. What will be drawn?
 
 # %% tags=["active-ipynb", "hide-output", "nbval-ignore-output"]
-# nothing = Control(torch.zeros(1, 1, 64, 64), net)
+# nothing = Control(torch.zeros(1, 1, 64, 64), net, 2.0)
 # blank = pipe(words, seed=50, control=nothing, **how)
 # shares = [f"{canny(pictures).mean():.1%}" for pictures in (without, blank)]
 # print("pixels on an edge:", " then ".join(shares))
@@ -876,8 +885,8 @@ def save_control(
 # net.last = True
 # moved = steered()
 # net.last = False
-# print(f"relative difference {((moved - drawn).norm() / drawn.norm()).item():.3f}, "
-#     f"agreement {more(moved)}")
+# change = (moved - drawn[1.0]).norm() / drawn[1.0].norm()
+# print(f"relative difference {change.item():.3f}, agreement {more(moved)}")
 
 # %% [markdown]
 # The published pairs of net and code differ by just this. If a picture of yours differs

@@ -228,7 +228,7 @@ def differences(
         if net:
             side = round(len(asked["sketch"]) ** 0.5)
             lines = torch.tensor(asked["sketch"]).view(1, side, side).float()
-            options["control"] = Control(lines, net)
+            options["control"] = Control(lines, net, asked.get("strength", 1.0))
         expected = python(asked["prompt"], output_type="latent", **options)
         errors.append(relative_error(latents, expected.flatten()))
         pixels = python.decode(expected)[0].permute(1, 2, 0)
@@ -297,7 +297,7 @@ def test_a_sketch_steers(
     assert max(differences(python, page, [asked])) < 1e-3
     asked["sketch"] = square(side)
     assert max(differences(python, page, [asked], net)) < 1e-3
-    blank = asked | {"sketch": [0] * side**2}
+    blank = asked | {"sketch": [0] * side**2, "strength": 0.5}
     assert max(differences(python, page, [blank], net)) < 1e-3
     others = [x[0] for x in drawn(page, [asked, blank])]
     assert relative_error(*others) > 0.02

@@ -20,9 +20,9 @@ function imageBlock(x, m, weights, name, heads) {
 const spread = (said, blocks) => Array.from({ length: blocks - 1 }, (_, i) =>
   said[Math.floor((i * said.length) / blocks)]);
 
-// What the net adds behind `blocks` blocks of a transformer: a function of the tokens
-// (N, D), which have their places already, and a step.
-function steering(condition, side, times, pooled, weights, config, blocks) {
+// What the net adds behind `blocks` blocks of a transformer, times `strength`: a function
+// of the tokens (N, D), which have their places already, and a step.
+function steering({ condition, strength }, side, times, pooled, weights, config, blocks) {
   const name = (k) => `transformer_blocks.${k}`, count = [...Array(config.num_layers).keys()];
   const c = conditioning(times, pooled, weights);
   const modulation = count.map((k) => linear(c, weights, `${name(k)}.adaLN_modulation.1`));
@@ -32,7 +32,7 @@ function steering(condition, side, times, pooled, weights, config, blocks) {
     const said = count.map((k) => {
       const m = chunks(modulation[k], step, x.columns);
       scratch(() => imageBlock(x, m, weights, name(k), config.num_attention_heads));
-      return linear(x, weights, `controlnet_blocks.${k}`);
+      return scaled(linear(x, weights, `controlnet_blocks.${k}`), strength);
     });
     return spread(said, blocks);
   };

@@ -22,7 +22,8 @@ minidiff.line = (figure) => {
   const address = new URLSearchParams(notebook ? "" : location.search);
   const first = figure.dataset.model in models ? figure.dataset.model : names[0];
   const SIDE = Math.max(...names.map((name) => models[name].sketch)); // of a sketch; or 0
-  const state = { model: first, seed: 0, prompt: image.dataset.prompt, ...usual(first) };
+  const state = { model: first, seed: 0, prompt: image.dataset.prompt, strength: 1,
+    ...usual(first) };
   if (SIDE && figure.dataset.sketch) state.sketch = minidiff.sketches.read(figure.dataset.sketch, SIDE);
   let asked = 0, speed = 0, result = null, loaded = "";
 
@@ -59,12 +60,14 @@ minidiff.line = (figure) => {
     const output = make("output", row, {}, { "aria-live": "off" }); // the slider says it
     slider.oninput = () => change({ [name]: Number(slider.value) });
     return () => {
+      row.hidden = name === "strength" && !models[state.model].sketch;
       if (name === "steps") slider.max = models[state.model].most;
       slider.value = state[name];
       output.textContent = state[name];
     };
   };
   const showSteps = range("steps", 1, 1, 1), showGuidance = range("guidance", 1, 8, 0.1);
+  const showStrength = range("strength", 0, 3, 0.1); // of a sketch
   const row = make("label", controls, { textContent: "seed" });
   const seed = make("input", row, { type: "number", min: 0, step: 1 });
   seed.onchange = () => change({ seed: Math.max(0, Math.floor(Number(seed.value)) || 0) });
@@ -100,6 +103,7 @@ minidiff.line = (figure) => {
   function show() {
     showSteps();
     showGuidance();
+    showStrength();
     seed.value = state.seed;
     if (choice) choice.value = state.model;
     if (pad) pad.box.hidden = !models[state.model].sketch;
@@ -107,8 +111,9 @@ minidiff.line = (figure) => {
 
   // What the model is asked: an empty sketch is none.
   function asking() {
-    const { sketch, ...request } = state;
-    return models[state.model].sketch && sketch?.includes(1) ? { ...request, sketch } : request;
+    const { sketch, strength, ...request } = state;
+    const asked = models[state.model].sketch && sketch?.includes(1);
+    return asked ? { ...request, sketch, strength } : request;
   }
 
   function remember() {
@@ -117,9 +122,12 @@ minidiff.line = (figure) => {
     const kept = new URLSearchParams(location.search);
     const now = { prompt, seed, steps, guidance, model };
     for (const [name, value] of Object.entries(now)) kept.set(name, value);
-    kept.delete("sketch");
-    const { sketch } = asking();
-    if (sketch) kept.set("sketch", minidiff.sketches.write(sketch));
+    const { sketch, strength } = asking();
+    for (const name of ["sketch", "strength"]) kept.delete(name);
+    if (sketch) {
+      kept.set("sketch", minidiff.sketches.write(sketch));
+      kept.set("strength", strength);
+    }
     history.replaceState(null, "", `?${kept}${location.hash}`);
   }
 
@@ -127,7 +135,8 @@ minidiff.line = (figure) => {
     for (const name of ["prompt", "model"]) if (address.has(name)) state[name] = address.get(name);
     if (!(state.model in models)) state.model = first;
     Object.assign(state, usual(state.model));
-    const numbers = { seed: Number.MAX_SAFE_INTEGER, steps: models[state.model].most, guidance: 8 };
+    const numbers = { seed: Number.MAX_SAFE_INTEGER, steps: models[state.model].most, guidance: 8,
+      strength: 3 };
     for (const [name, most] of Object.entries(numbers)) {
       const value = Number(address.get(name));
       if (address.has(name) && value >= 0 && value <= most) state[name] = value;
@@ -228,10 +237,10 @@ minidiff.line = (figure) => {
   save.onclick = async () => {
     const { about } = await minidiff.open(state.model);
     if (!result) await run();
-    const { prompt, seed, steps, guidance } = state, side = canvas.width;
+    const { prompt, seed, steps, guidance, strength } = state, side = canvas.width;
     const weights = about.weights && { weights: about.weights };
     const file = await minidiff.png(canvas, { model: state.model, ...weights, dtype: "float32",
-      ...(asking().sketch && { control: "edges sketch.png, strength 1, 0 to 1" }),
+      ...(asking().sketch && { control: `edges sketch.png, strength ${strength}, 0 to 1` }),
       prompt, negative_prompt: "", num_inference_steps: steps, guidance_scale: Math.max(1, guidance),
       height: side, width: side, seed, max_sequence_length: about.lengths[2],
       sampler: "euler", version: about.version });

@@ -86,8 +86,8 @@ window.minidiff = Object.assign(window.minidiff ?? {}, (() => {
   //
   // The request: { prompt, negative_prompt, seed, steps, guidance, sampler, model }, the
   // model's own where nothing is said; latents in place of the seed's noise; a sketch of
-  // side² numbers, 1 on an edge, for a model that reads it; changes that take something
-  // away (sampling.js). With watch, a time in ms, `progress` is given
+  // side² numbers, 1 on an edge, and its strength, for a model that reads it; changes that
+  // take something away (sampling.js). With watch, a time in ms, `progress` is given
   // estimates on the way. The result: { pixels: Uint8ClampedArray (side·side·4), side,
   // latents: Float32Array (C·h·w), ids of the three readers, trace: for each step { sigma,
   // x: where it led, v, x0 }, times in ms, maps(block, step) → { weights (H·L·L), heads,

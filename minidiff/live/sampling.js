@@ -71,7 +71,8 @@ function schedule(steps, scheduler) {
 //
 // request: { prompt, negative_prompt, seed, steps, guidance, sampler, changes }; latents
 // replace the seed's noise, and with `from` they are those that step `from` begins with.
-// sketch: side² numbers, 1 on an edge, for a model that has a net to read it.
+// sketch: side² numbers, 1 on an edge, for a model that has a net to read it, and its
+// strength, 1 where nothing is said.
 // changes take something away: those of `velocity` and { texts: of each encoder, pooled:
 // another prompt's, mask: hide the padding, exchange: { step, prompt }, free: guidance
 // below 1 too }.
@@ -84,8 +85,11 @@ function* draw(model, request) {
   const count = config.in_channels * config.sample_size ** 2;
   const noise = request.latents ?? randn(count, request.seed);
   const guided = request.guidance > 1 || changes.free;
-  const condition = request.sketch && scratch(() =>
-    encodeSketch(request.sketch, pixelSide(about), weights.encoder, about.vae));
+  const sketch = request.sketch && {
+    strength: request.strength ?? 1,
+    condition: scratch(() =>
+      encodeSketch(request.sketch, pixelSide(about), weights.encoder, about.vae)),
+  };
   const top = memory.top;
   try {
     const read = (texts, pooledOf) => {
@@ -94,7 +98,7 @@ function* draw(model, request) {
       return {
         context: Matrix.from(text.rows, text.context.length / text.rows, text.context),
         modulations: modulations(times, pooled, weights.transformer, config),
-        steer: condition && steering(condition, config.sample_size / config.patch_size,
+        steer: sketch && steering(sketch, config.sample_size / config.patch_size,
           times, pooled, weights.control, about.control, config.num_layers),
         hidden: changes.mask ? paddingOf(model, texts) : undefined,
       };

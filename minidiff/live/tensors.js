@@ -143,6 +143,13 @@ function add(x, { data: other }) {
   return x;
 }
 
+// In place: factor · x.
+function scaled(x, factor) {
+  const { data } = x;
+  for (let i = 0; i < data.length; i++) data[i] *= factor;
+  return x;
+}
+
 // In place: x · sigmoid(a·x + b·x³), the form that most activations have.
 function gate(x, a, b) {
   memory.gate(x.data.byteOffset, x.data.length, a, b);
