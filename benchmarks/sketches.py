@@ -3,12 +3,12 @@
     python benchmarks/sketches.py MODEL NET [-n 150] [--strengths 0 1 2] [--data DIR]
                                   [--sheet PNG]
 
-A sketch is the edges of a test scene. The first words are the scene's own. The second
-scenes show one item that is not in the middle, and their words do not say where it is,
-name another ground, and another colour where they name one. Printed for both, at each
-strength (0 is without the net): the agreement of the edges (with one pixel of reach),
-the agreement with another scene's sketch, and the share of pictures that the judge
-finds right. The sheet shows the first ten of the second words.
+A sketch is the edges of a test scene. The first words are the scene's own. The other
+scenes show one item that is not in the middle; their words name another ground, and
+another colour where they name one, and say where the item is or do not. Printed for
+each, at each strength (0 is without the net): the agreement of the edges (with one
+pixel of reach), the agreement with another scene's sketch, and the share of pictures
+that the judge finds right. The sheet shows the first ten of the last words.
 """
 
 import argparse
@@ -46,11 +46,14 @@ def off_the_middle(n: int, seed: int) -> Tensor:
     return numbers[place != MIDDLE][:n]
 
 
-def words_without_place(numbers: Tensor, seed: int) -> Asked:
-    """What such scenes would be called in other colours, but for the place."""
+def other_words(numbers: Tensor, seed: int, where: bool) -> Asked:
+    """What such scenes would be called in other colours; without ``where`` not where
+    the item is."""
     u = uniform(seed, numbers, 33)
     u[:, CHANGED] = uniform(fold_in(seed, 3), numbers, 33)[:, CHANGED]
-    asked = [m._replace(place="") for m in shown(draw_attributes(u, layouts=ONE))]
+    asked = shown(draw_attributes(u, layouts=ONE))
+    if not where:
+        asked = [meaning._replace(place="") for meaning in asked]
     dice = uniform(fold_in(seed, 1), numbers, RANDOM).tolist()
     return [say(m, Dice(d)) for m, d in zip(asked, dice, strict=True)], asked
 
@@ -82,13 +85,14 @@ def main() -> None:
     pipe.progress = False
     compared = Comparison(pipe, load_judge(), n, seed, given.data, BATCH)
     print(f"| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|")
+    first, off = torch.arange(n), off_the_middle(n, seed)
     asked = {
-        "its own": (SHARES, torch.arange(n), own_words),
-        "not where": (ONE, off_the_middle(n, seed), words_without_place),
+        "its own": (SHARES, first, own_words(first, seed)),
+        "other, and where": (ONE, off, other_words(off, seed, where=True)),
+        "other, not where": (ONE, off, other_words(off, seed, where=False)),
     }
-    for name, (layouts, numbers, words) in asked.items():
+    for name, (layouts, numbers, (texts, meanings)) in asked.items():
         scenes = World("test", given.data, "cpu", seed, layouts=layouts)
-        texts, meanings = words(numbers, seed)
         real = torch.cat([scenes.batch(i).images for i in numbers.split(128)])
         sketches = canny((real + 1) / 2)
         rows = {"sketch": 1 - 2 * sketches[:SHOWN].expand(-1, 3, -1, -1)}

@@ -96,8 +96,8 @@ def fashion_mnist(
 class ByClass:
     """Garments in the order of their classes.
 
-    ``gray`` (N, 28, 28) in [0, 1], each garment's brightest value 1; ``numbers`` and
-    ``starts`` (10,): how many a class has, and where they begin.
+    ``gray`` (N, 28, 28), uint8; ``numbers`` and ``starts`` (10,): how many a class has,
+    and where they begin.
     """
 
     gray: Tensor
@@ -105,8 +105,13 @@ class ByClass:
     starts: Tensor
 
     def pick(self, kinds: Tensor, u: Tensor) -> Tensor:
-        """A picture (…, 28, 28) of each class in ``kinds``, chosen by ``u`` (…)."""
-        return self.gray[self.starts[kinds] + (u * self.numbers[kinds]).long()]
+        """A picture (…, 28, 28) of each class in ``kinds``, chosen by ``u`` (…).
+
+        In [0, 1], each garment's brightest value 1.
+        """
+        rows = self.starts[kinds] + (u * self.numbers[kinds]).long()
+        gray = self.gray[rows].float()
+        return gray / gray.amax((-2, -1), keepdim=True)
 
 
 def garments_by_class(
@@ -114,8 +119,7 @@ def garments_by_class(
 ) -> ByClass:
     """The garments of one split on a device: see ``fashion_mnist``."""
     images, labels = fashion_mnist(split, folder)
-    gray = images[labels.argsort(stable=True)].float()
-    gray = gray / gray.amax((1, 2), keepdim=True)
+    gray = images[labels.argsort(stable=True)]
     numbers = labels.bincount(minlength=len(CLASSES))
     starts = numbers.cumsum(0) - numbers
     return ByClass(gray.to(device), numbers.to(device), starts.to(device))
