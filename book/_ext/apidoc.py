@@ -20,10 +20,11 @@ from sphinx.util.docutils import SphinxDirective
 PACKAGE = Path(__file__).parents[2] / "minidiff"
 PAIRS = (PACKAGE.parent / "jupytext.toml").read_text(encoding="utf-8")
 CHAPTERS = {f"minidiff.{name}" for name in re.findall(r"minidiff//(\w+)/py", PAIRS)}
+API = "book/api"
 # What minidiff.viz lists under its own name, and what matplotlib adds to its figures
 LEFT_OUT = (
-    "Interactive, latent_pictures, live_attention, live_denoising, to_frames, "
-    "to_pictures, set"
+    "Interactive, latent_pictures, live_attention, live_denoising, live_sketch, "
+    "to_frames, to_pictures, set"
 )
 
 
@@ -77,9 +78,15 @@ def leave_variables(
     return content if isinstance(found, TypeVar | ParamSpec) else None
 
 
+def keep_to_itself(app: Sphinx, doctree: nodes.document, page: str) -> None:
+    """Thousands of names are copied for the API's own sidebar, not for every page's."""
+    app.env.metadata[API]["tocdepth"] = 0 if page == API else 1
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("room", Room)
     app.connect("autodoc-process-docstring", drop_prose)
     app.connect("viewcode-find-source", code_alone)
     app.connect("missing-reference", leave_variables)
+    app.connect("doctree-resolved", keep_to_itself)
     return {"parallel_read_safe": True}
