@@ -302,7 +302,7 @@ def test_single_files_that_cannot_be_used(
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere is missing; expected a Contr"):
+    with pytest.raises(FileNotFoundError, match="nowhere is missing; expected tiny-e"):
         load_control(tmp_path / "nowhere")
 
 

@@ -212,7 +212,7 @@ def test_a_sketch_lies_on_the_pad() -> None:
     sketch[0, 0, 1] = sketch[0, 7, 7] = 1
     text = viz.live_sketch(sketch, pictures(1, 8)[0], "a cat")._repr_html_()
     lines = base64.b64encode(bytes([64, 0, 0, 0, 0, 0, 0, 1])).decode()
-    assert f'data-model="tiny-edges" data-sketch="{lines}"' in text
+    assert f'data-model="tiny-turbo-edges" data-sketch="{lines}"' in text
     assert text.count("<img") == 1 and "minidiff-inside" not in text
     with pytest.raises(ValueError, match="expected one size"):
         viz.live_sketch(sketch, pictures(1, 16)[0], "a cat")

@@ -16,7 +16,7 @@ from minidiff.files.pictures import save_picture
 from minidiff.live.exporting import export_pipeline
 
 # The first draws unless another is asked for; a net's name is of what reads sketches
-MODELS = ("tiny-turbo", None), ("tiny", None), ("tiny", "tiny-edges")
+MODELS = ("tiny-turbo", None), ("tiny", None), ("tiny-turbo", "tiny-edges")
 
 
 def add(app: Sphinx, error: Exception | None) -> None:

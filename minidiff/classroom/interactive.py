@@ -165,7 +165,7 @@ def live_sketch(sketch: Tensor, image: Tensor, prompt: str) -> Interactive:
     lines = base64.urlsafe_b64encode(bits.tobytes()).decode()
     label = f"“{prompt}”, by the edges of another picture"
     drawn = _png(to_pictures(image)[0])
-    return Interactive(prompt, label, drawn, model="tiny-edges", sketch=lines)
+    return Interactive(prompt, label, drawn, model="tiny-turbo-edges", sketch=lines)
 
 
 def _overlay(values: Tensor, picture: np.ndarray) -> np.ndarray:
