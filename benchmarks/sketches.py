@@ -19,7 +19,7 @@ from few_steps import BATCH, SHOWN, save_rows
 from torch import Tensor
 
 import minidiff
-from minidiff.control import Control, canny, load_control
+from minidiff.control import Control, ControlNet, canny, load_control
 from minidiff.data.language import RANDOM, Dice, Meaning, captions, say, shown
 from minidiff.data.rng import fold_in, uniform
 from minidiff.data.samples import ONE
@@ -71,6 +71,27 @@ def drawings(
     return torch.cat(parts)
 
 
+def table(
+    name: str, asked: tuple, compared: Comparison, net: ControlNet, strengths: list
+) -> dict[str, Tensor]:
+    """Print a line for each strength; the pictures of a sheet's rows."""
+    layouts, numbers, (texts, meanings) = asked
+    scenes = World("test", compared.folder, "cpu", compared.seed, layouts=layouts)
+    real = torch.cat([scenes.batch(i).images for i in numbers.split(128)])
+    sketches, base = canny((real + 1) / 2), 0.0
+    rows = {"sketch": 1 - 2 * sketches[:SHOWN].expand(-1, 3, -1, -1)}
+    for strength in strengths:
+        drawn = drawings(compared, texts, sketches, net=net, strength=strength)
+        pairs = (agreement((drawn + 1) / 2, s) for s in (sketches, sketches.roll(1, 0)))
+        right = sum(found["all"] for found in compared.answers(drawn, meanings))
+        base = base or right
+        cells = name, f"{strength:g}", *(f"{met.mean():.2f}" for met in pairs)
+        cells += f"{100 * right / len(texts):.1f}", f"{right / base:.2f}"
+        print(f"| {' | '.join(cells)} |", flush=True)
+        rows[f"strength {strength:g}"] = drawn[:SHOWN]
+    return rows
+
+
 def main() -> None:
     """Draw, measure, print line by line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -81,36 +102,20 @@ def main() -> None:
     parser.add_argument("--data", help="folder of Fashion-MNIST's parquet files")
     parser.add_argument("--sheet", type=Path)
     given, seed = parser.parse_args(), EVALUATION_SEED
-    n, net, pipe = given.n, load_control(given.net), minidiff.load(given.model)
+    net, pipe = load_control(given.net), minidiff.load(given.model)
     pipe.progress = False
-    compared = Comparison(pipe, load_judge(), n, seed, given.data, BATCH)
+    compared = Comparison(pipe, load_judge(), given.n, seed, given.data, BATCH)
     print(f"| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|")
-    first, off = torch.arange(n), off_the_middle(n, seed)
+    first, off = torch.arange(given.n), off_the_middle(given.n, seed)
     asked = {
         "its own": (SHARES, first, own_words(first, seed)),
         "other, and where": (ONE, off, other_words(off, seed, where=True)),
         "other, not where": (ONE, off, other_words(off, seed, where=False)),
     }
-    for name, (layouts, numbers, (texts, meanings)) in asked.items():
-        scenes = World("test", given.data, "cpu", seed, layouts=layouts)
-        real = torch.cat([scenes.batch(i).images for i in numbers.split(128)])
-        sketches = canny((real + 1) / 2)
-        rows = {"sketch": 1 - 2 * sketches[:SHOWN].expand(-1, 3, -1, -1)}
-        base = 0.0
-        for strength in given.strengths:
-            drawn = drawings(compared, texts, sketches, net=net, strength=strength)
-            met = [
-                agreement((drawn + 1) / 2, s).mean().item()
-                for s in (sketches, sketches.roll(1, 0))
-            ]
-            right = sum(a["all"] for a in compared.answers(drawn, meanings)) / n
-            base = base or right
-            cells = name, f"{strength:g}", *(f"{m:.2f}" for m in met)
-            cells += f"{100 * right:.1f}", f"{right / base:.2f}"
-            print(f"| {' | '.join(map(str, cells))} |", flush=True)
-            rows[f"strength {strength:g}"] = drawn[:SHOWN]
+    for name, each in asked.items():
+        rows = table(name, each, compared, net, given.strengths)
     if given.sheet:
-        save_rows(rows, texts, given.sheet)
+        save_rows(rows, each[2][0], given.sheet)
 
 
 if __name__ == "__main__":

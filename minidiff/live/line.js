@@ -50,8 +50,7 @@ minidiff.line = (figure) => {
   const frame = make("div", box, { className: "live-picture" });
   const canvas = make("canvas", frame, {}, { role: "img" });
   const bar = make("div", frame, { className: "live-bar" });
-  const pad = SIDE && minidiff.pad(box, SIDE, (sketch, done) => change({ sketch }, done),
-    () => minidiff.canny(canvas.getContext("2d").getImageData(0, 0, SIDE, SIDE).data, SIDE));
+  const pad = SIDE && minidiff.pad(box, SIDE, (sketch, done) => change({ sketch }, done), edges);
   const side = make("div", box, { className: "live-side" });
   const controls = make("div", side, { className: "live-controls" });
   const range = (name, min, max, step) => {
@@ -107,6 +106,11 @@ minidiff.line = (figure) => {
     seed.value = state.seed;
     if (choice) choice.value = state.model;
     if (pad) pad.box.hidden = !models[state.model].sketch;
+  }
+
+  async function edges() {
+    if (!result) await run();
+    return minidiff.canny(canvas.getContext("2d").getImageData(0, 0, SIDE, SIDE).data, SIDE);
   }
 
   // What the model is asked: an empty sketch is none.

@@ -17,7 +17,7 @@ minidiff.sketches = {
 };
 
 // A pad in `parent`. changed(lines, done) is called while a line is drawn and, with
-// done, when it ends; edges() gives those of the picture beside it.
+// done, when it ends; edges() is a promise of those of the picture beside it.
 minidiff.pad = (parent, side, changed, edges) => {
   const { make } = minidiff, box = make("div", parent, { className: "live-pad" });
   const frame = make("div", box, { className: "live-picture" });
@@ -85,7 +85,7 @@ minidiff.pad = (parent, side, changed, edges) => {
   make("button", buttons, { type: "button", textContent: "Clear",
     onclick: () => set(new Uint8Array(side ** 2)) });
   make("button", buttons, { type: "button", textContent: "The picture's edges",
-    onclick: () => set(edges()) });
+    onclick: async () => set(await edges()) });
   make("button", buttons, { type: "button", textContent: "Save sketch", onclick: () =>
     canvas.toBlob((file) => make("a", null,
       { href: URL.createObjectURL(file), download: "sketch.png" }).click()) });
