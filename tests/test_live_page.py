@@ -202,6 +202,15 @@ def sketching(chromium: Any, pipe: Pipeline, tmp_path: Path) -> Iterator[Any]:
     page.context.close()
 
 
+def saved_sketch(page: Any, folder: Path) -> Tensor:
+    """What the pad saves as sketch.png, (32, 32) of 0 and 1."""
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Save sketch").click()
+    saved.value.save_as(folder / "sketch.png")
+    pixels = viz.to_pictures([Image.open(folder / "sketch.png")])[0, ..., 0]
+    return torch.from_numpy(pixels) / 255
+
+
 def test_what_is_sketched_is_drawn(
     sketching: tuple, pipe: Pipeline, tmp_path: Path
 ) -> None:
@@ -219,13 +228,9 @@ def test_what_is_sketched_is_drawn(
     page.mouse.move(box["x"] + 8.5 * cell, box["y"] + 24.5 * cell, steps=4)
     page.mouse.up()
     page.wait_for_url("**&sketch=*")
-    with page.expect_download() as saved:
-        page.get_by_role("button", name="Save sketch").click()
-    saved.value.save_as(tmp_path / "sketch.png")
     line = torch.zeros(32, 32)
     line[8:25, 8] = 1
-    sketch = viz.to_pictures([Image.open(tmp_path / "sketch.png")])[0, ..., 0]
-    assert (torch.from_numpy(sketch) == 255 * line).all()
+    assert torch.equal(saved_sketch(page, tmp_path), line)
     drawn = """async (request) => [...(await minidiff.draw(request)).latents]"""
     asked = {"prompt": PROMPT, "model": "model-edges", "seed": 0}
     how = {"steps": 2, "guidance": 1, "sketch": line.flatten().tolist()}
@@ -237,6 +242,7 @@ def test_what_is_sketched_is_drawn(
     page.reload()
     page.wait_for_selector("[data-drawn=whole]")
     assert "&sketch=" in page.url
+    assert torch.equal(saved_sketch(page, tmp_path), line)
     page.get_by_role("button", name="Clear").click()
     page.wait_for_url(lambda url: "&sketch=" not in url)
     page.get_by_role("button", name="The picture's edges").click()
