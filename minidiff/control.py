@@ -819,14 +819,14 @@ def save_control(
 #
 # **Sketch yourself.** The net serves the student of chapter 9 as well, whose
 # transformer began as this one's. On a page of the book the student opens below, in
-# your browser, with a pad beside it: draw, and it draws along, in four steps; or take
-# the edges of the picture that it has drawn last, and say other words. *Save sketch*
-# gives a file that `Control("sketch.png", net)` reads.
+# your browser, with a pad beside it: draw, and it draws along, in four steps and at a
+# strength of 2; or take the edges of the picture that it has drawn last, and say other
+# words. *Save sketch* gives a file that `Control("sketch.png", net, 2.0)` reads.
 
 # %% tags=["active-ipynb"]
 # student = minidiff.load("tiny-turbo")
 # student.progress = False
-# by = Control(sketches[1:2], net)
+# by = Control(sketches[1:2], net, 2.0)
 # cat = student(words[1], seed=0, control=by, output_type="pt")[0]
 # viz.live_sketch(sketches[1], 2 * cat - 1, words[1])
 

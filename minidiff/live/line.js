@@ -22,8 +22,8 @@ minidiff.line = (figure) => {
   const address = new URLSearchParams(notebook ? "" : location.search);
   const first = figure.dataset.model in models ? figure.dataset.model : names[0];
   const SIDE = Math.max(...names.map((name) => models[name].sketch)); // of a sketch; or 0
-  const state = { model: first, seed: 0, prompt: image.dataset.prompt, strength: 1,
-    ...usual(first) };
+  const state = { model: first, seed: 0, prompt: image.dataset.prompt,
+    strength: 2, ...usual(first) }; // at 1 words without a place often outweigh a sketch
   if (SIDE && figure.dataset.sketch) state.sketch = minidiff.sketches.read(figure.dataset.sketch, SIDE);
   let asked = 0, speed = 0, result = null, loaded = "";
 
