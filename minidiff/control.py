@@ -721,10 +721,12 @@ def save_control(
 # %% tags=["active-ipynb"]
 # from minidiff.data.samples import ONE, sample_captions
 #
+# student = minidiff.load("tiny-turbo")
+# student.progress = False
+#
 # def lesson(count: int = 192) -> Batch:
 #     """Latents, conditions and texts of the student's drawings."""
-#     student, texts = minidiff.load("tiny-turbo"), sample_captions(count, ONE)
-#     student.progress = False
+#     texts = sample_captions(count, ONE)
 #     x0 = student(texts, num_inference_steps=2, seed=100, output_type="latent")
 #     sketches = canny(pipe.decode(x0))
 #     context, pooled = pipe.encode_prompt([*texts, ""])  # the empty prompt at the end
@@ -824,8 +826,6 @@ def save_control(
 # words. *Save sketch* gives a file that `Control("sketch.png", net, 2.0)` reads.
 
 # %% tags=["active-ipynb"]
-# student = minidiff.load("tiny-turbo")
-# student.progress = False
 # by = Control(sketches[1:2], net, 2.0)
 # cat = student(words[1], seed=0, control=by, output_type="pt")[0]
 # viz.live_sketch(sketches[1], 2 * cat - 1, words[1])
@@ -1177,8 +1177,9 @@ def encode_weighted(pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
 # mask; one word, its weight, where the model hangs on its rows.
 #
 # ```bash
-# minidiff train --stage control --start tiny --output my-control
 # minidiff sample "a red dress" --control tiny-edges --control-image sketch.png
+# minidiff train --stage control --start tiny --output my-control
+# minidiff sample "a red dress" --control my-control/control --control-image sketch.png
 # ```
 #
 # ## Further reading

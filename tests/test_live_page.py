@@ -231,7 +231,7 @@ def test_what_is_sketched_is_drawn(
     line = torch.zeros(32, 32)
     line[8:25, 8] = 1
     assert torch.equal(saved_sketch(page, tmp_path), line)
-    drawn = """async (request) => [...(await minidiff.draw(request)).latents]"""
+    drawn = "async (request) => [...(await minidiff.draw(request)).latents]"
     asked = {"prompt": PROMPT, "model": "model-edges", "seed": 0}
     how = {"steps": 2, "guidance": 1, "sketch": line.flatten().tolist()}
     found = torch.tensor(page.evaluate(drawn, asked | how))
@@ -246,7 +246,14 @@ def test_what_is_sketched_is_drawn(
     page.get_by_role("button", name="Clear").click()
     page.wait_for_url(lambda url: "&sketch=" not in url)
     page.get_by_role("button", name="The picture's edges").click()
+    page.wait_for_url("**&sketch=*")
+    edges = saved_sketch(page, tmp_path)
+    assert 0 < edges.mean() < 0.5
     page.get_by_role("button", name="Rubber").click()
+    row, column = edges.nonzero()[0].tolist()
+    pad.click(position={"x": (column + 0.5) * cell, "y": (row + 0.5) * cell})
+    left = saved_sketch(page, tmp_path)
+    assert left[row, column] == 0 and (left <= edges).all()
     tell = "(request) => minidiff.draw(request).catch((error) => error.message)"
     told = page.evaluate(tell, asked | how | {"model": "model"})
     assert told == "sketch has 1024 numbers; this model reads 0"

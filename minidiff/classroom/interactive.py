@@ -60,7 +60,7 @@ class Interactive:
     """Frames of a drawing, in whose place the book's pages open the live model.
 
     ``picture`` and ``frames`` are PNGs, ``label`` says what they show. With frames
-    ``open`` is the part of the page "Inside a picture" that opens there; without, a
+    ``station`` is the part of the page "Inside a picture" that opens there; without, a
     ``sketch`` in base64 lies on the pad.
     """
 
@@ -68,29 +68,29 @@ class Interactive:
     label: str
     picture: bytes
     frames: bytes = b""
-    open: str = ""
+    station: str = ""
     model: str = "tiny"
     sketch: str = ""
 
     def __repr__(self) -> str:
-        return f"{self.open or 'sketch'}: {self.label}"
+        return f"{self.station or 'sketch'}: {self.label}"
 
     def _repr_html_(self) -> str:
         prompt, label = (html.escape(x, quote=True) for x in (self.prompt, self.label))
-        known = {"model": self.model, "open": self.open, "sketch": self.sketch}
+        known = {"model": self.model, "open": self.station, "sketch": self.sketch}
         known["examples"] = html.escape(json.dumps([self.prompt]), quote=True)
         data = " ".join(f'data-{name}="{x}"' for name, x in known.items() if x)
         inside = " minidiff-inside" if self.frames else ""
-        frames = f"<figcaption>{label}</figcaption>"
+        below = f"<figcaption>{label}</figcaption>"
         if self.frames:
             url = _data_url(self.frames)
-            shown = f'<img class="dark-light" width="100%" src="{url}" alt="{label}">'
-            frames = f'<div class="inside-frames">{shown}\n{frames}</div>'
+            frames = f'<img class="dark-light" width="100%" src="{url}" alt="{label}">'
+            below = f'<div class="inside-frames">{frames}\n{below}</div>'
         return (
             f'<figure class="minidiff-live{inside}" {data}>\n'
             f'<img class="dark-light" src="{_data_url(self.picture)}" width="192" '
             f'alt="the picture drawn for “{prompt}”" data-prompt="{prompt}">\n'
-            f"{frames}\n</figure>"
+            f"{below}\n</figure>"
         )
 
 

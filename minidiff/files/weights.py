@@ -201,7 +201,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def shipped(name: Path | str, among: Sequence[str] = SHIPPED) -> Path | None:
-    """The folder of a model that ships with this package, by its name."""
+    """The folder of what ships with this package by a name that is ``among`` these."""
     return PRETRAINED / str(name) if str(name) in among else None
 
 

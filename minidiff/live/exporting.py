@@ -56,7 +56,7 @@ def export_pipeline(
     name = Path(model).name + (f"-{net.kind}" if net else "")
     about = about_pipeline(pipe) | {"name": name, "words": sorted(seen(model))}
     side = pipe.transformer.config.sample_size * pipe.vae.config.factor if net else 0
-    about |= {"control": net and asdict(net.config), "sketch": side**2}
+    about |= {"control": net and asdict(net.config), "sketch": side}
     about["parts"] = {
         part: write_part(folder, part, module)
         for part, module in modules(pipe, net).items()

@@ -106,7 +106,7 @@ window.minidiff = Object.assign(window.minidiff ?? {}, (() => {
   }
 
   function checkRequest({ prompt, seed, steps, guidance, sampler, sketch }, about) {
-    const { scheduler, solvers, sketch: count } = about;
+    const { scheduler, solvers } = about, count = about.sketch ** 2;
     const whole = (name, value, least, most) => {
       if (!Number.isInteger(value) || value < least || value > most) {
         throw new Error(`${name} is ${value}; expected a whole number, ${least} to ${most}`);
