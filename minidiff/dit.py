@@ -958,7 +958,7 @@ class MMDiT(Layers):
 #
 # def drawing(context: Tensor, pooled: Tensor, x: Tensor = start) -> Tensor:
 #     both = torch.cat([blank[0], context]), torch.cat([blank[1], pooled])
-#     return pipe.decode(pipe.denoise(x, *both)) * 2 - 1
+#     return pipe.decode(pipe.denoise(x, *both, num_inference_steps=14)) * 2 - 1
 #
 # drawings = {"as they are": drawing(context8, pooled8)}
 # drawings["another's pooled"] = drawing(context8, pooled8.roll(1, 0))
@@ -1101,15 +1101,16 @@ class MMDiT(Layers):
 
 # %% tags=["active-ipynb"]
 # def paint() -> Tensor:
-#     return pipe(PROMPT, seed=SEED, output_type="pt")[0] * 2 - 1
+#     return pipe(PROMPT, seed=SEED, **how)[0] * 2 - 1
 #
 # prompts, grade = exam(12)
-# how = {"seed": 3, "num_inference_steps": 14, "output_type": "pt"}
-# blocks, found = model.joint_blocks, {"all blocks": pipe(prompts, **how) * 2 - 1}
+# how = {"num_inference_steps": 8, "output_type": "pt"}
+# blocks = model.joint_blocks
+# found = {"all blocks": pipe(prompts, seed=3, **how) * 2 - 1}
 # pictures = [paint()]
 # for i in range(len(blocks)):
 #     model.joint_blocks = blocks[:i] + blocks[i + 1 :]
-#     found[f"without {i}"] = pipe(prompts, **how) * 2 - 1
+#     found[f"without {i}"] = pipe(prompts, seed=3, **how) * 2 - 1
 #     pictures.append(paint())
 # model.joint_blocks = blocks
 

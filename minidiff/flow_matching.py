@@ -864,7 +864,7 @@ def dpmpp_2m(
 # Euler's error falls in proportion to the step, that of the other two with its square.
 # Now the same on latents, with the shipped model as the velocity, and with two lists of
 # levels: the published one, and an even one without the small last level 0.001. The
-# fine solution is Heun in 240 even steps. Write down what you expect of DPM++ 2M: as in
+# fine solution is Heun in 120 even steps. Write down what you expect of DPM++ 2M: as in
 # the plane?
 
 # %% tags=["active-ipynb"]
@@ -873,7 +873,7 @@ def dpmpp_2m(
 #
 # even = lambda n, shift=1.0: torch.linspace(1, 0, n + 1)
 # lists, counts = {"published": sigma_schedule, "even": even}, (8, 16, 32)
-# exact = heun(model, noise, even(240))
+# exact = heun(model, noise, even(120))
 # latent = {name: errors(model, noise, [f(n, shift=1.0) for n in counts], exact)
 #     for name, f in lists.items()}
 

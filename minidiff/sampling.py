@@ -879,14 +879,14 @@ class Pipeline(Parts):
 # DPM++ 2M can go astray: its last step but one falls from a third to a thousandth.
 #
 # Heun asks twice a step, so compare at equal *work*. The error is the distance from a
-# drawing in 40 steps of Heun, as a share of it, and its interval is over four prompts.
+# drawing in 28 steps of Heun, as a share of it, and its interval is over four prompts.
 # The last rows have other levels, moved by shift 3.
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
-# prompts, grade = exam(4)
+# prompts, _ = exam(4)
 # latents = lambda n, name, **how: pipe(prompts, num_inference_steps=n, sampler=name,
 #     output_type="latent", **how)
-# fine = latents(40, "heun")
+# fine = latents(28, "heun")
 # shifted = Scheduler(shift=3.0)
 # rows = [("euler", 14, {}), ("heun", 7, {}), ("dpmpp_2m", 14, {}), ("euler", 28, {})]
 # rows += [(name, 14, {"sigmas": shifted.sigmas(14)}) for name in ("euler", "dpmpp_2m")]

@@ -897,8 +897,8 @@ def fit(
 #         return album, read_log(Path(folder) / "log.jsonl")
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
-# album, log = learn(train_set, 280)
-# model = album[280]
+# album, log = learn(train_set, 200)
+# model = album[200]
 #
 # def points(log: list, key: str) -> tuple:
 #     return tuple(zip(*[(r["step"], r[key]) for r in log if key in r], strict=True))
@@ -907,7 +907,7 @@ def fit(
 # names["average"] = "validation, averaged weights"
 # curves = {name: points(log, key) for key, name in names.items()}
 # viz.show_curves(curves, "step", "loss", logy=True).captioned(
-#     "280 steps: the loss of the model's batches, and that of fixed scenes at "
+#     "200 steps: the loss of the model's batches, and that of fixed scenes at "
 #     "fixed levels.")
 
 # %% [markdown]
@@ -918,7 +918,7 @@ def fit(
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # print("step   trained   average")
-# for row in (r for r in log if r["step"] in (20, 40, 80, 120, 200, 280)):
+# for row in (r for r in log if r["step"] in (20, 40, 80, 120, 200)):
 #     if "average" in row:
 #         print(f"{row['step']:4}   {row['trained']:7.3f}   {row['average']:7.3f}")
 
@@ -954,12 +954,12 @@ def fit(
 #     return euler(velocity, noise, sigma_schedule(20, shift=1.0)).clamp(-1, 1)
 #
 # def show_album(album: dict):
-#     moments = (20, 40, 80, 160, 280)
+#     moments = (20, 40, 80, 120, 200)
 #     rows = [draw(album[step]) for step in moments if step in album]
 #     titles = [" on ".join(w) for w in wanted]
 #     return viz.show_images(torch.cat(rows), titles, columns=8)
 #
-# show_album(album).captioned("Rows: after 20, 40, 80, 160 and 280 steps.")
+# show_album(album).captioned("Rows: after 20, 40, 80, 120 and 200 steps.")
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # def nearest(color: Tensor, names: dict) -> list[str]:

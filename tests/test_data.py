@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from minidiff.data.fashion_mnist import CLASSES, fashion_mnist
+from minidiff.data.fashion_mnist import CLASSES, _read, fashion_mnist
 from minidiff.data.garments import Garments, garment_captions
 from minidiff.data.language import shown
 from minidiff.data.reader import read
@@ -85,6 +85,14 @@ def test_digits_are_no_garments(tmp_path):
 def test_a_linked_folder_is_looked_into(fashion, tmp_path):
     (tmp_path / "linked").symlink_to(fashion, target_is_directory=True)
     assert len(fashion_mnist("test", tmp_path)[1]) == 10_000
+
+
+def test_only_what_is_picked_is_decoded(fashion):
+    path = next(fashion.rglob("test-*.parquet"))
+    stored, _ = _read.__wrapped__(path)  # past its cache
+    rows = torch.tensor([[3, 5], [5, 9999]])
+    assert torch.equal(stored[rows], fashion_mnist("test", fashion)[0][rows])
+    assert stored.known.nonzero().flatten().tolist() == [3, 5, 9999]
 
 
 def test_plain_garments(fashion):

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -55,9 +56,26 @@ def _below(folder: str | Path, name: str) -> Path | None:
     return None
 
 
+class Stored:
+    """Pictures in their files: each is decoded when it is first asked for."""
+
+    def __init__(self, files: list[bytes]) -> None:
+        self.files = files
+        self.gray = torch.zeros(len(files), 28, 28, dtype=torch.uint8)
+        self.known = torch.zeros(len(files), dtype=torch.bool)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """uint8 pictures (…, 28, 28) of ``rows`` (…)."""
+        if len(new := rows[~self.known[rows]].unique()):
+            files = [io.BytesIO(self.files[i]) for i in new.tolist()]
+            pictures = np.stack([np.asarray(Image.open(file)) for file in files])
+            self.gray[new] = torch.from_numpy(pictures)
+            self.known[new] = True
+        return self.gray[rows]
+
+
 @functools.lru_cache(maxsize=4)
-def _read(path: Path) -> tuple[Tensor, Tensor]:
-    import numpy as np
+def _read(path: Path) -> tuple[Stored, Tensor]:
     import pyarrow.parquet as parquet
 
     table = parquet.read_table(path)
@@ -68,8 +86,7 @@ def _read(path: Path) -> tuple[Tensor, Tensor]:
             raise ValueError("its classes are not equally many")  # as MNIST's digits
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not of Fashion-MNIST: {error}") from None
-    pictures = np.stack([np.asarray(Image.open(io.BytesIO(f))) for f in files])
-    return torch.from_numpy(pictures), torch.tensor(labels)
+    return Stored(files), torch.tensor(labels)
 
 
 def fashion_mnist(
@@ -89,37 +106,49 @@ def fashion_mnist(
         FileNotFoundError: the folder lacks the file, or there is no network.
         ValueError: the file is damaged, or of another data set.
     """
-    return _read(_parquet_file(split, folder))
+    stored, labels = _read(_parquet_file(split, folder))
+    return stored[torch.arange(len(labels))], labels
 
 
 @dataclass(frozen=True, eq=False)
 class ByClass:
-    """Garments in the order of their classes.
+    """Garments by their classes.
 
-    ``gray`` (N, 28, 28), uint8; ``numbers`` and ``starts`` (10,): how many a class has,
-    and where they begin.
+    ``pictures`` are a tensor (N, 28, 28), uint8, or what gives one for rows; ``order``
+    (N,) are their rows in the order of the classes; ``numbers`` and ``starts`` (10,):
+    how many a class has, and where they begin.
     """
 
-    gray: Tensor
+    pictures: Tensor | Stored
+    order: Tensor
     numbers: Tensor
     starts: Tensor
+
+    @property
+    def gray(self) -> Tensor:
+        """All of them, (N, 28, 28), uint8, in the order of their classes."""
+        return self.pictures[self.order]
 
     def pick(self, kinds: Tensor, u: Tensor) -> Tensor:
         """A picture (…, 28, 28) of each class in ``kinds``, chosen by ``u`` (…).
 
         In [0, 1], each garment's brightest value 1.
         """
-        rows = self.starts[kinds] + (u * self.numbers[kinds]).long()
-        gray = self.gray[rows].float()
+        places = self.starts[kinds] + (u * self.numbers[kinds]).long()
+        gray = self.pictures[self.order[places]].float()
         return gray / gray.amax((-2, -1), keepdim=True)
 
 
 def garments_by_class(
     split: str, folder: str | Path | None, device: str | torch.device
 ) -> ByClass:
-    """The garments of one split on a device: see ``fashion_mnist``."""
-    images, labels = fashion_mnist(split, folder)
-    gray = images[labels.argsort(stable=True)]
+    """The garments of one split on a device: see ``fashion_mnist``.
+
+    On a CPU a picture is decoded when it is first picked.
+    """
+    stored, labels = _read(_parquet_file(split, folder))
     numbers = labels.bincount(minlength=len(CLASSES))
-    starts = numbers.cumsum(0) - numbers
-    return ByClass(gray.to(device), numbers.to(device), starts.to(device))
+    tables = labels.argsort(stable=True), numbers, numbers.cumsum(0) - numbers
+    on_cpu = torch.device(device).type == "cpu"
+    pictures = stored if on_cpu else fashion_mnist(split, folder)[0].to(device)
+    return ByClass(pictures, *(table.to(device) for table in tables))

@@ -61,7 +61,7 @@ class Garments:
     @property
     def device(self) -> torch.device:
         """Where the garments are."""
-        return self.garments.gray.device
+        return self.garments.order.device
 
     @property
     def content(self) -> tuple:
