@@ -67,18 +67,19 @@ from minidiff.text_encoders import RMSNorm
 # side = config.sample_size // config.patch_size  # patches along a side
 # num_heads, blocks = config.num_attention_heads, config.num_layers
 # dim, text = num_heads * config.attention_head_dim, context.shape[1]
-# print(f"D = {dim}, H = {num_heads}, {blocks} blocks, {text} words, {side}² patches")
+# print(f"D = {dim}, H = {num_heads}, {blocks} blocks, {text} text tokens, "
+#       f"{side}² patches")
 
 # %% [markdown]
 # ## A picture of the thing
 #
 # Lay all tokens in one line, text first, then patches. Attention is then one square
 # table: the row of a token says how much it reads from each token. Joining two streams
-# cuts the table into four fields. The drawing is to scale. In the tiny model words and
-# patches are equally many. In SD3.5 at 1024 × 1024 pixels the words are a thin strip:
-# whatever a single word has to say enters the picture through the narrow field on the
-# left, patches reading words. (The pooled vector of chapter 2, one for the whole
-# prompt, takes another way: chapter 5.)
+# cuts the table into four fields. The drawing is to scale; "words" are all tokens of
+# the text, padding too. In the tiny model they are as many as the patches. In SD3.5 at
+# 1024 × 1024 pixels they are a thin strip: whatever a single word has to say enters the
+# picture through the narrow field on the left, patches reading words. (The pooled
+# vector of chapter 2, one for the whole prompt, takes another way: chapter 5.)
 
 # %% tags=["active-ipynb"]
 # sizes = {f"Tiny: {text} + {side**2}": (text, side**2)}
@@ -508,10 +509,10 @@ def record_attention(
 # used = [*range(len(clip.encode(PROMPT)))]
 # used += [behind + i for i in range(len(t5.encode(PROMPT)))]
 # padding = [i for i in range(text) if i not in used]
-# parts = {"words": used, "padding": padding, "patches": slice(text, None)}
+# parts = {"prompt": used, "padding": padding, "patches": slice(text, None)}
 # now = table[:, middle, :, text:]  # (block, head, patches, tokens)
 # read = {name: now[..., rows].sum(-1) for name, rows in parts.items()}
-# even = {"words": len(used), "padding": len(padding), "patches": side**2}
+# even = {"prompt": len(used), "padding": len(padding), "patches": side**2}
 # print("reading evenly:", {k: f"{n / now.shape[-1]:.2f}" for k, n in even.items()})
 # for i in range(blocks):
 #     shares = ", ".join(f"{name} {x[i].mean():.2f}" for name, x in read.items())
@@ -519,7 +520,7 @@ def record_attention(
 
 # %% tags=["active-ipynb"]
 # names = [f"block {i}" for i in range(blocks)], [f"head {h}" for h in range(num_heads)]
-# by_head = read["words"].mean(-1)  # (block, head, patches) → (block, head)
+# by_head = read["prompt"].mean(-1)  # (block, head, patches) → (block, head)
 # title = f"share of a patch's weight for the {len(used)} prompt tokens, step {middle}"
 # viz.show_heatmap(by_head, *names, title=title, digits=2)
 
@@ -546,6 +547,9 @@ def record_attention(
 # viz.show_attention(maps, words, image, rows=list(places), common=True)
 
 # %% [markdown]
+# A row that stays dark says that this head does not read that reader's tokens. That is
+# another question than chapter 2's, what is lost without them.
+#
 # Eyes are easily persuaded, and a word that everybody reads at 0.001 looks like any
 # other once it has a scale of its own. So here are the weights themselves. The patches
 # are divided by the finished picture into those redder than the mean, which are the
@@ -569,21 +573,23 @@ def record_attention(
 # will be: its token has read the others (chapter 2), and may stand for more than its
 # own word.
 #
-# The same over the steps, first noise, at the end a picture: the weight of *red* and
-# *blue* in the block of the maps, in the mean over heads.
+# The same over the steps, first noise, at the end a picture: the weight of *red*, in
+# the mean over heads, in the first block and in the one that parts dress and rest most.
 
 # %% tags=["active-ipynb"]
-# curves = {}
-# for word in ("red", "blue"):
-#     rows = both[words.index(word)]
-#     x = table[block_read, :, :, text:, rows].sum(-1).mean(1)  # (step, patches)
-#     curves[f"{word}, dress"] = x[:, dress].mean(1)
-#     curves[f"{word}, rest"] = x[:, ~dress].mean(1)
-# viz.show_curves(curves, xlabel="step", ylabel="weight of a patch")
+# curves, red = {}, words.index("red")
+# parted = read[red][:, dress].mean(1) - read[red][:, ~dress].mean(1)  # (block,)
+# for i in sorted({0, parted.argmax().item()}):
+#     x = table[i, :, :, text:, both[red]].sum(-1).mean(1)  # (step, patches)
+#     curves[f"block {i}, dress"] = x[:, dress].mean(1)
+#     curves[f"block {i}, rest"] = x[:, ~dress].mean(1)
+# viz.show_curves(curves, xlabel="step", ylabel="weight of *red* in a patch")
 
 # %% [markdown]
-# From which step on does the patch know whether it belongs to the dress? Where the two
-# lines of a word part.
+# From which step on does a patch know whether it belongs to the dress? Where the two
+# lines of a block part. Block 0 sees the patch itself, which is noise at first. If a
+# later block parts them at the very first step, it has nothing to go by but places: the
+# one thing of such a prompt stands in the middle.
 #
 # Touch it: press the prompt, and on the book's page the small model draws in place of
 # the frames. Choose a word and see where it is read; choose a block, a head and a step;
@@ -692,14 +698,16 @@ def record_attention(
 # for name, x in (("padding hidden", hidden), ("another seed", other)):
 #     moved = (x - plain).abs().mean((1, 2, 3))  # (8,) by picture
 #     half = 2.36 * moved.std() / 8**0.5
-#     print(f"{name:14}: pixels move by {moved.mean():.3f} ± {half:.3f} of 1")
+#     print(f"{name:14}: pixels move by {moved.mean():.3f} ± {half:.3f} (95 %) of 1")
 
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# For this prompt and eight seeds, the first number against the second says how much of
-# the picture hangs on padding. "Nothing" it cannot be, unless padding had no weight at
-# all: training filled those places with something, and the weights took it for granted.
+# For this prompt and eight seeds: where the two intervals overlap, hiding the padding
+# changes the picture about as much as another seed does. "Nothing" it cannot be, unless
+# padding had no weight at all: training filled those places with something, and the
+# weights took it for granted. As with "apart", what is measured is what padding gave
+# *and* that the network now meets weights it never met.
 #
 # </details>
 #

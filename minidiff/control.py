@@ -116,10 +116,10 @@ if TYPE_CHECKING:
 # ## The mathematics
 #
 # Let $x$ be the patches of the noisy latent, embedded and with their places by the
-# transformer itself, $c$ the sketch's latent, and $t$ what time and pooled text say.
+# transformer itself, $y$ the sketch's latent, and $c$ what time and pooled text say.
 # With blocks $B_k$ and matrices $Z_k$,
 #
-# $$h_0 = x + E(c), \qquad h_k = B_k(h_{k-1}, t), \qquad u_k = Z_k\, h_k,$$
+# $$h_0 = x + E(y), \qquad h_k = B_k(h_{k-1}, c), \qquad u_k = Z_k\, h_k,$$
 #
 # and behind block $i$ of the transformer's $N_b$
 #
@@ -138,7 +138,7 @@ if TYPE_CHECKING:
 #
 # | symbol | variable | meaning | Tiny | Large |
 # |---|---|---|---|---|
-# | $c$ | `condition` | the sketch's latent, (B, C, h, w) | 16 × 16² | 16 × 128² |
+# | $y$ | `condition` | the sketch's latent, (B, C, h, w) | 16 × 16² | 16 × 128² |
 # | $E$ | `pos_embed_input` | its patches, (B, N, D); zero at first | | |
 # | $K$ | `num_layers` | blocks of the ControlNet | half of $N_b$ | 19 |
 # | $N_b$ | `len(joint_blocks)` | blocks of the transformer | | 38 |
@@ -813,11 +813,11 @@ def save_control(
 # viz.show_images(torch.cat([x[:8] for x in rows]), words[:8], columns=8, low=0)
 
 # %% [markdown]
-# Above the sketches, then what the words give alone, then what both give together, at
-# strengths of 1 and 2. The lines over the figure have the means of all sixteen. Compare
-# colours between the lower rows, outlines and places between the first row and the
-# last. The brief net has seen 640 samples, the shipped one 128,000: the first two gains
-# say what that is worth.
+# In the top row stand the sketches; below what the words give alone, then what both
+# give together, at strengths of 1 and 2. The lines over the figure have the means of
+# all sixteen. Compare colours between the lower rows, outlines and places between the
+# first row and the last. The brief net has seen 640 samples, the shipped one 128,000:
+# the first two gains say what that is worth.
 #
 # **Sketch yourself.** The net serves the student of chapter 9 as well, whose
 # transformer began as this one's. On a page of the book the student opens below, in
@@ -1078,9 +1078,13 @@ def encode_weighted(pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
 # exercise_11_1()
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
 # Each answer serves for $N_b / K = 2$ blocks, so block $i$ hears answer
 # $\lfloor i/2 \rfloor$. The last block gives no text back, and diffusers takes this for
 # the mark of a block that is not to be steered.
+#
+# </details>
 #
 # **11.2 Code.** The measure of this chapter. `drawn` and `wanted` are maps of edges
 # (B, 1, H, W) of 0 and 1. An edge is *met* if the other map has one within `reach`
@@ -1105,12 +1109,13 @@ def encode_weighted(pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
 #     found, known = overlap(edges, left, 1), agreement(scenes, left)
 #     assert torch.allclose(found, known), "reach 1 meets the neighbours too"
 #     assert overlap(edges, moved, 2).min() > 0.9, "reach 2 meets what has moved by two"
+#     assert not overlap(0 * edges, edges, 1).any(), "without edges nothing is met: 0"
 
 # %% tags=["active-ipynb", "hide-cell", "solution"]
 # def overlap(drawn: Tensor, wanted: Tensor, reach: int) -> Tensor:
 #     def met(a: Tensor, b: Tensor) -> Tensor:
 #         near = F.max_pool2d(b, 2 * reach + 1, stride=1, padding=reach)
-#         return (a * near).sum((1, 2, 3)) / a.sum((1, 2, 3))
+#         return (a * near).sum((1, 2, 3)) / a.sum((1, 2, 3)).clamp(min=1)
 #
 #     p, r = met(drawn, wanted), met(wanted, drawn)
 #     return p * r / (p + r - p * r).clamp(min=1e-12)
@@ -1118,9 +1123,13 @@ def encode_weighted(pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
 # exercise_11_2()
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
 # With $n$ common pixels, $a$ drawn and $b$ wanted, $p = n/a$ and $r = n/b$. Divide
 # numerator and denominator by $p r$, and what is left is
 # $1/(1/r + 1/p - 1) = n/(a + b - n)$; and $a + b - n$ counts the union.
+#
+# </details>
 #
 # **11.3 Code.** Weigh a word *without* the empty prompt: multiply its rows by $w$. Show
 # on one row that this is not the same as $e_0 + w(e - e_0)$, and say which of the two
@@ -1136,7 +1145,7 @@ def encode_weighted(pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
 # def exercise_11_3() -> None:
 #     assert apart(1.0) < 1e-6, "with weight 1 both leave the row as it is"
 #     assert abs(apart(0.0) - 1) < 1e-5, "with weight 0 one of them is zero"
-#     assert abs(apart(3.0) - 2) < 1e-5, "the difference grows with |w − 1|"
+#     assert abs(apart(3.0) - 2) < 1e-5, "with weight 3 both are far from the row"
 
 # %% tags=["active-ipynb", "hide-cell", "solution"]
 # def apart(w: float) -> float:
@@ -1147,10 +1156,14 @@ def encode_weighted(pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
 # exercise_11_3()
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
 # The difference is $(w - 1)\,e_0$, whatever the word. At $w = 0$ the product is a row
 # of zeros, which training shows only where an encoder is left out altogether; $e_0$ is
 # what the model has met at this place with every empty prompt, and reads as nothing
 # said.
+#
+# </details>
 #
 # **11.4 Explore.** Let words and sketch contradict one another: a boot's sketch, the
 # word *dress*. Which of them wins, at which strength? Print the agreement for

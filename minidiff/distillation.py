@@ -173,8 +173,8 @@ Map = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, place, size: x there
 # %% [markdown]
 # Each row is one number of steps, each column one prompt with one noise. Between 28 and
 # 8 such brackets cannot tell a small loss from none. Two steps draw almost what one
-# does, because the published schedule spends its second step on the last thousandth of
-# the way (chapter 6).
+# does, because this model's schedule spends its second step on the last thousandth of
+# the way (chapter 6; with SD3.5's shift it is nine thousandths).
 #
 # ## The mathematics
 #
@@ -645,16 +645,16 @@ def paths(velocity: Velocity, noise: Tensor, shift: float = 1.0) -> Tensor:
 # ### The student that ships
 #
 # Ten steps are a glimpse. `minidiff train --stage turbo` does the same for more than a
-# thousand: its teacher draws first, once for 12 samples to come, and then the student
-# learns with Muon and averaged weights; every batch holds each size of jump equally
-# often. Every few hundred steps it draws new noise in 28 steps of the teacher and in 4,
-# 2 and 1 jumps of the student. No picture of the world is needed, only its captions.
-# `--from` distils another model of the family for your own captions, in full or by
-# LoRA.
+# thousand: its teacher draws first, one drawing for every 12 samples, and then the
+# student learns with Muon and averaged weights; every batch holds each size of jump
+# equally often. Every few hundred steps it draws new noise in 28 steps of the teacher
+# and in 4, 2 and 1 jumps of the student. No picture of the world is needed, only its
+# captions. `--from` distils another model of the family for your own captions, in full
+# or by LoRA.
 #
 # Why not use each drawing more often, dear as it is? We did at first. From step 500 to
-# 1,000, when each of 3,200 drawings had served 20 samples for 10, the loss fell from
-# 0.074 to 0.059, and what the student drew of *new* noise moved away from what its
+# 1,000, when each of 3,200 drawings had served 20 samples instead of 10, the loss fell
+# from 0.074 to 0.059, and what the student drew of *new* noise moved away from what its
 # teacher drew, from 0.44 to 0.49 of its length. It learned the drawings by heart: which
 # noise becomes which layout is known only where there are many.
 #
@@ -725,7 +725,7 @@ def paths(velocity: Velocity, noise: Tensor, shift: float = 1.0) -> Tensor:
 # $$\nabla_{x_0} D \;\propto\; \hat x_0^\text{fake}(x_\sigma) - \hat x_0(x_\sigma),
 # \qquad x_\sigma = (1 - \sigma)\, x_0 + \sigma\,\epsilon .$$
 #
-# It is the gradient of the Kullback–Leibler divergence between the two distributions,
+# It is the gradient of the Kullback–Leibler divergence $D$ of the two distributions,
 # averaged over levels, where level $\sigma$ counts $\sigma^2 / (1 - \sigma)^2$ (the
 # scores differ by $(1 - \sigma) / \sigma^2$ times what the estimates do). The code also
 # divides by how far off the picture is. This is **distribution matching distillation**,
@@ -891,7 +891,7 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 # **One.** Teach the student without guidance ($g = 1$). Does it fail? What will its
 # moon look like, beside the guided one?
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "hide-output"]
 # torch.manual_seed(SEED)
 # plain = Net()
 # _ = learn(plain, 800, lambda i: plane_loss(plain, upper, some_jumps(i)))
@@ -910,7 +910,7 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 # **Two.** Give the student jumps of one size only, the whole way, and let it learn from
 # its own halves. How large is the loss of a network that has learned nothing yet?
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "hide-output"]
 # torch.manual_seed(SEED)
 # alone = Net()
 # x, *at = some_jumps(0, sizes=(1,))
@@ -929,7 +929,7 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 #
 # **Three.** Ask the student for sixteen jumps. Their names were never told.
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "hide-output"]
 # sixteen = missed(follow(student, z, 16))
 # print("sixteen jumps miss by more than eight:", sixteen > jumped[3])
 # print("one step in sixteen is", told(torch.ones(1), torch.ones(1) / 16).item())
@@ -1014,7 +1014,7 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 # %% tags=["active-ipynb", "hide-cell", "solution"]
 # def asked() -> tuple[int, int]:
-#     return 4 * 28 * 2, 4 * 2
+#     return 4 * 28 * 2, 4 * 2  # guidance asks twice a step, a jump once
 #
 #
 # exercise_9_1()
@@ -1060,13 +1060,15 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 # def exercise_9_3() -> None:
 #     seen, fresh = [], list(torch.randn(2, 5, 2))
 #     end = lambda x, place: seen.append((x, place)) or x / 2
-#     x = to_and_fro(end, torch.ones(5, 2), torch.tensor([1.0, 0.6, 0.3]), fresh)
+#     places = torch.tensor([1.0, 0.6, 0.3])
+#     x = to_and_fro(end, torch.ones(5, 2), places, fresh)
 #     assert len(seen) == 3, "one jump from each place"
 #     again = 0.4 * 0.5 * torch.ones(5, 2) + 0.6 * fresh[0]
 #     assert torch.allclose(seen[1][0], again), "chapter 6's mixture, at the next place"
 #     third = 0.7 * seen[1][0] / 2 + 0.3 * fresh[1]
 #     assert torch.allclose(seen[2][0], third), "from the last data, with new noise"
-#     assert seen[1][1] == 0.6 and seen[2][1] == 0.3, "tell `end` where it begins"
+#     begun = torch.tensor([torch.as_tensor(place).flatten()[0] for _, place in seen])
+#     assert torch.equal(begun, places), "tell `end` where it begins"
 #     assert torch.equal(x, seen[2][0] / 2), "no noise after the last jump"
 
 # %% tags=["active-ipynb", "hide-cell", "solution"]

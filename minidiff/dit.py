@@ -929,15 +929,15 @@ class MMDiT(Layers):
 #     "PSNR of the estimate in decibels, the mean of sixteen scenes.")
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
-# for name, other in (("none", 1), ("another's", 2)):
+# for name, other in (("no caption", 1), ("another's caption", 2)):
 #     gain = table[0] - table[other]  # (6, 16), scene by scene
-#     half = 1.96 * gain.std(1) / 4
-#     print(f"gain over the caption {name}, in dB")
+#     half = 2.13 * gain.std(1) / 4  # Student's t, sixteen scenes
+#     print(f"gain over {name}, in dB")
 #     for sigma, mean, spread in zip(levels, gain.mean(1), half, strict=True):
 #         print(f"  σ {sigma:.1f}  {mean:+5.1f} ± {spread:.1f}")
 
 # %% [markdown]
-# The second table is the one to read: the gain of the right caption, in decibels, with
+# The printed gains are the ones to read: those of the right caption, in decibels, with
 # the interval of sixteen scenes. Where its interval holds zero, these scenes show no
 # use of the caption. The gain over no caption grows with the noise: the less the latent
 # tells, the more the caption must. Compare the two tables at one level: where the
@@ -969,7 +969,7 @@ class MMDiT(Layers):
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # for name, drawn in drawings.items():
 #     same = psnr_by_picture(drawn, drawings["as they are"]).clamp(max=99)
-#     mean, half = same.mean(), 1.96 * same.std() / 8**0.5
+#     mean, half = same.mean(), 2.36 * same.std() / 8**0.5  # Student's t, eight prompts
 #     near = "" if name == "as they are" else f", {mean:.1f} ± {half:.1f} dB"
 #     print(f"{name:17} right {share(grade(drawn)['all'])}{near}")
 # viz.show_images(torch.cat(list(drawings.values())), columns=8).captioned(
@@ -978,7 +978,9 @@ class MMDiT(Layers):
 # %% [markdown]
 # The judge of chapter 8 counts what shows all that its prompt asks for; eight prompts
 # give wide intervals. Compare the second row with the third: the way by which a wrong
-# text does more harm is the way that the model relies on.
+# text does more harm is the way that *this* model relies on. It learned most of what it
+# knows while its pooled vector was dead ([what we got wrong](../book/wrong.md)), so
+# this says nothing of SD3.5.
 #
 # ### What time does to the blocks
 #
@@ -1120,7 +1122,7 @@ class MMDiT(Layers):
 # %% tags=["active-ipynb", "hide-output", "nbval-ignore-output"]
 # for name, drawn in found.items():
 #     same = psnr_by_picture(drawn, found["all blocks"]).clamp(max=99)
-#     half = 1.96 * same.std() / len(same) ** 0.5
+#     half = 2.2 * same.std() / len(same) ** 0.5  # Student's t, twelve prompts
 #     near = "" if name == "all blocks" else f", {same.mean():.1f} ± {half:.1f} dB"
 #     print(f"{name:10} right {share(grade(drawn)['all'])}{near}")
 
@@ -1288,7 +1290,7 @@ class MMDiT(Layers):
 # model.joint_blocks = blocks[:3] + blocks[4:]
 # pictures.append(paint())
 # model.joint_blocks = blocks
-# print("silenced is left out:", torch.allclose(*pictures[1:], atol=1e-4))
+# print("silencing equals leaving out:", torch.allclose(*pictures[1:], atol=1e-4))
 # viz.show_images(torch.stack(pictures), ["whole", "block 3 silenced", "left out"])
 # # With both gates at zero a block adds nothing, whatever its shifts and scales.
 
@@ -1343,11 +1345,15 @@ class MMDiT(Layers):
 # viz.show_images(tall, low=0)
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
 # The grid is 24 × 12 latent pixels, so 12 × 6 patches. The crop takes six columns that
 # training knew, and twelve rows of which it knew the middle eight. In the other four,
 # compare with the first rows of a usual picture: what is more is invented. The table's
 # rows there are made of the same waves, so the network is not lost; but it was never
 # taught what stands above or below a 64 × 64 picture.
+#
+# </details>
 
 # %% [markdown]
 # ## Summary

@@ -519,7 +519,8 @@ def logit_normal_density(sigma: Tensor, mean: float = 0.0, std: float = 1.0) -> 
 # These are scenes that the model has not seen, and its loss rises towards both ends.
 # Near 1 hardly anything is known of the scene, and what is unknown cannot be predicted.
 # Near 0 it is the noise that is unknown: so little of it is left in $x$ that it cannot
-# be told from texture, and an answer without it costs its variance, 1. The logit-normal
+# be told from texture, and an answer without it costs its variance, 1 (the model, which
+# saw few such levels, may do still worse). The logit-normal
 # density deliberately does not follow the loss: an error in the velocity moves $\hat
 # x_0$ by $\sigma$ times as much, so that errors at faint noise are cheap. But this
 # density is not the last word. Chapter 5 measured that the caption counts most at high
@@ -616,8 +617,8 @@ def sigma_schedule(
 class Scheduler:
     """The two numbers of the hub's scheduler_config.json that fix a schedule.
 
-    ``solvers``: those that can follow it. ``usual``: steps and guidance of a model that
-    it makes another; None where the model's name tells them.
+    ``solvers``: those that can follow it. ``usual``: the steps and guidance that this
+    schedule itself asks for; None where they are the model's.
     """
 
     shift: float = 3.0
@@ -1038,12 +1039,12 @@ class ClassifierFree(Guidance):
 # %% [markdown]
 # With $g = 0$ the points cover both moons, with $g = 1$ the upper one. As $g$ grows
 # they leave the part that lies near the other moon and gather where the prompt is least
-# in doubt. Here guidance buys clarity and pays with variety (chapter 8 counts both in
-# pictures); and it costs a second pass. *Guidance distillation* saves that: a student
-# is told $g$ beside $\sigma$, and learns to answer with the guided velocity at once
-# ([Meng et al. 2023](https://arxiv.org/abs/2210.03142); chapter 9 distils steps and
-# guidance). (<a href="../book/inside.html#a-flow-in-the-plane">Move the sliders</a> of
-# this field: solver, steps, shift, guidance.)
+# in doubt. Here guidance buys clarity and pays with variety (chapter 8 looks for both
+# in pictures); and it costs a second pass. *Guidance distillation* saves that: a
+# student is told $g$ beside $\sigma$, and learns to answer with the guided velocity at
+# once ([Meng et al. 2023](https://arxiv.org/abs/2210.03142); chapter 9 distils steps
+# and guidance). (<a href="../book/inside.html#a-flow-in-the-plane">Move the sliders</a>
+# of this field: solver, steps, shift, guidance.)
 #
 # ## Look at it
 #
@@ -1249,11 +1250,14 @@ class ClassifierFree(Guidance):
 # viz.show_images(torch.stack(pictures), titles, columns=6, low=0)
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
 # The numbers are mean differences of pixels between 0 and 1; two hundredths are hard to
 # see. With few steps the last step but one is many times as long in $\ln\sigma$ as the
 # one before, and the line through two estimates is drawn too far. More steps shorten
 # it, though slowly, and it begins lower, where estimates differ less.
 #
+# </details>
 #
 # ## Summary
 #

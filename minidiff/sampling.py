@@ -811,14 +811,15 @@ class Pipeline(Parts):
 #
 # How often does it draw what was asked? A small network, the *judge*, reads pictures:
 # it was trained on real scenes only, never on drawn ones. `exam` gives prompts and
-# grades pictures by it, here 24 with one thing and 24 with two. The brackets say where
-# the share of very many prompts would lie, 19 times of 20.
+# grades pictures by it, here 24 with one thing and 24 with two. (Of 100 real scenes of
+# each kind it found all right, [as measured](../book/training_log.md).) The brackets
+# say where the share of very many prompts would lie, 19 times of 20.
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # drawn = {}
 # for kind, two_things in (("one thing", False), ("two things", True)):
 #     prompts, grade = exam(24, two=two_things)
-#     drawn[kind] = pipe(prompts, num_inference_steps=14, output_type="pt")
+#     drawn[kind] = pipe(prompts, num_inference_steps=10, output_type="pt")
 #     right = grade(drawn[kind] * 2 - 1)
 #     names = ("things", "colors", "all")
 #     print(kind, *(f"{name} {share(right[name])}" for name in names), sep="; ")
@@ -835,7 +836,7 @@ class Pipeline(Parts):
 # model without guidance.
 
 # %% tags=["active-ipynb"]
-# scales, how = (1.0, 2.0, 4.0, 8.0), {"num_inference_steps": 14, "output_type": "pt"}
+# scales, how = (1.0, 2.0, 4.0, 8.0), {"num_inference_steps": 8, "output_type": "pt"}
 # same = {"prompt": PROMPT, "num_images_per_prompt": 8} | how
 # eight = {g: pipe(**same, guidance_scale=g) for g in scales}
 # viz.show_images(torch.cat(list(eight.values())), columns=8, low=0).captioned(
@@ -900,9 +901,10 @@ class Pipeline(Parts):
 #     print(f"{name:9} {calls:2} calls, {where:14} {measured}")
 
 # %% [markdown]
-# Two lessons. Besides the number of steps it counts which levels they visit: compare
-# each solver's own levels with the moved ones, for which of the two the error is
-# smaller. And a small error is not the aim; a picture that shows what was asked is.
+# Two lessons. Besides the number of steps it may matter which levels they visit:
+# compare each solver's own levels with the moved ones; where the intervals overlap, no
+# difference was seen. And a small error is not the aim; a picture that shows what was
+# asked is.
 
 # %% [markdown]
 # ## Predict, then break it
@@ -920,17 +922,18 @@ class Pipeline(Parts):
 
 # %% tags=["active-ipynb", "hide-output", "nbval-ignore-output"]
 # first, *others = parts(changed)[1].unflatten(0, (5, 8))  # outlines (8, 64, 64) each
-# names = [*(f"{a}, {b}" for a, b in pairs[1:]), "another seed"]
-# for name, other in zip(names, [*others, first.roll(1, 0)], strict=True):
-#     same = overlap(first, other)  # (8,)
-#     half = 2.36 * same.std() / 8**0.5  # Student's t, eight seeds
-#     print(f"{name:18} outlines overlap by {same.mean():.2f} ± {half:.2f}")
+# for name, other in zip(pairs[1:], others, strict=True):
+#     same, apart = (overlap(x, other) for x in (first, first.roll(1, 0)))  # (8,)
+#     more = same - apart
+#     half = 2.36 * more.std() / 8**0.5  # Student's t, eight seeds
+#     print(f"{', '.join(name):18} outlines overlap by {same.mean():.2f}, of different "
+#         f"noise by {apart.mean():.2f}: {more.mean():+.2f} ± {half:.2f}")
 
 # %% [markdown]
-# Each line compares eight pictures with eight of “red dress, blue”, each from the same
-# noise; the last one compares those with one another. It is the measure: how unlike two
-# pictures of one prompt are. Where a line lies clearly above it, the noise has kept
-# something of the outline; elsewhere it has not.
+# Each line compares eight pictures with eight of “red dress, blue”: those from the same
+# noise, then those from different noise. How much a dress is like a bag is in both
+# numbers. Their difference alone is what the noise has kept of the outline; where its
+# interval holds zero, nothing was seen of it.
 
 # %% [markdown]
 # **Two.** Take T5 away: its rows of the context become zeros, as in SD3.5 when T5 is
@@ -941,12 +944,13 @@ class Pipeline(Parts):
 # two = "a red bag left of a yellow coat on a white background"
 # bare = Pipeline([*tokenizers[:2], None], [*encoders[:2], None], transformer, vae,
 #     shipped.scheduler)
-# how = {"num_images_per_prompt": 4, "output_type": "pt", "max_sequence_length": 32}
+# how = {"num_images_per_prompt": 4, "num_inference_steps": 14, "output_type": "pt"}
+# how |= {"max_sequence_length": 32}
 # pair = torch.cat([pipe(two, **how), bare(two, **how)])
 # viz.show_images(pair, ["with T5"] * 4 + ["without"] * 4, columns=4, low=0)
 
 # %% tags=["active-ipynb", "hide-output", "nbval-ignore-output"]
-# how = {"num_inference_steps": 10, "output_type": "pt"}
+# how = {"num_inference_steps": 8, "output_type": "pt"}
 # for kind, two_things in (("one thing", False), ("two things", True)):
 #     prompts, grade = exam(16, two=two_things)
 #     words, vector = pipe.encode_prompt(prompts)
@@ -955,20 +959,24 @@ class Pipeline(Parts):
 #     given = dict(zip(("prompt_embeds", "pooled_prompt_embeds"), alone))
 #     answers = {"all three": pipe(prompts, **how), "no T5": bare(prompts, **how,
 #         max_sequence_length=words.shape[1] - half), "T5 alone": pipe(**given, **how)}
-#     for name, drawn in answers.items():
-#         right = grade(drawn * 2 - 1)
+#     right = {name: grade(drawn * 2 - 1) for name, drawn in answers.items()}
+#     for name, found in right.items():
 #         asked = ("all", "things", "colors", "places")
-#         print(f"{kind:10} {name:9}", *(f"{k} {share(right[k])}" for k in asked))
+#         print(f"{kind:10} {name:9}", *(f"{k} {share(found[k])}" for k in asked))
+#     whole, bereft = right["all three"]["all"], right["no T5"]["all"]
+#     print(f"{kind:10} right only with T5: {(whole & ~bereft).sum()}, only without: "
+#         f"{(bereft & ~whole).sum()}")
 
 # %% [markdown]
-# Single pictures deceive here; the table counts. Compare “no T5” with “all three”, for
-# one thing and for two: where the brackets do not overlap, T5 was missed. And “T5
-# alone” tells whether CLIP would be. (In training each encoder was left out in one
-# sample of twenty, both CLIPs together in one of four hundred. So zeros in T5's place
-# are known to the transformer, and zeros in both CLIPs' nearly unknown: that row also
-# measures how unfamiliar they are.) Esser et al. 2024 report that the large model does
-# without T5 on simple prompts; what suffers there is written text and long, detailed
-# prompts.
+# Single pictures deceive here; the table counts. With and without T5 the same prompts
+# are drawn from the same noise, so the last line of each kind counts in pairs. If T5
+# made no difference, its two numbers would be alike; six to none happens by chance once
+# in 32 times. And “T5 alone” tells whether CLIP would be. (In training each encoder was
+# left out in one sample of twenty, both CLIPs together in one of four hundred. So zeros
+# in T5's place are known to the transformer, and zeros in both CLIPs' nearly unknown:
+# that row also measures how unfamiliar they are.) Esser et al. 2024 report that the
+# large model does without T5 on simple prompts; what suffers there is written text and
+# long, detailed prompts.
 #
 # Whom does it believe, if CLIP and T5 are told different things? Each of 16 pictures is
 # drawn from one prompt for both CLIPs and the next one for T5. What it shows is graded
@@ -981,6 +989,10 @@ class Pipeline(Parts):
 # for name in ("things", "colors", "ground"):
 #     print(f"{name:7} as CLIP was told {share(clip[name])}, "
 #         f"as T5 was {share(t5[name])}")
+
+# %% [markdown]
+# Where the two shares of a line lie far apart, this model has that from one of the
+# readers: it may take the thing from one and the ground from the other.
 
 # %% [markdown]
 # ## The same lines, full size
@@ -1128,7 +1140,7 @@ class Pipeline(Parts):
 # ```
 #
 # [Performance](../book/performance.md) says what of this is counted or measured so far;
-# no time on a GPU is.
+# no time on a GPU has been measured.
 #
 # ## Exercises
 #
@@ -1152,7 +1164,7 @@ class Pipeline(Parts):
 
 # %% tags=["active-ipynb", "hide-cell", "solution"]
 # def samples() -> int:
-#     return 4 * 2 * (27 * 2 + 1)
+#     return 4 * 2 * (27 * 2 + 1)  # Heun asks twice a step, but once in the last
 #
 # exercise_8_1()
 
@@ -1230,12 +1242,14 @@ class Pipeline(Parts):
 
 # %% tags=["active-ipynb", "hide-cell", "solution"]
 # def between(a: Tensor, b: Tensor, t: float) -> Tensor:
+#     # cos² + sin² = 1 keeps the variance of independent noises at 1
 #     return math.cos(t * math.pi / 2) * a + math.sin(t * math.pi / 2) * b
 #
 # exercise_8_3()
 # a, b = starting_noise([0, 1], (16, 16, 16)).split(1)
 # walk = torch.cat([between(a, b, t / 7) for t in range(8)])
-# viz.show_images(pipe([PROMPT] * 8, latents=walk, output_type="pt"), low=0)
+# how = {"latents": walk, "num_inference_steps": 14, "output_type": "pt"}
+# viz.show_images(pipe([PROMPT] * 8, **how), low=0)
 
 # %% [markdown]
 # **8.4 Explore.** Draw “a dress on a blue background” with the negative prompt “a red
@@ -1243,7 +1257,7 @@ class Pipeline(Parts):
 # saw whole captions and the empty one.
 
 # %% tags=["active-ipynb", "hide-cell", "nbval-ignore-output"]
-# how = {"num_images_per_prompt": 16, "num_inference_steps": 10, "output_type": "pt"}
+# how = {"num_images_per_prompt": 16, "num_inference_steps": 8, "output_type": "pt"}
 # rows = []
 # for avoided in ("", "a red dress", "red", "a red dress on a blue background"):
 #     drawn = pipe("a dress on a blue background", negative_prompt=avoided, **how)
@@ -1256,12 +1270,16 @@ class Pipeline(Parts):
 # viz.show_images(torch.cat(rows), columns=8, low=0)
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
 # Redness is red less the mean of green and blue, within the outline of what stands out
 # from the ground; the first row, with the empty prompt, is what the others are compared
 # with. Compare each row with the first: where the intervals lie apart, the negative
 # prompt was understood. Then compare the rows of “red” and “a red dress”: “red” alone
 # is no caption that training showed, and it could belong to a ground. Only if their
 # intervals lie apart does the model need the whole text.
+#
+# </details>
 
 # %% [markdown]
 # ## Summary

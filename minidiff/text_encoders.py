@@ -130,7 +130,7 @@ from torch import Tensor, nn
 #
 # Why $1/\sqrt d$: if the entries of $q$ and $k$ are independent with mean 0 and
 # variance 1, their dot product has variance $d$, and the softmax would *saturate*: one
-# key takes nearly all weight, and hardly any gradient is left. (The derivative of a
+# key takes most of the weight, and the gradient shrinks. (The derivative of a
 # weight $a_j$ by its own logit is $a_j (1 - a_j)$.) T5 does without: its query weights
 # were *initialised* smaller by that factor, and training went on from there.
 
@@ -562,8 +562,9 @@ def similarity(vectors: Tensor) -> Tensor:
 
 # %% [markdown]
 # In brackets stands the interval in which the true share lies 19 times of 20. Half
-# would be chance. Near one half the pooled vector does not say which colour belongs to
-# which thing. The transformer has the states as well.
+# would be chance. Near one half the *cosine* does not tell which colour belongs to
+# which thing; a network that reads single numbers of the vector may still find it, and
+# the transformer has the states as well.
 
 # %% [markdown]
 # ## T5
@@ -946,10 +947,10 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 # pictures of 32 prompts that ask for two things each, each from a noise of its own, the
 # same in every line, in eight steps and without guidance (chapters 6 and 8); the
 # *judge*, a small network that was trained on real scenes alone, says what each picture
-# shows. A reader is left out by zeros in its place; in two lines T5 loses its table of
-# positions, or the pooled vector is that of the empty prompt. Colours are graded
-# without regard to the kinds of things, and a colour that the prompt does not name
-# counts as right; so a share above 0 is no proof of reading.
+# shows. A reader is left out by zeros in its place; in one line T5 loses its table of
+# positions, in another the pooled vector is that of the empty prompt. Colours are
+# graded without regard to the kinds of things, and a colour that the prompt does not
+# name counts as right; so a share above 0 is no proof of reading.
 
 # %% tags=["active-ipynb"]
 # from minidiff.data.rng import normal
@@ -1058,8 +1059,8 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 # see it. If "its own" is much higher than "the other's" there, T5 binds; if both are
 # high, its tokens know the colours of the whole sentence; if both are low, its tokens
 # hardly say colours at all, at least not in a way that a matrix can read. And compare
-# CLIP's last two columns: they say whether taking the states one layer early matters
-# for this property, in this model.
+# the last two columns that CLIP has: they say whether taking the states one layer early
+# matters for this property, in this model.
 #
 # Two measures, two questions: a probe says what is *there*, leaving out says what is
 # *used*. A reader can know much and be ignored, because another is easier to read.

@@ -11,7 +11,7 @@ After it you will be able to
 - **encode** any text with it, in a time that hardly grows faster than the text;
 - **find** the most probable way to cut a word into pieces, as T5 does, and learn such
   pieces from captions;
-- **reproduce** the ids of the three published tokenizers, with their padding;
+- **frame** and pad the ids as the three published tokenizers do;
 - **explain** the quirks in these ids that the trained weights depend on.
 
 On a first reading, pass over the cells that read like bookkeeping (the heap in
@@ -981,7 +981,8 @@ class T5Tokenizer(Tokenizer):
 # ## One prompt, three rows
 #
 # SD3.5 gives the same text to all three. The rows have a fixed length, 77 for each CLIP
-# and 256 for T5, so that prompts can be stacked: what is too long is cut *before* the
+# and 256 for T5 (as in diffusers and here; Stability's own code pads T5 to 77), so that
+# prompts can be stacked: what is too long is cut *before* the
 # end token, what is too short is padded *behind* it. With the published vocabularies
 # these are the rows of "a red dress on a blue background" (facts of their files, which
 # the tests compare):
@@ -1042,8 +1043,7 @@ class T5Tokenizer(Tokenizer):
 # tell the first prompt either; the published T5 keeps them, and reads other pieces. "é"
 # is two bytes to CLIP, an emoji four, and both can always be spelled. To T5 a letter
 # that is no piece is `<unk>`, and neighbours share one. (The published T5 knows "é",
-# but not the emoji; in a Chinese prompt each run between two spaces becomes one
-# `<unk>`.)
+# but not the emoji; of a Chinese prompt each run of signs becomes one `<unk>`.)
 #
 # </details>
 #
@@ -1206,7 +1206,8 @@ class T5Tokenizer(Tokenizer):
 #     for word, expected in known.items():
 #         found = greedy(word, trie)
 #         assert "".join(found) == word, f"{found} is not {word}"
-#         assert seal(found) == expected, f"{found} is not the longest piece each time"
+#         longest = seal([*found]) == expected
+#         assert longest, f"{found} is not the longest piece each time"
 #     word, scores = trap()
 #     ours, best = (f(word, build_trie(scores)) for f in (greedy, best_path))
 #     assert {*ours, *best} <= scores.keys(), f"a piece of {ours} or {best} is unknown"

@@ -1001,9 +1001,10 @@ def fit(
 
 # %% [markdown]
 # Judged by its training loss, the model of 16 scenes is the better one. Only scenes
-# that it has never seen give it away. A growing gap between a model's two curves is
-# overfitting; a training loss alone says nothing about it. But is it all learned by
-# heart? Another reason is mixed in: the 16 captions hold only part of the words.
+# that it has never seen give it away. A gap between a model's two curves that grows far
+# beyond the other model's is overfitting; a training loss alone says nothing about it.
+# But is it all learned by heart? Another reason is mixed in: the 16 captions hold only
+# part of the words.
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # told, asked = small_scenes("train", 16)[1], small_scenes("test", 32)[1]
@@ -1052,10 +1053,10 @@ def fit(
 # \tfrac12$ the target $\epsilon + x_0$ is exactly $2 x_\sigma$, which the network is
 # given. A training loss tells how well a task is learned, not whether it is the right
 # one. Two things do tell. A validation that is written down separately, with the right
-# target, hardly moves. And the drawings: from noise
-# $\epsilon$ one step along the wrong answer ends at $\epsilon - (\epsilon + x_0) =
-# -x_0$, so that grounds drift to the opposite of their colour, white for black and
-# green for purple. Validate by other code than you train by, and draw early.
+# target, hardly moves. And the drawings: from noise $\epsilon$ one step along the wrong
+# answer ends at $\epsilon - (\epsilon + x_0) = -x_0$, the opposite of the picture, so
+# that no ground comes near its colour; after 80 steps all are near grey. Validate by
+# other code than you train by, and draw early.
 
 # %% [markdown]
 # ## Stop anywhere
@@ -1208,7 +1209,8 @@ def fit(
 #     numbers = torch.arange(4000)
 #     order = torch.corrcoef(torch.stack([levels, numbers / 4000]))[0, 1]
 #     assert order.abs() < 0.1, "the levels follow the numbers' order"
-#     noise = rng.normal(0, numbers, (16,)).abs()
+#     noise = rng.normal(0, numbers, (64,))
+#     noise = torch.cat([noise, noise.abs()], 1)  # (4000, 128)
 #     together = torch.corrcoef(torch.cat([levels[None], noise.T]))[0, 1:].abs().max()
 #     assert together < 0.1, f"level and noise are correlated, {together:.2f}"
 
@@ -1248,7 +1250,8 @@ def fit(
 # %% tags=["active-ipynb", "solution", "hide-cell"]
 # def with_cooldown(step: int, config: TrainingConfig, cooldown: int) -> float:
 #     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
-#     return config.learning_rate * min(warm, (config.steps - step) / cooldown)
+#     left = (config.steps - step) / cooldown  # above 1 until the last steps
+#     return config.learning_rate * min(warm, left)
 #
 # exercise_7_3()
 
@@ -1273,10 +1276,14 @@ def fit(
 #     print(f"CLIP's loss of 32 pairs in parts of {n}: {losses.mean():.2f}")
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
 # The toy's weights change by rounding only: a mean of four means is the mean. CLIP's
 # loss is a mean over rows too, but each row is compared with its own part, so that a
 # quarter has a quarter of the wrong pictures to tell apart: another, easier loss. On
 # several devices the rows are gathered, and nothing changes.
+#
+# </details>
 #
 # **7.5 Explore.** Train the small model for 80 steps with prompts dropped never
 # (`dropped=0.0`). What does the network then answer to the empty prompt, and what does
@@ -1293,10 +1300,14 @@ def fit(
 # viz.show_images(draw(never[80]), [" on ".join(w) for w in wanted], columns=8)
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
 # Never dropped, the empty prompt is a text that the network was not taught. Its answer
 # $v_-$ is no nonsense (zero would cost more than 1), but nothing made it the average
 # over all prompts, and guidance takes the difference from it three times. More values
 # run into their limits.
+#
+# </details>
 
 # %% [markdown]
 # ## Summary

@@ -51,6 +51,16 @@ def test_every_chapter_has_a_notebook() -> None:
     assert [path.stem for path in NOTEBOOKS] == stems
 
 
+PAPER = re.compile(r"arxiv\.org/abs/[\d.]+\d")
+
+
+@chapters
+def test_linked_papers_stand_in_the_bibliography_once(path: Path) -> None:
+    kept = PAPER.findall((ROOT / "book" / "references.bib").read_text())
+    assert len(set(kept)) == len(kept)
+    assert set(PAPER.findall(module(path).read_text())) <= set(kept)
+
+
 @chapters
 def test_pair_agrees(path: Path) -> None:
     assert cells(nbformat.read(path, 4)) == cells(jupytext.read(module(path)))
