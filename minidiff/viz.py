@@ -125,7 +125,7 @@ def show_images(
     for ax, picture in zip(axes.flat, pictures, strict=False):
         ax.imshow(picture)
         _edge(ax)
-    room = int(min(108, 72 * WIDTH / columns) / 6)  # letters above a picture
+    room = int(min(108, 72 * WIDTH / columns) / 6.6)  # letters above a picture
     for ax, title in zip(axes.flat, titles or [], strict=False):
         ax.set_title(_wrapped(title, room), fontsize=9.5 if columns > 4 else None)
     return figure

@@ -155,6 +155,13 @@ def test_a_figure_says_what_is_written_in_it() -> None:
     assert len(repr(viz.show_images(torch.zeros(40, 3, 4, 4), ["word"] * 20))) < 401
 
 
+def test_labels_keep_their_digits() -> None:
+    figure = viz.show_curves({"e": ([1, 2], [0.004, 0.04])}, "0.12345", logy=True)
+    svg = figure.svg()
+    assert re.findall(r">(0\.00\d|0\.1\d+)<", svg) == ["0.12345", "0.005"]
+    assert not re.search(r'd="[^"]*\.\d{3}', svg)
+
+
 def test_settings_of_matplotlib_are_left_alone() -> None:
     import matplotlib
 

@@ -87,7 +87,7 @@ class BookFigure(Figure):
         """The picture as SVG, with both values of each colour."""
         text = self.drawn("svg").decode()
         text = re.sub(NOT_DRAWN, "", text, flags=re.S)
-        text = re.sub(r"(\.\d\d)\d+", r"\1", text)  # hundredths of a point
+        text = re.sub("<[^>]*>", lambda tag: _hundredths(tag[0]), text)  # no labels
         for name, color in COLORS.items():
             text = text.replace(color.light, f"var(--{name})")
         head, body = text.split(">", 1)  # <svg …>
@@ -100,6 +100,11 @@ class BookFigure(Figure):
         below = f"<figcaption>{html.escape(self.caption)}</figcaption>"
         inner = picture + (below if self.caption else "")
         return f'<figure class="minidiff-plot">{inner}</figure>'
+
+
+def _hundredths(tag: str) -> str:
+    """An SVG tag whose places end at hundredths of a point."""
+    return re.sub(r"(\.\d\d)\d+", r"\1", tag)
 
 
 def _themes() -> str:
