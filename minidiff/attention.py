@@ -583,7 +583,7 @@ def record_attention(
 #     x = table[i, :, :, text:, both[red]].sum(-1).mean(1)  # (step, patches)
 #     curves[f"block {i}, dress"] = x[:, dress].mean(1)
 #     curves[f"block {i}, rest"] = x[:, ~dress].mean(1)
-# viz.show_curves(curves, xlabel="step", ylabel="weight of *red* in a patch")
+# viz.show_curves(curves, xlabel="step", ylabel="weight of “red” in a patch")
 
 # %% [markdown]
 # From which step on does a patch know whether it belongs to the dress? Where the two

@@ -58,6 +58,7 @@ def test_the_checks_accept_the_solutions(number: str) -> None:
 
 
 MET = "(a * F.max_pool2d(b, {k}, 1, {k} // 2)).sum({d}) / {by}.sum({d})"
+MET += ".clamp(min={least})"
 OVERLAP = """
 def overlap(drawn, wanted, reach):
     def met(a, b):
@@ -65,11 +66,14 @@ def overlap(drawn, wanted, reach):
     p, r = met(drawn, wanted), met(wanted, drawn)
     return {value}
 """
-BOTH = "p * r / (p + r - p * r)"
+BOTH = "p * r / (p + r - p * r).clamp(min=1e-12)"
 
 
-def overlap(k: str = "(2 * reach + 1)", value: str = BOTH, by: str = "a") -> str:
-    return OVERLAP.format(met=MET.format(k=k, d="(1, 2, 3)", by=by), value=value)
+def overlap(
+    k: str = "(2 * reach + 1)", value: str = BOTH, by: str = "a", least: int = 1
+) -> str:
+    met = MET.format(k=k, d="(1, 2, 3)", by=by, least=least)
+    return OVERLAP.format(met=met, value=value)
 
 
 FRO = """
@@ -128,6 +132,10 @@ WRONG = {
     "the same noise again": ("9_3", fro("end(interpolate(x, fresh[0], place), place)")),
     "no fresh noise": ("9_3", fro("end(x, place)")),
     "noise is added": ("9_3", fro("end(x + place * z, place)")),
+    "always from the end": (
+        "9_3",
+        fro().replace("end(x, places[0])", "end(x, 0 * places[0])"),
+    ),
     "the first place again": ("9_3", fro("end(interpolate(x, z, place), places[0])")),
     "one of the two matrices": ("10_1", "break_even = lambda: 2432"),
     "a quarter": ("10_1", "break_even = lambda: 608"),
@@ -167,8 +175,12 @@ WRONG = {
     "no reach": ("11_2", overlap("1")),
     "always a reach of 1": ("11_2", overlap("3")),
     "at most a reach of 1": ("11_2", overlap("(2 * min(reach, 1) + 1)")),
+    "nothing by nothing": ("11_2", overlap(least=0)),
     "the mean of both shares": ("11_2", overlap(value="(p + r) / 2")),
-    "Dice's coefficient": ("11_2", overlap(value="2 * p * r / (p + r)")),
+    "Dice's coefficient": (
+        "11_2",
+        overlap(value="2 * p * r / (p + r).clamp(min=1e-12)"),
+    ),
     "one share alone": ("11_2", overlap(value="p")),
     "shares exchanged": ("11_2", overlap(by="b")),
     "the weight itself": ("11_3", "apart = lambda w: w"),

@@ -638,6 +638,8 @@ def desk() -> Desk:
 def test_the_checks_accept_the_solutions(desk):
     for number in ("1_1", "1_2", "1_3"):
         assert desk.hand_in(number, desk.solution(number)) == "passed"
+    other = "\nlisted = greedy\ngreedy = lambda *given: (*listed(*given),)"
+    assert desk.hand_in("1_3", desk.solution("1_3") + other) == "passed"
 
 
 WRONG = {

@@ -269,6 +269,15 @@ WRONG = {
         "7_2",
         "uniform_levels = lambda i, seed: rng.uniform(seed, i, 1)[:, 0]",
     ),
+    "a number of the noise": (
+        "7_2",
+        "uniform_levels = lambda i, seed: "
+        "torch.special.ndtr(rng.normal(seed, i, (1,))[:, 0])",
+    ),
+    "behind some of the noise": (
+        "7_2",
+        "uniform_levels = lambda i, seed: rng.uniform(seed, i, 9)[:, 8]",
+    ),
     "the place in the batch": (
         "7_2",
         "uniform_levels = lambda i, seed: "
