@@ -788,7 +788,7 @@ def save_control(
 #
 # first = [ask(i, 0, 3, WHERE.split(",")[i % 8]) for i in range(16)]
 # words = [ask(i, 5, 1) for i in range(16)]
-# how = {"num_inference_steps": 10, "output_type": "pt"}
+# how = {"num_inference_steps": 8, "output_type": "pt"}
 # sketches = canny(pipe(first, seed=900, **how))
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
