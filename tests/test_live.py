@@ -32,11 +32,11 @@ PROMPT = "a red dress on a blue background"
 GROUNDS = ("blue", "pink", "white", "black", "green")
 THINGS = "dress shirt coat bag sneaker boot sandal pullover t-shirt trousers".split()
 OPEN = """
-async (name) => {
+async ([name, kernel]) => {
   const about = minidiff.models[name];
   const parts = Object.entries(about.parts).map(([part, { file }]) =>
     [part, toBuffer(minidiff.weights[file])]);
-  model = await makeModel(about, toBuffer(minidiff.runtime.kernel),
+  model = await makeModel(about, toBuffer(minidiff.runtime.kernels[kernel]),
     Object.fromEntries(parts));
 }
 """
@@ -87,7 +87,7 @@ def opened(
         if file.name != "page.js":
             page.add_script_tag(path=file)
     page.add_script_tag(content=runtime()["script"] + PACKED)
-    page.evaluate(OPEN, "model-edges" if net else "model")
+    page.evaluate(OPEN, ["model-edges" if net else "model", 0])
     return page
 
 
@@ -129,7 +129,17 @@ def small_page(
 @pytest.mark.slow
 def test_the_kernels_bytes_are_those_of_its_text() -> None:
     pytest.importorskip("wasmtime", reason="wasmtime assembles the kernel")
-    assert kernel.BYTES.read_bytes() == kernel.assemble_kernel()
+    for form in kernel.FORMS:
+        assert form.read_bytes() == kernel.assemble_kernel(form)
+
+
+def test_both_forms_of_the_kernel_draw_the_same(page: Any) -> None:
+    request = {"prompt": PROMPT, "seed": 5, "steps": 2, "guidance": 2.5}
+    drawn = []
+    for form in (1, 0):  # the page keeps the first form
+        page.evaluate(OPEN, ["model", form])
+        drawn += [unpacked(page.evaluate(DRAW, [request])[0][1])]
+    assert 0 < (drawn[0] - drawn[1]).abs().max() < 1e-4
 
 
 def of_every_plane(count: int) -> list[str]:

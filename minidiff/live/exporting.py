@@ -24,6 +24,7 @@ from minidiff.files import tokenizer_files
 from minidiff.files.disk import replacing, write_text
 from minidiff.files.layout import MODELS
 from minidiff.files.tokenizer_files import seen
+from minidiff.live.kernel import FORMS
 from minidiff.sampling import Pipeline
 from minidiff.tokenizer import CLIPTokenizer, T5Tokenizer
 
@@ -93,10 +94,10 @@ def check_runnable(pipe: Pipeline, net: ControlNet | None) -> None:
         raise ValueError(f"heads of {bad[0]} channels; expected multiples of {PANEL}")
 
 
-def runtime() -> dict[str, str]:
-    """The worker's script, and the kernel."""
-    kernel = (HERE / "kernel.wasm").read_bytes()
-    return {"script": joined(RUNTIME), "kernel": in_base64(kernel)}
+def runtime() -> dict[str, Any]:
+    """The worker's script, and the forms of the kernel."""
+    kernels = [in_base64(form.read_bytes()) for form in FORMS]
+    return {"script": joined(RUNTIME), "kernels": kernels}
 
 
 def joined(names: tuple[str, ...]) -> str:

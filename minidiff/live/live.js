@@ -27,13 +27,17 @@ window.minidiff = Object.assign(window.minidiff ?? {}, (() => {
     return answer.arrayBuffer();
   }
 
-  function checkBrowser() {
-    const kernel = Uint8Array.from(atob(minidiff.runtime.kernel), (c) => c.charCodeAt(0));
+  // The first form of the kernel that this browser runs, in base64.
+  function chooseKernel() {
+    const runs = (kernel) =>
+      WebAssembly.validate(Uint8Array.from(atob(kernel), (c) => c.charCodeAt(0)));
+    const kernel = globalThis.WebAssembly && minidiff.runtime.kernels.find(runs);
     let classes = true;
     try { new RegExp("[\\p{L}--a]", "v"); } catch { classes = false; }
-    if (!classes || !globalThis.WebAssembly || !WebAssembly.validate(kernel)) {
+    if (!classes || !kernel) {
       throw new Error("this browser lacks WebAssembly SIMD: one of 2023 or newer has it");
     }
+    return kernel;
   }
 
   // { about, call(task, given, progress), seconds } of a model, once.
@@ -53,14 +57,14 @@ window.minidiff = Object.assign(window.minidiff ?? {}, (() => {
       throw new Error(`model is ${name}; expected one of ${known}`);
     }
     if (!minidiff.runtime) await script("runtime.js");
-    checkBrowser();
+    const kernel = chooseKernel();
     if (!minidiff.models[name]) await script(`${name}.js`);
     const about = minidiff.models[name];
     const read = Object.entries(about.parts).map(async ([part, { file }]) =>
       [part, await weights(file)]);
     const parts = Object.fromEntries(await Promise.all(read));
     const call = startWorker();
-    await call("open", { about, kernel: minidiff.runtime.kernel, parts });
+    await call("open", { about, kernel, parts });
     return { about, call, seconds: (performance.now() - begun) / 1000 };
   }
 
