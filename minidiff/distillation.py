@@ -160,7 +160,8 @@ Map = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, place, size: x there
 # %% tags=["active-ipynb"]
 # rows = torch.cat([x[:6] for x in drawn.values()])
 # titles = [f"steps: {n}" if i == 0 else "" for n in drawn for i in range(6)]
-# viz.show_images(rows, titles, columns=6, low=0)
+# asked = f"Columns: {'; '.join(texts[:6])}."
+# viz.show_images(rows, titles, columns=6, low=0).captioned(asked)
 
 # %% tags=["active-ipynb"]
 # viz.show_curves({"": (list(right), [100 * x for x in right.values()])}, "steps",
@@ -677,7 +678,8 @@ def paths(velocity: Velocity, noise: Tensor, shift: float = 1.0) -> Tensor:
 # rows = {f"{n} steps": drawn[n] for n in (28, 4)}
 # rows |= {f"{n} jumps": few[n] for n in (4, 2)} | {"1 jump": few[1]}
 # titles = [name if i == 0 else "" for name in rows for i in range(6)]
-# viz.show_images(torch.cat([x[:6] for x in rows.values()]), titles, columns=6, low=0)
+# shown = torch.cat([x[:6] for x in rows.values()])
+# viz.show_images(shown, titles, columns=6, low=0).captioned(asked)
 
 # %% [markdown]
 # And how far from the picture that the teacher draws in 28 steps of the same noise? The
