@@ -728,9 +728,13 @@ class Pipeline(Parts):
 # called = pipe(PROMPT, seed=SEED, output_type="latent")
 # print("naive and in steps agree:", torch.allclose(naive, steps, atol=1e-3))
 # print("in steps and called agree:", torch.allclose(steps, called, atol=1e-3))
+# pipe = shipped
+# loaded = pipe(PROMPT, seed=SEED, output_type="latent")
+# print("called and loaded agree:", torch.allclose(called, loaded, atol=1e-3))
 
 # %% [markdown]
-# And what it refuses:
+# From here on we draw with what `minidiff.load` gives: the same pipeline, whose blocks
+# have a faster form on a CPU ([chapter 12](12_efficiency.ipynb)). And what it refuses:
 
 # %% tags=["active-ipynb"]
 # for wrong in ({"height": 50}, {"num_inference_steps": 0}, {"sampler": "ddim"}):
@@ -819,7 +823,7 @@ class Pipeline(Parts):
 # drawn = {}
 # for kind, two_things in (("one thing", False), ("two things", True)):
 #     prompts, grade = exam(24, two=two_things)
-#     drawn[kind] = pipe(prompts, num_inference_steps=10, output_type="pt")
+#     drawn[kind] = pipe(prompts, num_inference_steps=8, output_type="pt")
 #     right = grade(drawn[kind] * 2 - 1)
 #     names = ("things", "colors", "all")
 #     print(kind, *(f"{name} {share(right[name])}" for name in names), sep="; ")
@@ -916,7 +920,7 @@ class Pipeline(Parts):
 # pairs = [("red dress", "blue"), ("purple dress", "blue"), ("red dress", "white")]
 # pairs += [("red coat", "blue"), ("red bag", "blue")]
 # prompts = [f"a {thing} on a {ground} background" for thing, ground in pairs]
-# how = {"num_images_per_prompt": 8, "num_inference_steps": 8, "output_type": "pt"}
+# how = {"num_images_per_prompt": 8, "num_inference_steps": 6, "output_type": "pt"}
 # changed = pipe(prompts, seed=0, **how)  # (40, 3, 64, 64), eight seeds a prompt
 # viz.show_images(changed[::8], [f"{a}, {b}" for a, b in pairs], columns=5, low=0)
 
@@ -950,7 +954,7 @@ class Pipeline(Parts):
 # viz.show_images(pair, ["with T5"] * 4 + ["without"] * 4, columns=4, low=0)
 
 # %% tags=["active-ipynb", "hide-output", "nbval-ignore-output"]
-# how = {"num_inference_steps": 8, "output_type": "pt"}
+# how = {"num_inference_steps": 6, "output_type": "pt"}
 # for kind, two_things in (("one thing", False), ("two things", True)):
 #     prompts, grade = exam(16, two=two_things)
 #     words, vector = pipe.encode_prompt(prompts)
@@ -1154,12 +1158,12 @@ class Pipeline(Parts):
 # %% tags=["active-ipynb", "check"]
 # @check
 # def exercise_8_1() -> None:
-#     rows, forward = [], transformer.forward
+#     rows, forward = [], pipe.transformer.forward
 #     count = lambda x, *a, **k: rows.append(len(x)) or torch.zeros_like(x)
 #     wanted = samples()
-#     transformer.forward = count
+#     pipe.transformer.forward = count
 #     pipe("", num_images_per_prompt=4, guidance_scale=4.5, sampler="heun")
-#     transformer.forward = forward
+#     pipe.transformer.forward = forward
 #     assert wanted == sum(rows), "pictures × prompts × calls"
 
 # %% tags=["active-ipynb", "hide-cell", "solution"]
@@ -1257,7 +1261,7 @@ class Pipeline(Parts):
 # saw whole captions and the empty one.
 
 # %% tags=["active-ipynb", "hide-cell", "nbval-ignore-output"]
-# how = {"num_images_per_prompt": 16, "num_inference_steps": 8, "output_type": "pt"}
+# how = {"num_images_per_prompt": 16, "num_inference_steps": 6, "output_type": "pt"}
 # rows = []
 # for avoided in ("", "a red dress", "red", "a red dress on a blue background"):
 #     drawn = pipe("a dress on a blue background", negative_prompt=avoided, **how)
