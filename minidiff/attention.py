@@ -588,8 +588,8 @@ def record_attention(
 # %% [markdown]
 # From which step on does a patch know whether it belongs to the dress? Where the two
 # lines of a block part. Block 0 sees the patch itself, which is noise at first. If a
-# later block parts them at the very first step, it has nothing to go by but places: the
-# one thing of such a prompt stands in the middle.
+# later block parts them at the very first step, it has nothing to go by but places and
+# noise; and the one thing of such a prompt usually stands in the middle.
 #
 # Touch it: press the prompt, and on the book's page the small model draws in place of
 # the frames. Choose a word and see where it is read; choose a block, a head and a step;

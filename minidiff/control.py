@@ -1145,7 +1145,7 @@ def encode_weighted(pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
 # def exercise_11_3() -> None:
 #     assert apart(1.0) < 1e-6, "with weight 1 both leave the row as it is"
 #     assert abs(apart(0.0) - 1) < 1e-5, "with weight 0 one of them is zero"
-#     assert abs(apart(3.0) - 2) < 1e-5, "with weight 3 both are far from the row"
+#     assert abs(apart(3.0) - 2) < 1e-5, "with weight 3 the two differ by more"
 
 # %% tags=["active-ipynb", "hide-cell", "solution"]
 # def apart(w: float) -> float:

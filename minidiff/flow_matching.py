@@ -520,13 +520,12 @@ def logit_normal_density(sigma: Tensor, mean: float = 0.0, std: float = 1.0) -> 
 # Near 1 hardly anything is known of the scene, and what is unknown cannot be predicted.
 # Near 0 it is the noise that is unknown: so little of it is left in $x$ that it cannot
 # be told from texture, and an answer without it costs its variance, 1 (the model, which
-# saw few such levels, may do still worse). The logit-normal
-# density deliberately does not follow the loss: an error in the velocity moves $\hat
-# x_0$ by $\sigma$ times as much, so that errors at faint noise are cheap. But this
-# density is not the last word. Chapter 5 measured that the caption counts most at high
-# noise; above 0.8 this density has fewer than one sample in ten. A recipe may therefore
-# move it towards noise, by the shift of the next section ([how the shipped model was
-# made](../book/training_log.md)).
+# saw few such levels, may do still worse). The logit-normal density deliberately does
+# not follow the loss: an error in the velocity moves $\hat x_0$ by $\sigma$ times as
+# much, so that errors at faint noise are cheap. But this density is not the last word.
+# Chapter 5 measured that the caption counts most at high noise; above 0.8 this density
+# has fewer than one sample in ten. A recipe may therefore move it towards noise, by the
+# shift of the next section ([how the shipped model was made](../book/training_log.md)).
 #
 # ### Shift: larger pictures need more noise
 #

@@ -815,9 +815,11 @@ class Pipeline(Parts):
 #
 # How often does it draw what was asked? A small network, the *judge*, reads pictures:
 # it was trained on real scenes only, never on drawn ones. `exam` gives prompts and
-# grades pictures by it, here 24 with one thing and 24 with two. (Of 100 real scenes of
-# each kind it found all right, [as measured](../book/training_log.md).) The brackets
-# say where the share of very many prompts would lie, 19 times of 20.
+# grades pictures by it, here 24 with one thing and 24 with two, garments among them.
+# (It is no oracle: of 100 real scenes it finds all right with everyday things, one or
+# two of them, but 89 with one garment and 71 with two, [as
+# measured](../book/training_log.md).) The brackets say where the share of very many
+# prompts would lie, 19 times of 20.
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # drawn = {}
@@ -906,9 +908,9 @@ class Pipeline(Parts):
 
 # %% [markdown]
 # Two lessons. Besides the number of steps it may matter which levels they visit:
-# compare each solver's own levels with the moved ones; where the intervals overlap, no
-# difference was seen. And a small error is not the aim; a picture that shows what was
-# asked is.
+# compare each solver's own levels with the moved ones; where the intervals overlap,
+# four prompts settle nothing. And a small error is not the aim; a picture that shows
+# what was asked is.
 
 # %% [markdown]
 # ## Predict, then break it

@@ -982,10 +982,9 @@ class T5Tokenizer(Tokenizer):
 #
 # SD3.5 gives the same text to all three. The rows have a fixed length, 77 for each CLIP
 # and 256 for T5 (as in diffusers and here; Stability's own code pads T5 to 77), so that
-# prompts can be stacked: what is too long is cut *before* the
-# end token, what is too short is padded *behind* it. With the published vocabularies
-# these are the rows of "a red dress on a blue background" (facts of their files, which
-# the tests compare):
+# prompts can be stacked: what is too long is cut *before* the end token, what is too
+# short is padded *behind* it. With the published vocabularies these are the rows of "a
+# red dress on a blue background" (facts of their files, which the tests compare):
 #
 # | | ids | then |
 # |---|---|---|

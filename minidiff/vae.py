@@ -809,8 +809,8 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # be ahead of the other. Then look where the curves cross, and how far apart they are
 # beyond. If the control is ahead at the left, a more forgiving decoder costs sharpness,
 # in this one trial; how much noise one trains with is a choice, and the weight $\beta$
-# makes it. The third curve is the decoder with which both began: what the control lacks
-# to it, ninety steps on crops of twelve scenes cost, and no noise.
+# makes it. The third curve is the decoder with which both began: where the control
+# falls short of it, ninety steps on crops of twelve scenes are to blame, and no noise.
 
 # %% [markdown]
 # ## A walk between two latents

@@ -89,10 +89,10 @@ def test_a_linked_folder_is_looked_into(fashion, tmp_path):
 
 def test_only_what_is_picked_is_decoded(fashion):
     path = next(fashion.rglob("test-*.parquet"))
-    stored, _ = _read.__wrapped__(path)  # past its cache
+    lazy, _ = _read.__wrapped__(path)  # past its cache
     rows = torch.tensor([[3, 5], [5, 9999]])
-    assert torch.equal(stored[rows], fashion_mnist("test", fashion)[0][rows])
-    assert stored.known.nonzero().flatten().tolist() == [3, 5, 9999]
+    assert torch.equal(lazy[rows], fashion_mnist("test", fashion)[0][rows])
+    assert lazy.known.nonzero().flatten().tolist() == [3, 5, 9999]
 
 
 def test_plain_garments(fashion):

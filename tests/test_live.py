@@ -138,7 +138,7 @@ def test_both_forms_of_the_kernel_draw_the_same(page: Any) -> None:
     drawn = []
     for form in (1, 0):  # the page keeps the first form
         page.evaluate(OPEN, ["model", form])
-        drawn += [unpacked(page.evaluate(DRAW, [request])[0][1])]
+        drawn.append(unpacked(page.evaluate(DRAW, [request])[0][1]))
     assert 0 < (drawn[0] - drawn[1]).abs().max() < 1e-4
 
 

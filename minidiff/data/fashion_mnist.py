@@ -56,7 +56,7 @@ def _below(folder: str | Path, name: str) -> Path | None:
     return None
 
 
-class Stored:
+class LazyPictures:
     """Pictures in their files: each is decoded when it is first asked for."""
 
     def __init__(self, files: list[bytes]) -> None:
@@ -75,7 +75,7 @@ class Stored:
 
 
 @functools.lru_cache(maxsize=4)
-def _read(path: Path) -> tuple[Stored, Tensor]:
+def _read(path: Path) -> tuple[LazyPictures, Tensor]:
     import pyarrow.parquet as parquet
 
     table = parquet.read_table(path)
@@ -86,7 +86,7 @@ def _read(path: Path) -> tuple[Stored, Tensor]:
             raise ValueError("its classes are not equally many")  # as MNIST's digits
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not of Fashion-MNIST: {error}") from None
-    return Stored(files), torch.tensor(labels)
+    return LazyPictures(files), torch.tensor(labels)
 
 
 def fashion_mnist(
@@ -106,8 +106,8 @@ def fashion_mnist(
         FileNotFoundError: the folder lacks the file, or there is no network.
         ValueError: the file is damaged, or of another data set.
     """
-    stored, labels = _read(_parquet_file(split, folder))
-    return stored[torch.arange(len(labels))], labels
+    pictures, labels = _read(_parquet_file(split, folder))
+    return pictures[torch.arange(len(labels))], labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +119,7 @@ class ByClass:
     how many a class has, and where they begin.
     """
 
-    pictures: Tensor | Stored
+    pictures: Tensor | LazyPictures
     order: Tensor
     numbers: Tensor
     starts: Tensor
@@ -146,9 +146,9 @@ def garments_by_class(
 
     On a CPU a picture is decoded when it is first picked.
     """
-    stored, labels = _read(_parquet_file(split, folder))
+    lazy, labels = _read(_parquet_file(split, folder))
     numbers = labels.bincount(minlength=len(CLASSES))
     tables = labels.argsort(stable=True), numbers, numbers.cumsum(0) - numbers
     on_cpu = torch.device(device).type == "cpu"
-    pictures = stored if on_cpu else fashion_mnist(split, folder)[0].to(device)
+    pictures = lazy if on_cpu else lazy[torch.arange(len(labels))].to(device)
     return ByClass(pictures, *(table.to(device) for table in tables))
