@@ -112,7 +112,7 @@ from minidiff.interface.checks import check_range
 # viz.show_images(pairs, named[::4] * 2, columns=5, low=0)
 
 # %% [markdown]
-# Then chapter 7's training in its smallest form. Every batch is 8 of the 20 drawings
+# Then chapter 7's training in its smallest form. Every batch is 6 of the 20 drawings
 # with fresh noise; the loss is chapter 6's. We first let *all* weights learn, in a copy
 # of the transformer.
 
@@ -122,7 +122,7 @@ from minidiff.interface.checks import check_range
 #     context, pooled = pipe.encode_prompt(captions)
 #
 #     def batch(step: int) -> Batch:
-#         numbers = torch.arange(8 * step, 8 * step + 8)
+#         numbers = torch.arange(6 * step, 6 * step + 6)
 #         noise, sigma = noise_and_levels(numbers, tuple(latents.shape[1:]), seed=0)
 #         i = rng.bits(1, numbers, 1)[:, 0] % len(captions)
 #         return {"x0": latents[i], "noise": noise, "sigma": sigma,

@@ -842,7 +842,7 @@ class Pipeline(Parts):
 # model without guidance.
 
 # %% tags=["active-ipynb"]
-# scales, how = (1.0, 2.0, 4.0, 8.0), {"num_inference_steps": 8, "output_type": "pt"}
+# scales, how = (1.0, 2.0, 4.0, 8.0), {"num_inference_steps": 6, "output_type": "pt"}
 # same = {"prompt": PROMPT, "num_images_per_prompt": 8} | how
 # eight = {g: pipe(**same, guidance_scale=g) for g in scales}
 # viz.show_images(torch.cat(list(eight.values())), columns=8, low=0).captioned(
@@ -886,17 +886,17 @@ class Pipeline(Parts):
 # DPM++ 2M can go astray: its last step but one falls from a third to a thousandth.
 #
 # Heun asks twice a step, so compare at equal *work*. The error is the distance from a
-# drawing in 28 steps of Heun, as a share of it, and its interval is over four prompts.
+# drawing in 20 steps of Heun, as a share of it, and its interval is over four prompts.
 # The last rows have other levels, moved by shift 3.
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # prompts, _ = exam(4)
 # latents = lambda n, name, **how: pipe(prompts, num_inference_steps=n, sampler=name,
 #     output_type="latent", **how)
-# fine = latents(28, "heun")
+# fine = latents(20, "heun")
 # shifted = Scheduler(shift=3.0)
-# rows = [("euler", 14, {}), ("heun", 7, {}), ("dpmpp_2m", 14, {}), ("euler", 28, {})]
-# rows += [(name, 14, {"sigmas": shifted.sigmas(14)}) for name in ("euler", "dpmpp_2m")]
+# rows = [("euler", 10, {}), ("heun", 5, {}), ("dpmpp_2m", 10, {}), ("euler", 20, {})]
+# rows += [(name, 10, {"sigmas": shifted.sigmas(10)}) for name in ("euler", "dpmpp_2m")]
 # for name, n, how in rows:
 #     error = (latents(n, name, **how) - fine).flatten(1).norm(dim=1)
 #     error = error / fine.flatten(1).norm(dim=1)
@@ -1029,8 +1029,10 @@ class Pipeline(Parts):
 #     return size / 1e9, counter.get_total_flops() / 1e12
 
 # %% tags=["active-ipynb"]
-# for name, usual in list(DEFAULTS.items())[1:]:
-#     size, flops = work(name)
+# counted = {name: work(name) for name in ("sd3.5-medium", "sd3.5-large")}
+# counted["sd3.5-large-turbo"] = counted["sd3.5-large"]  # the same networks
+# for name, (size, flops) in counted.items():
+#     usual = DEFAULTS[name]
 #     passes = usual.num_inference_steps * (1 if usual.guidance_scale > 1 else 0.5)
 #     print(f"{name}: {size:.1f} GB, {flops:.1f} TFLOP a guided step, "
 #         f"{passes * flops:.0f} TFLOP in all its steps")
