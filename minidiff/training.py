@@ -929,10 +929,10 @@ def fit(
 #         print(f"{row['step']:4}   {row['trained']:7.3f}   {row['average']:7.3f}")
 
 # %% [markdown]
-# At first the average still remembers random weights. Then, while the rate is high, the
-# weights tremble, and it can get ahead. As the rate falls to zero they stop trembling
-# by themselves, and the two columns meet. So says this one run: an average is a remedy
-# for noise, and at the end of such a schedule little is left.
+# While the rate is high the weights tremble, and where the columns differ the average is
+# ahead. As the rate falls to zero the weights stop trembling by themselves, and the two
+# columns meet. So says this one run: an average is a remedy for noise, and at the end
+# of such a schedule little is left.
 
 # %% [markdown]
 # And what has it learned? Eight prompts, twenty steps, guidance 3, drawn with the

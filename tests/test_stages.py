@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,8 +67,8 @@ def job(fashion: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
     return job
 
 
-@pytest.fixture(autouse=True)
-def tables_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def tables_once() -> Iterator[None]:
     """Make the tables of every caption's tokens once for all tests."""
     make = text_stages.token_tables
 
@@ -77,8 +77,10 @@ def tables_once(monkeypatch: pytest.MonkeyPatch) -> None:
             TABLES[job.model] = make(job)
         return TABLES[job.model]
 
-    monkeypatch.setattr(text_stages, "token_tables", token_tables)
-    monkeypatch.setattr(transformer_stage, "token_tables", token_tables)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_stages, "token_tables", token_tables)
+        patch.setattr(transformer_stage, "token_tables", token_tables)
+        yield
 
 
 @pytest.mark.parametrize("stage", ["clip", "t5", "vae"])
@@ -137,23 +139,24 @@ def test_transformer_learns(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     assert size <= 25e6
 
 
-@pytest.fixture
-def made(job: Job, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def made(job: Job) -> Path:
     """The folder of a whole model, little trained."""
-    monkeypatch.setattr(transformer_stage, "save_grid", lambda *_, **__: None)
-    run_stages(job, "clip", "t5", "vae", "transformer")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformer_stage, "save_grid", lambda *_, **__: None)
+        run_stages(job, "clip", "t5", "vae", "transformer")
     return job.model
 
 
 @pytest.fixture
 def go_on(job: Job, made: Path, tmp_path: Path) -> Callable[..., Path]:
     """Trains a stage from ``made`` into a folder; the model that comes out."""
-    quick = {"steps": 8, "batch_size": 4, "warmup_steps": 2, "learning_rate": 2e-3}
+    quick = {"steps": 4, "batch_size": 4, "warmup_steps": 2, "learning_rate": 2e-3}
     quick |= {"log_every": 1, "save_every": 2, "validate_every": 0, "bfloat16": False}
     recipe = tmp_path / "recipe.json"
     small = {"latents": 32, "pictures": 4, "held": 8, "captions": 500}
     stages = {"transformer": quick, "vae": quick, "turbo": quick}
-    stages["control"] = quick | {"validate_every": 8}
+    stages["control"] = quick | {"validate_every": 4}
     recipe.write_text(json.dumps(stages | small))
 
     def go(stage: str, output: Path, start: Path = made, **flags) -> Path:
@@ -172,10 +175,10 @@ def test_a_stage_goes_on_from_a_model(
     old, new = files(made), files(model)
     changed = {name.split("/")[0] for name in old if old[name] != new[name]}
     assert old.keys() == new.keys() and changed == {stage}
-    killed_after_step(4, lambda: go_on(stage, tmp_path / "killed"))
+    killed_after_step(2, lambda: go_on(stage, tmp_path / "killed"))
     again = tmp_path / "killed" / "runs" / stage
-    assert (again / "step-4.safetensors").exists()
-    assert not (again / "step-6.safetensors").exists()
+    assert (again / "step-2.safetensors").exists()
+    assert not (again / "step-4.safetensors").exists()
     assert files(go_on(stage, tmp_path / "killed")) == new
 
 
@@ -192,7 +195,7 @@ def test_turbo_shares_all_but_the_transformer(
     )
     pairs = zip(*(p.transformer.parameters() for p in (pipe, teacher)), strict=True)
     assert not all(torch.equal(a, b) for a, b in pairs)
-    killed_after_step(4, lambda: go_on("turbo", tmp_path / "killed"))
+    killed_after_step(2, lambda: go_on("turbo", tmp_path / "killed"))
     go_on("turbo", tmp_path / "killed")
     assert files(tmp_path / "killed" / "turbo") == files(turbo)
     with pytest.raises(ValueError, match="a batch of 6 samples in 1 parts; expected 4"):
@@ -209,14 +212,14 @@ def test_a_control_net_learns_beside_a_model(
     net = minidiff.load_control(tmp_path / "whole" / "control")
     assert (net.kind, net.last, net.config.num_layers) == ("edges", False, 3)
     assert all(layer.weight.any() for layer in net.controlnet_blocks)
-    killed_after_step(4, lambda: go_on("control", tmp_path / "killed"))
+    killed_after_step(2, lambda: go_on("control", tmp_path / "killed"))
     assert not (tmp_path / "killed" / "control").exists()
     go_on("control", tmp_path / "killed")
     whole, again = (files(tmp_path / n / "control") for n in ("whole", "killed"))
     assert whole == again
     last = read_log(tmp_path / "whole" / "runs" / "control" / "log.jsonl")[-1]
     assert 0 <= last["agreement"] <= 1 and last["validation"] > 0
-    assert (tmp_path / "whole" / "grids" / "control-000008.png").exists()
+    assert (tmp_path / "whole" / "grids" / "control-000004.png").exists()
 
 
 def test_a_stage_goes_on_where_its_start_has_moved(
