@@ -1,42 +1,22 @@
 """A sheet of a hundred prompts that a person might type, and what the judge says.
 
-    python benchmarks/draw_prompts.py MODEL SHEET.png [--judge FOLDER] [--seed 0]
+    python benchmarks/draw_prompts.py MODEL SHEET.svg [--judge FOLDER] [--seed 0]
 
-Each picture stands above its prompt; one that the judge finds wrong has a red frame.
+A cross stands before the prompt of a picture that the judge finds wrong.
 """
 
 import argparse
-import textwrap
 from pathlib import Path
 
-import torch
-from matplotlib import pyplot as plt
-
 import minidiff
-from minidiff.files.disk import replacing
+from minidiff import viz
+from minidiff.files.disk import write_text
 from minidiff.judging.free_prompts import read_free_prompts
 from minidiff.judging.judge import EVALUATION_SEED, JUDGE, load_judge
 from minidiff.judging.metrics import Comparison
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
-COLUMNS = 10
-
-
-def draw_sheet(
-    pictures: torch.Tensor, texts: list[str], right: list[bool], file: Path
-) -> None:
-    """Write pictures (N, 3, H, W) in [0, 1], framed where they are wrong."""
-    rows = -(-len(texts) // COLUMNS)
-    figure, axes = plt.subplots(rows, COLUMNS, figsize=(1.5 * COLUMNS, 1.8 * rows))
-    for ax, picture, text, fine in zip(axes.flat, pictures, texts, right, strict=False):
-        ax.imshow(picture.permute(1, 2, 0).numpy())
-        ax.set(xticks=[], yticks=[])
-        ax.set_xlabel(textwrap.fill(text, 24), fontsize=7)
-        for spine in ax.spines.values():
-            spine.set(color="none" if fine else "red", linewidth=3)
-    figure.tight_layout()
-    with replacing(file) as part:
-        figure.savefig(part, format=file.suffix[1:] or "png", dpi=120)
+COLUMNS = 7
 
 
 def main() -> None:
@@ -52,7 +32,11 @@ def main() -> None:
     measured = Comparison(pipe, judge, len(texts), given.seed)
     pictures = measured.draw(texts)
     right = [found["all"] for found in measured.answers(pictures, meanings)]
-    draw_sheet((pictures.clamp(-1, 1) + 1) / 2, texts, right, given.sheet)
+    titles = [
+        text if fine else f"✗ {text}" for text, fine in zip(texts, right, strict=True)
+    ]
+    sheet = viz.show_images(pictures.clamp(-1, 1), titles, COLUMNS)
+    write_text(given.sheet, sheet.svg())
     print(f"{sum(right)} of {len(right)} right: {given.sheet}")
 
 

@@ -1,31 +1,30 @@
 """A guided teacher and its few-step student, on the same prompts and the same noise.
 
-    python benchmarks/few_steps.py TEACHER STUDENT [-n 500] [--data DIR] [--sheet PNG]
+    python benchmarks/few_steps.py TEACHER STUDENT [-n 500] [--data DIR] [--sheet SVG]
 
 Printed for each number of steps, the teacher's own first: the share of scenes that the
 judge finds right, the Fréchet distance from training scenes in the judge's features
 (the last line has that of real test scenes), the diversity as a share of the teacher's,
 and how far the pictures lie from the teacher's, as the root mean square over pixels
-whose range is 1. The sheet shows the first ten prompts.
+whose range is 1. The sheet shows the first six prompts.
 """
 
 import argparse
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from matplotlib import pyplot as plt
 from torch import Tensor
 
 import minidiff
-from minidiff.files.disk import replacing
+from minidiff import viz
+from minidiff.files.disk import write_text
 from minidiff.judging.diversity import MOST, feature_spread, features_by_prompt
 from minidiff.judging.judge import EVALUATION_SEED, load_judge
 from minidiff.judging.metrics import ROWS, Comparison, row_prompts, row_scenes
 from minidiff.sampling import Pipeline
 
-ROW, BATCH, SHOWN = "all scenes", 20, 10
+ROW, BATCH, SHOWN = "all scenes", 20, 6
 FEW = (8, 4, 2, 1)
 COLUMNS = "model", "steps", "calls", "right in %", "Fréchet", "diversity", "distance"
 
@@ -41,21 +40,11 @@ def runs(teacher: str, student: str) -> Iterator[tuple[str, Pipeline, dict]]:
 
 
 def save_rows(rows: dict[str, Tensor], texts: list[str], file: Path) -> None:
-    """Write pictures (N, 3, H, W) in [−1, 1], a row of each name, prompts beneath."""
-    figure, axes = plt.subplots(
-        len(rows), SHOWN, figsize=(1.5 * SHOWN, 1.55 * len(rows)), squeeze=False
-    )
-    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
-        line[0].set_ylabel(name, fontsize=9)
-        for ax, picture in zip(line, pictures, strict=True):
-            ax.imshow((picture.clamp(-1, 1) + 1).permute(1, 2, 0).numpy() / 2)
-            ax.set(xticks=[], yticks=[])
-            ax.spines[:].set_visible(False)
-    for ax, text in zip(axes[-1], texts, strict=False):
-        ax.set_xlabel(textwrap.fill(text, 22), fontsize=8)
-    figure.tight_layout()
-    with replacing(file) as part:
-        figure.savefig(part, format=file.suffix[1:] or "png", dpi=120)
+    """Write an SVG: a row for each name, of pictures (N, 3, H, W) in [−1, 1]."""
+    shown = torch.cat([pictures[:SHOWN].clamp(-1, 1) for pictures in rows.values()])
+    titles = [name if i == 0 else "" for name in rows for i in range(SHOWN)]
+    write_text(file, viz.show_images(shown, titles, columns=SHOWN).svg())
+    print("columns of the sheet:", ", ".join(f"“{text}”" for text in texts[:SHOWN]))
 
 
 def measured(compared: Comparison, asked: tuple, real: Tensor) -> tuple[Tensor, list]:
@@ -88,7 +77,7 @@ def main() -> None:
         drawn, found = measured(Comparison(pipe, *known, **how), asked, real)
         right, far, spread = found
         steps, scale = how.values()
-        rows[f"{name}, {steps}"] = drawn
+        rows[f"{name}, {steps} steps"] = drawn
         off = (drawn - next(iter(rows.values()))).square().mean().sqrt().item() / 2
         usual = usual or spread
         cells = name, steps, steps * (1 + (scale > 1)), f"{100 * right:.1f}"
@@ -96,7 +85,7 @@ def main() -> None:
         print(f"| {' | '.join(map(str, cells))} |", flush=True)
     print(f"\n{given.n} prompts, seed {seed}; real test scenes: {far['floor']}.")
     if given.sheet:
-        save_rows({name: x[:SHOWN] for name, x in rows.items()}, texts, given.sheet)
+        save_rows(rows, texts, given.sheet)
 
 
 if __name__ == "__main__":

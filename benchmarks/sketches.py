@@ -1,21 +1,21 @@
 """Do drawings keep to sketches, and still show what the words ask for?
 
     python benchmarks/sketches.py MODEL NET [-n 150] [--strengths 0 1 2] [--data DIR]
-                                  [--sheet PNG]
+                                  [--sheet SVG]
 
 A sketch is the edges of a test scene. The first words are the scene's own. The other
 scenes show one item that is not in the middle; their words name another ground, and
 another colour where they name one, and say where the item is or do not. Printed for
 each, at each strength (0 is without the net): the agreement of the edges (with one
 pixel of reach), the agreement with another scene's sketch, and the share of pictures
-that the judge finds right. The sheet shows the first ten of the last words.
+that the judge finds right. The sheet shows the first six of the last words.
 """
 
 import argparse
 from pathlib import Path
 
 import torch
-from few_steps import BATCH, SHOWN, save_rows
+from few_steps import BATCH, save_rows
 from torch import Tensor
 
 import minidiff
@@ -79,7 +79,7 @@ def table(
     scenes = World("test", compared.folder, "cpu", compared.seed, layouts=layouts)
     real = torch.cat([scenes.batch(i).images for i in numbers.split(128)])
     sketches, base = canny((real + 1) / 2), 0.0
-    rows = {"sketch": 1 - 2 * sketches[:SHOWN].expand(-1, 3, -1, -1)}
+    rows = {"sketch": 1 - 2 * sketches.expand(-1, 3, -1, -1)}
     for strength in strengths:
         drawn = drawings(compared, texts, sketches, net=net, strength=strength)
         pairs = (agreement((drawn + 1) / 2, s) for s in (sketches, sketches.roll(1, 0)))
@@ -88,7 +88,7 @@ def table(
         cells = name, f"{strength:g}", *(f"{met.mean():.2f}" for met in pairs)
         cells += f"{100 * right / len(texts):.1f}", f"{right / base:.2f}"
         print(f"| {' | '.join(cells)} |", flush=True)
-        rows[f"strength {strength:g}"] = drawn[:SHOWN]
+        rows[f"strength {strength:g}"] = drawn
     return rows
 
 

@@ -561,9 +561,10 @@ def record_attention(
 # both = [list(rows) for rows in zip(*places.values())]  # a word's two tokens
 # read = torch.stack([now[..., rows].sum(-1) for rows in both])
 # read = read.mean(2)  # over heads: (word, block, patches)
+# print(f"{'dress/rest':>10}", *(f"    block {b}" for b in range(len(read[0]))))
 # for word, row in zip(words, read):
 #     pairs = [f"{x[dress].mean():.3f}/{x[~dress].mean():.3f}" for x in row]
-#     print(f"{word:>10}, dress/rest:", *pairs)
+#     print(f"{word:>10}", *pairs)
 
 # %% [markdown]
 # Read a row from block to block. Where the first number of *red* is many times the
@@ -649,11 +650,11 @@ def record_attention(
 #
 # texts, grade = exam(24)
 # pictures, titles, ways = [], [], ("joint", "no words", "apart")
+# kinds = ("all", "things", "colors", "ground")
+# print(f"{'right':9}", *(f"{kind:>15}" for kind in kinds))
 # for way in ways:
 #     right = grade(paint(texts, way, num_inference_steps=8, guidance_scale=1.0))
-#     kinds = ("all", "things", "colors", "ground")
-#     answers = [f"{kind} {share(right[kind])}" for kind in kinds]
-#     print(f"{way:9} right of 24:", *answers)
+#     print(f"{way:9}", *(f"{share(right[kind]):>15}" for kind in kinds))
 #     pictures.append(paint([PROMPT], way, 4))
 #     titles += [way] * 4
 # _ = paint([PROMPT], "joint", num_inference_steps=1)  # put the attention back

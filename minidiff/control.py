@@ -1170,12 +1170,13 @@ def encode_weighted(pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
 # strengths from 0 to 2, and look.
 
 # %% tags=["active-ipynb", "hide-cell", "nbval-ignore-output"]
-# lines = sketches[3:4]  # a boot's
+# lines, first = sketches[3:4], {}  # a boot's
 # for strength in (0.0, 0.5, 1.0, 2.0):
 #     drawn = pipe([PROMPT] * 4, seed=50, control=Control(lines, net, strength), **how)
 #     found = agreement(drawn, lines.expand(4, -1, -1, -1)).mean()
 #     print(f"strength {strength}: agreement with the boot's lines {found:.2f}")
-# viz.show_images(drawn, low=0)
+#     first[f"strength {strength:g}"] = drawn[0]
+# viz.show_images(torch.stack(list(first.values())), list(first), low=0)
 # # The word has won where the number is that of strength 0. The net learned from pairs
 # # in which words and lines agreed, so that nothing has taught it a rule for this case.
 

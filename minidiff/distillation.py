@@ -160,7 +160,7 @@ Map = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, place, size: x there
 # %% tags=["active-ipynb"]
 # rows = torch.cat([x[:6] for x in drawn.values()])
 # titles = [f"steps: {n}" if i == 0 else "" for n in drawn for i in range(6)]
-# asked = f"Columns: {'; '.join(texts[:6])}."
+# asked = "Columns: " + ", ".join(f"“{text}”" for text in texts[:6])
 # viz.show_images(rows, titles, columns=6, low=0).captioned(asked)
 
 # %% tags=["active-ipynb"]

@@ -1177,8 +1177,8 @@ class MMDiT(Layers):
 # Not exactly, since each patch kept its noise; exchange the noise of the patches as
 # well, and the answer is the mirrored one, number by number. With one place for all,
 # patches differ by nothing but their noise: each knows the prompt, and nothing tells it
-# whether it is to be garment or ground. So they decide nearly alike, as the last number
-# says.
+# whether it is to be garment or ground. So they decide nearly alike, as the spread of
+# their colours says.
 
 # %% [markdown]
 # ## Parity

@@ -476,8 +476,9 @@ class NF4Linear(nn.Module):
 #     "4 bits, evenly, a scale a row": evenly(matrix, matrix.shape[1])}
 # for name, form in forms.items():
 #     print(f"{name:>30}: {error(form, matrix):.4f}")
-# viz.show_histogram({"weights over their block's largest": (
-#     matrix.view(-1, 64) / matrix.view(-1, 64).abs().amax(1, keepdim=True))})
+# blocks = matrix.view(-1, 64)
+# viz.show_histogram({"": blocks / blocks.abs().amax(1, keepdim=True)},
+#     xlabel="weight over the largest of its block")
 
 # %% [markdown]
 # Now the only question that matters: the picture. Store all matrices of the blocks in 8

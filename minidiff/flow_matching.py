@@ -172,7 +172,7 @@ def denoised(x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 def predicted_noise(x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
-    """The noise ε̂ that velocity ``v`` at ``x`` points forward to."""
+    """The estimate of the noise that velocity ``v`` at ``x`` points forward to."""
     return x + (1 - expand(sigma, x)) * v
 
 
@@ -301,7 +301,7 @@ def exact_velocity(points: Tensor) -> Velocity:
 # *falls*, which is the way we shall walk; how fast, says its colour. At $\sigma = 0.9$
 # all arrows aim at the middle of the data: from almost pure noise the best guess is the
 # mean. At 0.5 the field begins to choose a moon. At 0.15 each arrow aims at the nearest
-# data, and is the longer the farther away it begins: no noise of this level leads
+# data, and the faster the farther away it begins: no noise of this level leads
 # there.
 
 # %% tags=["active-ipynb"]
@@ -737,9 +737,9 @@ def euler(
 # turns = torch.rand(2, 1000, generator=dice)
 # fine = sigma_schedule(64, shift=1.0)
 # ends = {"exact": euler(perfect, fresh, fine), "learned": euler(learned, fresh, fine)}
-# panels = {name: {"data": moons, name: x} for name, x in ends.items()}
+# panels = {name: {"drawn": x[:800], "data": moons} for name, x in ends.items()}
 # viz.show_points(panels, limits=(-2.2, 2.2)).captioned(
-#     "2,000 points of noise after 64 steps along each field, beside the data's 120.")
+#     "800 of 2,000 points of noise after 64 steps along each field; the 120 of data.")
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # shares = {"exact field": ends["exact"], "learned field": ends["learned"]}

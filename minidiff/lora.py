@@ -167,7 +167,8 @@ from minidiff.interface.checks import check_range
 # change = full.get_submodule(name).weight - before
 # kept = {"the change": share(change), "the weights": share(before),
 #         "random numbers": share(torch.randn_like(change))}
-# viz.show_curves(kept, xlabel="directions", ylabel="share held")
+# counted = {name: (torch.arange(1, 161), curve) for name, curve in kept.items()}
+# viz.show_curves(counted, xlabel="directions", ylabel="share held")
 
 # %% tags=["active-ipynb"]
 # first = {name: curve[7].item() for name, curve in kept.items()}
@@ -470,8 +471,9 @@ def all_targets(model: nn.Module) -> dict[str, Target]:
 # shown = "joint_blocks.0.x_block.attn.qkv", "final_layer.adaLN_modulation.1"
 # for name, target in all_targets(pipe.transformer).items():
 #     if target.name in shown:
-#         rows = f"rows {target.rows[0]} to {target.rows[-1]}"
-#         print(f"{name:>42}: {rows} of {target.name}")
+#         parts = target.rows.tensor_split((target.rows.diff() < 0).nonzero()[:, 0] + 1)
+#         rows = ", then ".join(f"{part[0]} to {part[-1]}" for part in parts)
+#         print(f"{name}\n    rows {rows} of {target.name}")
 
 # %% [markdown]
 # To attach is to look a layer up by any of its names and to put the update beside it.
@@ -907,8 +909,8 @@ def check_target(one: Stored, target: Target) -> None:
 #     columns["ink {:g}, paper {:g}".format(*weights)] = draw(tests)
 # print("on the pipeline:", ", ".join(pipe.adapters))
 # blue = {name: x[:, 2, [0, -1]].mean().item() for name, x in columns.items()}
-# print("blue of the ground:", "; ".join(f"{n}: {b:.2f}" for n, b in blue.items()))
-# print(f"blue of the paper: {0.45 * blue['neither']:.2f}")
+# for name, value in (blue | {"the paper": 0.45 * blue["neither"]}).items():
+#     print(f"{name:14} blue of the ground {value:.2f}")
 # table(columns)
 
 # %% [markdown]

@@ -828,7 +828,7 @@ class Pipeline(Parts):
 #     drawn[kind] = pipe(prompts, num_inference_steps=8, output_type="pt")
 #     right = grade(drawn[kind] * 2 - 1)
 #     names = ("things", "colors", "all")
-#     print(kind, *(f"{name} {share(right[name])}" for name in names), sep="; ")
+#     print(f"{kind}:", *(f"{name} {share(right[name])};" for name in names))
 #     titles = prompts[:8] if kind == "one thing" else titles
 
 # %% tags=["active-ipynb"]
@@ -957,6 +957,8 @@ class Pipeline(Parts):
 
 # %% tags=["active-ipynb", "hide-output", "nbval-ignore-output"]
 # how = {"num_inference_steps": 6, "output_type": "pt"}
+# asked = ("all", "things", "colors", "places")
+# print(f"{'right':20}", *(f"{k:>15}" for k in asked))
 # for kind, two_things in (("one thing", False), ("two things", True)):
 #     prompts, grade = exam(16, two=two_things)
 #     words, vector = pipe.encode_prompt(prompts)
@@ -967,8 +969,7 @@ class Pipeline(Parts):
 #         max_sequence_length=words.shape[1] - half), "T5 alone": pipe(**given, **how)}
 #     right = {name: grade(drawn * 2 - 1) for name, drawn in answers.items()}
 #     for name, found in right.items():
-#         asked = ("all", "things", "colors", "places")
-#         print(f"{kind:10} {name:9}", *(f"{k} {share(found[k])}" for k in asked))
+#         print(f"{kind:10} {name:9}", *(f"{share(found[k]):>15}" for k in asked))
 #     whole, bereft = right["all three"]["all"], right["no T5"]["all"]
 #     print(f"{kind:10} right only with T5: {(whole & ~bereft).sum()}, only without: "
 #         f"{(bereft & ~whole).sum()}")
@@ -1275,7 +1276,9 @@ class Pipeline(Parts):
 #     half = 1.96 / 16**0.5 * redness.std()
 #     print(f"away from “{avoided}”: redness {redness.mean():+.2f} ± {half:.2f}")
 #     rows.append(drawn[:8])
-# viz.show_images(torch.cat(rows), columns=8, low=0)
+# viz.show_images(torch.cat(rows), columns=8, low=0).captioned(
+#     "Rows: away from nothing, “a red dress”, “red”, and “a red dress on a blue "
+#     "background”.")
 
 # %% [markdown]
 # <details><summary>Answer</summary>

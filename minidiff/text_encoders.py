@@ -522,7 +522,9 @@ def similarity(vectors: Tensor) -> Tensor:
 # captions += ["a blue dress on a red background", "a green bag on a white background"]
 # numbers = [str(i) for i in range(6)]
 # rows = [f"{i} {text}" for i, text in enumerate(captions)]
-# viz.show_heatmap(similarity(clip_l(tokenize_l(captions))[1]), rows, numbers, digits=2)
+# print(*rows, sep="\n")
+# near = similarity(clip_l(tokenize_l(captions))[1])
+# viz.show_heatmap(near, numbers, numbers, "caption", "caption", digits=2)
 
 # %% [markdown]
 # Read row 0: caption 1 says the same, 3 changes only the garment, 4 has the same words

@@ -873,13 +873,14 @@ def learn_pieces(words: dict[str, int], alphabet: str, size: int) -> dict[str, f
 #
 # ## T5's tokenizer
 #
-# Around this model T5 puts a *character map*, which replaces signs by simpler ones ("ﬁ"
-# by "fi", full-width letters by plain ones) and comes as a trie packed into an array
-# (`minidiff.files.sentencepiece` reads it); a cut at white space; one id, `<unk>`, for
-# letters that are no piece, neighbours sharing one; and 100 *sentinels* `<extra_id_0>`
-# …, which stand for hidden spans when T5 is trained (chapter 7). There is no token for
-# the beginning, and no lower-casing, unless the character map does it, as that of the
-# book's small T5. Again `_word_ids` is the heart: the best path, then look up.
+# Around this model T5 puts a *character map*, which replaces signs by simpler ones (the
+# ligature U+FB01 by f and i, full-width letters by plain ones) and comes as a trie
+# packed into an array (`minidiff.files.sentencepiece` reads it); a cut at white space;
+# one id, `<unk>`, for letters that are no piece, neighbours sharing one; and 100
+# *sentinels* `<extra_id_0>` …, which stand for hidden spans when T5 is trained (chapter
+# 7). There is no token for the beginning, and no lower-casing, unless the character map
+# does it, as that of the book's small T5. Again `_word_ids` is the heart: the best
+# path, then look up.
 
 
 # %%
@@ -1108,7 +1109,8 @@ class T5Tokenizer(Tokenizer):
 #   equal ids on every sign, `minidiff.files.tokenizer_files` lists the differences.
 # - **It has two T5s.** Google's SentencePiece and transformers disagree on rare input.
 #   transformers also cuts at the control sign U+0085, loses an accent on the ligature
-#   "ﬁ", and reads the full-width `＜pad＞` as its own pad token. The pipeline of SD3.5
+#   U+FB01, and reads `<pad>` in full-width brackets (U+FF1C and U+FF1E) as its own pad
+#   token. The pipeline of SD3.5
 #   uses transformers, so we follow it in all three.
 # - **It learns at scale.** SentencePiece finds candidates with a suffix array and
 #   discounts rare pieces in the M step (a digamma function, from a Bayesian view).

@@ -909,18 +909,17 @@ def fit(
 # def points(log: list, key: str) -> tuple:
 #     return tuple(zip(*[(r["step"], r[key]) for r in log if key in r], strict=True))
 #
-# names = {"loss": "training", "trained": "validation, trained weights"}
-# names["average"] = "validation, averaged weights"
+# names = {"loss": "training", "trained": "validation"}
+# names["average"] = "validation of the average"
 # curves = {name: points(log, key) for key, name in names.items()}
 # viz.show_curves(curves, "step", "loss", logy=True).captioned(
 #     "200 steps: the loss of the model's batches, and that of fixed scenes at "
 #     "fixed levels.")
 
 # %% [markdown]
-# Two things to read. The training loss jumps, the validation loss does not. (Which of
-# them is lower means little: validation visits all levels alike, training mostly the
-# middle ones, whose loss is lower.) And both fall fast, then slowly. What the average
-# is worth, the numbers tell:
+# Both fall fast, then slowly. (Which of them is lower means little: validation visits
+# all levels alike, training mostly the middle ones, whose loss is lower.) What the
+# average is worth, the numbers tell:
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # print("step   trained   average")
@@ -929,10 +928,10 @@ def fit(
 #         print(f"{row['step']:4}   {row['trained']:7.3f}   {row['average']:7.3f}")
 
 # %% [markdown]
-# While the rate is high the weights tremble, and where the columns differ the average is
-# ahead. As the rate falls to zero the weights stop trembling by themselves, and the two
-# columns meet. So says this one run: an average is a remedy for noise, and at the end
-# of such a schedule little is left.
+# At step 80 the average is ahead: while the rate is high the weights tremble. As the
+# rate falls to zero they stop trembling by themselves, and the two columns meet. So
+# says this one run: an average is a remedy for noise, and at the end of such a schedule
+# little is left.
 
 # %% [markdown]
 # And what has it learned? Eight prompts, twenty steps, guidance 3, drawn with the

@@ -97,7 +97,7 @@ from torch import Tensor, nn
 # | $C$ | latent channels | 16 | 16 |
 # | $3HW$ | numbers in the picture | 3,145,728 | 12,288 |
 # | $Chw$ | numbers in the latent | 262,144 | 4,096 |
-# | $3HW / Chw = 3 f^2 / C$ | compression | 12 | 3 |
+# | $3 f^2 / C$ | compression, $3HW / Chw$ | 12 | 3 |
 #
 # The transformer's attention compares all positions with one another. A factor of $f$
 # along each side leaves $f^2$ times fewer positions and $f^4$ times fewer pairs: 4,096
@@ -677,7 +677,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 #     for half in (cut.encoder, cut.decoder):
 #         half.mid["attn_1"].__class__ = kind
 #     loss = psnr(images, cut.decode(cut.encode(images).mode()))
-#     print(f"the middle sees {name:5} {loss:.1f} dB")
+#     print(f"the middle sees {name:7} {loss:.1f} dB")
 
 # %% [markdown]
 # The step from "all" to "3 × 3" is what far places told; the step from there to "none"
@@ -705,9 +705,11 @@ def psnr(a: Tensor, b: Tensor) -> float:
 #     views = vae.decode(without)
 #     left = [psnr(images[scene], view) for view in views]
 #     lost[row] = each[scene] - torch.tensor(left)
-# names = [f"{captions[i][:34]} ({each[i]:.0f} dB)" for i in chosen]
-# title = "decibels lost without a channel; in brackets: with all"
-# viz.show_heatmap(lost, names, [str(c) for c in range(16)], title=title, digits=0)
+# for scene in chosen:
+#     print(f"{scene} {captions[scene]} ({each[scene]:.0f} dB with all channels)")
+# names, title = map(str, chosen), "decibels lost without a channel"
+# channels = [str(c) for c in range(16)]
+# viz.show_heatmap(lost, list(names), channels, "channel", "scene", title, digits=0)
 
 # %% tags=["active-ipynb"]
 # most, least = lost[0].argmax().item(), lost[0].argmin().item()
@@ -715,8 +717,8 @@ def psnr(a: Tensor, b: Tensor) -> float:
 # for view, channel in ((1, most), (2, least)):
 #     views[view, channel] = latents[0, channel].mean()
 # titles = ["all channels", f"without {most}", f"without {least}"]
-# viz.show_images(vae.decode(views), titles)
 # print("the strongest channel of each row:", lost.argmax(1).tolist())
+# viz.show_images(vae.decode(views), titles)
 
 # %% [markdown]
 # A column that is high in each row is a channel that all scenes need; where the maximum

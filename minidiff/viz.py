@@ -121,14 +121,20 @@ def show_images(
     columns = columns or min(8, len(pictures))
     rows = math.ceil(len(pictures) / columns)
     aspect = pictures.shape[1] / pictures.shape[2]
-    figure, axes = _panels(rows, columns, aspect, 0.2 if titles else 0.0)
+    room = int(min(108, 72 * WIDTH / columns) / 6.6)  # letters above a picture
+    above = [_wrapped(title, room) for title in titles or []]
+    lines = [1 + max(t.count("\n") for t in row) for row in _in_rows(above, columns)]
+    figure, axes = _panels(rows, columns, aspect, 0.04 + 0.16 * sum(lines) / rows)
     for ax, picture in zip(axes.flat, pictures, strict=False):
         ax.imshow(picture)
         _edge(ax)
-    room = int(min(108, 72 * WIDTH / columns) / 6.6)  # letters above a picture
-    for ax, title in zip(axes.flat, titles or [], strict=False):
-        ax.set_title(_wrapped(title, room), fontsize=9.5 if columns > 4 else None)
+    for ax, title in zip(axes.flat, above, strict=False):
+        ax.set_title(title, fontsize=9.5 if columns > 4 else None)
     return figure
+
+
+def _in_rows(titles: Sequence[str], columns: int) -> list[Sequence[str]]:
+    return [titles[i : i + columns] for i in range(0, len(titles), columns)]
 
 
 @_drawn
@@ -398,6 +404,10 @@ def show_curves(
     if any(curves):  # many names stand beside the axes, where they hide no curve
         beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
         ax.legend(**beside if len(curves) > 4 else {})
+    if logx and markers:  # counts, each with its own tick
+        places = sorted({x for line in ax.lines for x in line.get_xdata()})
+        ax.set_xticks(places, [f"{x:g}" for x in places])
+        ax.set_xticks([], minor=True)
     return figure
 
 
@@ -444,7 +454,8 @@ def _named(names: Sequence[str]) -> tuple[list[int], list[str]]:
 
 
 def _write(ax: "Axes", values: np.ndarray, shown: Any, digits: int) -> None:
-    size = min(9.5, 85 / values.shape[1])
+    longest = max(len(f"{value:.{digits}f}") for value in values.flat)
+    size = min(9.5, 340 / (values.shape[1] * longest))  # points
     for (row, column), value in np.ndenumerate(values):
         color = np.array(shown.cmap(shown.norm(value))[:3])
         light = color**2.2 @ (0.2126, 0.7152, 0.0722) > 0.18  # relative luminance
@@ -491,7 +502,8 @@ def show_histogram(values: Mapping[str, Tensor], xlabel: str = "") -> "BookFigur
         style = {"histtype": "stepfilled", "fc": color + "30", "ec": color, "lw": 1.4}
         axes[0, 0].hist(x, edges, density=True, label=name, **style)
     axes[0, 0].set(xlabel=xlabel, ylabel="density")
-    axes[0, 0].legend()
+    if len(flat) > 1:
+        axes[0, 0].legend()
     return figure
 
 
@@ -511,8 +523,7 @@ def show_points(
     figure, axes = _axes(1, len(table), (side * len(table), side + 0.3), grid=True)
     for ax, (title, sets) in zip(axes.flat, table.items(), strict=True):
         for color, (name, xy) in zip(colors_of(sets), sets.items(), strict=True):
-            many: Style = {"rasterized": len(xy) > 1000}
-            ax.scatter(*_numpy(xy).T, s=7, c=color, label=name, lw=0, zorder=3, **many)
+            ax.scatter(*_numpy(xy).T, s=7, c=color, label=name, lw=0, zorder=3)
         ax.set(title=title, aspect="equal", xlim=limits, ylim=limits)
         if len(table) == 1 and any(sets):
             ax.legend(loc="upper left", markerscale=2)
@@ -687,15 +698,16 @@ def show_vectors(
         ax.scatter(*_numpy(xy).T, s=7, c=color, lw=0, label=name)
     style = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.007}
     for color, (name, v) in zip(colors[len(points) :], vectors.items(), strict=True):
-        ax.quiver(*_numpy(origin), *_numpy(v), color=color, label=name, **style)
+        ax.quiver(*_numpy(origin), *_numpy(v), color=color, **style)
         up = 1 if v[1] > 0 else -1  # beyond the tip, where no arrow goes
         place = {"xytext": (0, 9 * up), "textcoords": "offset points"}
         ax.annotate(name, _numpy(origin + v), ha="center", va="center", **place)
     ends = np.stack([_numpy(origin)] + [_numpy(origin + v) for v in vectors.values()])
     ends = np.concatenate([ends, *(_numpy(xy) for xy in points.values())])
-    low, high = ends.min(0) - 0.4, ends.max(0) + 0.4
+    low, high = ends.min(0) - 0.6, ends.max(0) + 0.4
     ax.set(aspect="equal", xlim=(low[0], high[0]), ylim=(low[1], high[1]))
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    if points:
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

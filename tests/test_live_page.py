@@ -357,6 +357,28 @@ def test_the_network_of_the_plane_draws_points_of_its_own() -> None:
     assert (miss < 0.1).float().mean() > 0.9 and (miss < 0.005).float().mean() < 0.1
 
 
+# How far down the prompt's points lie at the sides of the moon, and in its middle
+ORANGE = """() => {
+  const canvas = document.querySelector("canvas"), found = [];
+  const { width, height } = canvas;
+  const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
+  for (let i = 0; i < data.length; i += 4)
+    if (data[i] > 200 && data[i + 1] < 150 && data[i + 2] < 90)
+      found.push([i / 4 % width, Math.floor(i / 4 / width)]);
+  const xs = found.map(([x]) => x), low = Math.min(...xs), wide = Math.max(...xs) - low;
+  const mean = (list) => list.reduce((sum, [, y]) => sum + y, 0) / list.length;
+  const [sides, middle] = [[0, 0.1], [0.4, 0.6]].map(([from, to]) => mean(found.filter(
+    ([x]) => x >= low + from * wide && x <= low + to * wide)));
+  return [sides, middle];
+}"""
+# Where each slider and its number stand
+ROWS = """() => [...document.querySelectorAll("label:has(input[type=range])")].map(
+  (label) => ["input", "output"].map((part) => {
+    const box = label.querySelector(part).getBoundingClientRect();
+    return box.y + box.height / 2;
+  }))"""
+
+
 @torch.no_grad()
 def test_the_plane_is_chapter_six(chromium: Any, site: Path) -> None:
     page = chromium.new_page()
@@ -371,6 +393,10 @@ def test_the_plane_is_chapter_six(chromium: Any, site: Path) -> None:
     expected = exact_velocity(points[:60])(x, torch.tensor(0.7))
     assert relative_error(torch.tensor(v), expected.flatten()) < 1e-5
     assert relative_error(points, two_moons(60).flatten(0, 1)) < 1e-5
+    ends, middle = page.evaluate(ORANGE)
+    assert middle < ends - 100  # the upper moon is an arch
+    rows = page.evaluate(ROWS)
+    assert len(rows) == 4 and max(abs(a - b) for a, b in rows) < 8, rows
     told = page.locator(".live-status")
     assert "After 8 calls" in told.inner_text()
     page.get_by_label("solver").select_option("heun")

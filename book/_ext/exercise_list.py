@@ -14,15 +14,23 @@ from sphinx.util.docutils import SphinxDirective
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 KINDS = "Predict|Code|Explore"
 BEGINS = re.compile(
-    rf"^\*\*(\d+\.\d+) ({KINDS})[.,]\*\*\s*(.*?[.?:])(?=\s|$)", re.M | re.S
+    rf"^\*\*(\d+\.\d+) ({KINDS})[.,]\*\*\s*(.*?)(?=\n\n|\Z)", re.M | re.S
 )
 
 
 def found(path: Path) -> list[tuple[str, str, str]]:
-    """Number, kind and first sentence of a notebook's exercises."""
+    """Number, kind and question of a notebook's exercises."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     texts = ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]
-    return [exercise for text in texts for exercise in BEGINS.findall(text)]
+    begun = [exercise for text in texts for exercise in BEGINS.findall(text)]
+    return [(number, kind, question(text)) for number, kind, text in begun]
+
+
+def question(text: str) -> str:
+    """The first sentence of a paragraph, and those up to its first question, if any."""
+    sentences = re.split(r"(?<=[.?])\s+", text)
+    asked = [i for i, sentence in enumerate(sentences) if sentence.endswith("?")]
+    return " ".join(sentences[: asked[0] + 1 if asked else 1])
 
 
 def anchor(number: str) -> str:

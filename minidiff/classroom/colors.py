@@ -34,7 +34,7 @@ PALETTE = [color.light for name, color in COLORS.items() if name not in ("ink", 
 THINGS = {
     "blue": ("text", "words", "noise", "AdaLN", "euler", "training", "prompt"),
     "orange": ("attention", "drawn", "heun", "validation", "guided"),
-    "green": ("picture", "patches", "data", "MLP", "linear maps", "dpmpp_2m"),
+    "green": ("picture", "patches", "data", "true", "MLP", "linear maps", "dpmpp_2m"),
     "purple": ("exact", "upper", "learned"),
 }
 OF_THINGS = {thing: COLORS[k].light for k, names in THINGS.items() for thing in names}

@@ -99,7 +99,7 @@ class BookFigure(Figure):
         picture = f'<img src="data:image/svg+xml;base64,{data}" alt="{label}">'
         below = f"<figcaption>{html.escape(self.caption)}</figcaption>"
         inner = picture + (below if self.caption else "")
-        return f'<figure class="minidiff-plot">{inner}</figure>'
+        return f'<figure class="minidiff-plot {self.kind}">{inner}</figure>'
 
 
 def _hundredths(tag: str) -> str:

@@ -43,6 +43,7 @@ STYLE = """
   border: 2px solid #c25e18; }
 .minidiff-map .frame { border-style: dashed; }
 .minidiff-map i { opacity: 0.85; }
+.minidiff-map .next { flex-wrap: nowrap; }
 .minidiff-map .rest { width: 100%; }
 """
 
@@ -70,16 +71,22 @@ class Map:
         tokens, text, vae, attention, dit, flow, training, sampling, *beyond = (
             self.link(key) for key in KEYS
         )
-        steps = f"{flow} <i>asks, step by step,</i> {dit} <i>with</i> {attention}"
-        way = f"<i>prompt</i> → {tokens} → <i>ids</i> → {text} → <i>context</i> → "
-        way += f'<span class="frame"><i>noise</i> → {steps}</span> → <i>latents</i> → '
-        way += f"{vae} → <i>picture</i>"
+        steps = f"<i>asks, step by step,</i> {dit} <i>with</i> {attention}"
+        loop = f'<span class="frame"><i>noise</i>{then(flow)}{steps}</span>'
+        way = "<i>prompt</i>" + "".join(map(then, (tokens, "<i>ids</i>", text)))
+        way += "".join(map(then, ("<i>context</i>", loop, "<i>latents</i>", vae)))
+        way += then("<i>picture</i>")
         rest = f"{sampling} <i>calls all of it</i> · {training} <i>made the weights</i>"
         more = f"<i>Part II:</i> {' · '.join(beyond)}"
         label = html.escape(repr(self), quote=True)
         rows = "".join(f'<div class="rest">{row}</div>' for row in (rest, more))
         inside = f"<style>{STYLE}</style>{way}{rows}"
         return f'<nav class="minidiff-map" aria-label="{label}">{inside}</nav>'
+
+
+def then(station: str) -> str:
+    """A station with the arrow that leads to it, on one line."""
+    return f'<span class="next">→ {station}</span>'
 
 
 def show_pipeline(here: str | None = None) -> Map:

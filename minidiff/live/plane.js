@@ -73,7 +73,6 @@ minidiff.plane = (figure) => {
     const label = make("label", rows, { textContent: name });
     const input = make("select", label);
     options.forEach((value) => make("option", input, { value, textContent: value }));
-    make("span", label);
     input.onchange = () => { state[name] = input.value; draw(); };
   };
   const slide = (name, min, max, step, tell = String) => {
@@ -127,7 +126,7 @@ minidiff.plane = (figure) => {
 
   function paint(path, points, velocity, sigma) {
     const context = canvas.getContext("2d"), ink = getComputedStyle(figure).color;
-    const place = (value) => SIDE * (1 + value / REACH);
+    const across = (x) => SIDE * (1 + x / REACH), down = (y) => SIDE * (1 - y / REACH);
     context.clearRect(0, 0, 2 * SIDE, 2 * SIDE);
     const stroke = (color, width, alpha, trace) => {
       Object.assign(context, { strokeStyle: color, lineWidth: width, globalAlpha: alpha });
@@ -140,19 +139,19 @@ minidiff.plane = (figure) => {
       for (const y of grid) for (const x of grid) {
         const v = velocity(Float32Array.of(x, y), sigma), size = Math.hypot(v[0], v[1]) || 1;
         const length = 0.28 * Math.min(1, size / 2) / size;
-        context.moveTo(place(x), place(y));
-        context.lineTo(place(x - length * v[0]), place(y - length * v[1]));
+        context.moveTo(across(x), down(y));
+        context.lineTo(across(x - length * v[0]), down(y - length * v[1]));
       }
     });
     for (let i = 0; i < 2 * COUNT; i += 2) stroke("#3f88c5", 1.5, 0.35, () => {
       path.slice(0, state.at + 1).forEach((x, step) =>
-        context[step ? "lineTo" : "moveTo"](place(x[i]), place(x[i + 1])));
+        context[step ? "lineTo" : "moveTo"](across(x[i]), down(x[i + 1])));
     });
     const dots = (color, points, radius) => {
       Object.assign(context, { fillStyle: color, globalAlpha: 1 });
       for (const [x, y] of points) {
         context.beginPath();
-        context.arc(place(x), place(y), radius, 0, 2 * Math.PI);
+        context.arc(across(x), down(y), radius, 0, 2 * Math.PI);
         context.fill();
       }
     };
