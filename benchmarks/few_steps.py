@@ -77,7 +77,7 @@ def main() -> None:
         drawn, found = measured(Comparison(pipe, *known, **how), asked, real)
         right, far, spread = found
         steps, scale = how.values()
-        rows[f"{name}, {steps} steps"] = drawn
+        rows[f"{name}, {steps} step{'s' * (steps > 1)}"] = drawn
         off = (drawn - next(iter(rows.values()))).square().mean().sqrt().item() / 2
         usual = usual or spread
         cells = name, steps, steps * (1 + (scale > 1)), f"{100 * right:.1f}"

@@ -1110,8 +1110,7 @@ class T5Tokenizer(Tokenizer):
 # - **It has two T5s.** Google's SentencePiece and transformers disagree on rare input.
 #   transformers also cuts at the control sign U+0085, loses an accent on the ligature
 #   U+FB01, and reads `<pad>` in full-width brackets (U+FF1C and U+FF1E) as its own pad
-#   token. The pipeline of SD3.5
-#   uses transformers, so we follow it in all three.
+#   token. The pipeline of SD3.5 uses transformers, so we follow it in all three.
 # - **It learns at scale.** SentencePiece finds candidates with a suffix array and
 #   discounts rare pieces in the M step (a digamma function, from a Bayesian view).
 # - **It reads prompts in its own ways.** Some programs parse weights such as

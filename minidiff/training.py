@@ -917,7 +917,7 @@ def fit(
 #     "fixed levels.")
 
 # %% [markdown]
-# Both fall fast, then slowly. (Which of them is lower means little: validation visits
+# Both losses fall fast, then slowly. (Which is lower means little: validation visits
 # all levels alike, training mostly the middle ones, whose loss is lower.) What the
 # average is worth, the numbers tell:
 

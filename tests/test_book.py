@@ -94,6 +94,16 @@ def test_pages_have_search_copy_buttons_and_neighbours(book: Path) -> None:
         assert wanted in text, f"no {wanted} in the page"
 
 
+def test_exercises_are_listed_with_what_they_ask(book: Path) -> None:
+    text = (book / "book" / "solutions.html").read_text(encoding="utf-8")
+    items = re.findall(r"<li>\s*<p>(.*?)</p>", text, re.S)
+    plain = [" ".join(re.sub("<[^>]+>", "", item).split()) for item in items]
+    listed = [item for item in plain if re.match(r"\d+\.\d+ (Predict|Code|Ex)", item)]
+    assert len(listed) >= 48  # four of each chapter
+    assert not [item for item in listed if item.endswith(":")]
+    assert sum(item.endswith("?") for item in listed) > 25
+
+
 # In a browser: wide and light, on a phone and dark
 
 MODES = {"light": (1280, "light"), "dark": (390, "dark")}
