@@ -959,12 +959,12 @@ def fit(
 #     return euler(velocity, noise, sigma_schedule(20, shift=1.0)).clamp(-1, 1)
 #
 # def show_album(album: dict):
-#     moments = (20, 40, 80, 120, 200)
+#     moments = (20, 40, 60, 120, 200)
 #     rows = [draw(album[step]) for step in moments if step in album]
 #     titles = [" on ".join(w) for w in wanted]
 #     return viz.show_images(torch.cat(rows), titles, columns=8)
 #
-# show_album(album).captioned("Rows: after 20, 40, 80, 120 and 200 steps.")
+# show_album(album).captioned("Rows: after 20, 40, 60, 120 and 200 steps.")
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # def nearest(color: Tensor, names: dict) -> list[str]:
@@ -991,14 +991,14 @@ def fit(
 # %% [markdown]
 # ## Predict, then break it
 #
-# **Sixteen pictures.** The same model, but with 16 scenes to learn from, each seen 160
-# times in 80 steps. Which curve will tell you, the training loss or the validation
+# **Sixteen pictures.** The same model, but with 16 scenes to learn from, each seen 120
+# times in 60 steps. Which curve will tell you, the training loss or the validation
 # loss? And in which direction?
 
 # %% tags=["active-ipynb", "hide-output", "nbval-ignore-output"]
 # few = {name: values[:16] for name, values in train_set.items()}
-# few_log = learn(few, 80)[1]
-# runs = {"512 scenes": [r for r in log if r["step"] <= 80], "16 scenes": few_log}
+# few_log = learn(few, 60)[1]
+# runs = {"512 scenes": [r for r in log if r["step"] <= 60], "16 scenes": few_log}
 # names = {"loss": "training", "average": "validation"}
 # pairs = [(n, k) for n in runs for k in names]
 # curves = {f"{n}, {names[k]}": points(runs[n], k) for n, k in pairs}
@@ -1015,9 +1015,9 @@ def fit(
 # told, asked = small_scenes("train", 16)[1], small_scenes("test", 16)[1]
 # heard = {word for text in told for word in text.split()}
 # unheard = torch.tensor([bool(set(text.split()) - heard) for text in asked])
-# ends = [[r["average"] for r in rows if r["step"] == 80 and "average" in r][0]
+# ends = [[r["average"] for r in rows if r["step"] == 60 and "average" in r][0]
 #     for rows in (log, few_log)]
-# print(f"unseen scenes at step 80: {ends[0]:.3f} of 512 scenes, {ends[1]:.3f} of 16")
+# print(f"unseen scenes at step 60: {ends[0]:.3f} of 512 scenes, {ends[1]:.3f} of 16")
 # print(f"captions with a word that the 16 lack: {unheard.sum()} of {len(unheard)}")
 
 # %% [markdown]
@@ -1031,8 +1031,8 @@ def fit(
 #     v = model(x, batch["sigma"], batch["context"], batch["pooled"])
 #     return (v - (batch["noise"] + batch["x0"])).square().mean()
 #
-# wrong_album, wrong_log = learn(train_set, 80, wrong_loss)
-# runs = {"right": [r for r in log if r["step"] <= 80], "wrong": wrong_log}
+# wrong_album, wrong_log = learn(train_set, 60, wrong_loss)
+# runs = {"right": [r for r in log if r["step"] <= 60], "wrong": wrong_log}
 # kinds = {"loss": "training", "average": "validation"}
 # curves = {f"{kinds[k]}, {n}": points(runs[n], k) for k in kinds for n in runs}
 # viz.show_curves(curves, "step", "loss", logy=True).captioned(
@@ -1040,18 +1040,18 @@ def fit(
 
 # %% tags=["active-ipynb", "hide-output", "nbval-ignore-output"]
 # levels = (torch.arange(8) + 0.5) / 8
-# by_level = {"right": loss_by_level(album[80], fixed)}
-# by_level["wrong"] = loss_by_level(wrong_album[80], fixed)
+# by_level = {"right": loss_by_level(album[60], fixed)}
+# by_level["wrong"] = loss_by_level(wrong_album[60], fixed)
 # with torch.no_grad():
 #     batches = [fixed | {"sigma": sigma.expand(16)} for sigma in levels]
-#     own = [wrong_loss(wrong_album[80], batch).item() for batch in batches]
+#     own = [wrong_loss(wrong_album[60], batch).item() for batch in batches]
 # by_level["wrong, by its own loss"] = own
 # curves = {name: (levels, losses) for name, losses in by_level.items()}
 # viz.show_curves(curves, "noise level σ", "loss", markers=True).captioned(
-#     "After 80 steps, at eight levels on fixed scenes.")
+#     "After 60 steps, at eight levels on fixed scenes.")
 
 # %% tags=["active-ipynb", "hide-output", "nbval-ignore-output"]
-# show_album(wrong_album).captioned("The wrong sign after 20, 40 and 80 steps.")
+# show_album(wrong_album).captioned("The wrong sign after 20, 40 and 60 steps.")
 
 # %% [markdown]
 # The wrong run's own loss is the *lower* one. Its task is easier: at $\sigma =
@@ -1060,7 +1060,7 @@ def fit(
 # one. Two things do tell. A validation that is written down separately, with the right
 # target, hardly moves. And the drawings: from noise $\epsilon$ one step along the wrong
 # answer ends at $\epsilon - (\epsilon + x_0) = -x_0$, the opposite of the picture, so
-# that no ground comes near its colour; after 80 steps all are near grey. Validate by
+# that no ground comes near its colour; after 60 steps all are near grey. Validate by
 # other code than you train by, and draw early.
 
 # %% [markdown]
@@ -1290,19 +1290,19 @@ def fit(
 #
 # </details>
 #
-# **7.5 Explore.** Train the small model for 80 steps with prompts dropped never
+# **7.5 Explore.** Train the small model for 60 steps with prompts dropped never
 # (`dropped=0.0`). What does the network then answer to the empty prompt, and what does
 # guidance do to the pictures?
 
 # %% tags=["active-ipynb", "hide-cell", "nbval-ignore-output"]
-# never, _ = learn(train_set, 80, dropped=0.0)
+# never, _ = learn(train_set, 60, dropped=0.0)
 # blank = {"context": empty[0].expand(16, -1, -1), "pooled": empty[1].expand(16, -1)}
-# for name, found in (("dropped in a tenth", album[80]), ("never dropped", never[80])):
+# for name, found in (("dropped in a tenth", album[60]), ("never dropped", never[60])):
 #     loss = sum(loss_by_level(found, fixed | blank)) / 8
 #     extreme = (draw(found).abs() >= 1).float().mean()
 #     print(f"{name:18} loss with the empty prompt {loss:.2f}, values at their limit "
 #         f"{100 * extreme:.0f} %")
-# viz.show_images(draw(never[80]), [" on ".join(w) for w in wanted], columns=8)
+# viz.show_images(draw(never[60]), [" on ".join(w) for w in wanted], columns=8)
 
 # %% [markdown]
 # <details><summary>Answer</summary>

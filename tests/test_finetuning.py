@@ -528,7 +528,7 @@ def tall_garments(split: str, folder: Path, n: int) -> tuple[Tensor, Tensor, lis
 def test_a_lora_learns_a_style_from_twenty_pictures(
     fashion: Path, tmp_path: Path
 ) -> None:
-    plain, striped, _ = tall_garments("test", fashion, 300)
+    plain, striped, _ = tall_garments("test", fashion, 100)
     assert (stripes(plain) > STRIPED).float().mean() < 0.01
     assert (stripes(striped) > STRIPED).float().mean() > 0.99
     _, striped, captions = tall_garments("train", fashion, 20)

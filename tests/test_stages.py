@@ -17,7 +17,7 @@ from training_jobs import TABLES, files, losses, only_prepares, run_stages, trai
 
 import minidiff
 from minidiff import training
-from minidiff.data.fashion_mnist import fashion_mnist, garments_by_class
+from minidiff.data.fashion_mnist import garment_files, garments_by_class
 from minidiff.data.scenes import World
 from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.files.pictures import from_bytes
@@ -104,8 +104,8 @@ def test_a_stage_is_done_with_its_settings_only(
     longer = replace(job.recipe, vae=replace(job.recipe.vae, steps=24))
     with pytest.raises(ValueError, match="holds a run with steps = 12, not 24"):
         run_stages(replace(job, recipe=longer), "vae")
-    pictures, labels = fashion_mnist("train", job.data)
-    monkeypatch.setattr(stages, "fashion_mnist", lambda *_: (pictures[1:], labels[1:]))
+    pictures, labels = garment_files("train", job.data)
+    monkeypatch.setattr(stages, "garment_files", lambda *_: (pictures[1:], labels[1:]))
     with pytest.raises(ValueError, match="holds a run with data = "):
         run_stages(job, "vae")
     file = tmp_path / "runs" / "vae" / "run.json"

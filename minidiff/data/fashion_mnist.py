@@ -89,6 +89,18 @@ def _read(path: Path) -> tuple[LazyPictures, Tensor]:
     return LazyPictures(files), torch.tensor(labels)
 
 
+def garment_files(
+    split: str, folder: str | Path | None = None
+) -> tuple[list[bytes], Tensor]:
+    """Fashion-MNIST as it is stored: see ``fashion_mnist``.
+
+    Returns:
+        The pictures' PNG files, N of them, and int64 labels (N,).
+    """
+    pictures, labels = _read(_parquet_file(split, folder))
+    return pictures.files, labels
+
+
 def fashion_mnist(
     split: str, folder: str | Path | None = None
 ) -> tuple[Tensor, Tensor]:

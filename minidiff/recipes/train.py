@@ -18,7 +18,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minidiff.data.captioned import Pictures
-from minidiff.data.fashion_mnist import fashion_mnist
+from minidiff.data.fashion_mnist import garment_files
 from minidiff.data.told import ToldScenes
 from minidiff.engine import loading
 from minidiff.files.disk import write_text
@@ -163,7 +163,8 @@ def samples(job: Job) -> dict[str, object]:
     if job.recipe.told or job.recipe.scenes == PLAIN:
         scenes = job.scenes()
         things = (scenes.things.layers,) if isinstance(scenes, ToldScenes) else ()
-        data = fingerprint(*fashion_mnist("train", job.data), *things)
+        files, labels = garment_files("train", job.data)
+        data = fingerprint(*files, labels, *things)
         kind = job.recipe.scenes.partition(":")[0]  # wherever own things are
         return values | {"scenes": kind, "data": data}
     content = job.scenes().content
@@ -353,7 +354,7 @@ def limited(recipe: Recipe, o: TrainOptions) -> Recipe:
     """The recipe with no more samples than there are; the data must be there."""
     if recipe.scenes == PLAIN or recipe.told:
         for split in ("test", "train"):  # the small one first
-            fashion_mnist(split, o.data)
+            garment_files(split, o.data)
         return recipe
     seen, held = (
         len(Pictures(split, recipe.scenes, seed=o.seed, crop=o.crop))
