@@ -104,6 +104,13 @@ def test_exercises_are_listed_with_what_they_ask(book: Path) -> None:
     assert sum(item.endswith("?") for item in listed) > 25
 
 
+def test_numbers_stay_with_their_units(book: Path) -> None:
+    text = (book / "book" / "training_log.html").read_text(encoding="utf-8")
+    prose = re.sub(r"<pre>.*?</pre>|<code.*?</code>", "", text, flags=re.S)
+    assert not re.search(r"\d (%|MB|× \d)", prose)
+    assert len(re.findall("\\d\N{NO-BREAK SPACE}%", prose)) > 5
+
+
 # In a browser: wide and light, on a phone and dark
 
 MODES = {"light": (1280, "light"), "dark": (390, "dark")}
