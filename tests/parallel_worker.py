@@ -117,11 +117,10 @@ def judge() -> Task:
 
 
 def learned(task: Task, config: TrainingConfig, folder: Path | None) -> nn.Module:
-    """What a run in a folder learns: it is stopped after the first step, once."""
+    """What a run learns; in a folder it is stopped after the first step, once."""
     if folder is None:
         return fit(task, config)
-    name = f"{type(task.model).__name__} {config.muon} {config.sharded}"
-    with Run(folder / name, {}) as run:
+    with Run(folder / f"sharded {config.sharded}", {}) as run:
         with suppress(TimeoutError):
             fit(deepcopy(task), config, run, deadline=1.0)
         return fit(task, config, run)
@@ -130,7 +129,8 @@ def learned(task: Task, config: TrainingConfig, folder: Path | None) -> nn.Modul
 def train(sharded: bool, folder: Path | None = None) -> dict[str, Tensor]:
     """The averaged weights of all stages, and how far they moved; in float64.
 
-    Sharded, T5 and the judge are left out: they do nothing that the others do not.
+    Sharded, T5 and the judge are left out: they do nothing that the others do not. In
+    a folder Muon's run, which has AdamW's state too, is stopped and goes on.
     """
     weights = {}
     plain = () if sharded else (t5, judge)
@@ -142,7 +142,8 @@ def train(sharded: bool, folder: Path | None = None) -> dict[str, Tensor]:
         config = replace(CONFIG, sharded=sharded, muon=stage is muon)
         if stage in (vae, transformer):  # contrastive losses need whole batches
             config = replace(config, accumulation=2)
-        for name, value in learned(task, config, folder).state_dict().items():
+        kept = folder if stage is muon else None
+        for name, value in learned(task, config, kept).state_dict().items():
             value = parallel.whole(value)
             weights[f"{stage.__name__}/{name}"] = value.contiguous()
             weights[f"moved/{stage.__name__}/{name}"] = value - before[name]
