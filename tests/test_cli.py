@@ -347,7 +347,7 @@ def test_help_lists_the_whole_configuration(run):
     code, out, _ = run("train", "--help")
     listed = re.search(r"and control: (.*?)\. Of all: (.*?)\.", " ".join(out.split()))
     of_stage, of_all = (text.split(", ") for text in listed.groups())
-    stages = ["clip", "t5", "vae", "judge", "transformer", "turbo", "control"]
+    stages = "clip, t5, vae, judge, transformer, turbo, matching, control".split(", ")
     assert code == 0 and of_stage == [f.name for f in fields(TrainingConfig)]
     assert sorted([*stages, *of_all]) == sorted(f.name for f in fields(Recipe))
 

@@ -23,7 +23,7 @@ from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.files.pictures import from_bytes
 from minidiff.files.weights import TINY, load_component
 from minidiff.learning.run import read_log
-from minidiff.recipes import text_stages, transformer_stage
+from minidiff.recipes import matching_stage, text_stages, transformer_stage
 from minidiff.recipes import train as stages
 from minidiff.recipes.features import place_in_pool
 from minidiff.recipes.job import LENGTH, Job, Lesson
@@ -55,6 +55,7 @@ def job(fashion: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
         judge=quick,
         transformer=quick,
         turbo=quick,
+        matching=quick,
         control=quick,
         pictures=64,
         latents=32,
@@ -155,8 +156,9 @@ def go_on(job: Job, made: Path, tmp_path: Path) -> Callable[..., Path]:
     quick |= {"log_every": 1, "save_every": 2, "validate_every": 0, "bfloat16": False}
     recipe = tmp_path / "recipe.json"
     small = {"latents": 32, "pictures": 4, "held": 8, "captions": 500}
-    stages = {"transformer": quick, "vae": quick, "turbo": quick}
+    stages = {name: quick for name in ("transformer", "vae", "turbo")}
     stages["control"] = quick | {"validate_every": 4}
+    stages["matching"] = stages["control"] | {"weight_decay": 0}
     recipe.write_text(json.dumps(stages | small))
 
     def go(stage: str, output: Path, start: Path = made, **flags) -> Path:
@@ -202,6 +204,29 @@ def test_turbo_shares_all_but_the_transformer(
         go_on("turbo", tmp_path / "odd", batch_size=6)
     with pytest.raises(ValueError, match="shares its text_encoder with another"):
         go_on("turbo", tmp_path / "from", turbo)
+
+
+def test_a_student_is_sharpened_beside_itself(
+    go_on: Callable[..., Path],
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It stands still while the fake velocity learns alone, and then moves."""
+    with pytest.raises(ValueError, match="/turbo, .*; expected --stage turbo, or"):
+        go_on("matching", tmp_path)
+    go_on("turbo", tmp_path)
+    before, turbo = files(tmp_path / "turbo"), minidiff.load(tmp_path / "turbo")
+    for alone, moves in ((4, False), (1, True)):
+        monkeypatch.setattr(matching_stage, "ALONE", alone)
+        go_on("matching", tmp_path)
+        sharp = minidiff.load(tmp_path / "matching")
+        pairs = zip(*(p.transformer.parameters() for p in (turbo, sharp)), strict=True)
+        assert any((a - b).abs().max() > 1e-4 for a, b in pairs) == moves
+        shutil.rmtree(tmp_path / "runs" / "matching")
+        (tmp_path / "runs" / "matching.done").unlink()
+    assert files(tmp_path / "turbo") == before and sharp.defaults == (4, 1.0)
+    assert (tmp_path / "grids" / "matching-000004.png").exists()
 
 
 def test_a_control_net_learns_beside_a_model(

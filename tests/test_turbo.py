@@ -9,7 +9,7 @@ from helpers import randomize
 from pipelines import load_tokenizers, reference_pipeline, save_tokenizers
 from safetensors.torch import load_file
 from small import TRANSFORMER
-from torch import Tensor
+from torch import Tensor, nn
 
 import minidiff
 from minidiff.cli import train as command
@@ -31,6 +31,7 @@ from minidiff.recipes.jumps import (
     draw_paths,
     jump_loss,
 )
+from minidiff.recipes.matching_stage import Pair, matching_loss
 from minidiff.training import TrainingConfig
 
 
@@ -198,3 +199,45 @@ def test_options_of_distillation_arrive(pictures: Path, monkeypatch) -> None:
     assert seen[0].batch_size == 4 and seen[0].lora is None
     with pytest.raises(ValueError, match="but --stage turbo"):
         command.train(pictures / "out", **how | {"stage": "vae"})
+
+
+# Matching
+
+
+class Scaled(nn.Module):
+    """A network of one weight: its velocity is that times x."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(weight, dtype=torch.float64))
+
+    def forward(self, x: Tensor, time: Tensor, *text: Tensor) -> Tensor:
+        return self.weight * x
+
+
+@pytest.mark.parametrize("jumps", [1, 2])
+def test_each_network_learns_by_its_own_loss(jumps: int) -> None:
+    """And the loss is a mean over samples."""
+    numbers, text = torch.arange(8), (torch.zeros(8, 3, 4), torch.zeros(8, 5))
+    whole = {"context": text[0], "pooled": text[1], "jumps": torch.ones(jumps)}
+    for i, name in enumerate(("begin", "noise", "noise1", "noise2")):
+        whole[name] = rng.normal(i, numbers, (4, 2, 2)).double()
+    for i, name in enumerate(("sigma", "sigma1", "sigma2")):
+        whole[name] = rng.uniform(i, numbers, 1)[:, 0].double()
+    known = Scaled(0.2).requires_grad_(False)
+    teacher = Teacher(known, (text[0][0], text[1][0]), 2.0, 1.0, "weights")
+
+    def gradients(rows: slice, matches: float) -> tuple[Tensor, Tensor]:
+        pair = Pair(Scaled(0.5), Scaled(0.3))
+        batch = {k: v[rows] if len(v) == 8 else v for k, v in whole.items()}
+        batch["matches"] = torch.tensor(matches)
+        matching_loss(pair, batch, teacher).backward()
+        return pair.student.weight.grad, pair.fake.weight.grad
+
+    still, alone = gradients(slice(None), 0.0)
+    student, fake = gradients(slice(None), 1.0)
+    assert still == 0 and fake == alone and abs(fake) > 0.1
+    assert student > 0  # the teacher's estimate lies further out: subtract less
+    parts = [gradients(rows, 1.0) for rows in (slice(0, 4), slice(4, 8))]
+    for i, one in enumerate((student, fake)):
+        torch.testing.assert_close(sum(p[i] for p in parts) / 2, one)

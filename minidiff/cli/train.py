@@ -26,7 +26,10 @@ def train(
     output: Annotated[Path, OUT("Folder of the model and its runs.")],
     stage: Annotated[
         str,
-        WHAT("tokenizers, clip, t5, vae, judge, transformer, or all; turbo, control."),
+        WHAT(
+            "tokenizers, clip, t5, vae, judge, transformer, or all; turbo, matching, "
+            "control."
+        ),
     ] = "all",
     recipe: Annotated[
         str | None,
@@ -111,13 +114,14 @@ def train(
 
     --stage turbo makes a model of 1 to 8 steps without guidance: of OUTPUT/model (or
     --start) under OUTPUT/turbo, with --from of any model, under OUTPUT/model. --stage
-    control makes a ControlNet that reads edges, for OUTPUT/model, under OUTPUT/control.
+    matching sharpens OUTPUT/turbo, under OUTPUT/matching. --stage control makes a
+    ControlNet that reads edges, for OUTPUT/model, under OUTPUT/control.
 
     A JSON file as --recipe changes some of "shipped", for example {"vae": {"steps":
-    5000}, "latents": 4096}. Of clip, t5, vae, judge, transformer, turbo and control:
-    steps, batch_size, learning_rate, warmup_steps, weight_decay, beta2, max_grad_norm,
-    ema_decay, plateau, drop, muon, accumulation, bfloat16, compile, sharded,
-    log_every, save_every, validate_every. Of all: pictures, latents, captions,
+    5000}, "latents": 4096}. Of clip, t5, vae, judge, transformer, turbo, matching and
+    control: steps, batch_size, learning_rate, warmup_steps, weight_decay, beta2,
+    max_grad_norm, ema_decay, plateau, drop, muon, accumulation, bfloat16, compile,
+    sharded, log_every, save_every, validate_every. Of all: pictures, latents, captions,
     held, shift, scenes, guidance. Muon is for vae, transformer and turbo.
     """
     given = locals() | {"from": from_model}

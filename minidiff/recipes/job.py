@@ -121,6 +121,7 @@ class Stage:
         name: of its run's folder, and of its settings in a ``Recipe``.
         prepare: makes its lesson; None where all is done, without learning by steps.
         needs, makes: parts of OUTPUT/model.
+        after: the stage whose folder in OUTPUT it begins with, if with one.
         goes_on: whether it can begin with another model's weights.
         only: the scenes it can learn from, if not from any.
         named: whether it is run only where it is named, not among all.
@@ -130,6 +131,7 @@ class Stage:
     prepare: Callable[[Job], Lesson | None]
     needs: tuple[str, ...] = ()
     makes: tuple[str, ...] = ()
+    after: str = ""
     goes_on: bool = False
     only: str | None = None
     named: bool = False

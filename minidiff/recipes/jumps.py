@@ -59,7 +59,7 @@ class Teacher:
         both = [torch.cat([x.to(y).expand_as(y), y]) for x, y in pairs]
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-            time = sigma.expand(2 * len(x))
+            time = sigma.expand(len(x)).repeat(2)  # () or (B,) → (2·B,)
             v = self.transformer(x.repeat(2, 1, 1, 1), time, *both)
             v_neg, v_pos = v.float().chunk(2)  # 2 × (B, …)
             return guide(v_neg, v_pos, self.scale)

@@ -41,13 +41,14 @@ class Recipe:
     judge: TrainingConfig
     transformer: TrainingConfig
     turbo: TrainingConfig
+    matching: TrainingConfig
     control: TrainingConfig
     pictures: int  # scenes kept as pictures, for CLIP and the autoencoder
     latents: int  # scenes kept as latents, for the transformer
     captions: int = 20_000  # that the tokenizers learn from
     held: int = 512  # test scenes that validation looks at
     shift: float = 1.0  # moves noise levels towards 1
-    guidance: float = 2.5  # of turbo's teacher, and of what control draws
+    guidance: float = 2.5  # of the students' teacher, and of what control draws
     scenes: str = "world"  # or one of ``SCENES``, a folder
 
     @property

@@ -33,6 +33,7 @@ from minidiff.learning.steps import check_batch
 from minidiff.recipes.control_stage import control_lesson
 from minidiff.recipes.job import Job, Stage, announce
 from minidiff.recipes.judge_stage import judge_lesson
+from minidiff.recipes.matching_stage import begin_student, matching_lesson
 from minidiff.recipes.recipe import (
     LEARNED,
     PLAIN,
@@ -65,6 +66,14 @@ STAGES = (  # in the order in which one needs another
         goes_on=True,
     ),
     Stage("turbo", turbo_lesson, needs=WHOLE, goes_on=True, named=True),
+    Stage(
+        "matching",
+        matching_lesson,
+        needs=WHOLE,
+        after="turbo",
+        goes_on=True,
+        named=True,
+    ),
     Stage("control", control_lesson, needs=WHOLE, goes_on=True, named=True),
 )
 
@@ -131,9 +140,9 @@ def open_run(job: Job, stage: str) -> Run:
         return Run(job.runs / stage, settings)
     settings |= lasting(config)
     settings["began"] = beginning(job, stage)
-    if stage in ("transformer", "turbo", "control"):
+    if stage in ("transformer", "turbo", "matching", "control"):
         settings["encoders"] = encoders_name(job)
-    if stage == "turbo":
+    if stage in ("turbo", "matching"):
         settings["guidance"] = job.recipe.guidance
     return Run(job.runs / stage, settings)
 
@@ -142,6 +151,9 @@ def beginning(job: Job, stage: str) -> str | None:
     """A short name for the weights from which a stage goes on; None for new ones."""
     if stage in ("turbo", "control"):
         return fingerprint(*job.load_part("transformer").state_dict().values())
+    if stage == "matching":
+        models = job.load_part("transformer"), begin_student(job)
+        return fingerprint(*(x for m in models for x in m.state_dict().values()))
     if job.start is None:
         return None
     return fingerprint(*job.begin_part(stage).state_dict().values())
@@ -189,17 +201,19 @@ def choose_stages(name: str, start: Path | None, scenes: str) -> tuple[Stage, ..
     return chosen
 
 
-def check_needs(stages: Iterable[Stage], model: Path) -> None:
+def check_needs(stages: Iterable[Stage], model: Path, output: Path) -> None:
     """Raise ValueError where a stage lacks what none of ``stages`` makes before it."""
-    made: set[str] = set()
+    made: set[Path] = set()
     for stage in stages:
-        for name in stage.needs:
-            if name not in made and not (model / name).is_dir():
+        needed = [model / name for name in stage.needs]
+        for folder in needed + [output / stage.after] * bool(stage.after):
+            if folder not in made and not folder.is_dir():
                 raise ValueError(
-                    f"--stage {stage.name} needs {model / name}, which is not there; "
-                    "expected --stage all, or the stages before it first"
+                    f"--stage {stage.name} needs {folder}, which is not there; "
+                    f"expected --stage {stage.after or 'all'}, or the stages before it"
+                    " first"
                 )
-        made |= set(stage.makes)
+        made |= {model / name for name in stage.makes}
 
 
 # The model to go on from: opened, checked, and copied to where a job's stands
@@ -311,7 +325,7 @@ def train_stages(options: TrainOptions) -> None:
     check_range("--seed", o.seed, 0, 2**63 - 1)
     stages = choose_stages(o.stage, o.start, recipe.scenes)
     start = o.start and open_start(o.start)
-    check_needs(stages, start or o.output / "model")
+    check_needs(stages, start or o.output / "model", o.output)
     device = parallel.start(o.device)
     for c in filter(None, (getattr(recipe, s.name, None) for s in stages)):
         check_batch(c.steps, c.batch_size, c.accumulation * parallel.size())
