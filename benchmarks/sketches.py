@@ -3,12 +3,13 @@
     python benchmarks/sketches.py MODEL NET [-n 150] [--strengths 0 1 2] [--data DIR]
                                   [--sheet SVG]
 
-A sketch is the edges of a test scene. The first words are the scene's own. The other
-scenes show one item that is not in the middle; their words name another ground, and
-another colour where they name one, and say where the item is or do not. Printed for
-each, at each strength (0 is without the net): the agreement of the edges (with one
-pixel of reach), the agreement with another scene's sketch, and the share of pictures
-that the judge finds right. The sheet shows the first six of the last words.
+A sketch is the edges of a test scene. The first words are the scene's own, as
+`minidiff evaluate` asks for all scenes. The other scenes show one item that is not in
+the middle; their words name another ground, and another colour where they name one, and
+say where the item is or do not. Printed for each, at each strength (0 is without the
+net): the agreement of the edges (with one pixel of reach), the agreement with another
+scene's sketch, and the share of pictures that the judge finds right. The sheet shows
+the first six of the last words.
 """
 
 import argparse
@@ -20,23 +21,17 @@ from torch import Tensor
 
 import minidiff
 from minidiff.control import Control, ControlNet, canny, load_control
-from minidiff.data.language import RANDOM, Dice, Meaning, captions, say, shown
+from minidiff.data.language import RANDOM, Dice, Meaning, say, shown
 from minidiff.data.rng import fold_in, uniform
 from minidiff.data.samples import ONE
 from minidiff.data.scenes import MIDDLE, SHARES, World, draw_attributes
 from minidiff.judging.edges import agreement
 from minidiff.judging.judge import EVALUATION_SEED, load_judge
-from minidiff.judging.metrics import Comparison, generate
+from minidiff.judging.metrics import ROWS, Comparison, generate, row_prompts
 
 COLUMNS = "words", "strength", "agreement", "with another", "right in %", "of base"
 CHANGED = (*range(5, 9), *range(19, 31))  # the numbers that choose colours and grounds
 Asked = tuple[list[str], list[Meaning]]
-
-
-def own_words(numbers: Tensor, seed: int) -> Asked:
-    """What the scenes' captions say."""
-    attributes = draw_attributes(uniform(seed, numbers, 33))
-    return captions(attributes, fold_in(seed, 1), numbers)
 
 
 def off_the_middle(n: int, seed: int) -> Tensor:
@@ -106,9 +101,10 @@ def main() -> None:
     pipe.progress = False
     compared = Comparison(pipe, load_judge(), given.n, seed, given.data, BATCH)
     print(f"| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|")
-    first, off = torch.arange(given.n), off_the_middle(given.n, seed)
+    *own, first = row_prompts(ROWS["all scenes"], given.n, seed, given.data)
+    off = off_the_middle(given.n, seed)
     asked = {
-        "its own": (SHARES, first, own_words(first, seed)),
+        "its own": (SHARES, first, own),
         "other, and where": (ONE, off, other_words(off, seed, where=True)),
         "other, not where": (ONE, off, other_words(off, seed, where=False)),
     }

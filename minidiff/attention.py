@@ -689,7 +689,8 @@ def record_attention(
 #         return out[:, :text], out[:, text:]
 #
 #
-# options = {"num_images_per_prompt": 8, "output_type": "pt", "guidance_scale": 1.0}
+# options = {"num_images_per_prompt": 8, "output_type": "pt", "guidance_scale": 1.0,
+#     "num_inference_steps": 14}
 # plain, other = (pipe(PROMPT, seed=seed, **options) for seed in (0, 8))
 # for block in pipe.transformer.joint_blocks:
 #     block.attention = Masked()

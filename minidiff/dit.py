@@ -1334,12 +1334,13 @@ class MMDiT(Layers):
 # at the rows it knows and at those it does not.
 
 # %% tags=["active-ipynb", "hide-cell", "nbval-ignore-output"]
-# tall = pipe([PROMPT] * 8, seed=0, height=96, width=48, output_type="pt")
+# how = {"seed": 0, "num_inference_steps": 14, "output_type": "pt"}
+# tall = pipe([PROMPT] * 8, height=96, width=48, **how)
 # step = (tall[:, :, 1:] - tall[:, :, :-1]).abs().mean((0, 1, 3))  # (95,) by row
 # for name, rows in (("first 16 rows", slice(0, 16)), ("middle 64", slice(16, 79)),
 #         ("last 16", slice(79, 95))):
 #     print(f"{name:14} neighbours in a column differ by {step[rows].mean():.3f}")
-# usual = pipe([PROMPT] * 8, seed=0, output_type="pt")
+# usual = pipe([PROMPT] * 8, **how)
 # rim = (usual[:, :, 1:16] - usual[:, :, :15]).abs().mean()
 # print(f"first 16 rows of a usual picture: {rim:.3f}")
 # viz.show_images(tall, low=0)

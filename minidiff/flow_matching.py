@@ -405,7 +405,7 @@ def score(x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
 # ### A network that has to learn it
 #
 # A network keeps no list of its data. So let a small one find the field, by nothing but
-# our loss: four linear layers, 3,000 steps. Like every network of this kind it is told
+# our loss: four linear layers, 2,000 steps. Like every network of this kind it is told
 # the level in a few waves.
 
 # %% tags=["active-ipynb"]
@@ -423,10 +423,10 @@ def score(x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
 
 # %% tags=["active-ipynb"]
 # optimizer = torch.optim.Adam(torch.nn.ModuleList(layers).parameters(), lr=3e-3)
-# slower = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3000)
+# slower = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2000)
 # dice, losses = torch.Generator().manual_seed(SEED), []
 # with torch.enable_grad():
-#     for step in range(3000):
+#     for step in range(2000):
 #         chosen = moons[torch.randint(120, (256,), generator=dice)]
 #         drop = torch.randn(256, 2, generator=dice)
 #         sigma = torch.rand(256, generator=dice)  # uniform levels
@@ -444,9 +444,9 @@ def score(x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
 #     return torch.stack([flow_matching_loss(*given, sigma) for sigma in levels]).mean()
 #
 # floor, reached = average_loss(perfect), average_loss(learned)
-# smooth = torch.stack(losses).unflatten(0, (-1, 50)).mean(1)  # (3000,) → (60,)
-# steps = torch.arange(25, 3000, 50)
-# curves = {"training": (steps, smooth), "exact": (steps, floor.expand(60))}
+# smooth = torch.stack(losses).unflatten(0, (-1, 50)).mean(1)  # (2000,) → (40,)
+# steps = torch.arange(25, 2000, 50)
+# curves = {"training": (steps, smooth), "exact": (steps, floor.expand(40))}
 # viz.show_curves(curves, "step", "loss").captioned(
 #     "The loss of the small network, each point a mean over 50 steps, and the floor: "
 #     "the loss of the perfect field, the mean of 50 levels.")
@@ -864,7 +864,7 @@ def dpmpp_2m(
 # Euler's error falls in proportion to the step, that of the other two with its square.
 # Now the same on latents, with the shipped model as the velocity, and with two lists of
 # levels: the published one, and an even one without the small last level 0.001. The
-# fine solution is Heun in 120 even steps. Write down what you expect of DPM++ 2M: as in
+# fine solution is Heun in 64 even steps. Write down what you expect of DPM++ 2M: as in
 # the plane?
 
 # %% tags=["active-ipynb"]
@@ -873,7 +873,7 @@ def dpmpp_2m(
 #
 # even = lambda n, shift=1.0: torch.linspace(1, 0, n + 1)
 # lists, counts = {"published": sigma_schedule, "even": even}, (8, 16, 32)
-# exact = heun(model, noise, even(120))
+# exact = heun(model, noise, even(64))
 # latent = {name: errors(model, noise, [f(n, shift=1.0) for n in counts], exact)
 #     for name, f in lists.items()}
 
