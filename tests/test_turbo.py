@@ -1,5 +1,6 @@
 """What distils: batches of jumps, their loss, and any model of the family."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from minidiff.distillation import JumpScheduler, paths, told
 from minidiff.dit import MMDiT
 from minidiff.flow_matching import guide, shift_sigma
 from minidiff.judging.diversity import SEEDS, feature_spread
+from minidiff.learning import parallel
 from minidiff.learning.run import read_log
 from minidiff.recipes import turbo
 from minidiff.recipes.features import Features
@@ -120,6 +122,29 @@ def test_drawings_are_the_guided_teachers(
     other = randomize(MMDiT(TRANSFORMER), 1)
     assert torch.equal(draw(other, 2.5), drawn)  # they are kept: it is not asked
     assert not torch.equal(draw(other, 3.0), drawn)
+
+
+def test_each_of_two_processes_draws_its_share(
+    features: Features, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, config = [], TrainingConfig(steps=36, batch_size=2)  # 6 drawings in 3 parts
+    none = torch.zeros(5, 48), torch.zeros(40)
+
+    def draw(cache: Path | None) -> Tensor:
+        teacher = Teacher(lambda x, *_: asked.append(1) or x, none, 2.0, 1.0, "weights")
+        return draw_paths(teacher, features, config, 5, "cpu", cache)
+
+    whole, calls, before = draw(None), len(asked), []
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    monkeypatch.setattr(
+        parallel, "wait", lambda: before.append((len(asked), *tmp_path.iterdir()))
+    )
+    for rank, parts in ((1, 1), (0, 2)):
+        asked.clear()
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        assert torch.equal(draw(tmp_path), whole)
+        shutil.rmtree(tmp_path)
+        assert before[-1][0] == parts * calls / 3 and len(before[-1]) == 1 + parts
 
 
 def test_batches_hold_each_size_as_often() -> None:

@@ -94,11 +94,14 @@ def load_tensors(path: Path) -> tuple[Tensors, dict[str, object]]:
 
 
 def cached(
-    path: Path | None, make: Callable[[], Tensors], device: str | torch.device
+    path: Path | None,
+    make: Callable[[], Tensors],
+    device: str | torch.device,
+    writer: int = 0,
 ) -> Tensors:
     """What ``make`` returns, on ``device``; kept in the file ``path``, if there is one.
 
-    Of several processes the first writes. A damaged file is made again.
+    Of several processes ``writer`` writes. A damaged file is made again.
     """
     made = None
     if path and path.exists():
@@ -108,7 +111,7 @@ def cached(
             tell(f"{error}; it is made again")
     if made is None:
         made = make()
-        if path and parallel.rank() == 0:
+        if path and parallel.rank() == writer:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_tensors(path, made)
     return {name: x.to(device) for name, x in made.items()}

@@ -92,7 +92,8 @@ def draw_paths(
 ) -> Tensor:
     """The paths (n, 9, C, h, w) of the drawings that ``config`` needs, float16.
 
-    ``cache``: a folder that keeps them, under a name for all that they depend on.
+    ``cache``: a folder that keeps them, under a name for all that they depend on; of
+    several processes each then draws a share.
     """
     n, shape = drawings(config), tuple(features.latents.shape[1:])
     how = teacher.weights, teacher.scale, teacher.shift, config.bfloat16, seed
@@ -109,9 +110,15 @@ def draw_paths(
     def part(numbers: Tensor) -> Tensor:
         file = cache and cache / f"paths-{name}-{numbers[0]}.safetensors"
         make = lambda: {"paths": draw(numbers)}  # noqa: E731
-        return cached(file, make, features.latents.device)["paths"]
+        here = features.latents.device
+        return cached(file, make, here, parallel.rank())["paths"]
 
-    return torch.cat([part(x) for x in torch.arange(n).split(config.batch_size)])
+    parts = torch.arange(n).split(config.batch_size)
+    if cache:
+        for numbers in parts[parallel.rank() :: parallel.size()]:
+            part(numbers)
+        parallel.wait()
+    return torch.cat([part(numbers) for numbers in parts])
 
 
 @dataclass(frozen=True)
