@@ -63,7 +63,7 @@ def matching_lesson(job: Job) -> Lesson:
     held = encoder.features(job.scenes(split="test"), recipe.held, keep=False)
     shift = read_scheduler(job.model / "scheduler").shift
     model: MMDiT = job.load_part(NAME).requires_grad_(False)
-    teacher = teacher_of(model, job, features, shift)
+    teacher = teacher_of(model, job, features, shift, recipe.matching)
     pair = Pair(begin_student(job), copy.deepcopy(model).requires_grad_(True))
     if job.recompute:
         recompute([*pair.student.joint_blocks, *pair.fake.joint_blocks])
