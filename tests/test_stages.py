@@ -23,7 +23,7 @@ from minidiff.dit import MMDiT, MMDiTConfig
 from minidiff.files.pictures import from_bytes
 from minidiff.files.weights import TINY, load_component
 from minidiff.learning.run import read_log
-from minidiff.recipes import matching_stage, text_stages, transformer_stage
+from minidiff.recipes import text_stages, transformer_stage
 from minidiff.recipes import train as stages
 from minidiff.recipes.features import place_in_pool
 from minidiff.recipes.job import LENGTH, Job, Lesson
@@ -207,12 +207,8 @@ def test_turbo_shares_all_but_the_transformer(
 
 
 def test_a_student_is_sharpened_beside_itself(
-    go_on: Callable[..., Path],
-    made: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    go_on: Callable[..., Path], made: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(matching_stage, "ALONE", 1)
     with pytest.raises(ValueError, match="/turbo, .*; expected --stage turbo, or"):
         go_on("matching", tmp_path)
     go_on("turbo", tmp_path)

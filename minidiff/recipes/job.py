@@ -93,10 +93,15 @@ class Job:
         kind, config = cast(tuple[Any, Any], loading.PARTS[name])
         if self.start is None:
             return kind(config.tiny())
-        model = load_component(kind, config, self.start / name)
-        for parameter in model.parameters():  # it may be a read-only memory map
-            parameter.data = parameter.data.clone()
-        return model
+        return load_to_learn(name, self.start)
+
+
+def load_to_learn(name: str, folder: Path) -> Any:
+    """The component of that name in ``folder``, in memory that can be written."""
+    model: nn.Module = load_component(*loading.PARTS[name], folder / name)
+    for parameter in model.parameters():  # it may be a read-only memory map
+        parameter.data = parameter.data.clone()
+    return model
 
 
 def announce(line: str) -> None:

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from minidiff.data import rng
 from minidiff.distillation import distribution_matching_loss, follow
 from minidiff.dit import MMDiT
-from minidiff.engine.loading import PARTS, read_scheduler
-from minidiff.files.weights import load_component
+from minidiff.engine.loading import read_scheduler
 from minidiff.flow_matching import flow_matching_loss
 from minidiff.learning.steps import recompute
 from minidiff.recipes.features import Features, place_in_pool
-from minidiff.recipes.job import Job, Lesson
+from minidiff.recipes.job import Job, Lesson, load_to_learn
 from minidiff.recipes.jumps import (
     Teacher,
     asked,
@@ -29,7 +28,7 @@ from minidiff.recipes.turbo_stage import teacher_of
 from minidiff.training import Batch, Task, noise_and_levels
 
 JUMPS = (1, 2, 1, 2, 4)  # of a drawing, in the steps that follow one another
-ALONE = 40  # steps in which only the fake velocity learns
+ALONE = 1 / 8  # of the steps: in the first ones only the fake velocity learns
 
 
 class Pair(nn.Module):
@@ -63,7 +62,7 @@ def matching_lesson(job: Job) -> Lesson:
     held = encoder.features(job.scenes(split="test"), recipe.held, keep=False)
     shift = read_scheduler(job.model / "scheduler").shift
     model: MMDiT = job.load_part(NAME).requires_grad_(False)
-    teacher = teacher_of(model, job, features, shift)
+    teacher = teacher_of(model, job, features, shift, recipe.matching)
     pair = Pair(begin_student(job), copy.deepcopy(model).requires_grad_(True))
     if job.recompute:
         recompute([*pair.student.joint_blocks, *pair.fake.joint_blocks])
@@ -84,11 +83,7 @@ def matching_lesson(job: Job) -> Lesson:
 
 def begin_student(job: Job) -> MMDiT:
     """The transformer of OUTPUT/turbo, to learn on."""
-    student: MMDiT = load_component(
-        *PARTS[NAME], job.output / "turbo" / NAME, job.device
-    )
-    for parameter in student.parameters():  # it may be a read-only memory map
-        parameter.data = parameter.data.clone()
+    student: MMDiT = load_to_learn(NAME, job.output / "turbo")
     return student
 
 
@@ -98,6 +93,7 @@ def batches(job: Job, features: Features) -> Callable[[Tensor], Batch]:
     "jumps" is as long as they are many; "matches" is 0 while the student stands still.
     """
     config, shape = job.recipe.matching, tuple(features.latents.shape[1:])
+    alone = int(ALONE * config.steps)
     seeds = {name: job.seed_for(f"matching{name}") for name in ("", "1", "2")}
 
     def batch(indices: Tensor) -> Batch:
@@ -110,7 +106,7 @@ def batches(job: Job, features: Features) -> Callable[[Tensor], Batch]:
         step = int(indices[0]) // config.batch_size
         made["begin"] = rng.normal(job.seed_for("begin"), indices, shape)
         made["jumps"] = torch.ones(JUMPS[step % len(JUMPS)])
-        made["matches"] = torch.tensor(float(step >= ALONE), device=indices.device)
+        made["matches"] = torch.tensor(float(step >= alone), device=indices.device)
         return made
 
     return batch

@@ -20,7 +20,7 @@ from minidiff.recipes.jumps import (
     jump_loss,
 )
 from minidiff.recipes.transformer_stage import NAME, SceneEncoder, plain_attention
-from minidiff.training import Task
+from minidiff.training import Task, TrainingConfig
 
 
 def turbo_lesson(job: Job) -> Lesson:
@@ -36,7 +36,7 @@ def turbo_lesson(job: Job) -> Lesson:
     held = encoder.features(job.scenes(split="test"), recipe.held, keep=False)
     shift = read_scheduler(job.model / "scheduler").shift
     model: MMDiT = job.load_part(NAME).requires_grad_(False)
-    teacher = teacher_of(model, job, features, shift)
+    teacher = teacher_of(model, job, features, shift, config)
     seed = job.seed_for("noise")
     drawn = draw_paths(teacher, features, config, seed, job.device, job.cache)
     order = functools.partial(place_in_pool, n=len(drawn))
@@ -59,9 +59,10 @@ def turbo_lesson(job: Job) -> Lesson:
     return Lesson(Task(student, loss, batch, validate), export)
 
 
-def teacher_of(model: MMDiT, job: Job, features: Features, shift: float) -> Teacher:
+def teacher_of(
+    model: MMDiT, job: Job, features: Features, shift: float, config: TrainingConfig
+) -> Teacher:
     """The transformer of OUTPUT/model as a teacher, in its fastest form here."""
-    config = job.recipe.turbo
     if job.device == "cpu" and config.bfloat16:
         plain_attention(model)
     empty = features.context[0].float(), features.pooled[0].float()
