@@ -859,6 +859,17 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 # right answers, the Fréchet distance, and with `--beside` the diversity, the spread of
 # the judge's features over the seeds of a prompt, as a share of the teacher's.
 #
+# ### On the small model
+#
+# `minidiff train --stage matching` sharpens the student of jumps so. In a step it draws
+# 32 pictures, in one, two or four jumps, and the gradient above passes through all of
+# them. The fake velocity begins as a copy of the teacher's network. It does not take
+# turns with the student but learns in the same step, from two fresh noises of each
+# picture; for the first 40 steps it learns alone, so that it knows the student before
+# it is asked. No drawing of the teacher's is needed.
+#
+# @@ table and what it shows
+#
 # ## Beside it: other ways
 #
 # | method | what it learns | it needs |

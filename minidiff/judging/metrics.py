@@ -256,8 +256,8 @@ def format_table(result: dict) -> str:
     lines.append("|---" * (len(parts) + 2) + "|")
     for name, row in result["rows"].items():
         pairs = [(100 * row["real"][p], 100 * row["model"][p]) for p in parts]
-        cells = [f"{real:.1f} / {model:.1f}" for real, model in pairs]
-        lines.append(f"| {name} | {' | '.join(cells)} | {100 * row['exchanged']:.1f} |")
+        cells = [f"{real:.0f} / {model:.0f}" for real, model in pairs]
+        lines.append(f"| {name} | {' | '.join(cells)} | {100 * row['exchanged']:.0f} |")
     lines += [
         "",
         f"{result['n']} prompts a row, {result['num_inference_steps']} steps, "
