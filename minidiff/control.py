@@ -19,9 +19,10 @@ After it you will be able to
 # ## Where we are
 #
 # Part I drew from words alone. Words are good at saying *what*: a dress, red, on blue.
-# They are poor at saying *where exactly* and *in which outline*; the noise of the seed
-# decides that (chapter 8 showed how much stays when only the words change). A sketch
-# says just this, and nothing about colour.
+# They are poor at saying *where exactly* and *in which outline*; the model decides that
+# itself, from the noise of the seed. (Chapter 8 kept the noise and changed the words:
+# the outlines were hardly more alike than with other noise.) A sketch says just this,
+# and nothing about colour.
 #
 # Chapter 5 has left a place for it: `MMDiT.forward(..., controls=…)` adds a vector for
 # each patch behind each block. This chapter is about where these vectors come from. On
@@ -759,8 +760,9 @@ def save_control(
 
 # %% [markdown]
 # **A net that has learned for longer.** `minidiff train --stage control --start tiny`
-# does the same on 32,768 scenes of the world, in 4,000 steps of 32, and the package
-# ships what it made.
+# does the same on 32,768 scenes of the world, in 4,000 steps of 32. The net that ships
+# was made so, beside an earlier state of this transformer; it steers the later one as
+# it is.
 
 # %% tags=["active-ipynb"]
 # brief, net = learned(), load_control("tiny-edges")
@@ -831,11 +833,11 @@ def save_control(
 # viz.live_sketch(sketches[1], 2 * cat - 1, words[1])
 
 # %% [markdown]
-# **How strongly, and when?** A strength below 1 lets the sketch suggest; above 1 it
-# insists, where words without a place want the thing in the middle. Of the steps, the
-# early ones decide the large forms (chapter 8), so a control that acts in the first
-# half should achieve more than one that acts in the second. The numbers say whether it
-# does.
+# **How strongly, and when?** Words without a place want the thing in the middle. A
+# strength of 0.5 hardly moves it. At 1 the sketch wins in some of the drawings above,
+# at 2 in all eight. Of the steps, the early ones decide the large forms (chapter 8), so
+# a control that acts in the first half should achieve more than one that acts in the
+# second. The numbers say whether it does, and what the second half adds to the first.
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # for strength, pictures in drawn.items():
@@ -1012,10 +1014,11 @@ def encode_weighted(pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
 # viz.show_images(weighed, prompts, low=0)
 
 # %% [markdown]
-# The numbers say how much redder than green and blue the middle of each picture is. If
-# they do not rise with the weight, the colour does not hang on these rows: the pooled
-# vector has read the word, and so have the rows of the other words, for the encoders
-# had the whole sentence. One prompt is no measurement of a model.
+# The numbers say how much redder than green and blue the middle of each picture is.
+# They do not rise with the weight, and even at 0 the dress is red. Its colour does not
+# hang on these rows alone: the pooled vector has read the word, and so have the rows of
+# other words, for the encoders had the whole sentence. One prompt is no measurement of
+# a model.
 #
 # ## Parity
 #
@@ -1177,8 +1180,8 @@ def encode_weighted(pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
 #     print(f"strength {strength}: agreement with the boot's lines {found:.2f}")
 #     first[f"strength {strength:g}"] = drawn[0]
 # viz.show_images(torch.stack(list(first.values())), list(first), low=0)
-# # The word has won where the number is that of strength 0. The net learned from pairs
-# # in which words and lines agreed, so that nothing has taught it a rule for this case.
+# # The word has won where the number is no higher than at strength 0. The net learned
+# # from pairs in which words and lines agreed: nothing taught it a rule for this case.
 
 # %% [markdown]
 # ## Summary

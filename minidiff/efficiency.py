@@ -244,9 +244,10 @@ class StreamedLinear(nn.Module):
 
 
 # %% [markdown]
-# Exchange every linear layer of T5 for it. The model keeps only its table of words and
-# its norms on the card, and says the same, bit for bit. In SD3.5 the 9 GB of T5 cross
-# the bus once a prompt: over PCIe 4.0 × 16, at most 32 GB/s, that is 0.3 s at least.
+# Exchange every linear layer of T5 for it. The model keeps only its table of words, the
+# small one of distances and its norms on the card, and says the same, bit for bit. In
+# SD3.5 the 9 GB of T5 cross the bus once a prompt: over PCIe 4.0 × 16, at most 32 GB/s,
+# that is 0.3 s at least.
 
 
 # %%

@@ -212,8 +212,9 @@ from minidiff.interface.checks import check_range
 # table(columns)
 
 # %% [markdown]
-# Compare rank 8 with all 160 directions. If the change is of low rank anyway, we need
-# not compute it in full first: let only a matrix of low rank *learn*.
+# Compare rank 8 with all 160 directions: of the lines little is missing. If the change
+# is of low rank anyway, we need not compute it in full first: let only a matrix of low
+# rank *learn*.
 #
 # ## The mathematics
 #
@@ -889,8 +890,8 @@ def check_target(one: Stored, target: Target) -> None:
 
 # %% [markdown]
 # A second manner: *yellow paper*. Every pixel of the same pictures is multiplied by a
-# tint, as if they were printed on it: white turns yellow, and blue nearly vanishes.
-# Both are trained by themselves; neither has seen the other.
+# tint, as if they were printed on it: white turns yellow, and of all blue less than
+# half is left. Both are trained by themselves; neither has seen the other.
 
 # %% tags=["active-ipynb"]
 # drawing.remove()
@@ -914,12 +915,14 @@ def check_target(one: Stored, target: Target) -> None:
 # table(columns)
 
 # %% [markdown]
-# Look at each row: what took the tint, the thing or the ground, and did it keep it
-# beside the lines? The numbers say how far the ground is from the paper. (Every caption
-# says that it is white, and sixty steps on twenty pictures may not outweigh that: a
-# manner that contradicts its captions is a hard one.) Sums of LoRAs are a habit, not a
-# theorem: two that pull the same layers apart can spoil the picture, and smaller
-# weights are the usual remedy.
+# Look at each row: what took the tint, the thing or the ground, and did the lines stay?
+# The numbers say how far the ground is from the paper. Paper alone tints the things and
+# leaves the ground nearly white. With the ink beside it the lines stay, and behind
+# dress and coat the ground turns yellow. (Every caption says that it is white, and
+# sixty steps on twenty pictures may not outweigh that: a manner that contradicts its
+# captions is a hard one.) Sums of LoRAs are a habit, not a theorem: the two together
+# may do what neither does alone. Two that pull the same layers apart can spoil the
+# picture, and smaller weights are the usual remedy.
 #
 # ## Fusing, and what rounding takes
 #

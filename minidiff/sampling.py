@@ -807,8 +807,9 @@ class Pipeline(Parts):
 
 # %% [markdown]
 # The three measures differ in kind, so compare each with its own beginning in the
-# figure. Where all three curves lie near 1, the estimate stands, and more steps there
-# buy little.
+# figure. The ground settles first: its curve is flat where those of outline and texture
+# still climb. Where all three curves lie near 1, the estimate stands, and more steps
+# there buy little.
 
 # %% [markdown]
 # ### Prompts
@@ -860,9 +861,11 @@ class Pipeline(Parts):
 
 # %% [markdown]
 # The last column, of one prompt only, says how unlike its eight pictures are; the
-# middle one counts values at their limits. Whether it draws *more rightly* is the first
-# column's matter; sixteen prompts tell a large step from a small one, and no more than
-# their brackets do.
+# middle one counts values at their limits, and there are more of them at each larger
+# scale. Whether it draws *more rightly* is the first column's matter; sixteen prompts
+# tell a large step from a small one, and no more than their brackets do. Here the
+# bracket of the largest scale lies below all others. In the figure's last row the
+# dresses are ragged and blotched.
 
 # %% [markdown]
 # ### Steps
@@ -883,7 +886,9 @@ class Pipeline(Parts):
 # by guidance, as chapter 6 predicted. Two steps visit 1, 0.001 and 0. Heun then asks
 # for the velocity at 0.001 of a picture more blurred than training ever showed at this
 # level, and averages in the answer to a question that was never taught. With four steps
-# DPM++ 2M can go astray: its last step but one falls from a third to a thousandth.
+# DPM++ 2M goes astray. Its last step but one falls from a third to a thousandth: in
+# $\ln\sigma$ eight times as far as the step before, and the line through the last two
+# estimates is drawn across all of it (chapter 6).
 #
 # Heun asks twice a step, so compare at equal *work*. The error is the distance from a
 # drawing in 20 steps of Heun, as a share of it, and its interval is over four prompts.
@@ -907,10 +912,11 @@ class Pipeline(Parts):
 #     print(f"{name:9} {calls:2} calls, {where:14} {measured}")
 
 # %% [markdown]
-# Two lessons. Besides the number of steps it may matter which levels they visit:
-# compare each solver's own levels with the moved ones; where the intervals overlap,
-# four prompts settle nothing. And a small error is not the aim; a picture that shows
-# what was asked is.
+# Two lessons. Besides the number of steps it matters which levels they visit: with
+# DPM++ 2M the moved ones give the larger error, and the two intervals lie apart. Where
+# intervals overlap, four prompts settle nothing: so with Euler on the two lists, and
+# with the three solvers at equal work on their own levels. And a small error is not the
+# aim; a picture that shows what was asked is.
 
 # %% [markdown]
 # ## Predict, then break it
@@ -939,7 +945,8 @@ class Pipeline(Parts):
 # Each line compares eight pictures with eight of “red dress, blue”: those from the same
 # noise, then those from different noise. How much a dress is like a bag is in both
 # numbers. Their difference alone is what the noise has kept of the outline; where its
-# interval holds zero, nothing was seen of it.
+# interval holds zero, nothing was seen of it. Three lines hold zero, and that of the
+# white ground is at its edge: if the noise keeps anything, it is a few hundredths.
 
 # %% [markdown]
 # **Two.** Take T5 away: its rows of the context become zeros, as in SD3.5 when T5 is
@@ -977,13 +984,16 @@ class Pipeline(Parts):
 # %% [markdown]
 # Single pictures deceive here; the table counts. With and without T5 the same prompts
 # are drawn from the same noise, so the last line of each kind counts in pairs. If T5
-# made no difference, its two numbers would be alike; six to none happens by chance once
-# in 32 times. And “T5 alone” tells whether CLIP would be. (In training each encoder was
-# left out in one sample of twenty, both CLIPs together in one of four hundred. So zeros
-# in T5's place are known to the transformer, and zeros in both CLIPs' nearly unknown:
-# that row also measures how unfamiliar they are.) Esser et al. 2024 report that the
-# large model does without T5 on simple prompts; what suffers there is written text and
-# long, detailed prompts.
+# made no difference, its two numbers would be alike; five to none happens by chance
+# once in 16 times, four to one three times in eight: neither is proof. With two things
+# it is the colours that lose most; the places hardly suffer.
+#
+# And “T5 alone” tells whether the model can do without CLIP: none of these pictures is
+# right. (In training each encoder was left out in one sample of twenty, both CLIPs
+# together in one of four hundred. So zeros in T5's place are known to the transformer,
+# and zeros in both CLIPs' nearly unknown: that row also measures how unfamiliar they
+# are.) Esser et al. 2024 report that the large model does without T5 on simple prompts;
+# what suffers there is written text and long, detailed prompts.
 #
 # Whom does it believe, if CLIP and T5 are told different things? Each of 16 pictures is
 # drawn from one prompt for both CLIPs and the next one for T5. What it shows is graded
@@ -999,7 +1009,8 @@ class Pipeline(Parts):
 
 # %% [markdown]
 # Where the two shares of a line lie far apart, this model has that from one of the
-# readers: it may take the thing from one and the ground from the other.
+# readers: the thing from CLIP, the ground from T5. The brackets of the colours overlap:
+# sixteen pictures do not say whom it believes there.
 
 # %% [markdown]
 # ## The same lines, full size
@@ -1285,10 +1296,12 @@ class Pipeline(Parts):
 #
 # Redness is red less the mean of green and blue, within the outline of what stands out
 # from the ground; the first row, with the empty prompt, is what the others are compared
-# with. Compare each row with the first: where the intervals lie apart, the negative
-# prompt was understood. Then compare the rows of “red” and “a red dress”: “red” alone
-# is no caption that training showed, and it could belong to a ground. Only if their
-# intervals lie apart does the model need the whole text.
+# with. Compare each row with the first: where the intervals lie apart, or at most
+# touch, the negative prompt was understood. So were all three. Then compare the rows of
+# “red” and “a red dress”: “red” alone is no caption that training showed, and it could
+# belong to a ground. Only if their intervals lay apart would the model need the whole
+# text. They overlap, so sixteen pictures do not show that it does. The last row avoids
+# the dress itself too: one picture shown is empty, and counts with a redness of zero.
 #
 # </details>
 

@@ -1101,9 +1101,9 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 # of keys in both captions, and a weighted mean does not depend on the order in which it
 # is taken. Every layer maps equal states to equal states, so that "red" is the same
 # vector in both captions, whatever the weights are: such a T5 reads a bag of words.
-# (The line "T5 without order" of the table above shows what that costs the picture.)
-# How far ours is from it, the first number says: it is the part of the state that
-# depends on order here.
+# How far ours is from that, the first number says: it is the part of the state that
+# depends on order here. (In the table above the line "T5 without order" has the shares
+# of the first line: without order as many pictures are right.)
 #
 # </details>
 

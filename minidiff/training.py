@@ -314,9 +314,10 @@ def clip_loss(model: CLIPTraining, batch: Batch) -> Tensor:
 
 
 # %% [markdown]
-# And a batch can be easy. Where it holds one green dress, the word “green” finds the
-# picture, and nothing is learned about dresses. Every other batch of the shipped recipe
-# therefore holds pictures of like colours, neighbours in an order by mean colour:
+# And a batch can be easy. Where it holds one red dress and nothing else that is red,
+# the word “red” finds the picture, and nothing is learned about dresses. Every other
+# batch of the shipped recipe therefore holds pictures of like colours, neighbours in an
+# order by mean colour:
 
 # %% tags=["active-ipynb"]
 # pool = World("train").batch(torch.arange(1024)).images
