@@ -527,9 +527,10 @@ def record_attention(
 # %% [markdown]
 # The lines show which block listens to the prompt and which hardly does, and the figure
 # that heads divide the labour: where the mean over heads is low, one head may still
-# read much. The first line is what a patch would give if it read all tokens alike: less
-# is avoided, more is sought. (In the last block, too, patches read text
-# somewhat. What nobody reads there is what the *text* has learned in that block.)
+# read several times as much as the others. The first line is what a patch would give if
+# it read all tokens alike: less is avoided, more is sought. (In the last block, too,
+# patches read text somewhat. What nobody reads there is what the *text* has learned in
+# that block.)
 #
 # Now take the head that reads words most, and see where it reads which. One column a
 # word, as CLIP and as T5 hand it over. All maps share one scale.
@@ -547,8 +548,8 @@ def record_attention(
 # viz.show_attention(maps, words, image, rows=list(places), common=True)
 
 # %% [markdown]
-# A row that stays dark says that this head does not read that reader's tokens. That is
-# another question than chapter 2's, what is lost without them.
+# A row that stays dark says that this head hardly reads these words as that reader
+# hands them over. That is another question than chapter 2's, what is lost without them.
 #
 # Eyes are easily persuaded, and a word that everybody reads at 0.001 looks like any
 # other once it has a scale of its own. So here are the weights themselves. The patches
@@ -569,10 +570,9 @@ def record_attention(
 # %% [markdown]
 # Read a row from block to block. Where the first number of *red* is many times the
 # second, the dress reads its own colour there and the rest does not; *blue* should do
-# the reverse. Where both are small, this block does not read the word at all, whatever
-# a map of it may look like. And a word need not be read where the thing that it names
-# will be: its token has read the others (chapter 2), and may stand for more than its
-# own word.
+# the reverse. Where both are small, this block hardly reads the word, whatever a map of
+# it may look like. And a word need not be read where the thing that it names will be:
+# its token has read the others (chapter 2), and may stand for more than its own word.
 #
 # The same over the steps, first noise, at the end a picture: the weight of *red*, in
 # the mean over heads, in the first block and in the one that parts dress and rest most.
@@ -588,9 +588,10 @@ def record_attention(
 
 # %% [markdown]
 # From which step on does a patch know whether it belongs to the dress? Where the two
-# lines of a block part. Block 0 sees the patch itself, which is noise at first. If a
-# later block parts them at the very first step, it has nothing to go by but places and
-# noise; and the one thing of such a prompt usually stands in the middle.
+# lines of a block part. Block 0 sees the patch itself, which is noise at first, and its
+# lines part by degrees. Those of the later block stand apart from the first step on,
+# when it has nothing to go by but places, noise and the prompt: the one thing of such a
+# prompt usually stands in the middle.
 #
 # Touch it: press the prompt, and on the book's page the small model draws in place of
 # the frames. Choose a word and see where it is read; choose a block, a head and a step;
@@ -664,14 +665,16 @@ def record_attention(
 # <details><summary>Answer</summary>
 #
 # "No words" is the fairer one. Nothing is cut, and its tokens are known from training,
-# though not together with this pooled vector. What is right there beyond chance has
-# come through the pooled vector, by the modulation of chapter 5; what is missing
-# against "joint" would have come through the field "patches read words". "Apart"
-# changes two things at once: without words a patch spreads all its weight over patches,
-# which it never did in training. Compare the shapes in the two lower rows: what "apart"
-# spoils beyond "no words" is this, and no proof that words were needed for it. A cut
-# that makes a network meet what it never met says little about what the part was for;
-# look for a control.
+# though not together with this pooled vector. It paints shapes on a plain ground, but
+# hardly ever what was asked, and of no prompt all of it. What is right there beyond
+# chance must have come through the pooled vector, by the modulation of chapter 5. These
+# 24 prompts show none of that: a guess hits one ground of twelve, and the interval
+# under "ground" holds that. What is missing against "joint" would have come through the
+# field "patches read words". "Apart" changes two things at once: without words a patch
+# spreads all its weight over patches, which it never did in training. Compare the
+# shapes in the two lower rows: what "apart" spoils beyond "no words" is this, and no
+# proof that words were needed for it. A cut that makes a network meet what it never met
+# says little about what the part was for; look for a control.
 #
 # </details>
 #
@@ -705,8 +708,8 @@ def record_attention(
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# For this prompt and eight seeds: where the two intervals overlap, hiding the padding
-# changes the picture about as much as another seed does. "Nothing" it cannot be, unless
+# For this prompt and eight seeds the two intervals overlap: hiding the padding changes
+# the picture about as much as another seed does. "Nothing" it could not be, unless
 # padding had no weight at all: training filled those places with something, and the
 # weights took it for granted. As with "apart", what is measured is what padding gave
 # *and* that the network now meets weights it never met.

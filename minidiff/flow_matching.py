@@ -405,7 +405,7 @@ def score(x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
 # ### A network that has to learn it
 #
 # A network keeps no list of its data. So let a small one find the field, by nothing but
-# our loss: four linear layers, 2,000 steps. Like every network of this kind it is told
+# our loss: four linear layers, 3,000 steps. Like every network of this kind it is told
 # the level in a few waves.
 
 # %% tags=["active-ipynb"]
@@ -423,10 +423,10 @@ def score(x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
 
 # %% tags=["active-ipynb"]
 # optimizer = torch.optim.Adam(torch.nn.ModuleList(layers).parameters(), lr=3e-3)
-# slower = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2000)
+# slower = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3000)
 # dice, losses = torch.Generator().manual_seed(SEED), []
 # with torch.enable_grad():
-#     for step in range(2000):
+#     for step in range(3000):
 #         chosen = moons[torch.randint(120, (256,), generator=dice)]
 #         drop = torch.randn(256, 2, generator=dice)
 #         sigma = torch.rand(256, generator=dice)  # uniform levels
@@ -444,9 +444,9 @@ def score(x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
 #     return torch.stack([flow_matching_loss(*given, sigma) for sigma in levels]).mean()
 #
 # floor, reached = average_loss(perfect), average_loss(learned)
-# smooth = torch.stack(losses).unflatten(0, (-1, 50)).mean(1)  # (2000,) → (40,)
-# steps = torch.arange(25, 2000, 50)
-# curves = {"training": (steps, smooth), "exact": (steps, floor.expand(40))}
+# smooth = torch.stack(losses).unflatten(0, (-1, 50)).mean(1)  # (3000,) → (60,)
+# steps = torch.arange(25, 3000, 50)
+# curves = {"training": (steps, smooth), "exact": (steps, floor.expand(60))}
 # viz.show_curves(curves, "step", "loss").captioned(
 #     "The loss of the small network, each point a mean over 50 steps, and the floor: "
 #     "the loss of the perfect field, the mean of 50 levels.")
@@ -456,7 +456,7 @@ def score(x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
 
 # %% [markdown]
 # The floor is not zero, and the curve comes to rest a little above it. Is that little
-# gap a failure? We shall draw with both fields, and see that it is what we want.
+# gap a failure? We shall draw with both fields, and see what it does.
 
 # %% [markdown]
 # ## Which noise levels to train on
@@ -517,15 +517,16 @@ def logit_normal_density(sigma: Tensor, mean: float = 0.0, std: float = 1.0) -> 
 
 # %% [markdown]
 # These are scenes that the model has not seen, and its loss rises towards both ends.
-# Near 1 hardly anything is known of the scene, and what is unknown cannot be predicted.
-# Near 0 it is the noise that is unknown: so little of it is left in $x$ that it cannot
-# be told from texture, and an answer without it costs its variance, 1 (the model, which
-# saw few such levels, may do still worse). The logit-normal density deliberately does
-# not follow the loss: an error in the velocity moves $\hat x_0$ by $\sigma$ times as
-# much, so that errors at faint noise are cheap. But this density is not the last word.
-# Chapter 5 measured that the caption counts most at high noise; above 0.8 this density
-# has fewer than one sample in ten. A recipe may therefore move it towards noise, by the
-# shift of the next section ([how the shipped model was made](../book/training_log.md)).
+# Near 1 hardly more is known of the scene than its caption, and what is unknown cannot
+# be predicted. Near 0 it is the noise that is unknown: so little of it is left in $x$
+# that it cannot be told from texture, and an answer without it costs its variance, 1
+# (at the lowest level the model, which saw few such levels, does still worse). The
+# logit-normal density deliberately does not follow the loss: an error in the velocity
+# moves $\hat x_0$ by $\sigma$ times as much, so that errors at faint noise are cheap.
+# But this density is not the last word. Chapter 5 measured that the caption counts most
+# at high noise; above 0.8 this density has fewer than one sample in ten. A recipe may
+# therefore move it towards noise, by the shift of the next section ([how the shipped
+# model was made](../book/training_log.md)).
 #
 # ### Shift: larger pictures need more noise
 #
@@ -755,8 +756,9 @@ def euler(
 # points truly drawn there, many more come so close to one of the data. It did not know
 # that the moons are thin. It cannot follow every jump of the perfect field near $\sigma
 # = 0$ and smooths them over, and that is all of its art. A flow model makes new
-# pictures because it does *not* reach the least loss. Chapter 7 gives a network so few
-# pictures that it can, nearly.
+# pictures because it does *not* reach the least loss. That alone does not make them
+# good ones, as the points between the moons show. Chapter 7 gives a network so few
+# pictures that it begins to learn them by heart.
 
 # %% [markdown]
 # **Heun** looks ahead: it makes the Euler step, asks for the velocity at the far end,
@@ -864,7 +866,7 @@ def dpmpp_2m(
 # Euler's error falls in proportion to the step, that of the other two with its square.
 # Now the same on latents, with the shipped model as the velocity, and with two lists of
 # levels: the published one, and an even one without the small last level 0.001. The
-# fine solution is Heun in 64 even steps. Write down what you expect of DPM++ 2M: as in
+# fine solution is Heun in 120 even steps. Write down what you expect of DPM++ 2M: as in
 # the plane?
 
 # %% tags=["active-ipynb"]
@@ -873,7 +875,7 @@ def dpmpp_2m(
 #
 # even = lambda n, shift=1.0: torch.linspace(1, 0, n + 1)
 # lists, counts = {"published": sigma_schedule, "even": even}, (8, 16, 32)
-# exact = heun(model, noise, even(64))
+# exact = heun(model, noise, even(120))
 # latent = {name: errors(model, noise, [f(n, shift=1.0) for n in counts], exact)
 #     for name, f in lists.items()}
 
@@ -893,13 +895,15 @@ def dpmpp_2m(
 
 # %% [markdown]
 # Twice the steps divide the error by 2 where the order is 1, by 4 where it is 2, once
-# the steps are small; where a solver falls short of that, they are not yet. Compare
-# DPM++ 2M on the two lists. The published one ends abruptly: its last step but one
-# falls to 0.001, a way in $\ln\sigma$ several times as long as the one before, and the
-# line through the last two estimates is drawn across all of it. Twice the steps take
-# only about $\ln 2$ off that way. The even list has no such step. (This is one drawing;
-# chapter 8 compares over several prompts.) In practice one takes as many steps as
-# change the picture to the eye, long before the error is small.
+# the steps are small. Here they are not small yet: some of Heun's numbers lie below 4
+# and some above it. Compare DPM++ 2M on the two lists: on the published one it is
+# behind Euler at each number of steps, on the even one ahead. The published one ends
+# abruptly: its last step but one falls to 0.001, a way in $\ln\sigma$ several times as
+# long as the one before, and the line through the last two estimates is drawn across
+# all of it. Twice the steps take only about $\ln 2$ off that way. The even list has no
+# such step. (This is one drawing; chapter 8 compares over several prompts.) In practice
+# one takes as many steps as change the picture to the eye, long before the error is
+# small.
 #
 #
 # ## Guidance
@@ -1252,9 +1256,11 @@ class ClassifierFree(Guidance):
 # <details><summary>Answer</summary>
 #
 # The numbers are mean differences of pixels between 0 and 1; two hundredths are hard to
-# see. With few steps the last step but one is many times as long in $\ln\sigma$ as the
-# one before, and the line through two estimates is drawn too far. More steps shorten
-# it, though slowly, and it begins lower, where estimates differ less.
+# see. At four steps DPM++ 2M fails, at six one still sees which is which, and at ten
+# the two are hard to tell apart. In no line is DPM++ 2M the nearer to the drawing in
+# many steps. With few steps the last step but one is many times as long in $\ln\sigma$
+# as the one before, and the line through two estimates is drawn too far. More steps
+# shorten it, though slowly, and it begins lower, where estimates differ less.
 #
 # </details>
 #

@@ -57,8 +57,8 @@ from torch import Tensor, nn
 # %% [markdown]
 # Here is that latent for our prompt, drawn by the finished pipeline; the next chapters
 # build what draws it. It has 16 channels of 16 × 16 numbers, each shown as a map (red
-# above zero, blue below), and says little yet. By the end of the chapter you will have
-# decoded it with a decoder of your own.
+# above zero, blue below). An outline shows through, but not yet what each map says. By
+# the end of the chapter you will have decoded it with a decoder of your own.
 
 # %% tags=["active-ipynb"]
 # pipe = minidiff.load("tiny")
