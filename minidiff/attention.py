@@ -342,11 +342,11 @@ class Attention(nn.Module):
 #
 # Compare *cross-attention*, with which earlier diffusion models read text: there,
 # patches read words, in a layer of their own, and words never read patches. That is the
-# lower left field of the table alone. Here all four fields share one softmax, so that a
-# patch weighs words against patches, and the words themselves change from block to
-# block with what they have seen of the picture.
+# lower left field of the table alone. Here the two fields of a row share one softmax, so
+# that a patch weighs words against patches. And words read patches too: they change
+# from block to block with what they have seen of the picture.
 #
-# One softmax for all has a price. Words and patches share a total of 1: the more a
+# One softmax for both has a price. Words and patches share a total of 1: the more a
 # patch reads of the text, the less it can read of its neighbours. SD3.5 *Medium* has a
 # second attention in its first 13 blocks, whose softmax is the patches' own: on
 # projections of their own (`attn2`), beside the joint one, and both answers are added.
@@ -596,7 +596,9 @@ def record_attention(
 # Touch it: press the prompt, and on the book's page the small model draws in place of
 # the frames. Choose a word and see where it is read; choose a block, a head and a step;
 # click a patch and see what it reads, in shares that add up to one. (In JupyterLab the
-# frames stay; `viz.live(pipe, PROMPT)` opens the same there.)
+# frames stay; `viz.live(pipe, PROMPT)` opens the same there.) The frames are block 0 at
+# the last step, the mean of its heads, for T5's tokens. Each map is relative to its own
+# maximum, so compare places, not words.
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # shown = table[0, -1].mean(0)[text:, places["T5"]].T  # (word, patches)
@@ -680,39 +682,48 @@ def record_attention(
 #
 # **Three.** Padding is read too: its share stands in the table above. Hide it, by a
 # mask that gives its keys no weight. Does the picture change, and as much as another
-# seed would change it?
+# seed would change it? Two prompts, eight pictures each: ours, and one that names no
+# ground. Both changes start from the same pictures, so compare them picture by picture.
 
 # %% tags=["active-ipynb", "hide-output", "nbval-ignore-output"]
 # class Masked(JointAttention):
 #     def forward(self, context: Heads, image: Heads) -> tuple[Tensor, Tensor]:
-#         kept = Heads(*(t[:, used] for t in context))
+#         kept = Heads(*(t[:, named] for t in context))
 #         q = torch.cat([context.q, image.q], dim=1)
 #         k, v = (torch.cat(t, dim=1) for t in zip(kept[1:], image[1:]))
 #         out = attend(q, k, v)
 #         return out[:, :text], out[:, text:]
 #
 #
-# options = {"num_images_per_prompt": 8, "output_type": "pt", "guidance_scale": 1.0,
-#     "num_inference_steps": 14}
-# plain, other = (pipe(PROMPT, seed=seed, **options) for seed in (0, 8))
-# for block in pipe.transformer.joint_blocks:
-#     block.attention = Masked()
-# hidden = pipe(PROMPT, seed=0, **options)
-# for block in pipe.transformer.joint_blocks:
-#     block.attention = JointAttention()
-# for name, x in (("padding hidden", hidden), ("another seed", other)):
-#     moved = (x - plain).abs().mean((1, 2, 3))  # (8,) by picture
-#     half = 2.36 * moved.std() / 8**0.5
-#     print(f"{name:14}: pixels move by {moved.mean():.3f} ± {half:.3f} (95 %) of 1")
+# def draw(prompt: str, seed: int, layer: type = JointAttention) -> Tensor:
+#     for block in pipe.transformer.joint_blocks:
+#         block.attention = layer()
+#     return pipe(prompt, seed=seed, num_images_per_prompt=8, num_inference_steps=8,
+#         guidance_scale=1.0, output_type="pt")
+
+# %% tags=["active-ipynb", "hide-output", "nbval-ignore-output"]
+# print("pixels, from 0 to 1, move by the mean of eight pictures, with 95 % intervals")
+# for prompt in ("a grey palm", PROMPT):
+#     named = [*range(len(clip.encode(prompt)))]
+#     named += [behind + i for i in range(len(t5.encode(prompt)))]
+#     hidden, plain, other = draw(prompt, 0, Masked), draw(prompt, 0), draw(prompt, 8)
+#     moved = [(x - plain).abs().mean((1, 2, 3)) for x in (hidden, other)]  # 2 × (8,)
+#     rows = {"padding hidden": moved[0], "another seed": moved[1]}
+#     print(prompt)
+#     for name, x in (rows | {"difference": moved[0] - moved[1]}).items():
+#         half = 2.36 * x.std() / 8**0.5  # Student's t
+#         print(f"  {name:14} {x.mean():6.3f} ± {half:.3f}")
 
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# For this prompt and eight seeds the two intervals overlap: hiding the padding changes
-# the picture about as much as another seed does. "Nothing" it could not be, unless
-# padding had no weight at all: training filled those places with something, and the
-# weights took it for granted. As with "apart", what is measured is what padding gave
-# *and* that the network now meets weights it never met.
+# Pixels move with both prompts. "Nothing" it could not be, unless padding had no weight
+# at all: training filled those places with something, and the weights took it for
+# granted. Whether it is as much as with another seed depends on the prompt. Where the
+# prompt leaves the ground open, another seed chooses another, and moves the picture
+# far more. With ours the interval of the difference holds zero: eight pictures do not
+# tell which of the two changes is the larger. As with "apart", what is measured is what
+# padding gave *and* that the network meets weights it never met.
 #
 # </details>
 #
@@ -829,8 +840,10 @@ def record_attention(
 # print("tokens that one head reads:    ", each.round().int().tolist(), "by block")
 # print("tokens that all heads read:    ", mixed.mean(1).round().int().tolist())
 # # A mean of tables never has less entropy than they have on average; what counts is
-# # how much more. Heads that read the same tokens would leave the number where it is;
-# # five that read equally many and share none would make it five times as large.
+# # how much more. Heads that read the same tokens would leave the number where it is.
+# # Here it grows in each block, so heads read different tokens; but by far less than
+# # five times, so they share many. (Where one head reads half of the 128 tokens there
+# # are, as in the first blocks, it could not grow much more.)
 
 # %% [markdown]
 # **4.3 Code.** Write a joint attention in which nobody reads the words marked False in
@@ -888,17 +901,18 @@ def record_attention(
 #     views = pipe(pair, num_images_per_prompt=4, **options)
 # left = (torch.arange(side**2) % side) < side // 2
 # pieces = [piece.strip("▁") for piece in t5.tokens(t5.encode(pair))]
+# print(f"{'left/right':>10}", *(f"    block {b}" for b in range(blocks)))
 # for word in ("red", "blue"):
 #     rows = [1 + pair.split().index(word), behind + pieces.index(word)]
 #     x = torch.stack([m[4][:, text:, rows].sum(-1) for m in found.values()])
-#     sides = [f"{b[:, left].mean():.4f}/{b[:, ~left].mean():.4f}" for b in x]
-#     print(f"{word:>5}, both tokens, left/right:", *sides)
+#     sides = [f"{b[:, left].mean():.3f}/{b[:, ~left].mean():.3f}" for b in x]
+#     print(f"{word:>10}", *sides)
 # viz.show_images(views, low=0)
-# # Two tokens read evenly would get 2/128 = 0.016. A large number for each colour on
-# # its own side would show binding. Look at the pictures too: where the colours are
-# # right and the numbers do not show it, they came another way. A garment's own token
-# # has read its colour (chapter 2), and the weights of one word do not tell what
-# # another carries.
+# # Two tokens read evenly would get 2/128 = 0.016. Block 4 shows binding: *red* is read
+# # many times as much on the left, where the dress is, as on the right, and *blue* the
+# # other way round. In the first blocks the two sides differ little. And a colour may
+# # come another way: a garment's own token has read its colour (chapter 2), and the
+# # weights of one word do not tell what another carries.
 
 # %% [markdown]
 # ## Summary

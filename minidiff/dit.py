@@ -942,9 +942,44 @@ class MMDiT(Layers):
 # use of the caption. The gain over no caption grows with the noise: the less the latent
 # tells, the more the caption must. Compare the two tables at one level: where the
 # second gain is clearly the larger, a wrong caption does more harm than none. (At σ = 1
-# the two gains are nearly equal.) So most of what a prompt decides is decided at high
-# noise, in the first steps of a drawing. Which levels to train on (chapter 6) has to do
-# with this.
+# the two gains are nearly equal.) Which levels to train on (chapter 6) has to do with
+# this.
+#
+# But decibels count pixels, and most pixels are ground. When does a drawing decide on
+# its ground, and when on the thing? Sixteen prompts, 14 steps without guidance: the
+# first steps are given the text of another prompt, the rest their own. The judge of
+# chapter 8 counts which of the two the pictures show.
+
+# %% tags=["active-ipynb"]
+# prompts, grade = exam(16)
+# own = pipe.encode_prompt(prompts)
+# others, steps = [t.roll(1, 0) for t in own], pipe.scheduler.sigmas(14)
+#
+# def follow(x: Tensor, text: list[Tensor], sigmas: Tensor) -> Tensor:
+#     for sigma, after in zip(sigmas, sigmas[1:]):
+#         x = x + (after - sigma) * model(x, sigma.expand(16), *text)
+#     return x
+#
+# switched, x = {}, static
+# for start, k in ((0, 3), (3, 7)):
+#     x = follow(x, others, steps[start : k + 1])  # the other's text up to step k
+#     switched[k] = pipe.decode(follow(x, own, steps[k:])) * 2 - 1
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# print(f"{'shown':24}{'its own prompt':>18}{'the other prompt':>18}")
+# for k, drawn in switched.items():
+#     mine, theirs = grade(drawn), grade(drawn.roll(-1, 0))
+#     for part in ("ground", "things"):
+#         print(f"{k} steps, σ {steps[k]:.2f}, {part:6}",
+#             f"{share(mine[part]):>18}{share(theirs[part]):>18}")
+
+# %% [markdown]
+# The level is the one at which the text changes. After three steps the ground is
+# settled: it is the other prompt's, and the prompt's own text comes too late. The thing
+# is still open, and more pictures show their own than the other's. After half of the
+# steps it is the reverse: hardly any own thing is left. So the two are decided one
+# after the other, the ground at high noise and the thing on the way to the middle.
+# (Even a drawing that nobody disturbs does not always show its thing.)
 #
 # A prompt enters in two ways: as words, which attention reads, and as one pooled vector
 # in the modulations. Which of them decides? We draw eight prompts four times: as they
@@ -988,21 +1023,25 @@ class MMDiT(Layers):
 # Six numbers per channel steer a stream (`shift`, `scale` and `gate`, for attention and
 # for the MLP), and all depend on $\sigma$. A gate alone says little: what counts is how
 # much a block adds, $\lVert\alpha \odot \text{update}\rVert$, beside the stream that it
-# is added to. Hooks catch both, for the patches of a scene at five levels.
+# is added to. Hooks catch both, for the patches of a scene at five levels. With $\sigma$
+# two things change: the time that the network is told, and the latent that it sees. To
+# part them, we do it a second time with the latent held at $\sigma = 0.5$.
 
 # %% tags=["active-ipynb"]
 # given = [t.expand(8, *t.shape[1:]) for t in pipe.encode_prompt(captions[0])]
 # sigmas = [0.05, 0.25, 0.5, 0.75, 1.0]
 # mixtures = [(1 - sigma) * x0[:1] + sigma * noise for sigma in sigmas]
 # text = [t[:1] for t in given]
-# pairs = zip(mixtures, torch.tensor(sigmas).split(1))
+# times = torch.tensor(2 * sigmas).split(1)
+# pairs = zip(mixtures + [mixtures[2]] * 5, times)
 # shares = torch.stack([added(model, *pair, *text) for pair in pairs], -1)
 # rows = [f"{kind} {i}" for kind in ("attention", "MLP") for i in range(len(shares))]
-# columns = [f"{sigma:g}" for sigma in sigmas]
-# shares = shares.transpose(0, 1).flatten(0, 1)  # (2·blocks, sigma)
-# viz.show_heatmap(shares, rows, columns, "noise level σ", digits=2).captioned(
+# columns = [f"{sigma:g}" for sigma in 2 * sigmas]
+# shares = shares.transpose(0, 1).flatten(0, 1)  # (2·blocks, 2·sigma)
+# title = "latent and time at σ        only the time at σ"
+# viz.show_heatmap(shares, rows, columns, "noise level σ", "", title, digits=2).captioned(
 #     "What attention and MLP of each block add to the patches, as a share of the "
-#     "patches' length.")
+#     "patches' length. Right half: the latent is held at σ = 0.5.")
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # near, far = (model.modulations(torch.tensor([s]), pooled).blocks for s in (0.2, 0.9))
@@ -1014,11 +1053,14 @@ class MMDiT(Layers):
 #     print(f"{name:10} from σ 0.2 to 0.9: length × {grown:.2f}, moved by {moved:.0%}")
 
 # %% [markdown]
-# Read the first figure by rows: where a row changes from left to right, the block works
-# differently at another noise level. In the table beneath, compare the two numbers of a
-# row: a vector may move while its length stays. A mean of sizes, the obvious thing to
-# plot, would not show that. (Once, in training, they did not move at all: [what we got
-# wrong](../book/wrong.md).)
+# Read the figure by rows. Where a row changes in the left half, the block works
+# differently at another noise level; where it changes in the right half too, the time
+# alone does it. In most rows the right half changes less: most of the change comes from
+# the latent. But time does its part: told of more noise, the attention of blocks 2 and
+# 5 adds more to one and the same latent. In the table beneath, compare the two numbers
+# of a row: a vector may move while its length stays. A mean of sizes, the obvious thing
+# to plot, would not show that. (Once, in training, they did not move at all: [what we
+# got wrong](../book/wrong.md).)
 
 # %% [markdown]
 # ## Where the parameters are, and where the work is
@@ -1071,9 +1113,12 @@ class MMDiT(Layers):
 # for name, side in [(m, s) for m in ("Medium", "Large") for s in (64, 128, 256)]:
 #     work[f"{name} {8 * side}²"] = flops(configs[name], side, 333)
 # totals_of_work = {name: sum(parts.values()) for name, parts in work.items()}
-# print({name: f"{n / 1e12:.3f} TFLOP" for name, n in totals_of_work.items()})
-# viz.show_bars({name: {k: 100 * n / totals_of_work[name] for k, n in parts.items()}
-#     for name, parts in work.items()}, "% of one step's work", stacked=True)
+# shares = {name: {k: 100 * n / totals_of_work[name] for k, n in parts.items()}
+#     for name, parts in work.items()}
+# for name, n in totals_of_work.items():
+#     part = shares[name]["attention"]
+#     print(f"{name:12} {n / 1e12:7.3f} TFLOP, attention {part:2.0f} %")
+# viz.show_bars(shares, "% of one step's work", stacked=True)
 
 # %% tags=["active-ipynb"]
 # from dataclasses import replace
@@ -1121,19 +1166,35 @@ class MMDiT(Layers):
 # viz.show_images(torch.stack(pictures), list(found))
 
 # %% tags=["active-ipynb", "hide-output", "nbval-ignore-output"]
+# whole = found.pop("all blocks")
+# near = {name: psnr_by_picture(drawn, whole) for name, drawn in found.items()}
+# most = min(near, key=lambda name: near[name].mean())  # missed most
+# about = lambda x: f"{x.mean():.1f} ± {2.2 * x.std() / 12**0.5:.1f}"  # Student's t
+# print(f"{'':12}{'right':13}{'PSNR in dB':13}more than {most}, by pairs")
+# print(f"{'all blocks':11}{share(grade(whole)['all'])}")
 # for name, drawn in found.items():
-#     same = psnr_by_picture(drawn, found["all blocks"]).clamp(max=99)
-#     half = 2.2 * same.std() / len(same) ** 0.5  # Student's t, twelve prompts
-#     near = "" if name == "all blocks" else f", {same.mean():.1f} ± {half:.1f} dB"
-#     print(f"{name:10} right {share(grade(drawn)['all'])}{near}")
+#     more = "" if name == most else about(near[name] - near[most])
+#     print(f"{name:11}{share(grade(drawn)['all']):14}{about(near[name]):13}{more}")
 
 # %% [markdown]
 # A block *adds* to its tokens, so that the network still runs without it; but later
 # blocks miss what it would have written. One picture deceives: it may hang on one block
 # by chance. The table has twelve prompts, with how many of them are still drawn
-# rightly, and how near a picture is to that of the whole network. Compare it with the
-# figure of what each block adds: is the block that adds most the one that is missed
+# rightly, and how near a picture is to that of the whole network. The last column
+# compares with the block that is missed most, prompt by prompt. Compare the table with
+# the figure of what each block adds: is the block that adds most the one that is missed
 # most? Was your guess right?
+#
+# <details><summary>Answer</summary>
+#
+# It can spare none: without any one of them few prompts or none are still drawn
+# rightly. By likeness the first block is missed most, and the last comes next: the
+# interval between these two holds zero, while those of the others do not. Those in the
+# middle are missed less. In the figure it is the attention of the last block that adds
+# most, and of what block 0 adds, little stands out. So the size of an update is not the
+# need for it: what the first block writes, all others read.
+#
+# </details>
 
 # %% [markdown]
 # **Two.** Exchange rows and columns of the position table: every patch is told the

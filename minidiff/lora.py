@@ -1087,7 +1087,8 @@ def fuse(updates: Mapping[str, Update], model: nn.Module, weight: float = 1.0) -
 # @check
 # def exercise_10_1() -> None:
 #     rank = break_even()
-#     few = sum(p.numel() for p in LowRank(2432, 2432, rank).parameters())
+#     assert rank == int(rank) > 0, f"a rank is a whole number from 1, not {rank}"
+#     few = sum(p.numel() for p in LowRank(2432, 2432, int(rank)).parameters())
 #     assert few == 2432**2, f"rank {rank} has {few:,} numbers, the layer {2432**2:,}"
 
 # %% tags=["active-ipynb", "hide-cell", "solution"]
@@ -1172,8 +1173,9 @@ def fuse(updates: Mapping[str, Update], model: nn.Module, weight: float = 1.0) -
 #         f"{likeness(drawn, wanted.roll(1, 0)):.2f} to another's")
 # print(f"the photograph: {likeness(base, wanted):.2f}")
 # table(columns)
-# # Where the two lines are alike, one direction has room for what 20 steps can move:
-# # few directions hold most of the change (the spectrum above).
+# # Look: after 20 steps the two columns are alike, so one direction has room for what
+# # they can move; few directions hold most of the change (the spectrum above). The
+# # number tells whose lines these are, and hardly how much of the manner.
 
 # %% [markdown]
 # ## Summary

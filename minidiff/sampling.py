@@ -257,6 +257,10 @@ def denoise_naively(
 # print(f"naive {naively:.2f} s, batched {time.perf_counter() - begun:.2f} s")
 
 # %% [markdown]
+# One run of each, and the second is the package's own, which also has the quicker
+# blocks of chapter 12. On a processor two rows cost nearly twice one; on a GPU a batch
+# of one leaves most of the card idle.
+#
 # ## The pipeline
 #
 # Now the form that the package exports. First, how each model wants to be drawn from.
@@ -985,8 +989,8 @@ class Pipeline(Parts):
 # Single pictures deceive here; the table counts. With and without T5 the same prompts
 # are drawn from the same noise, so the last line of each kind counts in pairs. If T5
 # made no difference, its two numbers would be alike; five to none happens by chance
-# once in 16 times, four to one three times in eight: neither is proof. With two things
-# it is the colours that lose most; the places hardly suffer.
+# once in 16 times, four to one three times in eight: neither is proof. In these sixteen
+# with two things the colours lost most, the places one; that does not rank them.
 #
 # And “T5 alone” tells whether the model can do without CLIP: none of these pictures is
 # right. (In training each encoder was left out in one sample of twenty, both CLIPs
@@ -1110,7 +1114,7 @@ class Pipeline(Parts):
 #   them away, streams T5 layer by layer, or stores weights in 8 bits.
 #   `minidiff.load(..., memory="12GB")` does so; the plans live in `minidiff.engine`.
 # - **Compilation.** `compile=True` compiles each kind of block once. The first picture
-#   waits for it, the others are faster.
+#   waits for it, the others should be faster (measured here on no card).
 # - **Large pictures** are decoded in overlapping tiles, because the decoder's last
 #   feature maps, 256 channels as large as the picture, take gigabytes.
 # - **Many users** share a batch, with their own prompts, seeds and guidance scales, and
@@ -1278,15 +1282,18 @@ class Pipeline(Parts):
 
 # %% tags=["active-ipynb", "hide-cell", "nbval-ignore-output"]
 # how = {"num_images_per_prompt": 16, "num_inference_steps": 6, "output_type": "pt"}
-# rows = []
+# rows, redness = [], {}
 # for avoided in ("", "a red dress", "red", "a red dress on a blue background"):
 #     drawn = pipe("a dress on a blue background", negative_prompt=avoided, **how)
 #     inside = parts(drawn)[1][:, None]  # (B, 1, 64, 64)
 #     tint = (drawn * inside).sum((2, 3)) / inside.sum((2, 3)).clamp(min=1)
-#     redness = tint[:, 0] - tint[:, 1:].mean(1)  # (B, 3) → (B,)
-#     half = 1.96 / 16**0.5 * redness.std()
-#     print(f"away from “{avoided}”: redness {redness.mean():+.2f} ± {half:.2f}")
+#     redness[avoided] = tint[:, 0] - tint[:, 1:].mean(1)  # (B, 3) → (B,)
 #     rows.append(drawn[:8])
+# pairs = [(one, "") for one in tuple(redness)[1:]] + [("a red dress", "red")]
+# for one, other in pairs:
+#     more = redness[one] - redness[other]  # of the same noise
+#     half = 2.13 * more.std() / 16**0.5  # Student's t, sixteen seeds
+#     print(f"“{one}” for “{other}” changes redness by {more.mean():+.2f} ± {half:.2f}")
 # viz.show_images(torch.cat(rows), columns=8, low=0).captioned(
 #     "Rows: away from nothing, “a red dress”, “red”, and “a red dress on a blue "
 #     "background”.")
@@ -1295,13 +1302,12 @@ class Pipeline(Parts):
 # <details><summary>Answer</summary>
 #
 # Redness is red less the mean of green and blue, within the outline of what stands out
-# from the ground; the first row, with the empty prompt, is what the others are compared
-# with. Compare each row with the first: where the intervals lie apart, or at most
-# touch, the negative prompt was understood. So were all three. Then compare the rows of
-# “red” and “a red dress”: “red” alone is no caption that training showed, and it could
-# belong to a ground. Only if their intervals lay apart would the model need the whole
-# text. They overlap, so sixteen pictures do not show that it does. The last row avoids
-# the dress itself too: one picture shown is empty, and counts with a redness of zero.
+# from the ground. The rows have their noise in common, so the differences are taken
+# seed by seed. Against the empty prompt each of the three takes red away: all were
+# understood. The last line sets “a red dress” against “red”, and the caption takes away
+# more than the word. “Red” alone is no caption that training showed, and it could
+# belong to a ground. The last row avoids the dress itself too: one picture shown is
+# empty, and counts with a redness of zero.
 #
 # </details>
 

@@ -306,8 +306,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 # %% [markdown]
 # Small negative inputs pass a little, large ones not at all. The curves lie nearly on
-# one another; what the wrong one costs in a trained network is measured below, when we
-# have one. Weights are used with the activation that they were trained with.
+# one another; how far the wrong one moves the states of our three layers is measured
+# below, when they are trained. Weights are used with the activation that they were
+# trained with.
 
 
 # %%
@@ -869,10 +870,13 @@ class T5Encoder(nn.Module):
 # viz.show_heatmap(shown, tokens, tokens, title=title, digits=2)
 
 # %% [markdown]
-# Each row of this *attention map* shows one token reading the others (the rest up to 1
-# goes to padding). Where bias alone decided, a diagonal line would be all that is seen,
-# in every block alike; where the weights differ from block to block and from row to
-# row, queries and keys have their say.
+# Each row of this *attention map* shows one token reading the others. (What a row lacks
+# to 1 goes to padding, here next to nothing.) Where bias alone decided, a diagonal line
+# would be all that is seen, in every block alike; where the weights differ from block
+# to block and from row to row, queries and keys have their say. Here several rows read
+# one word with nearly all their weight, from wherever they stand: in the last block
+# this head looks for a word. So the mean printed above is one of hits and of zeros, and
+# does not say that the head looks to one place.
 
 # %% [markdown]
 # ## One context for the transformer
@@ -987,23 +991,33 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # channels, *sides = pipe.prepare_latents(1).shape[1:]
 # noise = normal(0, torch.arange(len(texts)), (channels, *sides))
-# print(f"{'n = 32':20}{'all right':16}{'things':16}{'colours':16}")
+# print(f"{'n = 32':19}{'all right':23}{'things':23}{'colours':16}")
 # for name, (states, vector) in trials.items():
 #     options = {"num_inference_steps": 8, "guidance_scale": 1.0, "output_type": "pt"}
 #     given = {"prompt_embeds": states, "pooled_prompt_embeds": vector}
 #     right = grade(pipe(None, latents=noise, **given, **options) * 2 - 1)
-#     kinds = "all", "things", "colors"
-#     print(f"{name:18}", *[f"{share(right[kind]):15}" for kind in kinds])
+#     whole = right if name == "everything" else whole
+#     line = f"{name:18}"
+#     for kind in ("all", "things", "colors"):
+#         a, b = whole[kind], right[kind]
+#         line += f" {share(b):14} {(a & ~b).sum():2}:{(b & ~a).sum():<2} "
+#     print(line.rstrip())
 
 # %% [markdown]
-# Read down a column. The first line is what this model can do in eight steps. Where a
-# line stays within the first one's interval, what was taken away was not missed, or its
-# loss is too small to be seen with 32 prompts. Where it falls, the transformer listened
-# there: it need not listen to the reader who knows best. A model that gets colours
-# right without any T5 takes them from the CLIPs; whether it could take them from T5 the
-# lines without CLIP say. Read two lines with care: in training a CLIP's states and its
-# pooled vector were left out together, so that "no CLIP states" and "pooled of no
-# words" are inputs that the model never met.
+# Read down a column. The first line is what this model can do in eight steps. The other
+# lines share its prompts and its noises, so compare them with it in pairs: the two
+# numbers behind a share count the pictures that are right in the first line alone, and
+# in this line alone. If what was taken away made no difference, each of these pictures
+# would fall to either side like a coin, and 6:0, 8:1 or 10:2 would come once in 20
+# times at most, counting both ways round. So where the first number is that much
+# larger, the transformer listened there. Where it is not, the thing was not missed, or
+# its loss is too small to be seen with 32 prompts.
+#
+# The transformer need not listen to the reader who knows best. A model that gets
+# colours right without any T5 takes them from the CLIPs; whether it could take them
+# from T5 the lines without CLIP say. Read two lines with care: in training a CLIP's
+# states and its pooled vector were left out together, so that "no CLIP states" and
+# "pooled of no words" are inputs that the model never met.
 #
 # So the second question: what *could* be read? A *linear probe* is a matrix, fitted by
 # least squares, that guesses a property from a state; the better it guesses on captions
@@ -1019,32 +1033,35 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 #     return states
 #
 #
-# rows = named_scenes(TWO, 1200)
+# rows = named_scenes(TWO, 1600)
 # texts = [TWOS[0].format(*row) for row in rows]
 # heads = ["{0} {2}".format(*row) for row in rows]  # "red dress"
-# first, second = ([list(COLORS).index(row[i]) for row in rows] for i in (0, 1))
+# named = torch.tensor([[[*COLORS].index(row[i]) for i in (0, 1, 4)] for row in rows])
 
 # %% tags=["active-ipynb"]
 # def probe(states: Tensor, answers: Tensor) -> Tensor:
 #     x = F.pad(states - states.mean(0), (0, 1), value=1.0)
 #     wanted = F.one_hot(answers).float()
-#     square = x[:800].T @ x[:800] + 1e-2 * torch.eye(x.shape[1])
-#     fit = torch.linalg.solve(square, x[:800].T @ wanted[:800])
-#     return (x[800:] @ fit).argmax(1) == answers[800:]
+#     square = x[:1200].T @ x[:1200] + 1e-2 * torch.eye(x.shape[1])
+#     fit = torch.linalg.solve(square, x[:1200].T @ wanted[:1200])
+#     return (x[1200:] @ fit).argmax(1)  # one guess for each of the other captions
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
-# asked = {"its own": torch.tensor(first), "the other's": torch.tensor(second)}
+# asked = {"its own": named[:, 0], "the other's": named[:, 1]}
 # readers = {"CLIP-L": (tokenize_l, clip_l.hidden_states)}
 # readers["CLIP-G"] = tokenize_g, clip_g.hidden_states
 # readers["T5"] = tokenize_t5, t5_states
 # found = {}
+# print("after the last layer, n = 400:    right            a colour of the sentence")
 # for name, (tokenize, states_of) in readers.items():
 #     places = torch.tensor([len(tokenize.encode(head)) - 2 for head in heads])
-#     layers = [x[torch.arange(1200), places] for x in states_of(tokenize(texts))]
+#     layers = [x[torch.arange(1600), places] for x in states_of(tokenize(texts))]
 #     for whose, answers in asked.items():
-#         right = torch.stack([probe(x, answers) for x in layers])
+#         guesses = torch.stack([probe(x, answers) for x in layers])
+#         right = guesses == answers[1200:]
 #         found[f"{name}, {whose}"] = F.pad(right.float().mean(1), (0, 9 - len(right)))
-#         print(f"{name:6} {whose:11} after the last layer, n = 400:", share(right[-1]))
+#         any_of_three = (guesses[-1, :, None] == named[1200:]).any(1)
+#         print(f"{name:6} {whose:25} {share(right[-1]):16} {share(any_of_three)}")
 
 # %% tags=["active-ipynb"]
 # depth = max(len(clip_g.text_model.encoder.layers), len(t5.encoder.block))
@@ -1054,15 +1071,23 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 # viz.show_heatmap(shown, list(found), ticks, title=title, digits=2)
 
 # %% [markdown]
-# There are twelve colours, so that a blind guess is right once in twelve. The
-# embeddings are near that: a thing's token does not know its colour before it has read.
-# Then look how far each reader comes, and where. In CLIP the caption's second colour
-# cannot reach the first thing, which stands before it (the causal mask); T5's tokens
-# see it. If "its own" is much higher than "the other's" there, T5 binds; if both are
-# high, its tokens know the colours of the whole sentence; if both are low, its tokens
-# hardly say colours at all, at least not in a way that a matrix can read. And compare
-# the last two columns that CLIP has: they say whether taking the states one layer early
-# matters for this property, in this model.
+# There are twelve colours, so that a blind guess is right once in twelve, and is one of
+# the sentence's three colours (two of things, one of the ground) about once in four.
+# The embeddings are near one in twelve: a thing's token does not know its colour before
+# it has read. Then look how far each reader comes, and where. In CLIP the caption's
+# second colour cannot reach the first thing, which stands before it (the causal mask);
+# T5's tokens see it. There,
+#
+# - if "its own" is much higher than "the other's", T5 binds;
+# - if both are high, its tokens know each colour and whose it is;
+# - about one third for both is what a token reaches that knows the sentence's three
+#   colours and not whose they are: then most guesses are a colour of the sentence;
+# - at one twelfth for both, and one quarter in the last column of the printed table,
+#   the token says no colours, at least not in a way that a matrix can read.
+#
+# The book's T5 comes near the third case: it knows which colours, and hardly whose. And
+# compare the last two columns that CLIP has in the heatmap: they say whether taking the
+# states one layer early matters for this property, in this model.
 #
 # Two measures, two questions: a probe says what is *there*, leaving out says what is
 # *used*. A reader can know much and be ignored, because another is easier to read.
@@ -1276,9 +1301,13 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 # blind = copy.deepcopy(clip_l)
 # for layer in blind.text_model.encoder.layers:
 #     layer.self_attn.__class__ = Unmasked
-# for name, model in {"masked": clip_l, "unmasked": blind}.items():
-#     alike = similarity(model(tokenize_l(captions))[1])[0, 1:]
-#     print(f"{name:9} caption 0 against 1 … 5:", *[f"{c:.2f}" for c in alike])
+# ids, alone = tokenize_l(captions), map(tokenize_l.encode, captions)
+# trials = {"masked": clip_l(ids)[1], "unmasked": blind(ids)[1]}
+# rows = [blind(torch.tensor([row]))[1] for row in alone]
+# trials["unmasked, no padding"] = torch.cat(rows)
+# for name, vectors in trials.items():
+#     alike = similarity(vectors)[0, 1:]
+#     print(f"{name:20} caption 0 against 1 … 5:", *[f"{c:.2f}" for c in alike])
 
 # %% tags=["active-ipynb", "hide-cell"]
 # longer = PROMPT.replace("red ", "red long ")
@@ -1291,7 +1320,8 @@ def assemble(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 #     print(f"{name:6} the tokens before the new word move by {moved}")
 # # With the mask, nothing that comes later can reach an earlier token: exactly 0.
 # # Without it each token reads 31 others, the padding among them, which it never did in
-# # training; all captions then look alike to the end token.
+# # training. It is the padding that makes all captions alike to the end token: without
+# # mask and padding only the one with colours exchanged wrongly passes for the same.
 
 # %% [markdown]
 # ## Summary

@@ -865,11 +865,13 @@ def learn_pieces(words: dict[str, int], alphabet: str, size: int) -> dict[str, f
 # viz.show_pieces(rows, [f"{size} pieces" for size in sizes])
 
 # %% [markdown]
-# The first row has room for the letters alone. Then stems become pieces, the frequent
-# ones first; with 22 pieces the ending "est" is one, with 26 also "er": parts that
-# stand in many words and so pay for their place more than once. At last the more
-# frequent of the long words are whole, and the rare ones stay cut at the ending. That
-# is what *subword* means.
+# The first row has room for the letters alone. Then stems become pieces, first those
+# that save most. Uses count, and so does what the letters would cost: "▁red" has the
+# most uses and is still spelled at 18 pieces, for its letters are few and frequent, and
+# so cheap. With 22 pieces the ending "est" is one, with 26 also "er": parts that stand
+# in many words and so pay for their place more than once. At last the more frequent of
+# the long words are whole, and the rare ones stay cut at the ending. That is what
+# *subword* means.
 #
 # ## T5's tokenizer
 #
@@ -1208,6 +1210,8 @@ class T5Tokenizer(Tokenizer):
 #         assert "".join(found) == word, f"{found} is not {word}"
 #         longest = seal([*found]) == expected
 #         assert longest, f"{found} is not the longest piece each time"
+#     found = [*greedy("ab", build_trie({"ab": -1.0, "b": -1.0}))]
+#     assert found == ["ab"], f"the pieces are ab and b, yet you cut {found}"
 #     word, scores = trap()
 #     ours, best = (f(word, build_trie(scores)) for f in (greedy, best_path))
 #     assert {*ours, *best} <= scores.keys(), f"a piece of {ours} or {best} is unknown"

@@ -329,8 +329,9 @@ def clip_loss(model: CLIPTraining, batch: Batch) -> Tensor:
 # viz.show_images(torch.cat(list(batches.values())), columns=8)
 
 # %% [markdown]
-# In the lower row a caption has to find its picture by what it names. The recipe's
-# batches hold 128, from 65,536 pictures.
+# In the lower row the ground tells nothing, and where a colour fits several pictures a
+# caption has to find its own by the thing that it names. The recipe's batches hold 128,
+# from 65,536 pictures.
 
 # %% [markdown]
 # ### T5: fill the gaps
@@ -520,8 +521,9 @@ def loss_by_level(model: MMDiT, batch: Batch, levels: int = 8) -> list[float]:
 # *Can the network learn one batch by heart?* If not, something is broken. And *does it
 # do better than one that sees nothing?* Such a network has a best answer too, the
 # baseline: for CLIP a guess among the batch, for T5 the words' frequencies, for the
-# autoencoder the mean picture, for the transformer zero. Each loss now takes 8 steps
-# on one batch, with fresh networks of the shipped sizes.
+# autoencoder the mean picture, for the transformer the mean velocity, each of the same
+# batch. Each loss now takes 8 steps on one batch, with fresh networks of the shipped
+# sizes.
 
 # %% tags=["active-ipynb"]
 # at, numbers = torch.arange(100, 104), torch.arange(4)
@@ -561,7 +563,9 @@ def loss_by_level(model: MMDiT, batch: Batch, levels: int = 8) -> list[float]:
 # chance = counts[counts > 0] / counts.sum()
 # distance = mean.abs().mean() + 2 * mean.square().mean()
 # baselines = [distance + gradient_difference(mean) / 2, 4 * math.log(4)]
-# baselines += [-(chance * chance.log()).sum(), (noise - latents).square().mean()]
+# velocity = noise - latents
+# spread = (velocity - velocity.mean(0)).square().mean()
+# baselines += [-(chance * chance.log()).sum(), spread]
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # for (name, (part, loss)), baseline in zip(parts.items(), baselines, strict=True):
@@ -576,8 +580,8 @@ def loss_by_level(model: MMDiT, batch: Batch, levels: int = 8) -> list[float]:
 
 # %% [markdown]
 # In each row the second number should be below the third, or on its way there: what the
-# network has learned of this batch, no guess could know. The transformer's first number
-# equals its baseline, since it begins by answering zero; the others begin as their
+# network has learned of this batch, no guess could know. The transformer begins by
+# answering zero, and pays the mean square of the velocity; the others begin as their
 # random weights would have it.
 
 # %% [markdown]
@@ -929,10 +933,11 @@ def fit(
 #         print(f"{row['step']:4}   {row['trained']:7.3f}   {row['average']:7.3f}")
 
 # %% [markdown]
-# At step 80 the average is ahead: while the rate is high the weights tremble. As the
-# rate falls to zero they stop trembling by themselves, and the two columns meet. So
-# says this one run: an average is a remedy for noise, and at the end of such a schedule
-# little is left.
+# At step 80 the average is ahead: while the rate is high the weights tremble. At step
+# 40 it is not, for it also lags behind weights that still move fast. As the rate falls
+# to zero they stop trembling by themselves, and the two columns meet. So says this one
+# run: an average is a remedy for noise, and at the end of such a schedule little is
+# left.
 
 # %% [markdown]
 # And what has it learned? Eight prompts, twenty steps, guidance 3, drawn with the
@@ -1059,10 +1064,11 @@ def fit(
 # \tfrac12$ the target $\epsilon + x_0$ is exactly $2 x_\sigma$, which the network is
 # given. A training loss tells how well a task is learned, not whether it is the right
 # one. Two things do tell. A validation that is written down separately, with the right
-# target, hardly moves. And the drawings: from noise $\epsilon$ one step along the wrong
-# answer ends at $\epsilon - (\epsilon + x_0) = -x_0$, the opposite of the picture, so
-# that no ground comes near its colour; after 60 steps all are near grey. Validate by
-# other code than you train by, and draw early.
+# target, hardly moves. And the drawings. Who knew the wrong target perfectly would end,
+# one step from noise $\epsilon$, at $\epsilon - (\epsilon + x_0) = -x_0$, the opposite
+# of the picture. After 60 steps this network knows little of $x_0$ at $\sigma = 1$, and
+# all its grounds are near grey. Neither is what was asked. Validate by other code than
+# you train by, and draw early.
 
 # %% [markdown]
 # ## Stop anywhere
@@ -1158,7 +1164,7 @@ def fit(
 # %% [markdown]
 # Large does not fit on a card of 80 or 141 GB so. Sharded over 8 (`sharded` above),
 # each keeps an eighth; Muon keeps one moment instead of two; LoRA (chapter 10) trains a
-# hundredth of the numbers and keeps the rest in 16 bits or fewer.
+# few thousandths of the numbers and keeps the rest in 16 bits or fewer.
 #
 # To train the small model yourself, in a terminal: `minidiff train --output my-model`.
 # Stop it when you like; the same line goes on. [How the shipped model was
@@ -1298,20 +1304,23 @@ def fit(
 # %% tags=["active-ipynb", "hide-cell", "nbval-ignore-output"]
 # never, _ = learn(train_set, 60, dropped=0.0)
 # blank = {"context": empty[0].expand(16, -1, -1), "pooled": empty[1].expand(16, -1)}
+# drawn = []
 # for name, found in (("dropped in a tenth", album[60]), ("never dropped", never[60])):
 #     loss = sum(loss_by_level(found, fixed | blank)) / 8
-#     extreme = (draw(found).abs() >= 1).float().mean()
+#     drawn.append(draw(found))
+#     extreme = (drawn[-1].abs() >= 1).float().mean()
 #     print(f"{name:18} loss with the empty prompt {loss:.2f}, values at their limit "
 #         f"{100 * extreme:.0f} %")
-# viz.show_images(draw(never[60]), [" on ".join(w) for w in wanted], columns=8)
+# viz.show_images(torch.cat(drawn), 2 * [" on ".join(w) for w in wanted],
+#     columns=8).captioned("Above dropped in a tenth, below never.")
 
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
 # Never dropped, the empty prompt is a text that the network was not taught. Its answer
 # $v_-$ is no nonsense (zero would cost more than 1), but nothing made it the average
-# over all prompts, and guidance takes the difference from it three times. More values
-# run into their limits.
+# over all prompts, and guidance takes the difference from it three times. In this one
+# run more values reach their limits.
 #
 # </details>
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 WIDTH = 7.2  # inches: the text column of the book
 DASHES, HATCHES = ("-", "--", "-.", ":"), ("", "///", "\\\\\\", "xxx")  # beside colours
+MARKERS = "osD^"
 MONOSPACE = "DejaVu Sans Mono"
 Points = Mapping[str, Tensor]
 Style = dict[str, Any]  # of matplotlib
@@ -385,13 +386,21 @@ def show_curves(
     logy: bool = False,
     markers: bool = False,
 ) -> "BookFigure":
-    """Lines by name: each a sequence of y, or a pair (x, y)."""
+    """Lines by name: each a sequence of y, or a pair (x, y).
+
+    Where one colour has several lines with markers, as "euler, even" and "euler, odd",
+    the dashes tell what follows the comma, and the marker's shape the colour.
+    """
     figure, axes = _axes(1, 1, (5.4, 3.0), grid=True)
     ax = axes[0, 0]
     colors = colors_of(curves)
+    shades, kinds = list(dict.fromkeys(colors)), [n.partition(",")[2] for n in curves]
+    shared = markers and len(shades) < len(colors)
     for i, (name, curve) in enumerate(curves.items()):
         x, y = curve if isinstance(curve, tuple) else (range(len(curve)), curve)
-        style = {"ls": DASHES[i % 4], "marker": "o" if markers else None, "ms": 4}
+        dash = list(dict.fromkeys(kinds)).index(kinds[i]) if shared else i
+        shape = MARKERS[shades.index(colors[i]) % 4 if shared else 0]
+        style = {"ls": DASHES[dash % 4], "marker": shape if markers else None, "ms": 4}
         ax.plot(_numpy(x), _numpy(y), c=colors[i], label=name, **style)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.set(xscale="log" if logx else "linear", yscale="log" if logy else "linear")
@@ -404,8 +413,10 @@ def show_curves(
     if any(curves):  # many names stand beside the axes, where they hide no curve
         beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
         ax.legend(**beside if len(curves) > 4 else {})
-    if logx and markers:  # counts, each with its own tick
+    if logx and markers:  # counts, each with its own tick; of near ones the larger
         places = sorted({x for line in ax.lines for x in line.get_xdata()})
+        above = [*places[1:], math.inf]
+        places = [x for x, y in zip(places, above, strict=True) if y > 1.2 * x]
         ax.set_xticks(places, [f"{x:g}" for x in places])
         ax.set_xticks([], minor=True)
     return figure

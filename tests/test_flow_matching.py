@@ -355,6 +355,13 @@ WRONG = {
             "x = x + h / 2 * velocity(x, sigma + h / 2)"
         ),
     ),
+    "each step as long as the first": (
+        "6_2",
+        midpoint(
+            "h = sigmas[1] - sigmas[0]; "
+            "x = x + h * velocity(x + h / 2 * velocity(x, sigma), sigma + h / 2)"
+        ),
+    ),
     "a mixture of state and noise": (
         "6_3",
         renoise("(1 - higher) * x + higher * fresh"),

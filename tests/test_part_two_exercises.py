@@ -140,6 +140,8 @@ WRONG = {
     "one of the two matrices": ("10_1", "break_even = lambda: 2432"),
     "a quarter": ("10_1", "break_even = lambda: 608"),
     "one too many": ("10_1", "break_even = lambda: 1217"),
+    "no direction": ("10_1", "break_even = lambda: 0"),
+    "half a direction": ("10_1", "break_even = lambda: 1216.5"),
     "scales forgotten": ("10_2", merge("w1", "w2")),
     "weights forgotten": ("10_2", merge("one.scale", "two.scale")),
     "weights at both sides": (
@@ -220,6 +222,12 @@ WRONG = {
             scale="x.abs().amax(-1, keepdim=True) / 127", values="(x / scale).round()"
         ).replace(
             "return", "scale = torch.where(scale == 0, torch.inf, scale)\n    return"
+        ),
+    ),
+    "zeros over zero": (
+        "12_3",
+        INT8.format(
+            scale="x.abs().amax(-1, keepdim=True) / 127", values="(x / scale).round()"
         ),
     ),
     "a row as scales": (

@@ -667,6 +667,15 @@ WRONG = {
         pieces, word = [*pieces, word[:end]], word[end:]
     return pieces""",
     ),
+    "the last arc": (
+        "1_3",
+        """def greedy(word, trie):
+    pieces = []
+    while word:
+        *_, (end, _) = arcs(word, 0, trie, -99.0)
+        pieces, word = [*pieces, word[:end]], word[end:]
+    return pieces""",
+    ),
     "the longest piece anywhere": (
         "1_3",
         """def greedy(word, trie):

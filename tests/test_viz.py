@@ -162,6 +162,16 @@ def test_labels_keep_their_digits() -> None:
     assert not re.search(r'd="[^"]*\.\d{3}', svg)
 
 
+def test_dashes_tell_what_colours_do_not_and_ticks_stand_apart() -> None:
+    curves = {f"{s}, {k}": ([8, 16], [2, 1]) for k in "ab" for s in ("euler", "heun")}
+    curves["heun, b"] = ([15, 31], [2, 1])
+    figure = viz.show_curves(curves, logx=True, markers=True)
+    (ax,) = figure.axes
+    assert [line.get_linestyle() for line in ax.lines] == ["-", "-", "--", "--"]
+    assert [line.get_marker() for line in ax.lines] == ["o", "s", "o", "s"]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["8", "16", "31"]
+
+
 def test_settings_of_matplotlib_are_left_alone() -> None:
     import matplotlib
 

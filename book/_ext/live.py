@@ -1,6 +1,6 @@
 """The models of the book's pages: exported to the static files when it is built.
 
-Beside them lies a picture of the journey's prompt, for browsers that run no scripts.
+Beside them lie their pictures of the journey's prompt, for browsers without scripts.
 Pages that have a place to draw load the scripts.
 """
 
@@ -26,9 +26,9 @@ def add(app: Sphinx, error: Exception | None) -> None:
     pipes = {name: minidiff.load(name) for name, _ in MODELS}
     for name, net in MODELS:
         export_pipeline(pipes[name], folder, name, net and load_control(net))
-    pipe = pipes[MODELS[0][0]]
-    pipe.progress = False
-    save_picture(pipe(PROMPT)[0], folder / "first.png", replace=True)
+    for name, pipe in pipes.items():
+        pipe.progress = False
+        save_picture(pipe(PROMPT)[0], folder / f"{name}.png", replace=True)
 
 
 def load(app: Sphinx, page: str, template: str, context: dict[str, Any], tree) -> None:

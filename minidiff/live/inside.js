@@ -12,6 +12,7 @@ minidiff.inside = (figure) => {
   }
   at.word = address.get("word");
   let about, call, request, drawn, showNow = () => {};
+  let arriving = address.has("open");  // at a station, which is then scrolled to
 
   const tabs = make("div", figure, { className: "inside-tabs" },
     { role: "tablist", "aria-label": "stations of the pipeline" });
@@ -78,6 +79,8 @@ minidiff.inside = (figure) => {
     at.head = Math.min(at.head, heads - 1);
     if (at.patch >= (sample_size / patch_size) ** 2) at.patch = null;
     choose(figure.dataset.open);
+    if (arriving) tabs.scrollIntoView();
+    arriving = false;
   });
   choose([address.get("open"), figure.dataset.open].find((name) => name in stations) ?? "steps");
 
