@@ -342,8 +342,8 @@ class Attention(nn.Module):
 #
 # Compare *cross-attention*, with which earlier diffusion models read text: there,
 # patches read words, in a layer of their own, and words never read patches. That is the
-# lower left field of the table alone. Here the two fields of a row share one softmax, so
-# that a patch weighs words against patches. And words read patches too: they change
+# lower left field of the table alone. Here the two fields of a row share one softmax,
+# so that a patch weighs words against patches. And words read patches too: they change
 # from block to block with what they have seen of the picture.
 #
 # One softmax for both has a price. Words and patches share a total of 1: the more a

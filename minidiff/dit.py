@@ -976,9 +976,9 @@ class MMDiT(Layers):
 # %% [markdown]
 # The level is the one at which the text changes. After three steps the ground is
 # settled: it is the other prompt's, and the prompt's own text comes too late. The thing
-# is still open, and more pictures show their own than the other's. After half of the
-# steps it is the reverse: hardly any own thing is left. So the two are decided one
-# after the other, the ground at high noise and the thing on the way to the middle.
+# is still open: pictures show their own and hardly ever the other's. After half of the
+# steps hardly any own thing is left, and some show the other's. So the two are decided
+# one after the other, the ground at high noise and the thing on the way to the middle.
 # (Even a drawing that nobody disturbs does not always show its thing.)
 #
 # A prompt enters in two ways: as words, which attention reads, and as one pooled vector
@@ -999,8 +999,8 @@ class MMDiT(Layers):
 # drawings = {"as they are": drawing(context8, pooled8)}
 # drawings["another's pooled"] = drawing(context8, pooled8.roll(1, 0))
 # drawings["another's words"] = drawing(context8.roll(1, 0), pooled8)
-# other_start = pipe.prepare_latents(8, seed=21)
-# drawings["another seed"] = drawing(context8, pooled8, other_start)
+# start = pipe.prepare_latents(8, seed=21)
+# drawings["another seed"] = drawing(context8, pooled8, start)
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # for name, drawn in drawings.items():
@@ -1023,25 +1023,23 @@ class MMDiT(Layers):
 # Six numbers per channel steer a stream (`shift`, `scale` and `gate`, for attention and
 # for the MLP), and all depend on $\sigma$. A gate alone says little: what counts is how
 # much a block adds, $\lVert\alpha \odot \text{update}\rVert$, beside the stream that it
-# is added to. Hooks catch both, for the patches of a scene at five levels. With $\sigma$
-# two things change: the time that the network is told, and the latent that it sees. To
-# part them, we do it a second time with the latent held at $\sigma = 0.5$.
+# is added to. Hooks catch both, for the patches of a scene at five levels. With the
+# level two things change: the time that the network is told, and the latent that it
+# sees. To part them, we do it a second time with the latent held at $\sigma = 0.5$.
 
 # %% tags=["active-ipynb"]
-# given = [t.expand(8, *t.shape[1:]) for t in pipe.encode_prompt(captions[0])]
-# sigmas = [0.05, 0.25, 0.5, 0.75, 1.0]
+# text, sigmas = pipe.encode_prompt(captions[0]), [0.05, 0.25, 0.5, 0.75, 1.0]
 # mixtures = [(1 - sigma) * x0[:1] + sigma * noise for sigma in sigmas]
-# text = [t[:1] for t in given]
-# times = torch.tensor(2 * sigmas).split(1)
-# pairs = zip(mixtures + [mixtures[2]] * 5, times)
+# pairs = zip(mixtures + [mixtures[2]] * 5, torch.tensor(2 * sigmas).split(1))
 # shares = torch.stack([added(model, *pair, *text) for pair in pairs], -1)
 # rows = [f"{kind} {i}" for kind in ("attention", "MLP") for i in range(len(shares))]
 # columns = [f"{sigma:g}" for sigma in 2 * sigmas]
 # shares = shares.transpose(0, 1).flatten(0, 1)  # (2·blocks, 2·sigma)
-# title = "latent and time at σ        only the time at σ"
-# viz.show_heatmap(shares, rows, columns, "noise level σ", "", title, digits=2).captioned(
-#     "What attention and MLP of each block add to the patches, as a share of the "
-#     "patches' length. Right half: the latent is held at σ = 0.5.")
+# title = "left: latent and time at σ; right: only the time"
+# figure = viz.show_heatmap(shares, rows, columns, "noise level σ", "", title, digits=2)
+# figure.axes[0].axvline(4.5, color="w", lw=4)
+# figure.captioned("What attention and MLP of each block add to the patches, as a share"
+#     " of the patches' length. In the right half the latent is held at σ = 0.5.")
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # near, far = (model.modulations(torch.tensor([s]), pooled).blocks for s in (0.2, 0.9))
@@ -1054,13 +1052,13 @@ class MMDiT(Layers):
 
 # %% [markdown]
 # Read the figure by rows. Where a row changes in the left half, the block works
-# differently at another noise level; where it changes in the right half too, the time
-# alone does it. In most rows the right half changes less: most of the change comes from
-# the latent. But time does its part: told of more noise, the attention of blocks 2 and
-# 5 adds more to one and the same latent. In the table beneath, compare the two numbers
-# of a row: a vector may move while its length stays. A mean of sizes, the obvious thing
-# to plot, would not show that. (Once, in training, they did not move at all: [what we
-# got wrong](../book/wrong.md).)
+# differently at another noise level; how much of that is the time's doing, the right
+# half shows. In most rows it changes less: most of the change comes from the latent.
+# But time does its part: told of more noise, the attention of blocks 2 and 5 adds more
+# to one and the same latent. In the table beneath, compare the two numbers of a row: a
+# vector may move while its length stays. A mean of sizes, the obvious thing to plot,
+# would not show that. (Once, in training, they did not move at all: [what we got
+# wrong](../book/wrong.md).)
 
 # %% [markdown]
 # ## Where the parameters are, and where the work is
@@ -1115,9 +1113,8 @@ class MMDiT(Layers):
 # totals_of_work = {name: sum(parts.values()) for name, parts in work.items()}
 # shares = {name: {k: 100 * n / totals_of_work[name] for k, n in parts.items()}
 #     for name, parts in work.items()}
-# for name, n in totals_of_work.items():
-#     part = shares[name]["attention"]
-#     print(f"{name:12} {n / 1e12:7.3f} TFLOP, attention {part:2.0f} %")
+# for (name, n), parts in zip(totals_of_work.items(), shares.values()):
+#     print(f"{name:12} {n / 1e12:7.3f} TFLOP, attention {parts['attention']:2.0f} %")
 # viz.show_bars(shares, "% of one step's work", stacked=True)
 
 # %% tags=["active-ipynb"]
@@ -1154,7 +1151,7 @@ class MMDiT(Layers):
 # prompts, grade = exam(12)
 # how = {"num_inference_steps": 8, "output_type": "pt"}
 # blocks = model.joint_blocks
-# found = {"all blocks": pipe(prompts, seed=3, **how) * 2 - 1}
+# whole, found = pipe(prompts, seed=3, **how) * 2 - 1, {}
 # pictures = [paint()]
 # for i in range(len(blocks)):
 #     model.joint_blocks = blocks[:i] + blocks[i + 1 :]
@@ -1163,17 +1160,16 @@ class MMDiT(Layers):
 # model.joint_blocks = blocks
 
 # %% tags=["active-ipynb", "hide-output"]
-# viz.show_images(torch.stack(pictures), list(found))
+# viz.show_images(torch.stack(pictures), ["all blocks", *found])
 
 # %% tags=["active-ipynb", "hide-output", "nbval-ignore-output"]
-# whole = found.pop("all blocks")
 # near = {name: psnr_by_picture(drawn, whole) for name, drawn in found.items()}
 # most = min(near, key=lambda name: near[name].mean())  # missed most
 # about = lambda x: f"{x.mean():.1f} ± {2.2 * x.std() / 12**0.5:.1f}"  # Student's t
 # print(f"{'':12}{'right':13}{'PSNR in dB':13}more than {most}, by pairs")
 # print(f"{'all blocks':11}{share(grade(whole)['all'])}")
 # for name, drawn in found.items():
-#     more = "" if name == most else about(near[name] - near[most])
+#     more = about(near[name] - near[most]) if name != most else ""
 #     print(f"{name:11}{share(grade(drawn)['all']):14}{about(near[name]):13}{more}")
 
 # %% [markdown]
@@ -1187,12 +1183,11 @@ class MMDiT(Layers):
 #
 # <details><summary>Answer</summary>
 #
-# It can spare none: without any one of them few prompts or none are still drawn
-# rightly. By likeness the first block is missed most, and the last comes next: the
-# interval between these two holds zero, while those of the others do not. Those in the
-# middle are missed less. In the figure it is the attention of the last block that adds
-# most, and of what block 0 adds, little stands out. So the size of an update is not the
-# need for it: what the first block writes, all others read.
+# It can spare none: whichever is taken out, few prompts or none are still drawn
+# rightly. By likeness the first block is missed most. The last comes next, and is not
+# clearly apart: the interval of its difference holds zero, those of the others do not.
+# Yet in the figure it is the attention of the last block that adds most. The size of an
+# update is not the need for it: what the first block writes, all others read.
 #
 # </details>
 
