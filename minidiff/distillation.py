@@ -885,8 +885,8 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 # 0.070 in four jumps; real scenes have 0.050, so it overshoots.) It hardly buys right
 # answers. Most was gained in two jumps, and there 37 of 300 became right and 28 wrong,
 # which may be chance. A blur that becomes one thing or the other is not always the
-# right one, and in one jump a quarter of the teacher's right answers stay lost. The
-# price is paid twice, as in the plane: the drawings of one prompt spread less, and no
+# right one, and in one jump three in ten of the teacher's right answers stay lost. The
+# price is paid twice: the drawings of one prompt spread less, and no
 # noise has a place of its own. On 32 held-out captions the student ended at 0.35 of the
 # latents' length from what the teacher drew of the same noise, and matched at 0.68.
 #
