@@ -865,9 +865,9 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 # 32 pictures, in one, two or four jumps, and the gradient above passes through all of
 # them. The fake velocity begins as a copy of the teacher's network. It does not take
 # turns with the student but learns in the same step, from two fresh noises of each
-# picture; in the first eighth of the steps it learns alone, so that it knows the student
-# before it is asked. No drawing of the teacher's is needed. The student that ships has
-# taken 320 such steps. Before and after, on the 300 prompts of [its
+# picture; in the first eighth of the steps it learns alone, so that it knows the
+# student before it is asked. No drawing of the teacher's is needed. The student that
+# ships has taken 320 such steps. Before and after, on the 300 prompts of [its
 # page](../book/training_log.md), by the same measures:
 #
 # | student | jumps | right in % | Fréchet | diversity |
@@ -886,9 +886,9 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 # answers. Most was gained in two jumps, and there 37 of 300 became right and 28 wrong,
 # which may be chance. A blur that becomes one thing or the other is not always the
 # right one, and in one jump three in ten of the teacher's right answers stay lost. The
-# price is paid twice: the drawings of one prompt spread less, and no
-# noise has a place of its own. On 32 held-out captions the student ended at 0.35 of the
-# latents' length from what the teacher drew of the same noise, and matched at 0.68.
+# price is paid twice: the drawings of one prompt spread less, and no noise has a place
+# of its own. On 32 held-out captions the student ended at 0.35 of the latents' length
+# from what the teacher drew of the same noise, and matched at 0.68.
 #
 # ## Beside it: other ways
 #
