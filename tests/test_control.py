@@ -524,8 +524,8 @@ def test_the_net_that_ships() -> None:
     words = [f"a green {thing} on pink" for thing in things]
     how = {"seed": 0, "num_inference_steps": 8, "output_type": "pt"}
     alone = agreement(pipe(words, **how), sketches).mean()
-    steered = pipe(words, control=Control(sketches, shipped), **how)
-    assert agreement(steered, sketches).mean() > 0.6 > 2 * alone
+    steered = pipe(words, control=Control(sketches, shipped, 2.0), **how)
+    assert agreement(steered, sketches).mean() > 0.6 > 1.5 * alone
 
 
 # The command line
