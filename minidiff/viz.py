@@ -12,7 +12,7 @@ alone. The figures that come alive on the book's pages, :func:`live_denoising`,
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -377,6 +377,19 @@ def _arc(ax: "Axes", start: int, end: int, label: str, chosen: bool) -> None:
 # Numbers
 
 
+def _line_styles(
+    names: Sequence[str], colors: Sequence[str], markers: bool
+) -> Iterator[dict[str, Any]]:
+    """How each line of :func:`show_curves` is drawn."""
+    shades, kinds = dict.fromkeys(colors), [n.partition(",")[2] for n in names]
+    shared = markers and len(shades) < len(names)
+    for i, (color, kind) in enumerate(zip(colors, kinds, strict=True)):
+        dash = [*dict.fromkeys(kinds)].index(kind) if shared else i
+        shape = MARKERS[[*shades].index(color) % 4 if shared else 0]
+        marker = shape if markers else None
+        yield {"c": color, "ls": DASHES[dash % 4], "marker": marker, "ms": 4}
+
+
 @_drawn
 def show_curves(
     curves: Mapping[str, Any],
@@ -393,15 +406,10 @@ def show_curves(
     """
     figure, axes = _axes(1, 1, (5.4, 3.0), grid=True)
     ax = axes[0, 0]
-    colors = colors_of(curves)
-    shades, kinds = list(dict.fromkeys(colors)), [n.partition(",")[2] for n in curves]
-    shared = markers and len(shades) < len(colors)
-    for i, (name, curve) in enumerate(curves.items()):
+    styles = _line_styles([*curves], colors_of(curves), markers)
+    for (name, curve), style in zip(curves.items(), styles, strict=True):
         x, y = curve if isinstance(curve, tuple) else (range(len(curve)), curve)
-        dash = list(dict.fromkeys(kinds)).index(kinds[i]) if shared else i
-        shape = MARKERS[shades.index(colors[i]) % 4 if shared else 0]
-        style = {"ls": DASHES[dash % 4], "marker": shape if markers else None, "ms": 4}
-        ax.plot(_numpy(x), _numpy(y), c=colors[i], label=name, **style)
+        ax.plot(_numpy(x), _numpy(y), label=name, **style)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.set(xscale="log" if logx else "linear", yscale="log" if logy else "linear")
     for axis, log in ((ax.xaxis, logx), (ax.yaxis, logy)):
