@@ -74,7 +74,7 @@ def table(
     scenes = World("test", compared.folder, "cpu", compared.seed, layouts=layouts)
     real = torch.cat([scenes.batch(i).images for i in numbers.split(128)])
     sketches, base = canny((real + 1) / 2), 0.0
-    rows = {"sketch": 1 - 2 * sketches.expand(-1, 3, -1, -1)}
+    rows = {"sketch": 2 * sketches.expand(-1, 3, -1, -1) - 1}
     for strength in strengths:
         drawn = drawings(compared, texts, sketches, net=net, strength=strength)
         pairs = (agreement((drawn + 1) / 2, s) for s in (sketches, sketches.roll(1, 0)))

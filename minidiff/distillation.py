@@ -911,9 +911,9 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 # is no gain in itself, for blurs spread too: one blurred step of the teacher has 1.09.)
 # And the tie to the noise is loosened: on 32 held-out captions the student of jumps
 # ended at 0.35 of the latents' length from what the teacher drew of the same noise, and
-# matched at 0.68. It is not cut. For 28 of the 300 prompts, each picture in four jumps
-# lay nearer to what the teacher draws of its own noise than of another, at 0.47 against
-# 0.83 over all of them.
+# matched at 0.68. It is not cut: we compared noises for 28 of the 300 prompts, and
+# every picture in four jumps lay nearer to what the teacher draws of its own noise, at
+# 0.47, than of another, at 0.83.
 #
 # ## Beside it: other ways
 #
@@ -1154,9 +1154,9 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 #     found = [f"{missed(follow(net, z, n)):.2f}" for n in counts[:4]]
 #     print(f"{steps:4} steps of training, 1, 2, 4 and 8 jumps miss by", *found)
 # # Compare the columns: in this run they fall together. A long jump is taught by halves
-# # that the same network makes, so it cannot be right while they are wrong; and what a
-# # network of this width cannot learn stays in all of them: the map tears the plane
-# # where neighbours part, and a smooth network joins the two sides by a bridge.
+# # that the same network makes, so it cannot be right while they are wrong. And what is
+# # hard to learn stays in all of them: the map tears the plane where neighbours part,
+# # and a smooth network joins the two sides by a bridge.
 
 # %% [markdown]
 # ## Summary
