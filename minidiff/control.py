@@ -1025,12 +1025,12 @@ def encode_weighted(pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
 #     print(f"weight {w}: redness {x.mean():.2f}, "
 #         f"more by {gain.mean():.2f} ± {half:.2f}")
 # viz.show_images(torch.cat([x[:6] for x in weighed]), columns=6, low=0).captioned(
-#     "Rows: the word *red* at a weight of 0, 1 and 2.5.")
+#     "Rows: the word “red” at a weight of 0, 1 and 2.5.")
 
 # %% [markdown]
 # The numbers say how much redder than green and blue the middle of a picture is, the
 # mean of eight noises, and by how much it gained on the weight 0. At 2.5 it has gained;
-# at 1 the interval holds zero. Even at 0 the dress is red. Its colour does not hang on
+# at 1 the interval holds zero. Even at 0 most are red. Its colour does not hang on
 # these rows alone: the rows of the other words have read this one, for the encoders had
 # the whole sentence, and so has the pooled vector.
 #
