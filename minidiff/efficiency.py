@@ -372,11 +372,11 @@ class Float8Linear(nn.Module):
 # ## Four bits
 #
 # Sixteen values for all weights. Which? Trained weights are bell-shaped, row by row,
-# and in many matrices nearly normally distributed. If normal numbers are to use each of
-# the sixteen equally often, these are the distribution's *quantiles*: dense around zero
-# and sparse outside. That is NF4, the "normal float" of QLoRA (Dettmers et al. 2023):
-# eight quantiles for the positive side, seven for the negative one, and an exact zero,
-# scaled to $[-1, 1]$.
+# roughly as normal numbers are. If normal numbers are to use each of the sixteen
+# equally often, these are the distribution's *quantiles*: dense around zero and sparse
+# outside. That is NF4, the "normal float" of QLoRA (Dettmers et al. 2023): eight
+# quantiles for the positive side, seven for the negative one, and an exact zero, scaled
+# to $[-1, 1]$.
 
 
 # %%

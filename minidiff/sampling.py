@@ -258,8 +258,7 @@ def denoise_naively(
 
 # %% [markdown]
 # One run of each, and the second is the package's own, which also has the quicker
-# blocks of chapter 12. On a processor two rows cost nearly twice one; on a GPU a batch
-# of one leaves most of the card idle.
+# blocks of chapter 12: the difference is not the batch's alone.
 #
 # ## The pipeline
 #

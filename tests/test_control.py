@@ -525,7 +525,7 @@ def test_the_net_that_ships() -> None:
     how = {"seed": 0, "num_inference_steps": 8, "output_type": "pt"}
     alone = agreement(pipe(words, **how), sketches).mean()
     steered = pipe(words, control=Control(sketches, shipped, 2.0), **how)
-    assert agreement(steered, sketches).mean() > 0.6 > 1.5 * alone
+    assert agreement(steered, sketches).mean() > max(0.6, 2 * alone)
 
 
 # The command line
