@@ -617,7 +617,7 @@ def show_joint_block() -> "BookFigure":
         for y in (0, -4, -5, -7):
             end = (1 + side * 1.92, y)
             style = {"arrowstyle": "->", "ec": PALETTE[0], "lw": 0.8}
-            ax.annotate("", end, (x - side * 0.45, -2.5), arrowprops=style)
+            ax.annotate("", end, (x - side * 0.62, -2.5), arrowprops=style)
     return figure
 
 

@@ -278,6 +278,11 @@ WRONG = {
         "7_2",
         "uniform_levels = lambda i, seed: rng.uniform(seed, i, 9)[:, 8]",
     ),
+    "twice round with the noise": (
+        "7_2",
+        "uniform_levels = lambda i, seed: "
+        "2 * torch.special.ndtr(rng.normal(seed, i, (4,))[:, 3]) % 1",
+    ),
     "the place in the batch": (
         "7_2",
         "uniform_levels = lambda i, seed: "
