@@ -102,10 +102,12 @@ def device_and_dtype(
 def find_target(
     device: torch.device | str | int | None, dtype: torch.dtype | None
 ) -> tuple[torch.device, torch.dtype]:
-    """As ``device_and_dtype``; ValueError too for a GPU that PyTorch does not see."""
+    """As ``device_and_dtype``; ValueError too for a device that cannot draw here."""
     device, dtype = device_and_dtype(device, dtype)
-    seen = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
-    if (device.index or 0) >= seen.get(device.type, math.inf):
+    seen = {"cpu": math.inf, "cuda": torch.cuda.device_count()}
+    seen |= {"mps": torch.backends.mps.is_available()}
+    check_choice("device", device.type, seen)
+    if (device.index or 0) >= seen[device.type]:
         found = f"device is {device}, which PyTorch does not see"
         raise ValueError(f"{found}; expected cpu, or a driver and a PyTorch for it")
     return device, dtype
