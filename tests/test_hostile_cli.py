@@ -198,6 +198,7 @@ NUMBERS = [
     (["--height", -8], "height is -8; expected a multiple of"),
     (["--height", HUGE], f"height is {HUGE}; expected a multiple of"),
     (["--width", 33], "width is 33; expected a multiple of"),
+    (["--width", "9" * 400], "width is 99"),
     (["--width", 10**9], "width is 1000000000; expected a multiple of"),
     (["--guidance-scale", "nan"], "guidance_scale is nan; expected a finite number"),
     (["--guidance-scale", "inf"], "guidance_scale is inf; expected a finite number"),

@@ -68,6 +68,8 @@ CALLS = [
     ({"height": 64.0}, "height is 64.0; expected a whole number"),
     ({"width": "64"}, "width is '64'; expected a whole number"),
     ({"width": HUGE}, "width is 1000000000"),
+    ({"width": 10**400}, "width is 1000.*the nearest is 96"),
+    ({"height": -(10**400)}, "height is -1000.*the nearest is 8"),
     ({"width": True}, "width is True"),
     ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
     ({"num_images_per_prompt": -1}, "num_images_per_prompt is -1"),

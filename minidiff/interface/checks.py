@@ -170,7 +170,7 @@ def check_size(name: str, size: int, grid: int, largest: int) -> None:
     if not isinstance(size, int):
         check_range(name, size, 1)
     if size % grid or not 0 < size <= largest:
-        nearest = min(max(round(size / grid), 1) * grid, largest)
+        nearest = min(max((size + grid // 2) // grid, 1) * grid, largest)
         wanted = f"a multiple of {grid} up to {largest} pixels"
         raise ValueError(
             f"{name} is {size}; expected {wanted} (the nearest is {nearest})"
