@@ -74,6 +74,11 @@ CALLS = [
     ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
     ({"num_images_per_prompt": -1}, "num_images_per_prompt is -1"),
     ({"num_images_per_prompt": 1.5}, "num_images_per_prompt is 1.5"),
+    ({"num_images_per_prompt": 10**9}, "num_images_per_prompt is 1000000000; expected"),
+    (
+        {"prompt": ["a", "b"], "num_images_per_prompt": 60_000},
+        "2 × 60,000 pictures are asked for; expected at most 100,000",
+    ),
     ({"num_images_per_prompt": None}, "num_images_per_prompt is None"),
     ({"seed": -1}, "seed is -1"),
     ({"seed": 2**64}, "seed is 18446744073709551616"),
