@@ -24,6 +24,7 @@ NAN, INF, HUGE = math.nan, math.inf, 10**30
 LATENTS = torch.zeros(1, 16, 8, 8)
 CONTEXT, POOLED = torch.zeros(1, 32, 48), torch.zeros(1, 40)
 EMBEDS = {"prompt_embeds": CONTEXT, "pooled_prompt_embeds": POOLED}
+NEGATIVE_EMBEDS = {f"negative_{name}": embeds for name, embeds in EMBEDS.items()}
 FAST = {"num_inference_steps": 2, "output_type": "latent"}
 
 
@@ -135,6 +136,12 @@ CALLS = [
     ({"guidance": 4.0}, "guidance is 4.0; expected an object of chapter 6"),
     ({"guidance": "none"}, "guidance is 'none'; expected an object of chapter 6"),
     (EMBEDS, "prompt_embeds and prompt are given; expected one of them"),
+    ({"prompt": None, **EMBEDS, "prompt_2": "x"}, "prompt_embeds and prompt_2 are"),
+    ({"prompt": None, **EMBEDS, "prompt_3": "x"}, "prompt_embeds and prompt_3 are"),
+    (
+        {**NEGATIVE_EMBEDS, "negative_prompt_2": "x"},
+        "negative_prompt_embeds and negative_prompt_2 are given; expected one of them",
+    ),
     ({"prompt": None, "prompt_embeds": CONTEXT}, "one of prompt_embeds and pooled_…"),
     ({"pooled_prompt_embeds": POOLED}, "one of prompt_embeds and pooled_…"),
     (

@@ -131,8 +131,9 @@ class Request:
             raise ValueError(f"one of {name} and {end}pooled_… is given; expected both")
         if context is None or pooled is None:
             return
-        if getattr(self, f"{end}prompt"):
-            raise ValueError(f"{name} and {end}prompt are given; expected one of them")
+        for text in (f"{end}prompt", f"{end}prompt_2", f"{end}prompt_3"):
+            if getattr(self, text):
+                raise ValueError(f"{name} and {text} are given; expected one of them")
         rows = self.rows if end else len(context)
         if len(context) != rows or len(pooled) != rows:
             found = f"{name} has {len(context)} rows, {end}pooled_… {len(pooled)}"
