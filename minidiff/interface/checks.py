@@ -232,11 +232,12 @@ def check_dtypes(transformer: nn.Module, vae: nn.Module) -> None:
         raise ValueError(f"dtypes are mixed: {parts}; expected one for all weights")
 
 
-def check_number(name: str, value: Any) -> None:
-    """Raise ValueError unless ``value`` is a finite number."""
+def check_number(name: str, value: Any, most: float = sys.float_info.max) -> None:
+    """Raise ValueError unless ``value`` is a finite number of size ``most`` or less."""
     number = isinstance(value, Real)  # of NumPy too
-    if not (number and abs(value) <= sys.float_info.max):
-        raise ValueError(f"{name} is {value!r}; expected a finite number")
+    if not (number and abs(value) <= most):
+        limits = "" if most == sys.float_info.max else f", {-most:g} to {most:g}"
+        raise ValueError(f"{name} is {value!r}; expected a finite number{limits}")
 
 
 def warn(text: str) -> None:
