@@ -416,7 +416,7 @@ PROMPTS = [
     (b"", "holds no prompt; expected one on each line"),
     (b"\n \n\t\n", "holds no prompt; expected one on each line"),
     (b"\xff\xfe", "is not a text in UTF-8"),
-    (b"a\n" * 100_001, "100,001 × 1 pictures are asked for; expected at most 100,000"),
+    (b"a\n" * 100_001, "p.txt holds over 100,000 prompts; expected at most 100,000"),
     ("folder", "folder is a folder; expected a file"),
     ("pipe", "pipe is a pipe; expected a file"),
     (None, "p.txt is missing"),
