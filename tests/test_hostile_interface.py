@@ -334,6 +334,14 @@ def test_a_callback_ends_the_drawing(pipe, how):
     assert not torch.equal(ended, whole)
 
 
+@pytest.mark.parametrize("more", [{}, {"mask_image": torch.ones(32, 32)}], ids=str)
+def test_what_a_callback_returns_is_a_dict(pipe, more):
+    call = FAST | {"image": PICTURE, "callback_on_step_end": lambda *_: 5} | more
+    line = "callback_on_step_end returned a int; expected {'latents': …}, or None"
+    with pytest.raises(TypeError, match=line):
+        image_to_image(pipe, "a bag", **call)
+
+
 # What ``load`` is given, and the error's line
 LOADS = [
     ({"model": ""}, "model is ''; expected tiny, tiny-turbo, sd3.5-medium"),

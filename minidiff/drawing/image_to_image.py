@@ -270,4 +270,4 @@ class Keep:
         latents = (1 - self.mask) * known + self.mask * tensors["latents"]
         tensors["latents"] = latents
         changed = self.then(pipe, step, timestep, tensors) if self.then else None
-        return {"latents": latents} | (changed or {})
+        return {"latents": latents} | checks.check_changes(changed)

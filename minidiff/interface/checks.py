@@ -155,6 +155,14 @@ def check_strength(value: Any) -> None:
         raise ValueError(f"strength is {value!r}; expected above 0, at most 1")
 
 
+def check_changes(changed: Any) -> dict[str, Tensor]:
+    """What a callback returned, empty for None; TypeError for what is no dict."""
+    if not isinstance(changed, Mapping | None):
+        found = f"callback_on_step_end returned a {type(changed).__name__}"
+        raise TypeError(f"{found}; expected {{'latents': …}}, or None")
+    return dict(changed or {})
+
+
 def check_attribute(owner: Any, name: str) -> None:
     """Raise AttributeError where ``owner`` declares no attribute ``name`` to be set."""
     kind = type(owner)
