@@ -102,6 +102,9 @@ CALLS = [
         "latents is a tensor of torch.float32; expected",
     ),
     ({"latents": LATENTS.int()}, "latents is a tensor of torch.int32"),
+    ({"latents": LATENTS.to("meta")}, "meta; expected dense real numbers, not on meta"),
+    ({"latents": LATENTS.to_sparse()}, "torch.sparse_coo, cpu; expected dense real"),
+    ({"latents": LATENTS.cfloat()}, "latents is a tensor of torch.complex64"),
     ({"latents": LATENTS.repeat(2, 1, 1, 1)}, r"latents have shape \(2, 16"),
     (
         {"latents": LATENTS, "height": 40},
@@ -249,6 +252,8 @@ STARTS = [
     ({"image": PICTURE * 255}, "image has values from .*; expected 0 to 1"),
     ({"image": PICTURE - 0.5}, "image has values from -0"),
     ({"image": PICTURE * NAN}, "image has values from nan to nan; expected 0 to 1"),
+    ({"image": PICTURE.cfloat()}, "image is a tensor of torch.complex64.*; expected"),
+    ({"image": PICTURE.to("meta")}, "image is a tensor of .*, meta; expected"),
     ({"image": PICTURE.repeat(3, 1, 1, 1)}, "image has 3 pictures; expected 1"),
     (
         {"image": np.zeros((32, 32, 3), int)},
@@ -264,6 +269,7 @@ STARTS = [
     ({"image": Image.new("F", (32, 32), 7.0)}, "holds values of 32 bits from 7 to 7"),
     ({"mask_image": 3}, "mask_image is a int"),
     ({"mask_image": GRAY.resize((40, 32))}, "the mask is 40×32 pixels; .* 32×32"),
+    ({"mask_image": PICTURE[0, 0].cfloat()}, "mask_image is a tensor of torch.complex"),
     ({"mask_image": torch.full((32, 32), 2.0)}, "mask_image has values from 2 to 2"),
     ({"mask_image": PICTURE}, r"mask_image has shape .*; expected \(B, 1, H, W\)"),
     ({"mask_image": Image.new("I", (32, 32), 70_000)}, "holds values of 32 bits"),

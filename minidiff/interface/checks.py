@@ -132,9 +132,17 @@ def check_tensor(name: str, value: Any, shape: str) -> None:
         raise TypeError(f"{found}; expected a tensor {shape}")
     if value.ndim != len(shape.strip("(,)").split(",")) or not value.numel():
         raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {shape}")
+    check_dense(name, value)
     if not value.is_floating_point() or not value.isfinite().all():
         found = f"{name} is a tensor of {value.dtype}"
         raise ValueError(f"{found}; expected finite numbers, floating point")
+
+
+def check_dense(name: str, value: Tensor) -> None:
+    """Raise ValueError for a tensor that is complex, sparse, or on the meta device."""
+    if value.is_complex() or value.is_meta or value.layout != torch.strided:
+        found = f"{name} is a tensor of {value.dtype}, {value.layout}, {value.device}"
+        raise ValueError(f"{found}; expected dense real numbers, not on meta")
 
 
 def check_sigmas(sigmas: Tensor | None) -> None:
