@@ -502,10 +502,12 @@ def control_loss(transformer: MMDiT, net: ControlNet, batch: Batch) -> Tensor:
 def open_condition(image: Any) -> Any:
     """The picture in a file; PIL pictures and tensors as they are.
 
-    TypeError for what is none of these.
+    TypeError or ValueError for what is none of these.
     """
     opened = open_picture(image) if isinstance(image, str | Path) else image
-    if not isinstance(opened, Tensor) and not hasattr(opened, "resize"):
+    if isinstance(opened, Tensor):
+        checks.check_dense("control's image", opened)
+    elif not hasattr(opened, "resize"):
         found = f"control's image is a {type(image).__name__}"
         raise TypeError(f"{found}; expected a PIL picture, a file or a tensor")
     return opened

@@ -476,6 +476,7 @@ def test_pictures_say_what_steered_them(tmp_path: Path, steered: tuple) -> None:
         ({"end": 1.5}, "acts from 0.0 to 1.5; expected"),
         ({"net": "canny"}, "net is a str; expected a ControlNet, as load_control"),
         ({"image": 3}, "image is a int; expected a PIL picture, a file or a tensor"),
+        ({"image": torch.ones(1, 32, 32).cfloat()}, "image is a tensor of .*complex64"),
     ],
 )
 def test_controls_that_cannot_be(steered: tuple, change: dict, message: str) -> None:

@@ -19,9 +19,10 @@ def test_free_prompts_are_read(tmp_path):
             "things": [{"thing": "dog"}, {"thing": "cat", "place": "left"}],
             "ground": "blue",
         },
-        {"prompt": "z", "things": [{"thing": "dog", "place": "above"}]},
+        {"prompt": "z\u2028", "things": [{"thing": "dog", "place": "above"}]},
     ]
-    file.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    texts = [json.dumps(line, ensure_ascii=False) for line in lines]
+    file.write_text("\n".join(texts) + "\n\n", "utf-8")
     assert [meaning for _, meaning in read_free_prompts(file)] == [
         Meaning((Group("cat", 2, "red"),)),
         Meaning((Group("cat"), Group("dress"))),
@@ -39,6 +40,18 @@ def test_free_prompts_are_read(tmp_path):
         ('{"prompt": "a", "things": []}', "0 kinds of things"),
         ('{"prompt": "a", "things": [{"thing": "wug"}]}', "thing is 'wug'"),
         ('{"prompt": "a", "things": [{"thing": 3}]}', "thing is 3"),
+        ('{"prompt": "a", "things": [{"thing": null}]}', "line 1: thing is None"),
+        ('{"prompt": "a", "things": [{"thing": ""}]}', "line 1: thing is ''"),
+        ('{"prompt": null, "things": [{"thing": "cat"}]}', "line 1: prompt is None"),
+        ('{"prompt": ["a"], "things": [{"thing": "cat"}]}', "prompt is ['a']"),
+        (
+            '{"prompt": "\\ud800", "things": [{"thing": "cat"}]}',
+            "line 1: prompt is not a text in UTF-8",
+        ),
+        (
+            '{"prompt": "a", "things": [{"thing": "cat", "color": false}]}',
+            "color is False",
+        ),
         (
             '{"prompt": "a", "things": [{"thing": "cat", "color": "mauve"}]}',
             "color is 'mauve'",

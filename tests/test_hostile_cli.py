@@ -128,6 +128,8 @@ EVALUATIONS = [
     ([], ["--guidance-scale", "nan"], "guidance_scale is nan; expected a finite"),
     ([], ["--rows", "five"], "rows is 'five'; expected all, or a word of"),
     ([], ["--judge", "nowhere"], "no judge in nowhere"),
+    ([], ["--beside", ""], "model is ''; expected tiny"),
+    ([], ["--device", "meta"], "device is 'meta'; expected one of cpu, cuda, mps"),
 ]
 
 
@@ -152,6 +154,7 @@ TRAININGS = [
     (["--seed", -1], "--seed is -1; expected a whole number, 0 to"),
     (["--seed", HUGE], f"--seed is {HUGE}; expected a whole number, 0 to"),
     (["--seed", DIGITS], "Invalid value for '--seed'"),
+    (["--device", "meta"], "device is 'meta'; expected one of cpu, cuda, mps"),
     (["--rank", 4], "--rank is 4, which needs --lora"),
     (["--alpha", 1], "--alpha is 1.0, which needs --lora"),
     (["--targets", "x"], "--targets is x, which needs --lora"),
@@ -195,6 +198,7 @@ NUMBERS = [
     (["--height", -8], "height is -8; expected a multiple of"),
     (["--height", HUGE], f"height is {HUGE}; expected a multiple of"),
     (["--width", 33], "width is 33; expected a multiple of"),
+    (["--width", "9" * 400], "width is 99"),
     (["--width", 10**9], "width is 1000000000; expected a multiple of"),
     (["--guidance-scale", "nan"], "guidance_scale is nan; expected a finite number"),
     (["--guidance-scale", "inf"], "guidance_scale is inf; expected a finite number"),
@@ -217,6 +221,8 @@ NUMBERS = [
     (["--sampler", ""], "sampler is ''; expected one of euler, heun, dpmpp_2m"),
     (["--dtype", "float8"], "'float8' is not one of 'float32', 'bfloat16'"),
     (["--device", ""], "device is ''; expected cpu, cuda"),
+    (["--device", "meta"], "device is 'meta'; expected one of cpu, cuda, mps"),
+    (["--device", "vulkan"], "device is 'vulkan'; expected one of cpu, cuda, mps"),
     (["--device", "cpu:-1"], "device is 'cpu:-1'; expected cpu, cuda"),
     (["--model", ""], "model is ''; expected tiny, tiny-turbo, sd3.5-medium"),
     (["--negative-prompt", "\udcff"], "negative_prompt is not a text in UTF-8"),
@@ -410,7 +416,7 @@ PROMPTS = [
     (b"", "holds no prompt; expected one on each line"),
     (b"\n \n\t\n", "holds no prompt; expected one on each line"),
     (b"\xff\xfe", "is not a text in UTF-8"),
-    (b"a\n" * 100_001, "100,001 × 1 pictures are asked for; expected at most 100,000"),
+    (b"a\n" * 100_001, "p.txt holds over 100,000 prompts; expected at most 100,000"),
     ("folder", "folder is a folder; expected a file"),
     ("pipe", "pipe is a pipe; expected a file"),
     (None, "p.txt is missing"),

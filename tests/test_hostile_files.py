@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,25 @@ def test_prompts(tmp_path, content, expected):
         assert disk.read_prompts(file) == expected
     else:
         refused(f"prompts.txt {expected}", lambda: disk.read_prompts(file))
+
+
+def test_no_more_prompts_are_read_than_can_be_drawn(monkeypatch):
+    monkeypatch.setattr(disk, "read_lines", lambda _: map(str, count()))
+    refused("over 100,000 prompts", lambda: disk.read_prompts("endless"))
+
+
+def test_a_file_that_grows_is_read_to_its_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "check_length", lambda *_: None)
+    file = tmp_path / "log.txt"
+    file.write_bytes(b"x" * 11)
+    assert disk.read_bytes(file, 11) == b"x" * 11
+    refused("log.txt has over 10 bytes", lambda: disk.read_bytes(file, 10))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="Linux alone has it")
+def test_what_fails_while_it_is_read_is_named():
+    with pytest.raises(OSError, match="/proc/self/mem"):
+        disk.read_text("/proc/self/mem")
 
 
 JSONS = [

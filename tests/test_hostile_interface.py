@@ -24,6 +24,7 @@ NAN, INF, HUGE = math.nan, math.inf, 10**30
 LATENTS = torch.zeros(1, 16, 8, 8)
 CONTEXT, POOLED = torch.zeros(1, 32, 48), torch.zeros(1, 40)
 EMBEDS = {"prompt_embeds": CONTEXT, "pooled_prompt_embeds": POOLED}
+NEGATIVE_EMBEDS = {f"negative_{name}": embeds for name, embeds in EMBEDS.items()}
 FAST = {"num_inference_steps": 2, "output_type": "latent"}
 
 
@@ -68,10 +69,17 @@ CALLS = [
     ({"height": 64.0}, "height is 64.0; expected a whole number"),
     ({"width": "64"}, "width is '64'; expected a whole number"),
     ({"width": HUGE}, "width is 1000000000"),
+    ({"width": 10**400}, "width is 1000.*the nearest is 96"),
+    ({"height": -(10**400)}, "height is -1000.*the nearest is 8"),
     ({"width": True}, "width is True"),
     ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
     ({"num_images_per_prompt": -1}, "num_images_per_prompt is -1"),
     ({"num_images_per_prompt": 1.5}, "num_images_per_prompt is 1.5"),
+    ({"num_images_per_prompt": 10**9}, "num_images_per_prompt is 1000000000; expected"),
+    (
+        {"prompt": ["a", "b"], "num_images_per_prompt": 60_000},
+        "2 × 60,000 pictures are asked for; expected at most 100,000",
+    ),
     ({"num_images_per_prompt": None}, "num_images_per_prompt is None"),
     ({"seed": -1}, "seed is -1"),
     ({"seed": 2**64}, "seed is 18446744073709551616"),
@@ -94,6 +102,9 @@ CALLS = [
         "latents is a tensor of torch.float32; expected",
     ),
     ({"latents": LATENTS.int()}, "latents is a tensor of torch.int32"),
+    ({"latents": LATENTS.to("meta")}, "meta; expected dense real numbers, not on meta"),
+    ({"latents": LATENTS.to_sparse()}, "torch.sparse_coo, cpu; expected dense real"),
+    ({"latents": LATENTS.cfloat()}, "latents is a tensor of torch.complex64"),
     ({"latents": LATENTS.repeat(2, 1, 1, 1)}, r"latents have shape \(2, 16"),
     (
         {"latents": LATENTS, "height": 40},
@@ -128,6 +139,12 @@ CALLS = [
     ({"guidance": 4.0}, "guidance is 4.0; expected an object of chapter 6"),
     ({"guidance": "none"}, "guidance is 'none'; expected an object of chapter 6"),
     (EMBEDS, "prompt_embeds and prompt are given; expected one of them"),
+    ({"prompt": None, **EMBEDS, "prompt_2": "x"}, "prompt_embeds and prompt_2 are"),
+    ({"prompt": None, **EMBEDS, "prompt_3": "x"}, "prompt_embeds and prompt_3 are"),
+    (
+        {**NEGATIVE_EMBEDS, "negative_prompt_2": "x"},
+        "negative_prompt_embeds and negative_prompt_2 are given; expected one of them",
+    ),
     ({"prompt": None, "prompt_embeds": CONTEXT}, "one of prompt_embeds and pooled_…"),
     ({"pooled_prompt_embeds": POOLED}, "one of prompt_embeds and pooled_…"),
     (
@@ -235,6 +252,8 @@ STARTS = [
     ({"image": PICTURE * 255}, "image has values from .*; expected 0 to 1"),
     ({"image": PICTURE - 0.5}, "image has values from -0"),
     ({"image": PICTURE * NAN}, "image has values from nan to nan; expected 0 to 1"),
+    ({"image": PICTURE.cfloat()}, "image is a tensor of torch.complex64.*; expected"),
+    ({"image": PICTURE.to("meta")}, "image is a tensor of .*, meta; expected"),
     ({"image": PICTURE.repeat(3, 1, 1, 1)}, "image has 3 pictures; expected 1"),
     (
         {"image": np.zeros((32, 32, 3), int)},
@@ -250,6 +269,7 @@ STARTS = [
     ({"image": Image.new("F", (32, 32), 7.0)}, "holds values of 32 bits from 7 to 7"),
     ({"mask_image": 3}, "mask_image is a int"),
     ({"mask_image": GRAY.resize((40, 32))}, "the mask is 40×32 pixels; .* 32×32"),
+    ({"mask_image": PICTURE[0, 0].cfloat()}, "mask_image is a tensor of torch.complex"),
     ({"mask_image": torch.full((32, 32), 2.0)}, "mask_image has values from 2 to 2"),
     ({"mask_image": PICTURE}, r"mask_image has shape .*; expected \(B, 1, H, W\)"),
     ({"mask_image": Image.new("I", (32, 32), 70_000)}, "holds values of 32 bits"),
@@ -320,6 +340,14 @@ def test_a_callback_ends_the_drawing(pipe, how):
     assert not torch.equal(ended, whole)
 
 
+@pytest.mark.parametrize("more", [{}, {"mask_image": torch.ones(32, 32)}], ids=str)
+def test_what_a_callback_returns_is_a_dict(pipe, more):
+    call = FAST | {"image": PICTURE, "callback_on_step_end": lambda *_: 5} | more
+    line = "callback_on_step_end returned a int; expected {'latents': …}, or None"
+    with pytest.raises(TypeError, match=line):
+        image_to_image(pipe, "a bag", **call)
+
+
 # What ``load`` is given, and the error's line
 LOADS = [
     ({"model": ""}, "model is ''; expected tiny, tiny-turbo, sd3.5-medium"),
@@ -328,6 +356,9 @@ LOADS = [
     ({"model": "gone.safetensors"}, "gone.safetensors is missing"),
     ({"device": "tpu"}, "device is 'tpu'; expected cpu, cuda"),
     ({"device": 3.5}, "device is 3.5"),
+    ({"device": "meta"}, "device is 'meta'; expected one of cpu, cuda, mps"),
+    ({"device": "xla"}, "device is 'xla'; expected one of cpu"),
+    ({"device": "hpu"}, "device is 'hpu'; expected one of cpu"),
     ({"device": "cuda:99"}, "device is cuda:99, which PyTorch does not see"),
     ({"dtype": "float16"}, "dtype is 'float16'; expected one of torch.float32"),
     ({"dtype": torch.int8}, "dtype is torch.int8"),

@@ -567,9 +567,21 @@ def test_official_names_are_those_of_the_manifest(shared, part, file, ends) -> N
     assert {f"{part}.{n}.lora_{k}.weight" for n in chosen for k in "AB"} == names
 
 
-def test_a_scale_that_is_no_number_is_refused(case: SimpleNamespace) -> None:
-    with pytest.raises(ValueError, match="lora_scale is nan; expected a finite"):
-        adapters.load_lora(case.pipe, case.file, scale=float("nan"))
+@pytest.mark.parametrize("scale", ["nan", "1e+30", "-65505.0"])
+def test_a_scale_that_no_layer_can_take_is_refused(
+    case: SimpleNamespace, scale: str
+) -> None:
+    line = f"lora_scale is {scale}; expected a finite number, -65504 to 65504"
+    with pytest.raises(ValueError) as refused:
+        adapters.load_lora(case.pipe, case.file, scale=float(scale))
+    assert str(refused.value) == line
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_largest_scale_overflows_in_no_dtype(dtype: torch.dtype) -> None:
+    out = torch.zeros(1, 2, dtype=dtype)
+    found = out.index_add(-1, torch.arange(2), out + 1, alpha=adapters.LARGEST)
+    assert found.isfinite().all()
 
 
 def test_unknown_layers_to_adapt_are_refused() -> None:

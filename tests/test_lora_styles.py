@@ -478,6 +478,8 @@ def test_names_are_one_for_each(several: SimpleNamespace) -> None:
         known.load(several.files[1], name="ink")
     with pytest.raises(ValueError, match="lora_scale is nan; expected a finite number"):
         known["ink"].weight = float("nan")
+    with pytest.raises(ValueError, match="lora_scale is 1e.308; .*, -65504 to 65504"):
+        known["ink"].weight = 1e308
 
 
 def test_a_pipeline_with_adapters_is_freed_when_let_go() -> None:

@@ -153,10 +153,12 @@ def open_pictures(name: str, value: Any) -> list[Any]:
         return [picture for one in value for picture in open_pictures(name, one)]
     opened = from_array(name, value) if isinstance(value, np.ndarray) else value
     opened = open_file(opened)
-    if isinstance(opened, Tensor) and (opened.ndim < 2 or not opened.numel()):
-        found = f"{name} has shape {tuple(opened.shape)}"
-        raise ValueError(f"{found}; expected (…, H, W)")
-    if not isinstance(opened, Tensor) and not hasattr(opened, "convert"):
+    if isinstance(opened, Tensor):
+        checks.check_dense(name, opened)
+        if opened.ndim < 2 or not opened.numel():
+            found = f"{name} has shape {tuple(opened.shape)}"
+            raise ValueError(f"{found}; expected (…, H, W)")
+    elif not hasattr(opened, "convert"):
         found = f"{name} is a {type(opened).__name__}"
         known = "a PIL picture, a file, a tensor, an array, or a list of these"
         raise TypeError(f"{found}; expected {known}")
@@ -270,4 +272,4 @@ class Keep:
         latents = (1 - self.mask) * known + self.mask * tensors["latents"]
         tensors["latents"] = latents
         changed = self.then(pipe, step, timestep, tensors) if self.then else None
-        return {"latents": latents} | (changed or {})
+        return {"latents": latents} | checks.check_changes(changed)

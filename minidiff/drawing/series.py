@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from minidiff.files.disk import check_output, numbered, reserved
 from minidiff.files.pictures import contact_sheet, save_picture, thumbnail
+from minidiff.interface.limits import MOST_PICTURES, check_pictures
 from minidiff.interface.terminal import tell
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from minidiff.interface.request import Request
     from minidiff.sampling import Pipeline
 
-MOST = 100_000  # pictures of one command
 AT_ONCE = 64  # more of one prompt gain no speed, and none is saved before the last
 SHOWN = 100  # pictures on a contact sheet
 USUAL = Path("picture.png")
@@ -55,12 +55,11 @@ class Series:
     def __post_init__(self) -> None:
         for name in ("num_images", "batch_size"):
             number = getattr(self, name)
-            if number is not None and not 1 <= number <= MOST:
+            if number is not None and not 1 <= number <= MOST_PICTURES:
                 found = f"--{name.replace('_', '-')} is {number}"
-                raise ValueError(f"{found}; expected a whole number, 1 to {MOST}")
-        if len(self) > MOST:
-            asked = f"{len(self.texts):,} × {self.num_images:,} pictures are asked for"
-            raise ValueError(f"{asked}; expected at most {MOST:,} in one command")
+                wanted = f"a whole number, 1 to {MOST_PICTURES}"
+                raise ValueError(f"{found}; expected {wanted}")
+        check_pictures(len(self.texts), self.num_images)
 
     def __len__(self) -> int:
         return len(self.texts) * self.num_images

@@ -7,6 +7,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 
 from minidiff.files.layout import ENCODERS
@@ -25,6 +26,7 @@ from minidiff.lora import (
 from minidiff.sampling import Pipeline
 
 Pairs: TypeAlias = list[tuple[dict[str, Update], nn.Module]]
+LARGEST = torch.finfo(torch.float16).max  # as a weight it overflows in no layer's dtype
 
 
 def components(pipe: Pipeline) -> dict[str, nn.Module]:
@@ -54,12 +56,12 @@ class LoRA:
 
     @property
     def weight(self) -> float:
-        """How much of the updates is added; ValueError for what is no number."""
+        """How much of the updates is added; ValueError for what no layer can take."""
         return self._weight
 
     @weight.setter
     def weight(self, value: float) -> None:
-        check_number("lora_scale", value)
+        check_number("lora_scale", value, LARGEST)
         self._set(value, self._enabled)
 
     @property
@@ -188,7 +190,7 @@ def load_lora(
     Otherwise they are computed beside the layers, which may be stored in 8 bits or
     streamed, but not compiled.
     """
-    check_number("lora_scale", scale)
+    check_number("lora_scale", scale, LARGEST)
     if not isinstance(pipe.adapters, Adapters):
         pipe.adapters = Adapters(pipe)
     adapters, path = pipe.adapters, lora_file(file)

@@ -8,6 +8,7 @@ imported here.
 
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -16,11 +17,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import cache
 from hashlib import sha256
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+
+from minidiff.interface.limits import MOST_PICTURES
 
 # Bytes: several times what real files have
 LONGEST_CONFIG, LONGEST_TABLE, LONGEST_TEXT = 1_000_000, 10_000_000, 100_000_000
@@ -65,18 +68,30 @@ def check_length(path: Path | str, limit: int) -> None:
 
 
 def read_bytes(path: Path | str, limit: int) -> bytes:
-    """The content of a file of at most ``limit`` bytes."""
+    """The content of a file of at most ``limit`` bytes, which may grow meanwhile."""
     check_length(path, limit)
-    return Path(path).read_bytes()
+    try:
+        with open(path, "rb") as file:
+            found = file.read(limit + 1)
+    except OSError as error:  # of which reading alone tells no name
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    if len(found) > limit:
+        raise ValueError(f"{path} has over {limit:,} bytes; expected no more")
+    return found
 
 
 def read_text(path: Path | str, limit: int = LONGEST_TEXT) -> str:
     """A text in UTF-8, with or without a byte order mark; ValueError for another."""
-    check_length(path, limit)
     try:
-        return Path(path).read_text("utf-8-sig")
+        text = read_bytes(path, limit).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not a text in UTF-8") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_lines(path: Path | str) -> Iterator[str]:
+    """The lines of a text, one at a time: it may hold millions."""
+    return (found[0] for found in re.finditer("(?m)^.*", read_text(path)))
 
 
 def parse_json(text: str | bytes, name: object) -> dict[str, Any]:
@@ -98,10 +113,14 @@ def read_json(path: Path | str, limit: int = LONGEST_CONFIG) -> dict[str, Any]:
 
 
 def read_prompts(file: Path | str) -> list[str]:
-    """The lines of a UTF-8 file that are not blank; ValueError if there is none."""
-    lines = read_text(file).split("\n")
-    if not (prompts := [line.strip() for line in lines if line.strip()]):
+    """The lines of a UTF-8 file that are not blank; ValueError for none or too many."""
+    lines = filter(None, map(str.strip, read_lines(file)))
+    prompts = list(islice(lines, MOST_PICTURES + 1))
+    if not prompts:
         raise ValueError(f"{file} holds no prompt; expected one on each line")
+    if len(prompts) > MOST_PICTURES:
+        found = f"{file} holds over {MOST_PICTURES:,} prompts"
+        raise ValueError(f"{found}; expected at most {MOST_PICTURES:,}")
     return prompts
 
 

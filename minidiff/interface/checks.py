@@ -102,10 +102,12 @@ def device_and_dtype(
 def find_target(
     device: torch.device | str | int | None, dtype: torch.dtype | None
 ) -> tuple[torch.device, torch.dtype]:
-    """As ``device_and_dtype``; ValueError too for a GPU that PyTorch does not see."""
+    """As ``device_and_dtype``; ValueError too for a device that cannot draw here."""
     device, dtype = device_and_dtype(device, dtype)
-    seen = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
-    if (device.index or 0) >= seen.get(device.type, math.inf):
+    seen = {"cpu": math.inf, "cuda": torch.cuda.device_count()}
+    seen |= {"mps": torch.backends.mps.is_available()}
+    check_choice("device", device.type, seen)
+    if (device.index or 0) >= seen[device.type]:
         found = f"device is {device}, which PyTorch does not see"
         raise ValueError(f"{found}; expected cpu, or a driver and a PyTorch for it")
     return device, dtype
@@ -130,9 +132,17 @@ def check_tensor(name: str, value: Any, shape: str) -> None:
         raise TypeError(f"{found}; expected a tensor {shape}")
     if value.ndim != len(shape.strip("(,)").split(",")) or not value.numel():
         raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {shape}")
+    check_dense(name, value)
     if not value.is_floating_point() or not value.isfinite().all():
         found = f"{name} is a tensor of {value.dtype}"
         raise ValueError(f"{found}; expected finite numbers, floating point")
+
+
+def check_dense(name: str, value: Tensor) -> None:
+    """Raise ValueError for a tensor that is complex, sparse, or on the meta device."""
+    if value.is_complex() or value.is_meta or value.layout != torch.strided:
+        found = f"{name} is a tensor of {value.dtype}, {value.layout}, {value.device}"
+        raise ValueError(f"{found}; expected dense real numbers, not on meta")
 
 
 def check_sigmas(sigmas: Tensor | None) -> None:
@@ -153,6 +163,14 @@ def check_strength(value: Any) -> None:
         raise ValueError(f"strength is {value!r}; expected above 0, at most 1")
 
 
+def check_changes(changed: Any) -> dict[str, Tensor]:
+    """What a callback returned, empty for None; TypeError for what is no dict."""
+    if not isinstance(changed, Mapping | None):
+        found = f"callback_on_step_end returned a {type(changed).__name__}"
+        raise TypeError(f"{found}; expected {{'latents': …}}, or None")
+    return dict(changed or {})
+
+
 def check_attribute(owner: Any, name: str) -> None:
     """Raise AttributeError where ``owner`` declares no attribute ``name`` to be set."""
     kind = type(owner)
@@ -168,7 +186,7 @@ def check_size(name: str, size: int, grid: int, largest: int) -> None:
     if not isinstance(size, int):
         check_range(name, size, 1)
     if size % grid or not 0 < size <= largest:
-        nearest = min(max(round(size / grid), 1) * grid, largest)
+        nearest = min(max((size + grid // 2) // grid, 1) * grid, largest)
         wanted = f"a multiple of {grid} up to {largest} pixels"
         raise ValueError(
             f"{name} is {size}; expected {wanted} (the nearest is {nearest})"
@@ -230,11 +248,12 @@ def check_dtypes(transformer: nn.Module, vae: nn.Module) -> None:
         raise ValueError(f"dtypes are mixed: {parts}; expected one for all weights")
 
 
-def check_number(name: str, value: Any) -> None:
-    """Raise ValueError unless ``value`` is a finite number."""
+def check_number(name: str, value: Any, most: float = sys.float_info.max) -> None:
+    """Raise ValueError unless ``value`` is a finite number of size ``most`` or less."""
     number = isinstance(value, Real)  # of NumPy too
-    if not (number and abs(value) <= sys.float_info.max):
-        raise ValueError(f"{name} is {value!r}; expected a finite number")
+    if not (number and abs(value) <= most):
+        limits = "" if most == sys.float_info.max else f", {-most:g} to {most:g}"
+        raise ValueError(f"{name} is {value!r}; expected a finite number{limits}")
 
 
 def warn(text: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minidiff.interface import checks
 from minidiff.interface.checks import Texts, Triple
+from minidiff.interface.limits import MOST_PICTURES, check_pictures
 
 # callback(pipe, step, timestep, {"latents": …, "denoised": x̂₀}), as in diffusers
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
@@ -27,7 +28,7 @@ Drawn = TypeVar("Drawn")
 OUTPUTS = ("pil", "pt", "np", "latent")
 RANGES = {
     "num_inference_steps": (1, 1000),
-    "num_images_per_prompt": (1, None),
+    "num_images_per_prompt": (1, MOST_PICTURES),
     "seed": (0, 2**63),
     "max_sequence_length": (1, 512),
 }
@@ -116,6 +117,7 @@ class Request:
         for end in ("", "negative_"):
             self._check_embeds(end)
         _ = self.prompts, self.negatives  # refused here, if ever
+        check_pictures(self.rows, self.num_images_per_prompt)
 
     def embeds(self, end: str = "") -> tuple[Tensor | None, Tensor | None]:
         """Context and pooled vectors of the prompts; ``end`` picks the negative."""
@@ -129,8 +131,9 @@ class Request:
             raise ValueError(f"one of {name} and {end}pooled_… is given; expected both")
         if context is None or pooled is None:
             return
-        if getattr(self, f"{end}prompt"):
-            raise ValueError(f"{name} and {end}prompt are given; expected one of them")
+        for text in (f"{end}prompt", f"{end}prompt_2", f"{end}prompt_3"):
+            if getattr(self, text):
+                raise ValueError(f"{name} and {text} are given; expected one of them")
         rows = self.rows if end else len(context)
         if len(context) != rows or len(pooled) != rows:
             found = f"{name} has {len(context)} rows, {end}pooled_… {len(pooled)}"

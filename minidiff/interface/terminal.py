@@ -102,16 +102,17 @@ class Watch:
     def __call__(
         self, step: int, sigma: "Tensor", x: "Tensor", x0_hat: "Tensor"
     ) -> "Tensor | None":
+        from minidiff.interface import checks
+
         self.bar.update()
         if step == 0:
-            from minidiff.interface import checks
-
             models = {"transformer": self.pipe.transformer}
             checks.warn_of_overflow("the first step", x0_hat, self.again, **models)
         if self.callback is None:
             return None
         self.tensors = {"latents": x, "denoised": x0_hat}
-        changed = self.callback(self.pipe, step, 1000 * sigma, self.tensors) or {}
+        changed = self.callback(self.pipe, step, 1000 * sigma, self.tensors)
+        changed = checks.check_changes(changed)
         if self.pipe._interrupt:
             self.tensors |= changed
             raise StopIteration

@@ -46,7 +46,8 @@ class Evaluation:
             checks.check_range("--steps", self.steps, 1, 1000)
         checks.check_number("guidance_scale", checks.given(self.guidance_scale, 1.0))
         metrics.choose_rows(self.rows)
-        for model in filter(None, (self.model, self.beside)):
+        beside = () if self.beside is None else (self.beside,)
+        for model in (self.model, *beside):
             parts = blueprint(model)
             metrics.check_side(parts["transformer"], parts["vae"])
 

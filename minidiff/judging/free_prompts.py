@@ -1,31 +1,33 @@
 """Prompts of a file, as a person types them, with what their pictures must show."""
 
-import itertools
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from minidiff.data.language import OPPOSITE, Group, Meaning
 from minidiff.data.scenes import COLORS, KINDS, SIDES
-from minidiff.files.disk import parse_json, read_text
+from minidiff.files.disk import parse_json, read_lines
+from minidiff.interface.checks import as_texts
 
-ASKED = {"color": tuple(COLORS), "place": SIDES}
+NAMED = tuple(COLORS)
+ASKED = {"color": NAMED, "place": SIDES}
 
 
 def read_free_prompts(path: Path) -> list[tuple[str, Meaning]]:
     """Prompts of a JSON-lines file and what their pictures must show.
 
-    A line is {"prompt", "things": [{"thing", "color", "place"}], "ground"}; keys that
-    are missing or null are free, a repeated entry is a count.
+    A line is {"prompt", "things": [{"thing", "color", "place"}], "ground"}; colours,
+    places and grounds that are missing or null are free, a repeated entry is a count.
 
     Raises ValueError naming the file and line of one that is not so.
     """
-    lines = read_text(path).splitlines()
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path), 1):
         if line.strip():
             try:
                 entry = parse_json(line, "it")
-                found.append((str(entry["prompt"]), wanted(entry)))
+                found.append((check_prompt(entry["prompt"]), wanted(entry)))
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 what = f"{path}, line {number}: {error}"
                 raise ValueError(f"{what}; expected a prompt and its things") from None
@@ -36,25 +38,33 @@ def read_free_prompts(path: Path) -> list[tuple[str, Meaning]]:
 
 def wanted(entry: dict) -> Meaning:
     """What an entry of such a file asks for."""
-    things = [
+    groups = Counter(
         (check_term("thing", t["thing"], KINDS),)
-        + tuple(check_term(k, t.get(k), known) for k, known in ASKED.items())
+        + tuple(check_free(k, t.get(k), known) for k, known in ASKED.items())
         for t in entry["things"]
-    ]
-    groups = [(key, len(list(same))) for key, same in itertools.groupby(sorted(things))]
-    order = sorted(groups, key=lambda group: things.index(group[0]))
-    if not 1 <= len(order) <= 2:
-        raise ValueError(f"{len(order)} kinds of things")
-    places = [place for (_, _, place), _ in order]
-    place = places[0] or (OPPOSITE.get(places[-1], "") if len(order) == 2 else "")
-    found = tuple(Group(kind, n, color) for (kind, color, _), n in order)
-    return Meaning(
-        found, place, check_term("ground", entry.get("ground"), tuple(COLORS))
     )
+    if not 1 <= len(groups) <= 2:
+        raise ValueError(f"{len(groups)} kinds of things")
+    places = [place for _, _, place in groups]
+    place = places[0] or (OPPOSITE.get(places[-1], "") if len(groups) == 2 else "")
+    found = tuple(Group(kind, n, color) for (kind, color, _), n in groups.items())
+    return Meaning(found, place, check_free("ground", entry.get("ground"), NAMED))
 
 
-def check_term(name: str, value: str | None, known: Sequence[str]) -> str:
-    """``value``, or "" for none. Raises ValueError unless it is known."""
-    if value and value not in known:
+def check_prompt(value: Any) -> str:
+    """``value``. Raises TypeError or ValueError unless it is a text in UTF-8."""
+    if not isinstance(value, str):
+        raise TypeError(f"prompt is {value!r}")
+    return as_texts("prompt", value)[0]
+
+
+def check_term(name: str, value: Any, known: Sequence[str]) -> str:
+    """``value``. Raises ValueError unless it is known."""
+    if value not in known:
         raise ValueError(f"{name} is {value!r}")
-    return value or ""
+    return value
+
+
+def check_free(name: str, value: Any, known: Sequence[str]) -> str:
+    """As ``check_term``, but "" for what is free: None or ""."""
+    return "" if value in (None, "") else check_term(name, value, known)

@@ -28,6 +28,7 @@ from minidiff.files.disk import (
     check_length,
     excerpt,
     parse_json,
+    read_bytes,
     read_json,
     replacing,
     sweep,
@@ -387,8 +388,7 @@ def read_log(path: Path | str) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.exists():
         return []
-    check_length(path, LONGEST_TEXT)
-    records = map(parse_record, path.read_bytes().splitlines())
+    records = map(parse_record, read_bytes(path, LONGEST_TEXT).splitlines())
     return [record for record in records if record is not None]
 
 
