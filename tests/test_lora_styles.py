@@ -480,6 +480,21 @@ def test_names_are_one_for_each(several: SimpleNamespace) -> None:
         known["ink"].weight = float("nan")
 
 
+@torch.no_grad()
+def test_a_copy_has_adapters_of_its_own(several: SimpleNamespace) -> None:
+    first, run = several.pipe, lambda pipe: pipe.transformer(*several.x)
+    first.adapters.load(several.files[0])
+    before, noted = run(first), dict(first.settings)
+    pipe = copy.deepcopy(first)
+    pipe.adapters["ink"].weight = 0.25
+    assert pipe.settings["lora_scale"] == 0.25 and first.settings == noted
+    assert torch.equal(run(first), before) and not torch.equal(run(pipe), before)
+    several.pipe, first = pipe, None  # the copy alone is left
+    pipe.adapters.load(several.files[1])
+    pipe.adapters["ink"].remove()
+    assert list(pipe.adapters) == ["night"]
+
+
 def test_a_pipeline_with_adapters_is_freed_when_let_go() -> None:
     import weakref
 
