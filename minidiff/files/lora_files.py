@@ -1,5 +1,6 @@
 """LoRA files of every style: whose keys, which layers, by which matrices, how much."""
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -267,7 +268,8 @@ def patterns_of(
     """The part's patterns of α: a layer's name or its end → its place, and α.
 
     peft reads them as regular expressions. Those of real files are names, whose dots
-    may be escaped; anything else is refused, for some take hours or gigabytes.
+    may be escaped, and diffusers' begin with a ^: the whole name. Anything else is
+    refused, for some take hours or gigabytes.
     """
     patterns = notes.get(f"{part}.alpha_pattern") or {}
     if not isinstance(patterns, dict):
@@ -276,7 +278,7 @@ def patterns_of(
     alphas: dict[str, tuple[int, Any]] = {}
     for place, (pattern, alpha) in enumerate(patterns.items()):
         name = pattern.replace("\\.", ".")
-        if not re.fullmatch(r"\w[\w.]*", name):
+        if not re.fullmatch(r"\^?\w[\w.]*", name):
             bad = f"{path}: {part}.alpha_pattern has {excerpt(repr(pattern))}"
             raise ValueError(f"{bad}; expected the name of a layer, or its end")
         alphas.setdefault(name, (place, alpha))
@@ -298,7 +300,8 @@ def alpha_of(
     part, *words = name.split(".")
     known = patterns[part]
     ends = (".".join(words[i:]) for i in range(len(words) if known else 0))
-    found = [known[end] for end in ends if end in known]
+    names = itertools.chain([f"^{'.'.join(words)}"], ends)
+    found = [known[name] for name in names if name in known]
     alpha = min(found)[1] if found else notes.get(f"{part}.lora_alpha")
     if key:
         tensor = file.read(key)
