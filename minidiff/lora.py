@@ -37,7 +37,8 @@ from torch.nn import functional as F
 
 from minidiff.dit import MMDiT
 from minidiff.files.disk import excerpt
-from minidiff.files.lora_files import METADATA, Stored, read_updates
+from minidiff.files.layout import ENCODERS
+from minidiff.files.lora_files import METADATA, Stored, notes_of, read_updates
 from minidiff.files.weights import (
     Source,
     same_names,
@@ -594,10 +595,9 @@ def save_lora(updates: Mapping[str, Mapping[str, LowRank]], file: Path | str) ->
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, object] = {}
     for part, layers in updates.items():
-        first = next(iter(layers.values()))
-        metadata[f"{part}.r"] = first.down.out_features
-        metadata[f"{part}.lora_alpha"] = first.alpha
-        metadata[f"{part}.target_modules"] = sorted(layers)
+        ranks = {name: update.down.out_features for name, update in layers.items()}
+        alphas = {name: update.alpha for name, update in layers.items()}
+        metadata |= notes_of(part, ranks, alphas)
         for name, update in layers.items():
             for key, weight in (("A", update.down.weight), ("B", update.up.weight)):
                 tensors[f"{part}.{name}.lora_{key}.weight"] = (

@@ -250,6 +250,19 @@ def read_notes(file: TensorFile) -> dict[str, Any]:
     return parse_notes(file.path, file.metadata.get(METADATA, "{}"))
 
 
+def notes_of(
+    part: str, ranks: Mapping[str, int], alphas: Mapping[str, float]
+) -> dict[str, Any]:
+    """A part's metadata: the first layer's rank and α, and patterns for other ones."""
+    notes: dict[str, Any] = {f"{part}.target_modules": sorted(ranks)}
+    known = ("r", "rank_pattern", ranks), ("lora_alpha", "alpha_pattern", alphas)
+    for key, pattern, own in known:
+        notes[f"{part}.{key}"] = first = next(iter(own.values()))
+        if others := {f"^{name}": x for name, x in own.items() if x != first}:
+            notes[f"{part}.{pattern}"] = others
+    return notes
+
+
 def parse_notes(path: Path | str, text: str) -> dict[str, Any]:
     """A file's metadata; ValueError where it is no object of JSON."""
     if len(text) > LONGEST_CONFIG:
