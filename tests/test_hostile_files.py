@@ -717,7 +717,7 @@ LORAS = [
     (
         {k.replace("transformer.", "text_encoder_2.", 1): t for k, t in GOOD.items()},
         None,
-        "was made for another model: this one has no linear layer text_encoder_2",
+        "updates text_encoder_2, a CLIPTextModelWithProjection, which this pipeline le",
     ),
     (
         GOOD | {f"{PART}.lora_magnitude_vector": torch.ones(1)},
