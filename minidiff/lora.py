@@ -37,7 +37,8 @@ from torch.nn import functional as F
 
 from minidiff.dit import MMDiT
 from minidiff.files.disk import excerpt
-from minidiff.files.lora_files import METADATA, Stored, read_updates
+from minidiff.files.layout import ENCODERS
+from minidiff.files.lora_files import METADATA, Stored, notes_of, read_updates
 from minidiff.files.weights import (
     Source,
     same_names,
@@ -594,10 +595,9 @@ def save_lora(updates: Mapping[str, Mapping[str, LowRank]], file: Path | str) ->
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, object] = {}
     for part, layers in updates.items():
-        first = next(iter(layers.values()))
-        metadata[f"{part}.r"] = first.down.out_features
-        metadata[f"{part}.lora_alpha"] = first.alpha
-        metadata[f"{part}.target_modules"] = sorted(layers)
+        ranks = {name: update.down.out_features for name, update in layers.items()}
+        alphas = {name: update.alpha for name, update in layers.items()}
+        metadata |= notes_of(part, ranks, alphas)
         for name, update in layers.items():
             for key, weight in (("A", update.down.weight), ("B", update.up.weight)):
                 tensors[f"{part}.{name}.lora_{key}.weight"] = (
@@ -612,8 +612,8 @@ def save_lora(updates: Mapping[str, Mapping[str, LowRank]], file: Path | str) ->
 
 
 # %%
-KOHYA = {"transformer": "lora_unet_"}
-KOHYA |= {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+KOHYA = {"transformer": "lora_unet_", "text_encoder": "lora_te1_"}
+KOHYA |= {"text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"}
 
 
 def save_kohya(
@@ -813,13 +813,16 @@ def build(one: Stored, target: Target) -> Update:
 # %%
 def no_target(one: Stored, model: nn.Module | None) -> ValueError:
     """What to say of an update for a layer that is not linear, or not there."""
-    modules = dict(model.named_modules()) if model else {}
-    rename = transformer_sources if isinstance(model, MMDiT) else same_names
-    kinds = {
-        s: modules[n] for n, source in rename(modules).items() for s in source.names
-    }
     file, keys = one.file.path, f"{one.style} keys"
-    if other := (kinds | modules).get(one.layer):
+    if model is None and one.part in ENCODERS:
+        found = f"{file} updates {one.part}, a {ENCODERS[one.part]}, which this"
+        return ValueError(f"{found} pipeline leaves out; expected one that has it")
+    kinds = dict(model.named_modules()) if model else {}
+    rename = transformer_sources if isinstance(model, MMDiT) else same_names
+    for name, source in rename(kinds).items():
+        kinds |= dict.fromkeys(source.names, kinds[name])
+    kinds |= {name.replace(".", "_"): module for name, module in kinds.items()}
+    if other := kinds.get(one.layer):
         found = f"{file} updates {one.name}, which is a {type(other).__name__}"
         return ValueError(f"{found}; expected linear layers alone")
     what = f"this one has no linear layer {excerpt(one.name)}"
@@ -933,13 +936,13 @@ def check_target(one: Stored, target: Target) -> None:
 
 # %%
 def check_fusable(updates: Mapping[str, Update], model: nn.Module) -> None:
-    """Raise ValueError where a layer's weights are in 8 bits or stay in their file."""
+    """Raise ValueError where weights are in 4 or 8 bits or stay in their file."""
     layers = all_targets(model)
     for name in updates:
         if not isinstance(layers[name].layer, nn.Linear):
             raise ValueError(
-                f"a LoRA cannot be added to the weights of {name}: they are in 8 bits "
-                "or stay in their file; expected an unfused LoRA and no compilation"
+                f"a LoRA cannot be added to the weights of {name}: they are in 4 or "
+                "8 bits or stay in a file; expected an unfused LoRA and no compilation"
             )
 
 
@@ -947,8 +950,8 @@ def check_fusable(updates: Mapping[str, Update], model: nn.Module) -> None:
 def fuse(updates: Mapping[str, Update], model: nn.Module, weight: float = 1.0) -> None:
     """Add the updates to the weights themselves: no further cost, and no way back.
 
-    Raises ValueError, before any is added, where a layer's weights are in 8 bits or
-    stay in their file.
+    Raises ValueError, before any is added, where a layer's weights are in 4 or 8 bits
+    or stay in their file.
     """
     check_fusable(updates, model)
     layers = all_targets(model)

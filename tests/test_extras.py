@@ -461,7 +461,7 @@ BAD = [
     (["a", "--skip-layers", "x"], "--skip-layers is 'x'; expected whole numbers"),
     (["a", "--skip-layers", "9"], "skip layers are [9]; expected some of 0 to 3"),
     (["a", "--lora", "none.safetensors"], "none.safetensors is missing"),
-    (["a", "--lora", "{fits}", "--compile", "--fp8"], "they are in 8 bits or stay in"),
+    (["a", "--lora", "{fits}", "--compile", "--fp8"], "they are in 4 or 8 bits or st"),
     (
         ["a", "--lora", "{norm}", "--compile", "--modulation", "streamed"],
         "a LoRA cannot be added to the weights of transformer_blocks.0.norm1_context",

@@ -628,11 +628,30 @@ def test_pictures_are_shuffled_and_every_tenth_is_held_out(model: Path) -> None:
     assert found["validation"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("n, held", [(1, 0), (2, 1), (19, 1), (20, 2), (1000, 32)])
-def test_how_many_pictures_are_held_out(n: int, held: int) -> None:
+@pytest.mark.parametrize(
+    "sizes, held",
+    [
+        ([1], [0]),
+        ([2], [1]),
+        ([19], [1]),
+        ([20], [2]),
+        ([1000], [32]),
+        ([1, 1, 1], [0, 0, 1]),
+        ([2, 2, 2, 2, 2], [0, 0, 0, 0, 1]),
+        ([9, 1, 15], [0, 0, 2]),
+        ([12, 12], [1, 1]),
+    ],
+)
+def test_how_many_pictures_are_held_out(sizes: list[int], held: list[int]) -> None:
+    """Of all shapes together."""
     texts = torch.zeros(1, 1, 1)
-    features = Features(torch.zeros(n, 1), torch.zeros(n).long(), texts, texts[0])
-    assert [len(part) for part in split_pictures(features)] == [n - held, held]
+    sets = [
+        Features(torch.zeros(n, 1), torch.zeros(n).long(), texts, texts[0])
+        for n in sizes
+    ]
+    learned, out = split_pictures(sets)
+    assert [len(part) for part in out] == held
+    assert [len(a) + len(b) for a, b in zip(learned, out, strict=True)] == sizes
 
 
 @pytest.mark.slow
@@ -809,7 +828,7 @@ def test_pictures_that_count_more_are_shown_more() -> None:
     often = {"repeats": torch.tensor([1, 1, 5, 1])}
     small = Features(latents, torch.zeros(4).long(), *texts, **often)
     large = replace(small, latents=latents + 4, repeats=torch.tensor([8, 8, 8, 8]))
-    learned, _ = split_pictures(small)  # the last one is held out
+    (learned,), _ = split_pictures([small])  # the last one is held out
     batches = mixed_batches([learned, large], None, 1, seed=0, drop=0.0, shift=1.0)
     assert batches.shares == [7 / 39, 32 / 39]
     for epoch in torch.arange(21).split(7):

@@ -737,7 +737,7 @@ LORAS = [
     (
         {k.replace("transformer.", "text_encoder_2.", 1): t for k, t in GOOD.items()},
         None,
-        "was made for another model: this one has no linear layer text_encoder_2",
+        "updates text_encoder_2, a CLIPTextModelWithProjection, which this pipeline le",
     ),
     (
         GOOD | {f"{PART}.lora_magnitude_vector": torch.ones(1)},
@@ -763,6 +763,10 @@ LORAS = [
     (GOOD, {PATTERN: {"^to_q$": 4}}, "has '.to_q.'; expected the name of a layer"),
     (GOOD, {PATTERN: {f"l{i}": i for i in range(10_000)}}, 1.0),
     (GOOD, {PATTERN: {"q": 4, "o_q": 4, "ttn.to_q": 4}}, 1.0),  # not whole words
+    (GOOD, {PATTERN: {"^attn.to_q": 4, "^to_q": 4}}, 1.0),  # an end, no whole name
+    (GOOD, {PATTERN: {"^transformer_blocks.0.attn.to_q": 4, "to_q": 8}}, 2.0),
+    (GOOD, {PATTERN: {r"^transformer_blocks\.0\.attn\.to_q": 4}}, 2.0),
+    (GOOD, {PATTERN: {"^": 4}}, r"has '\^'; expected the name of a layer, or its end"),
     (GOOD, {PATTERN: {"to_q": 4}}, 2.0),
     (GOOD, {PATTERN: {"attn.to_q": 8, "to_q": 4}}, 4.0),
     (GOOD, {PATTERN: {"to_k": 8, "to_q": 4, "attn.to_q": 8}}, 2.0),

@@ -189,7 +189,9 @@ def test_layers_in_8_bits_keep_theirs_beside_it(
 def test_nothing_is_fused_into_weights_that_are_not_there(case, small: bool) -> None:
     swap(case.pipe.text_encoders[0], small)
     before = [p.clone() for p in case.pipe.transformer.parameters()]
-    message = "a LoRA cannot be added to the weights of .*; expected an unfused LoRA"
+    message = (
+        "weights of .*: they are in 4 or 8 bits or stay in a file; expected an unf"
+    )
     with pytest.raises(ValueError, match=message):
         adapters.load_lora(case.pipe, case.file, fused=True)
     after = case.pipe.transformer.parameters()
@@ -403,6 +405,31 @@ def test_what_we_save_diffusers_loads(tmp_path: Path) -> None:
     with torch.no_grad():
         v, reference = ours(*x), their_velocity(theirs, *x)
     assert relative_error(v, reference) <= BOUND
+
+
+@torch.no_grad()
+def test_several_ranks_go_to_diffusers_and_back(tmp_path: Path) -> None:
+    """With an α for each; the patterns name whole layers."""
+    (ours, theirs), x = pair(SMALL), inputs()
+    updates = lora.add_lora(ours, 2, 3, ["to_q"]) | lora.add_lora(ours, 4, 1, ["to_k"])
+    for update in updates.values():
+        torch.nn.init.normal_(update.up.weight, std=0.2)
+    lora.save_lora({"transformer": updates}, tmp_path / FILE)
+    state, notes = StableDiffusion3Pipeline.lora_state_dict(
+        str(tmp_path), return_lora_metadata=True
+    )
+    how = {"prefix": "transformer", "adapter_name": "default"}
+    theirs.load_lora_adapter(state, metadata=notes, **how)
+    assert relative_error(their_velocity(theirs, *x), ours(*x)) <= BOUND
+    again, layers = tmp_path / "again", get_peft_model_state_dict(theirs)
+    notes = {
+        "transformer_lora_adapter_metadata": theirs.peft_config["default"].to_dict()
+    }
+    StableDiffusion3Pipeline.save_lora_weights(again, layers, **notes)
+    expected = {name: update.scale for name, update in updates.items()}
+    for folder in (tmp_path, again):
+        read = lora.read_lora(folder / FILE, {"transformer": ours})["transformer"]
+        assert {name: update.scale for name, update in read.items()} == expected
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ from minidiff.dit import MMDiT
 from minidiff.engine import adapters
 from minidiff.files.lora_files import METADATA, read_updates
 from minidiff.files.weights import stored_tensors, transformer_sources
+from minidiff.text_encoders import T5Config, T5Encoder
 
 Tensors = dict[str, Tensor]
 BOUND = 1e-5
@@ -183,15 +184,23 @@ def test_a_style_adds_what_its_formula_says(tmp_path: Path, row: tuple) -> None:
             assert relative_error(found, change) < BOUND, key
 
 
-@pytest.mark.parametrize("dot", ["lora_te1_", "text_encoder.", "clip_l"])
+@pytest.mark.parametrize(
+    "begins",
+    [
+        "lora_te1_",
+        "lora_te_",
+        "text_encoder.",
+        "text_encoders.clip_l.transformer.",
+        "clip_l.transformer.",
+    ],
+)
 @torch.no_grad()
-def test_encoders_have_their_beginnings(tmp_path: Path, dot: str) -> None:
+def test_encoders_have_their_beginnings(tmp_path: Path, begins: str) -> None:
     clip, file = text_pair()[0], tmp_path / "style.safetensors"
-    begins = "text_encoders.clip_l.transformer." if dot == "clip_l" else dot
     layer = next(n for n in lora.targets(clip) if n.endswith("1.self_attn.v_proj"))
     weight = clip.get_submodule(layer).weight.clone()
     stored, change = KOHYA(weight)
-    name = layer.replace(".", "_") if dot.endswith("_") else layer
+    name = layer.replace(".", "_") if begins.endswith("_") else layer
     save_file({f"{begins}{name}.{key}": t for key, t in stored.items()}, file)
     models = {"transformer": MMDiT(SMALL), "text_encoder": clip}
     lora.fuse(lora.read_lora(file, models)["text_encoder"], clip)
@@ -290,15 +299,17 @@ def test_kohyas_keys_are_written_and_read(tmp_path: Path) -> None:
         update.scale *= 1 + i % 2  # a layer's parts may differ
     clip = text_pair()[0]
     text = lora.add_lora(clip, rank=2, names=["q_proj"])
+    t5 = T5Encoder(T5Config(20, 8, 4, 16, 2, 2))
     parts = {"transformer": updates, "text_encoder_2": text}
-    models = {"transformer": model, "text_encoder_2": clip}
+    parts["text_encoder_3"] = lora.add_lora(t5, rank=2, names=["SelfAttention.q"])
+    models = {"transformer": model, "text_encoder_2": clip, "text_encoder_3": t5}
     lora.save_kohya(parts, models, tmp_path / "kohya.safetensors")
     expected = model(*x)
     for part in parts:
         lora.detach(parts[part].values(), models[part])
     keys = load_file(tmp_path / "kohya.safetensors").keys()
     assert "lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight" in keys
-    assert {key[:9] for key in keys} == {"lora_unet", "lora_te2_"}
+    assert {key[:9] for key in keys} == {"lora_unet", "lora_te2_", "lora_te3_"}
     read = lora.read_lora(tmp_path / "kohya.safetensors", models)
     qkv = read["transformer"]["joint_blocks.0.x_block.attn.qkv"]
     assert qkv.down.out_features == 4 and (qkv.alpha, qkv.scale) == (6, 1.5)
@@ -374,9 +385,12 @@ def test_what_is_no_such_update_is_refused_by_name(tmp_path: Path, name: str) ->
             "transformer.pos_embed.proj",
             "pos_embed.proj, which is a Conv2d; expected lin",
         ),
+        ("lora_unet_x_embedder_proj", "x_embedder_proj, which is a Conv2d; expected"),
+        ("lora_transformer_pos_embed_proj", "pos_embed_proj, which is a Conv2d; exp"),
+        ("unet.mid_block.resnets.0.conv1", "diffusers U-Net keys. .* layer unet.mid_b"),
         (
-            "lora_te2_text_model_encoder_layers_0_mlp_fc1",
-            "no linear layer text_encoder_2",
+            "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
+            "updates text_encoder_3, a T5EncoderModel, which this pipeline leaves out",
         ),
     ],
 )
@@ -480,6 +494,21 @@ def test_names_are_one_for_each(several: SimpleNamespace) -> None:
         known["ink"].weight = float("nan")
     with pytest.raises(ValueError, match="lora_scale is 1e.308; .*, -65504 to 65504"):
         known["ink"].weight = 1e308
+
+
+@torch.no_grad()
+def test_a_copy_has_adapters_of_its_own(several: SimpleNamespace) -> None:
+    first, run = several.pipe, lambda pipe: pipe.transformer(*several.x)
+    first.adapters.load(several.files[0])
+    before, noted = run(first), dict(first.settings)
+    pipe = copy.deepcopy(first)
+    pipe.adapters["ink"].weight = 0.25
+    assert pipe.settings["lora_scale"] == 0.25 and first.settings == noted
+    assert torch.equal(run(first), before) and not torch.equal(run(pipe), before)
+    several.pipe, first = pipe, None  # the copy alone is left
+    pipe.adapters.load(several.files[1])
+    pipe.adapters["ink"].remove()
+    assert list(pipe.adapters) == ["night"]
 
 
 def test_a_pipeline_with_adapters_is_freed_when_let_go() -> None:

@@ -3,6 +3,7 @@
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -123,6 +124,12 @@ class Adapters(Mapping[str, LoRA]):
     def __init__(self, pipe: Pipeline) -> None:
         self._pipe = weakref.ref(pipe)  # which would else be freed late
         self._known: dict[str, LoRA] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Adapters":
+        """Those of the copied pipeline, where that is what is copied."""
+        made = memo[id(self)] = Adapters(memo.get(id(self.pipe), self.pipe))
+        made._known = deepcopy(self._known, memo)
+        return made
 
     def __getitem__(self, name: str) -> LoRA:
         return self._known[name]

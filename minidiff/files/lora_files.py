@@ -1,5 +1,6 @@
 """LoRA files of every style: whose keys, which layers, by which matrices, how much."""
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,10 +24,12 @@ STYLES = (
     ("text_encoder.", "diffusers", "text_encoder"),
     ("text_encoder_2.", "diffusers", "text_encoder_2"),
     ("text_encoder_3.", "diffusers", "text_encoder_3"),
+    ("unet.", "diffusers U-Net", "unet"),
     ("lora_unet_", "kohya", "transformer"),
     ("lora_te1_", "kohya or OneTrainer", "text_encoder"),
     ("lora_te2_", "kohya or OneTrainer", "text_encoder_2"),
     ("lora_te3_", "kohya or OneTrainer", "text_encoder_3"),
+    ("lora_te_", "kohya SD 1", "text_encoder"),
     ("lora_transformer_", "OneTrainer", "transformer"),
     ("lycoris_", "LyCORIS", "transformer"),
     ("diffusion_model.", "ComfyUI", "transformer"),
@@ -34,6 +37,9 @@ STYLES = (
     ("text_encoders.clip_l.transformer.", "ComfyUI", "text_encoder"),
     ("text_encoders.clip_g.transformer.", "ComfyUI", "text_encoder_2"),
     ("text_encoders.t5xxl.transformer.", "ComfyUI", "text_encoder_3"),
+    ("clip_l.transformer.", "ComfyUI", "text_encoder"),
+    ("clip_g.transformer.", "ComfyUI", "text_encoder_2"),
+    ("t5xxl.transformer.", "ComfyUI", "text_encoder_3"),
     ("base_model.model.", "peft", "transformer"),
     ("", "no prefix", "transformer"),
 )
@@ -249,6 +255,19 @@ def read_notes(file: TensorFile) -> dict[str, Any]:
     return parse_notes(file.path, file.metadata.get(METADATA, "{}"))
 
 
+def notes_of(
+    part: str, ranks: Mapping[str, int], alphas: Mapping[str, float]
+) -> dict[str, Any]:
+    """A part's metadata: the first layer's rank and α, and patterns for other ones."""
+    notes: dict[str, Any] = {f"{part}.target_modules": sorted(ranks)}
+    known = ("r", "rank_pattern", ranks), ("lora_alpha", "alpha_pattern", alphas)
+    for key, pattern, own in known:
+        notes[f"{part}.{key}"] = first = next(iter(own.values()))
+        if others := {f"^{name}": x for name, x in own.items() if x != first}:
+            notes[f"{part}.{pattern}"] = others
+    return notes
+
+
 def parse_notes(path: Path | str, text: str) -> dict[str, Any]:
     """A file's metadata; ValueError where it is no object of JSON."""
     if len(text) > LONGEST_CONFIG:
@@ -267,7 +286,8 @@ def patterns_of(
     """The part's patterns of α: a layer's name or its end → its place, and α.
 
     peft reads them as regular expressions. Those of real files are names, whose dots
-    may be escaped; anything else is refused, for some take hours or gigabytes.
+    may be escaped, and diffusers' begin with a ^: the whole name. Anything else is
+    refused, for some take hours or gigabytes.
     """
     patterns = notes.get(f"{part}.alpha_pattern") or {}
     if not isinstance(patterns, dict):
@@ -276,7 +296,7 @@ def patterns_of(
     alphas: dict[str, tuple[int, Any]] = {}
     for place, (pattern, alpha) in enumerate(patterns.items()):
         name = pattern.replace("\\.", ".")
-        if not re.fullmatch(r"\w[\w.]*", name):
+        if not re.fullmatch(r"\^?\w[\w.]*", name):
             bad = f"{path}: {part}.alpha_pattern has {excerpt(repr(pattern))}"
             raise ValueError(f"{bad}; expected the name of a layer, or its end")
         alphas.setdefault(name, (place, alpha))
@@ -298,7 +318,8 @@ def alpha_of(
     part, *words = name.split(".")
     known = patterns[part]
     ends = (".".join(words[i:]) for i in range(len(words) if known else 0))
-    found = [known[end] for end in ends if end in known]
+    names = itertools.chain([f"^{'.'.join(words)}"], ends)
+    found = [known[name] for name in names if name in known]
     alpha = min(found)[1] if found else notes.get(f"{part}.lora_alpha")
     if key:
         tensor = file.read(key)

@@ -404,9 +404,10 @@ def finetuning_task(
     ``draw``, while the averaged weights are in place.
     """
     pipe, model = tuned.pipe, tuned.trained
-    learned, held = zip(*map(split_pictures, features), strict=True)
+    learned, held = split_pictures(features)
     levels: dict[str, Any] = {"drop": drop, "shift": pipe.scheduler.shift}
-    batch = mixed_batches(learned, prior, config.batch_size, seed, **levels)
+    sets = [part for part in learned if len(part)]
+    batch = mixed_batches(sets, prior, config.batch_size, seed, **levels)
     fixed = [part.fixed(seed) for part in held if len(part)]
 
     def loss(_: nn.Module, batch: Batch) -> Tensor:

@@ -161,16 +161,22 @@ def prior_latents(pipe: Pipeline, prompt: str, count: int, seed: int) -> Tensor:
 # Batches
 
 
-def split_pictures(features: Features) -> tuple[Features, Features]:
-    """What is learned from, and every tenth picture (1 to 32 in all), which is not.
+def split_pictures(
+    sets: Sequence[Features],
+) -> tuple[list[Features], list[Features]]:
+    """Of each set what is learned from, and what is not: every tenth picture of all
+    sets together, 1 to 32.
 
     One picture alone is learned from.
     """
-    n = len(features)
+    sizes = [len(part) for part in sets]
+    n = sum(sizes)
     count = min(MOST_HELD_OUT, max(1, n // 10)) if n > 1 else 0
     held = torch.zeros(n, dtype=torch.bool)
     held[[(i + 1) * n // count - 1 for i in range(count)]] = True
-    return features.select(~held), features.select(held)
+    pairs = list(zip(sets, held.split(sizes), strict=True))
+    learned = [part.select(~out) for part, out in pairs]
+    return learned, [part.select(out) for part, out in pairs]
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def distilling_task(
     The teacher, which is the model before it learns, draws first; ``began`` names it.
     """
     pipe, config, output = tuned.pipe, options.config(), options.output
-    learned, held = split_pictures(features)
+    (learned,), (held,) = split_pictures([features])
     empty = features.context[0], features.pooled[0]
     usual = pipe.defaults.guidance_scale, pipe.scheduler.shift
     teacher = Teacher(pipe.transformer, empty, *usual, began)
