@@ -488,14 +488,20 @@ def solve(
     sigmas = checks.given(sigmas, pipe.scheduler.sigmas(steps))
     guidance = choose_guidance(pipe, guidance_scale, guidance)
     begun = [one.begin(pipe, latents, pooled, sigmas) for one in controls]
+    solver = SAMPLERS[sampler]
     start, pipe._interrupt = latents.to(pipe.device, torch.float32), False
 
     def follow() -> Callable[..., Tensor]:
         return guidance(velocity_of(pipe, context, pooled, sigmas, begun), sigmas)
 
-    again = lambda: follow()(start, sigmas[0])  # noqa: E731
-    with Watch(pipe, start, sigmas, callback_on_step_end, again) as watch:
-        watch.latents = SAMPLERS[sampler](follow(), start, sigmas, watch)
+    def warns(step: int, before: Tensor, after: Tensor) -> bool:
+        again = lambda: solver(follow(), before, sigmas[step : step + 2])  # noqa: E731
+        nets = {f"control_{i}": getattr(c, "net", None) for i, c in enumerate(controls)}
+        models = {"transformer": pipe.transformer} | nets
+        return checks.warn_of_overflow(f"step {step + 1}", after, again, **models)
+
+    with Watch(pipe, start, sigmas, callback_on_step_end, warns) as watch:
+        watch.latents = solver(follow(), start, sigmas, watch)
     return watch.latents
 
 

@@ -176,7 +176,7 @@ def test_overflow_of_the_transformer_is_said_at_the_first_step(both, monkeypatch
 
     monkeypatch.setattr(both[0].transformer, "forward", nan)
     call = CALL | {"callback_on_step_end": stop}
-    with pytest.warns(UserWarning, match="the first step holds infinite .*bfloat16"):
+    with pytest.warns(UserWarning, match="step 1 holds infinite .*bfloat16"):
         both[0]("a bag", **call)
 
 
