@@ -178,19 +178,17 @@ def open_parts(
 ) -> tuple[str, dict[str, Prepared[Any]]]:
     """The transformer and the autoencoder, and whence their weights are in words."""
     names = "transformer", "vae"
+    if place and place.is_file():
+        file = open_tensors(place)
+        found = {n: single_file.prepare_part(n, *PARTS[n], file) for n in names}
+        return f"read from {place}", found
     missing = "its files are not here"
     try:
-        if place and place.is_file():
-            file = open_tensors(place)
-            found = {n: single_file.prepare_part(n, *PARTS[n], file) for n in names}
-            return f"read from {place}", found
         if place:
             at = {n: part_folder(place, n) for n in names}
             found = {n: prepare_component(*PARTS[n], at[n]) for n in names}
             return f"read from {place}", found
     except (FileNotFoundError, ValueError) as error:
-        if place.is_file():
-            raise
         missing = one_line(error)
     models: dict[str, Any] = blueprint(model)
     return f"random: {missing}", {n: Prepared(models[n], {}, {}) for n in names}
