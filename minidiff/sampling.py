@@ -301,6 +301,7 @@ class Parts:
     transformer: MMDiT
     vae: VAE
     scheduler: Scheduler
+    _own_scheduler: Scheduler  # the model's, whichever is set
     name: str  # of the published model that it is, or "sd3"
     defaults: Defaults
     settings: dict[str, Any]  # the model's name, and how it was loaded
@@ -328,7 +329,10 @@ class Parts:
     @property
     def about(self) -> dict[str, Any]:
         """What every picture notes."""
-        return self.settings | {"dtype": str(self.dtype).removeprefix("torch.")}
+        told = self.settings | {"dtype": str(self.dtype).removeprefix("torch.")}
+        if self.scheduler != self._own_scheduler:
+            told["shift"] = self.scheduler.shift
+        return told | getattr(self.transformer, "settings", {})  # chapter 12's cache
 
     @property
     def max_sequence_length(self) -> int:
@@ -661,7 +665,8 @@ class Pipeline(Parts):
         name: str = "",
     ) -> None:
         self.tokenizers, self.text_encoders = tuple(tokenizers), tuple(text_encoders)
-        self.transformer, self.vae, self.scheduler = transformer, vae, scheduler
+        self.transformer, self.vae = transformer, vae
+        self.scheduler = self._own_scheduler = scheduler
         known = recognize(transformer.config, name)
         self.name = known.name if known else "sd3"
         usual = scheduler.usual
