@@ -33,6 +33,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -569,7 +570,10 @@ def steering(
     size = (pipe.vae.config.factor * n for n in latents.shape[2:])
     text = pooled.to(pipe.device, pipe.dtype)
     pictures = condition_pictures(control.opened, *size).to(text)
-    condition = encode_condition(pipe.vae, pictures, control.net.kind)
+    encode = partial(encode_condition, pipe.vae, pictures, control.net.kind)
+    condition = encode()
+    what = "the encoding of control's image"
+    checks.warn_of_overflow(what, condition, encode, vae=pipe.vae)
     steered = window(sigmas, control.start, control.end)
 
     @torch.no_grad()

@@ -766,6 +766,11 @@ class FirstBlockCache(MMDiT):
         cached.threshold, cached.skipped, cached.first = threshold, 0, None
         return cached
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a picture notes of it."""
+        return {"cache_threshold": self.threshold}
+
     def reuses(self, update: Tensor) -> bool:
         """Whether the first block's ``update`` (B, N, D) is nearly the one kept."""
         if self.first is None or self.first.shape != update.shape:

@@ -301,6 +301,7 @@ class Parts:
     transformer: MMDiT
     vae: VAE
     scheduler: Scheduler
+    _own_scheduler: Scheduler  # the model's, whichever is set
     name: str  # of the published model that it is, or "sd3"
     defaults: Defaults
     settings: dict[str, Any]  # the model's name, and how it was loaded
@@ -328,7 +329,10 @@ class Parts:
     @property
     def about(self) -> dict[str, Any]:
         """What every picture notes."""
-        return self.settings | {"dtype": str(self.dtype).removeprefix("torch.")}
+        told = self.settings | {"dtype": str(self.dtype).removeprefix("torch.")}
+        if self.scheduler != self._own_scheduler:
+            told["shift"] = self.scheduler.shift
+        return told | getattr(self.transformer, "settings", {})  # chapter 12's cache
 
     @property
     def max_sequence_length(self) -> int:
@@ -488,14 +492,20 @@ def solve(
     sigmas = checks.given(sigmas, pipe.scheduler.sigmas(steps))
     guidance = choose_guidance(pipe, guidance_scale, guidance)
     begun = [one.begin(pipe, latents, pooled, sigmas) for one in controls]
+    solver = SAMPLERS[sampler]
     start, pipe._interrupt = latents.to(pipe.device, torch.float32), False
 
     def follow() -> Callable[..., Tensor]:
         return guidance(velocity_of(pipe, context, pooled, sigmas, begun), sigmas)
 
-    again = lambda: follow()(start, sigmas[0])  # noqa: E731
-    with Watch(pipe, start, sigmas, callback_on_step_end, again) as watch:
-        watch.latents = SAMPLERS[sampler](follow(), start, sigmas, watch)
+    def warns(step: int, before: Tensor, after: Tensor) -> bool:
+        again = lambda: solver(follow(), before, sigmas[step : step + 2])  # noqa: E731
+        nets = {f"control_{i}": getattr(c, "net", None) for i, c in enumerate(controls)}
+        models = {"transformer": pipe.transformer} | nets
+        return checks.warn_of_overflow(f"step {step + 1}", after, again, **models)
+
+    with Watch(pipe, start, sigmas, callback_on_step_end, warns) as watch:
+        watch.latents = solver(follow(), start, sigmas, watch)
     return watch.latents
 
 
@@ -655,7 +665,8 @@ class Pipeline(Parts):
         name: str = "",
     ) -> None:
         self.tokenizers, self.text_encoders = tuple(tokenizers), tuple(text_encoders)
-        self.transformer, self.vae, self.scheduler = transformer, vae, scheduler
+        self.transformer, self.vae = transformer, vae
+        self.scheduler = self._own_scheduler = scheduler
         known = recognize(transformer.config, name)
         self.name = known.name if known else "sd3"
         usual = scheduler.usual

@@ -1,6 +1,7 @@
 """The doctor finds what computes wrongly, and says what fits and what is here."""
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -90,6 +91,47 @@ def test_what_is_not_finite_is_wrong_and_what_is_refused_is_not_here() -> None:
     refuses = partial(torch.add, other=torch.ones(3))
     found = doctor.compared("a", "b", refuses, given, *given, *where)
     assert found.text.startswith("b: not here (The size") and not found.wrong
+
+
+def cut(file: Path) -> None:
+    """Leave the first half of a file."""
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+FAULTS = {
+    "text_encoder_3/model.safetensors": [Path.unlink, cut],
+    "transformer/diffusion_pytorch_model.safetensors": [Path.unlink, cut],
+    "vae/diffusion_pytorch_model.safetensors": [cut],
+    "tokenizer/vocab.json": [Path.unlink, cut],
+    "scheduler/scheduler_config.json": [Path.unlink, cut],
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "harm"), [(f, harm) for f, harms in FAULTS.items() for harm in harms]
+)
+def test_a_part_that_cannot_be_loaded(
+    small: Path, tmp_path: Path, file: str, harm: Callable
+) -> None:
+    model = shutil.copytree(small, tmp_path / "model")
+    harm(model / file)
+    part = file.split("/")[0]
+    (found,) = doctor.faults(model, whole=True)
+    assert found.wrong and found.text.startswith(f"{part}: wrong, ")
+    (found,) = doctor.faults(model, whole=False)  # of a download that is not at its end
+    assert found.wrong == (harm is cut) != found.text.startswith(f"{part}: not here")
+
+
+def test_weights_that_cannot_be_loaded_fail_the_examination(
+    small: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(small, tmp_path / "model")
+    (model / "text_encoder_3/model.safetensors").unlink()
+    cut(model / "vae/diffusion_pytorch_model.safetensors")
+    found = findings(model)
+    assert wrong(found) == {"files text_encoder_3", "files vae"}
+    (weights,) = (f.text for f in found if f.label == "weights")
+    assert weights.startswith("random: ") and "not a whole safetensors" in weights
 
 
 def test_one_block_alone_is_read(small: Path) -> None:

@@ -29,6 +29,7 @@ from minidiff.files.pictures import read_settings, save_picture
 from minidiff.files.weights import Prepared
 from minidiff.flow_matching import ClassifierFree
 from minidiff.interface import checks
+from minidiff.interface.request import digest
 from minidiff.lora import LowRank, save_lora
 from minidiff.vae import VAE, Posterior, VAEConfig
 
@@ -176,7 +177,7 @@ def test_overflow_of_the_transformer_is_said_at_the_first_step(both, monkeypatch
 
     monkeypatch.setattr(both[0].transformer, "forward", nan)
     call = CALL | {"callback_on_step_end": stop}
-    with pytest.warns(UserWarning, match="the first step holds infinite .*bfloat16"):
+    with pytest.warns(UserWarning, match="step 1 holds infinite .*bfloat16"):
         both[0]("a bag", **call)
 
 
@@ -331,7 +332,7 @@ def test_pictures_over_pictures_carry_them_too(both, tmp_path):
     call |= {"num_images_per_prompt": 2}
     drawn = image_to_image(pipe, "a bag", tmp_path / "in.png", mask_image=mask, **call)
     own = {"prompt": "a bag", "image": str(tmp_path / "in.png"), "strength": 0.5}
-    own |= {"mask_image": "given", "seed": 4, "sampler": "heun"}
+    own |= {"mask_image": digest(mask), "seed": 4, "sampler": "heun"}
     own |= {"num_inference_steps": 2, "width": 32, "height": 24}
     own["guidance_scale"] = pipe.defaults.guidance_scale
     found = drawn[1].info

@@ -53,10 +53,12 @@ class SkipLayer(Guidance):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The guidance beneath, the blocks and the scale."""
-        skipped = ",".join(map(str, self.layers))
-        own = {"skip_layers": skipped, "skip_layer_scale": self.scale}
-        return self.guidance.settings | own
+        """The guidance beneath, the blocks, the scale and the window."""
+        own = {"skip_layers": ",".join(map(str, self.layers))}
+        scale = {
+            f"skip_layer_{n}": getattr(self, n) for n in ("scale", "start", "stop")
+        }
+        return self.guidance.settings | own | scale
 
     def check(self, pipe: Any) -> None:
         """Raise ValueError for blocks that the model lacks.

@@ -7,6 +7,7 @@ put back after each step. Steps, numbers and random draws are those of diffusers
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -235,15 +236,21 @@ def check_values(name: str, image: Tensor, height: int, width: int) -> None:
 
 
 def encode(pipe: Pipeline, pictures: Tensor, seeds: range) -> tuple[Tensor, Tensor]:
-    """Scaled latents of ``pictures`` and noise, each (B, C, h, w), one row a seed."""
+    """Scaled latents of ``pictures`` and noise, each (B, C, h, w), one row a seed.
+
+    Raises ValueError, naming the layer, where latents are not finite.
+    """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    posterior = pipe.vae.encode(pictures.to(pipe.device, pipe.dtype))
+    read = partial(pipe.vae.encode, pictures.to(pipe.device, pipe.dtype))
+    posterior = read()
     rows = [
         Posterior(posterior.mean[i : i + 1], posterior.logvar[i : i + 1])
         for i in range(len(pictures))
     ]
     drawn = [rows[i % len(rows)].sample(g) for i, g in enumerate(generators)]
     data = pipe.vae.scale(torch.cat(drawn)).float()  # B × (1, C, h, w) → (B, C, h, w)
+    if line := checks.overflow("the encoding of image", data, read, vae=pipe.vae):
+        raise ValueError(line)
     noise = [torch.randn(data.shape[1:], generator=g) for g in generators]
     return data, torch.stack(noise).to(data.device)  # B × (C, h, w) → (B, C, h, w)
 

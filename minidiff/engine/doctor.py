@@ -21,7 +21,13 @@ from torch.nn.attention import sdpa_kernel
 
 from minidiff.dit import MMDiT
 from minidiff.engine.fast import BACKENDS, FastDecoder, FastMMDiT, has_fp8_products
-from minidiff.engine.loading import PARTS, blueprint, find_local
+from minidiff.engine.loading import (
+    PARTS,
+    TOKENIZERS,
+    blueprint,
+    find_local,
+    read_scheduler,
+)
 from minidiff.engine.memory import (
     LADDER,
     RESERVE,
@@ -58,8 +64,8 @@ def examine(
 ) -> Iterator[Found]:
     """What there is to say of a model on a device, line after line.
 
-    Raises ValueError for what names no model, or a file that is damaged, OSError for
-    what is not here and cannot be fetched.
+    Raises ValueError for what names no model, or a single file that is damaged, OSError
+    for what is not here and cannot be fetched.
     """
     local = Path(model) if Path(model).is_file() else find_local(model)
     place = local or hub.find_cached(str(model))
@@ -73,6 +79,7 @@ def examine(
     yield from try_block(parts["transformer"], device, dtype)
     yield from try_decoder(parts["vae"], device, dtype)
     yield from plans(shapes(model, place, parts), device, dtype)
+    yield from faults(place, bool(local)) if place and place.is_dir() else ()
     yield from files(place) if place else ()
 
 
@@ -171,17 +178,17 @@ def open_parts(
 ) -> tuple[str, dict[str, Prepared[Any]]]:
     """The transformer and the autoencoder, and whence their weights are in words."""
     names = "transformer", "vae"
+    if place and place.is_file():
+        file = open_tensors(place)
+        found = {n: single_file.prepare_part(n, *PARTS[n], file) for n in names}
+        return f"read from {place}", found
     missing = "its files are not here"
     try:
-        if place and place.is_file():
-            file = open_tensors(place)
-            found = {n: single_file.prepare_part(n, *PARTS[n], file) for n in names}
-            return f"read from {place}", found
         if place:
             at = {n: part_folder(place, n) for n in names}
             found = {n: prepare_component(*PARTS[n], at[n]) for n in names}
             return f"read from {place}", found
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         missing = one_line(error)
     models: dict[str, Any] = blueprint(model)
     return f"random: {missing}", {n: Prepared(models[n], {}, {}) for n in names}
@@ -269,6 +276,30 @@ def plans(
         need = estimate(plan, call) + RESERVE * card
         fits = "fits" if need <= free else "does not fit"
         yield Found("memory", f"{in_gb(need)} {fits}: {plan}")
+
+
+def faults(place: Path, whole: bool) -> Iterator[Found]:
+    """What keeps each part of a model's folder from being loaded.
+
+    What is missing is wrong where the model should be ``whole``; of one on the hub it
+    will be fetched.
+    """
+    for name in (*read_index(place)[1], "scheduler"):
+        try:
+            open_part(name, part_folder(place, name))
+        except (OSError, ValueError) as error:
+            absent = isinstance(error, FileNotFoundError) and not whole
+            verdict = "not here yet" if absent else "wrong"
+            yield Found("files", f"{name}: {verdict}, {one_line(error)}", not absent)
+
+
+def open_part(name: str, folder: Path) -> object:
+    """Check the files of a part, as loading does; of its weights nothing is read."""
+    if name in PARTS:
+        return prepare_component(*PARTS[name], folder)
+    if name in TOKENIZERS:
+        return TOKENIZERS[name].from_pretrained(folder)
+    return read_scheduler(folder)
 
 
 def files(place: Path) -> Iterator[Found]:

@@ -282,21 +282,31 @@ def warn_of_cuts(
         warn(f"{who} {length} tokens; not seen: {cut!r}")
 
 
-def warn_of_overflow(
+def overflow(
     name: str, values: Tensor, again: Callable[[], object], **models: Any
-) -> None:
-    """Warn where ``values`` are not all finite numbers: the picture would be black.
+) -> str:
+    """What to say of ``values`` that are not all finite numbers; empty where they are.
 
     ``again`` computes them once more, so that the first layer of ``models`` where it
     happens can be named.
     """
-    if not values.isfinite().all():
-        where = first_overflow(again, models)
-        warn(
-            f"{name} holds infinite values or NaN, so the picture will be black"
-            f"{where and f' (first in {where})'}; "
-            "where float16 overflows, load with dtype=torch.bfloat16"
-        )
+    if is_finite(values):
+        return ""
+    where = first_overflow(again, models)
+    return (
+        f"{name} holds infinite values or NaN, so the picture will be black"
+        f"{where and f' (first in {where})'}; "
+        "where float16 overflows, load with dtype=torch.bfloat16"
+    )
+
+
+def warn_of_overflow(
+    name: str, values: Tensor, again: Callable[[], object], **models: Any
+) -> bool:
+    """Warn of what ``overflow`` has to say; whether there was something."""
+    if line := overflow(name, values, again, **models):
+        warn(line)
+    return bool(line)
 
 
 def first_overflow(again: Callable[[], object], models: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ model, ``Pipeline.check`` fills in and checks.
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, fields
 from functools import cached_property, wraps
+from hashlib import sha256
 from inspect import signature
 from numbers import Integral, Real
 from os import PathLike
@@ -42,7 +43,7 @@ SHAPES = {
 CLIP_TOKENS = 77  # of a tokenizer that is not here yet
 LONG = 400  # rows of context; SD3.5 was trained with 154 and 333
 # What a picture does not note: what it shows does not hang on it, or is no line of text
-UNTOLD = ("latents", "output_type", "callback_on_step_end", "num_images_per_prompt")
+UNTOLD = ("output_type", "callback_on_step_end", "num_images_per_prompt")
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,6 +202,11 @@ class Request:
         given["control"] = "; ".join(map(str, self.controls)) or None
         given["seed"] = self.seeds[index] if self.latents is None else None
         row = index // self.num_images_per_prompt
+        given |= {
+            name: digest(given[name][index if name == "latents" else row])
+            for name in SHAPES
+            if given[name] is not None
+        }
         return {
             name: as_text(value, row)
             for name, value in given.items()
@@ -259,16 +265,23 @@ def plain(value: Any) -> Any:
 def as_text(value: Any, row: int = 0) -> Any:
     """Numbers and texts as they are; of a picture its file, of levels their list.
 
-    Of one value for each prompt, that of ``row``.
+    Of one value for each prompt, that of ``row``; of what has no file a digest.
     """
-    if isinstance(value, list | tuple) and value:
-        value = value[row % len(value)]
+    if isinstance(value, list | tuple):
+        return as_text(value[row % len(value)], row) if value else ""
     if isinstance(value, str | int | float):
         return value
     if isinstance(value, Tensor) and value.ndim == 1:
         return ", ".join(f"{level:.6g}" for level in value.tolist())
     path = value if isinstance(value, PathLike) else getattr(value, "filename", "")
-    return str(path) or "given"
+    return str(path) or digest(value)
+
+
+def digest(value: Any) -> str:
+    """By what a picture notes the numbers of a tensor, an array or a PIL picture."""
+    if isinstance(value, Tensor):
+        value = value.detach().float().cpu().numpy()
+    return f"given, {sha256(value.tobytes()).hexdigest()[:8]}"
 
 
 def takes(

@@ -69,8 +69,8 @@ class Watch:
 
     Called by the solver after each step. As a context it swallows the StopIteration
     with which a callback ends the drawing; ``latents`` is then the step's state, or
-    what the callback had put in its place in the tensors given to it. ``again`` asks
-    the first step's question once more, to find what went wrong in it.
+    what the callback had put in its place in the tensors given to it. ``warns(step,
+    before, after)`` is asked of each step's states until it has warned of one.
     """
 
     def __init__(
@@ -79,11 +79,12 @@ class Watch:
         latents: "Tensor",
         sigmas: "Tensor",
         callback: Any,
-        again: Callable[[], object],
+        warns: Callable[[int, "Tensor", "Tensor"], bool],
     ) -> None:
         from tqdm import tqdm
 
-        self.pipe, self.callback, self.again = pipe, callback, again
+        self.pipe, self.callback, self.warns = pipe, callback, warns
+        self.warned = False
         self.latents, self.tensors = latents, {"latents": latents}
         hidden = None if pipe.progress else True  # None: shown on a terminal alone
         label = pipe.progress if isinstance(pipe.progress, str) else None
@@ -105,15 +106,13 @@ class Watch:
         from minidiff.interface import checks
 
         self.bar.update()
-        if step == 0:
-            models = {"transformer": self.pipe.transformer}
-            checks.warn_of_overflow("the first step", x0_hat, self.again, **models)
+        before = self.tensors["latents"]
+        self.warned = self.warned or self.warns(step, before, x)
+        self.tensors = {"latents": x, "denoised": x0_hat}
         if self.callback is None:
             return None
-        self.tensors = {"latents": x, "denoised": x0_hat}
         changed = self.callback(self.pipe, step, 1000 * sigma, self.tensors)
-        changed = checks.check_changes(changed)
+        self.tensors |= (changed := checks.check_changes(changed))
         if self.pipe._interrupt:
-            self.tensors |= changed
             raise StopIteration
         return changed.get("latents")
