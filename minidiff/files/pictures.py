@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # Not PostScript, for which PIL would start another program on what the file says
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
 MOST_PIXELS = 2**26  # 0.2 GB in RGB, and several times that while it is converted
+MOST_DRAWN = 100_000  # that one command draws
 LONGEST = 2**22  # bytes of one text; PIL reads 64 MiB of them in all
 
 
