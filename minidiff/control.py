@@ -52,7 +52,7 @@ from minidiff.dit import (
 )
 from minidiff.files import single_file, weights
 from minidiff.files.disk import read_json, write_json
-from minidiff.files.layout import check_image_only
+from minidiff.files.layout import CONTROL_KINDS, check_image_only, published_control
 from minidiff.files.pictures import in_rgb, open_picture, to_tensor
 from minidiff.files.weights import TensorFile
 from minidiff.flow_matching import interpolate, velocity_target
@@ -639,9 +639,10 @@ class Control:
 # Files come in two forms, and each is known by what it is. The official single file
 # says in a tensor of its own, `control_type`, what its conditions show; it also holds a
 # patch embedding and a map for the context that nobody reads. diffusers' folder says
-# nothing, so its name must. Nets of other layouts, such as the first for SD3 Medium,
-# whose blocks have a text stream and which read zeros for the pooled text, are refused
-# by what their configuration says.
+# nothing: it is known by the whole name under which it was published, or you say what
+# it reads. Nets of other layouts, such as the first for SD3 Medium, whose blocks have a
+# text stream and which read zeros for the pooled text, are refused by what their
+# configuration says.
 
 
 # %%
@@ -655,25 +656,28 @@ def load_control(
 
     ``source``: "tiny-edges", which ships; an official single file (it counts behind the
     last block too), or a folder in diffusers' layout (it does not). ``kind`` says what
-    its conditions show where file, folder and their names do not: "blur", "canny",
-    "depth" or "edges". All else is as for ``minidiff.load``.
+    its conditions show, "blur", "canny", "depth" or "edges", where the file or folder
+    does not and has no published name. All else is as for ``minidiff.load``.
     """
     device, dtype = checks.find_target(device, dtype)
     path = weights.shipped(source, weights.CONTROLS) or Path(source)
     kinds = ControlNet, ControlNetConfig
-    if single := path.is_file():
+    if not path.exists():
+        expected = f"{weights.CONTROLS[0]}, or a ControlNet's file or folder"
+        raise FileNotFoundError(f"{path} is missing; expected {expected}")
+    if single := not path.is_dir():
         opened = weights.open_tensors(path)
         prepared = single_file.prepare_part("controlnet", *kinds, opened)
         kind = kind or control_type(opened)
-    elif path.is_dir():
+    else:
         content = check_image_only(path)
         prepared = weights.prepare_component(*kinds, path)
         kind = kind or content.get("_kind")
-    else:
-        expected = f"{weights.CONTROLS[0]}, or a ControlNet's file or folder"
-        raise FileNotFoundError(f"{path} is missing; expected {expected}")
+    kind = kind or published_control(path.resolve())
     if kind is None:
-        kind = next((k for k in VALUES if k in path.resolve().name.lower()), None)
+        found = f"{path} does not say what its conditions show"
+        known = f"expected kind={' or '.join(map(repr, VALUES))}"
+        raise ValueError(f"{found}; {known}, or _kind in its config.json")
     checks.check_choice("kind", str(kind), VALUES)
     net = prepared(device, dtype).requires_grad_(False)
     net.kind, net.last = str(kind), single
@@ -685,10 +689,9 @@ def control_type(file: TensorFile) -> str | None:
     if "control_type" not in file.entries:
         return None
     number = int(file.read("control_type").flatten()[0])
-    known = ("blur", "canny", "depth")
-    if not 0 <= number < len(known):
+    if not 0 <= number < len(CONTROL_KINDS):
         raise ValueError(f"{file.path}: control_type is {number}; expected 0, 1 or 2")
-    return known[number]
+    return CONTROL_KINDS[number]
 
 
 def save_control(

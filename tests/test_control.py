@@ -1,6 +1,7 @@
 """Chapter 11: ControlNets against diffusers' and Stability's formula; their files."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -253,11 +254,44 @@ def test_kinds_are_found(tmp_path: Path) -> None:
     config = tmp_path / "own" / "config.json"
     content = json.loads(config.read_text())
     config.write_text(json.dumps({k: v for k, v in content.items() if k != "_kind"}))
-    with pytest.raises(ValueError, match="kind is 'None'; expected one of blur, canny"):
+    asks = "own does not say what its conditions show; expected kind='blur' or 'canny'"
+    with pytest.raises(ValueError, match=asks):
         load_control(tmp_path / "own")
     assert load_control(tmp_path / "own", kind="depth").kind == "depth"
-    (tmp_path / "own").rename(tmp_path / "large-controlnet-Canny")
-    assert load_control(tmp_path / "large-controlnet-Canny").kind == "canny"
+    with pytest.raises(ValueError, match="kind is 'lines'; expected one of blur"):
+        load_control(tmp_path / "own", kind="lines")
+
+
+CANNY = "stable-diffusion-3.5-large-controlnet-canny"
+PLACES = [
+    (CANNY, "canny"),
+    (f"stabilityai/{CANNY}", "canny"),
+    (f"models--stabilityai--{CANNY}/snapshots/0", "canny"),
+    ("sd3.5_large_controlnet_depth.safetensors", "depth"),
+    ("large-controlnet-canny", None),
+    (f"{CANNY}/mine", None),
+    ("my-depth.safetensors", None),
+]
+
+
+@pytest.mark.parametrize(("place", "kind"), PLACES)
+def test_a_kind_is_known_by_the_whole_published_name(
+    tmp_path: Path, place: str, kind: str | None
+) -> None:
+    path = tmp_path / place
+    if place.endswith(".safetensors"):
+        tensors = {k: v for k, v in single(net()).items() if k != "control_type"}
+        save_file(tensors, path)
+    else:
+        save_control(net(), path)
+        content = json.loads((path / "config.json").read_text())
+        del content["_kind"]
+        (path / "config.json").write_text(json.dumps(content))
+    if kind is None:
+        with pytest.raises(ValueError, match="does not say what its conditions show"):
+            load_control(path)
+    else:
+        assert load_control(path).kind == kind
 
 
 @pytest.mark.parametrize(
@@ -304,6 +338,12 @@ def test_single_files_that_cannot_be_used(
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere is missing; expected tiny-e"):
         load_control(tmp_path / "nowhere")
+
+
+def test_what_is_no_file_is_called_what_it_is(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "net")
+    with pytest.raises(ValueError, match="net is a pipe; expected a file"):
+        load_control(tmp_path / "net")
 
 
 # Conditions

@@ -30,7 +30,7 @@ from minidiff.files.pictures import from_bytes
 from minidiff.learning import steps
 from minidiff.learning.run import read_log
 from minidiff.lora import ATTENTION, adapted_layers
-from minidiff.recipes import finetune
+from minidiff.recipes import finetune, turbo
 from minidiff.recipes.features import Features, validation
 from minidiff.recipes.finetune import (
     FinetuneOptions,
@@ -136,9 +136,9 @@ def test_crop_takes_the_middle_and_resize_all(tmp_path: Path) -> None:
 
 def test_the_command_line_crops_unless_told(pictures, monkeypatch) -> None:
     seen = []
-    monkeypatch.setattr(finetune, "finetune_pictures", seen.append)
+    monkeypatch.setattr(turbo, "finetune_pictures", seen.append)
     for how in ({}, {"crop": False}):
-        call = {"data": pictures, "from_model": "tiny", "device": "cpu", **how}
+        call = {"data": pictures, "model": "tiny", "device": "cpu", **how}
         command.train(pictures / "out", **call)
     assert [options.how.crop for options in seen] == [True, False]
 
@@ -189,7 +189,7 @@ def test_pictures_of_every_kind_look_as_they_should(tmp_path: Path) -> None:
     palette.save(tmp_path / "palette.png", transparency=0)
     palette.save(tmp_path / "green.gif")
     clear.convert("LA").save(tmp_path / "two.png")
-    names = [path.name for path in tmp_path.iterdir()]
+    names = [path.name for path in tmp_path.iterdir() if path.name != "half.png"]
     lines = [json.dumps({"file_name": n, "text": n}) for n in names]
     lines.append(json.dumps({"file_name": "half.png", "text": "a\u2028b"}))
     text = "\n".join(lines).replace("\\u2028", "\u2028")  # legal within a string
@@ -215,8 +215,7 @@ BAD = {
     "batch_size is 0; expected": {"batch_size": 0},
     "no layer is called foo": {"lora": True, "targets": "foo"},
     "--from has no stages, recipe": {"stage": "vae"},
-    "--from needs --data": {"data": None},
-    "model is 'nothing'": {"from_model": "nothing"},
+    "model is 'nothing'": {"model": "nothing"},
     "is a file; expected a folder": {"output": "metadata.jsonl"},
 }
 
@@ -226,17 +225,10 @@ def test_what_cannot_be_fine_tuned(
     model: Path, pictures: Path, tmp_path: Path, message: str
 ) -> None:
     (tmp_path / "metadata.jsonl").write_text("kept")
-    call = {"output": "out", "data": pictures, "from_model": str(model)}
+    call = {"output": "out", "data": pictures, "model": str(model)}
     call |= {"device": "cpu", **BAD[message]}
     with pytest.raises(ValueError, match=message):
         command.train(tmp_path / call.pop("output"), **call)
-
-
-def test_settings_that_need_another_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--lora is True, which needs --from"):
-        command.train(tmp_path / "out", lora=True, device="cpu")
-    with pytest.raises(ValueError, match="--rank is 4, which needs --lora"):
-        command.train(tmp_path / "out", from_model="tiny", rank=4, device="cpu")
 
 
 @pytest.mark.slow
@@ -545,7 +537,7 @@ def test_a_lora_learns_a_style_from_twenty_pictures(
     command.train(
         output,
         data=data,
-        from_model="tiny",
+        model="tiny",
         lora=True,
         targets=layers,
         steps=70,
@@ -966,10 +958,9 @@ def test_what_is_reencoded_is_what_was_encoded(model: Path, pictures: Path) -> N
     assert relative_error(again["pooled"], batch["pooled"]) < 1e-6
 
 
-def test_words_that_say_nothing_are_refused(pictures: Path, tmp_path: Path) -> None:
+def test_words_that_say_nothing_are_refused() -> None:
     bad = {"--trigger is empty": {"trigger": "  "}, "--prompt is": {"prompts": (" ",)}}
     bad |= {"--prior is empty": {"prior": " "}, "--prior-pict": {"prior_pictures": 0}}
     for message, how in bad.items():
-        data = PictureConfig(**how)
         with pytest.raises(ValueError, match=message):
-            finetune.finetune("tiny", pictures, tmp_path, CONFIG, how=data)
+            PictureConfig(**how)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from minidiff.cli import COMMANDS
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minidiff"
 # From the ground up; what shares a line may not import each other
@@ -86,3 +88,22 @@ def test_no_two_public_functions_have_one_name() -> None:
                 found.setdefault(node.name, []).append(path.name)
     twice = {name: files for name, files in found.items() if len(files) > 1}
     assert twice.keys() <= {"score"}, twice
+
+
+def logic(function: ast.FunctionDef) -> int:
+    """Lines of a function's body without its docstring and what it imports."""
+    lines: set[int] = set()
+    for node in function.body[ast.get_docstring(function) is not None :]:
+        lines |= {*range(node.lineno, (node.end_lineno or 0) + 1)}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            lines -= {*range(node.lineno, (node.end_lineno or 0) + 1)}
+    return len(lines)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_reads_its_options_and_calls_the_library(name: str) -> None:
+    code = ast.parse((PACKAGE / "cli" / f"{name}.py").read_text(encoding="utf-8"))
+    functions = [n for n in ast.walk(code) if isinstance(n, ast.FunctionDef)]
+    assert name in {f.name for f in functions}
+    assert {f.name: logic(f) for f in functions if logic(f) > 12} == {}

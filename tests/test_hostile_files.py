@@ -913,4 +913,5 @@ def test_other_parts_of_single_files(tmp_path, part, shapes, message):
 def test_whole_numbers_are_no_dtype_to_save_in(tmp_path):
     call = partial(weights.save_weights, nn.Linear(2, 2), tmp_path / "a", None)
     refused("dtype is torch.int8; expected one of floating", lambda: call(torch.int8))
+    refused("dtype is 'float16'; expected one of floating", lambda: call("float16"))
     assert not list(tmp_path.iterdir())

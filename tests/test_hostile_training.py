@@ -454,6 +454,7 @@ def at(name: str, content: Any) -> Callable[[Path], object]:
     return lambda folder: put(folder / name, content)
 
 
+RED = '{"file_name": "red.png", "text": "red"}'
 PICTURES = [
     (at("red.txt", pipe), "red.txt is a pipe; expected a file"),
     (at("red.txt", link), "red.txt is a device; expected a file"),
@@ -476,6 +477,10 @@ PICTURES = [
     (lines('\n\n{"file_name"'), "line 3: expected an object with file_name and text"),
     (lines("[" * 100_000), "line 1: expected an object with file_name and text"),
     (lines(b"\xff\xfe"), "metadata.jsonl is not a text in UTF-8"),
+    (
+        lines(f"{RED}\n{RED.replace('red.png', './red.png')}"),
+        "line 2: red.png has a caption already; expected one of each picture",
+    ),
     (listed(file_name="red.png"), "line 1: expected an object"),
     (listed(text="red"), "line 1: expected an object"),
     (listed(file_name=5, text="red"), "line 1: expected an object"),

@@ -219,9 +219,9 @@ def test_a_stopped_distillation_goes_on(
 def test_options_of_distillation_arrive(pictures: Path, monkeypatch) -> None:
     seen: list[FinetuneOptions] = []
     monkeypatch.setattr(turbo, "distil", seen.append)
-    how = {"from_model": "tiny", "data": pictures, "device": "cpu", "stage": "turbo"}
+    how = {"model": "tiny", "data": pictures, "device": "cpu", "stage": "turbo"}
     command.train(pictures / "out", **how)
-    assert seen[0].batch_size == 4 and seen[0].lora is None
+    assert seen[0].config().batch_size == 4 and seen[0].lora is None
     with pytest.raises(ValueError, match="but --stage turbo"):
         command.train(pictures / "out", **how | {"stage": "vae"})
 

@@ -75,6 +75,7 @@ def program() -> Any:
 
     import typer
 
+    options = import_module("minidiff.cli.options")
     app = typer.Typer(
         epilog='Begin with: [bold]minidiff sample "a red dress on blue"[/bold]',
         add_completion=False,
@@ -86,8 +87,8 @@ def program() -> Any:
         command = getattr(module, name)
         paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
         unwrapped = "\n\n".join(" ".join(text.split()) for text in paragraphs)
-        app.command(help=unwrapped, epilog=module.EXAMPLES)(command)
-    options = import_module("minidiff.cli.options")
+        how = {"help": unwrapped, "epilog": module.EXAMPLES}
+        app.command(name, **how)(options.checked(command))
     app.callback()(options.about)
     return app
 

@@ -12,9 +12,9 @@ from minidiff.cli.options import (
     Group,
     Overwrite,
     examples,
-    fields_of,
     find_device,
 )
+from minidiff.interface.options import fields_of
 from minidiff.interface.terminal import tell
 
 EXAMPLES = examples(

@@ -33,17 +33,14 @@ def export(
     with status(f"loading {model}"):
         from minidiff.control import load_control
         from minidiff.engine.loading import load
-        from minidiff.live.exporting import export_pipeline
-        from minidiff.live.onnx import check_installed, export_onnx
+        from minidiff.live import exporting, onnx
 
         if format == "onnx":
-            if control:
-                raise ValueError(f"--control is {control}, which needs --format web")
-            check_installed()
+            onnx.check_possible(control)
         pipe = load(model, fast=False)  # fused layers have no form in ONNX
         net = load_control(control) if control else None
     if format == "onnx":
-        export_onnx(pipe, output)
+        onnx.export_onnx(pipe, output)
     else:
-        export_pipeline(pipe, output, model, net)
+        exporting.export_pipeline(pipe, output, model, net)
     print(output)

@@ -1,6 +1,7 @@
 """What commands declare and ask alike: groups of options, the device, the version."""
 
-from dataclasses import fields
+import functools
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
@@ -18,11 +19,21 @@ class Group:
         self.panel = panel
 
     def __call__(
-        self, help: str, *names: str, usual: str | bool = True, **how: Any
+        self,
+        help: str,
+        *names: str,
+        usual: str | bool = True,
+        needs: str = "",
+        **how: Any,
     ) -> Any:
-        """An option; ``usual`` says what holds without it, where no value does."""
+        """An option; ``usual`` says what holds without it, where no value does.
+
+        ``needs``: the parameter without which it says nothing, and what that one is.
+        """
         how |= {"show_default": usual, "rich_help_panel": self.panel}
-        return typer.Option(*names, help=help, **how)
+        option: Any = typer.Option(*names, help=help, **how)
+        option.names, option.needs = names, needs
+        return option
 
 
 def examples(*lines: str) -> str:
@@ -70,23 +81,46 @@ def about(version: Version = False) -> None:
 # What the commands ask first
 
 
-def not_none(**settings: Any) -> dict[str, Any]:
-    """The settings that are not None."""
-    return {name: value for name, value in settings.items() if value is not None}
+def checked(command: Callable[..., None]) -> Callable[..., None]:
+    """``command``, refusing options without those that they need.
+
+    What an error says of a parameter, it says of the option: "--steps is 0; …".
+    """
+    options = options_of(command)
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        for name, (spelled, needs) in options.items():
+            needed, _, about = needs.partition(", ")
+            if needs and is_set(given[name]) and not given[needed]:
+                found = f"{spelled} is {given[name]}, which needs {options[needed][0]}"
+                raise ValueError(found + (about and f", {about}"))
+        try:
+            command(**given)
+        except ValueError as error:
+            name, said, rest = str(error).partition(" is ")
+            if name not in options or not is_set(given[name]):
+                raise
+            raise ValueError(f"{options[name][0]}{said}{rest}") from error
+
+    return run
 
 
-def fields_of(cls: type, given: dict[str, Any]) -> dict[str, Any]:
-    """The options that are set and are called as fields of the dataclass ``cls``."""
-    return not_none(**{f.name: given.get(f.name) for f in fields(cls)})
+def options_of(command: Callable[..., None]) -> dict[str, tuple[str, str]]:
+    """How each parameter that is an option is spelled, and what it needs."""
+    found = {}
+    for name, hint in command.__annotations__.items():
+        for option in getattr(hint, "__metadata__", ()):
+            if hasattr(option, "needs"):
+                usual = f"--{name.replace('_', '-')}"
+                long = [n for n in option.names if n.startswith("--")]
+                found[name] = (*long, usual)[0], option.needs
+    return found
 
 
-def refuse(given: dict[str, Any], needed: str, *names: str) -> None:
-    """Raise ValueError where an option of ``names`` is set, but not the one needed."""
-    there = given[needed.partition(",")[0]]
-    for name, value in not_none(**{name: given[name] for name in names}).items():
-        if not there:
-            found = f"--{name} is {value}, which needs --{needed}"
-            raise ValueError(found.replace("_", "-"))
+def is_set(value: object) -> bool:
+    """Whether an option was given: a flag that was not is False."""
+    return value is not None and value is not False
 
 
 def find_device(name: str | None) -> str:

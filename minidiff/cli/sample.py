@@ -1,8 +1,7 @@
 """``minidiff sample``: pictures of prompts."""
 
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -15,18 +14,10 @@ from minidiff.cli.options import (
     Group,
     Overwrite,
     examples,
-    fields_of,
     find_device,
-    not_none,
-    refuse,
 )
+from minidiff.interface.options import fields_of
 from minidiff.interface.terminal import status
-
-if TYPE_CHECKING:
-    from minidiff.control import Control
-    from minidiff.drawing.series import Series
-    from minidiff.interface.request import Request
-    from minidiff.sampling import Pipeline
 
 EXAMPLES = examples(
     'minidiff sample "a red dress on a blue background" --num-images 4',
@@ -36,6 +27,10 @@ WHAT, SIZE = Group("What to draw"), Group("How many, how large")
 START, HOW = Group("From a picture"), Group("How to draw")
 STEER, ROOM, SPEED = Group("By a sketch"), Group("Memory"), Group("Speed")
 OWN, PROMPT = "the model's own", "the prompt"
+IMAGE, SKETCH = (
+    "image, the picture to begin from",
+    "control_image, the picture it reads",
+)
 
 
 def sample(
@@ -52,8 +47,12 @@ def sample(
     seed: Annotated[int, SIZE("Picture i starts from seed + i.")] = 0,
     height: Annotated[int | None, SIZE("Pixels.", usual=OWN)] = None,
     width: Annotated[int | None, SIZE("Pixels.", usual=OWN)] = None,
-    batch_size: Annotated[int | None, SIZE("Prompts drawn at once.", usual="1")] = None,
-    steps: Annotated[int | None, HOW("Denoising steps.", usual=OWN)] = None,
+    batch_size: Annotated[
+        int | None, SIZE("Prompts drawn at once.", usual="1", needs="prompts")
+    ] = None,
+    num_inference_steps: Annotated[
+        int | None, HOW("Denoising steps.", "--steps", usual=OWN)
+    ] = None,
     guidance_scale: Annotated[
         float | None,
         HOW("How closely to follow the prompt; 1 or less: no guidance.", usual=OWN),
@@ -62,29 +61,38 @@ def sample(
     skip_layers: Annotated[
         str | None, HOW("Skip Layer Guidance: 7,8,9 for Medium.")
     ] = None,
-    skip_layer_scale: Annotated[float | None, HOW("Its strength.", usual="2.8")] = None,
+    skip_layer_scale: Annotated[
+        float | None, HOW("Its strength.", usual="2.8", needs="skip_layers")
+    ] = None,
     image: Annotated[
         Path | None,
         START("Picture to begin from; what is transparent in it lies on white."),
     ] = None,
     strength: Annotated[
-        float | None, START("How much of it may change, above 0 to 1.", usual="0.6")
+        float | None,
+        START("How much of it may change, above 0 to 1.", usual="0.6", needs=IMAGE),
     ] = None,
-    mask: Annotated[
-        Path | None, START("White where to draw, black where to keep.")
+    mask_image: Annotated[
+        Path | None,
+        START("White where to draw, black where to keep.", "--mask", needs=IMAGE),
     ] = None,
     control: Annotated[
-        Path | None, STEER("ControlNet: tiny-edges, a folder, or an official file.")
+        Path | None,
+        STEER("ControlNet: tiny-edges, a folder, or an official file.", needs=SKETCH),
     ] = None,
     control_image: Annotated[
-        Path | None, STEER("What it reads, as it is: edges, depth, …")
+        Path | None, STEER("What it reads, as it is: edges, depth, …", needs="control")
     ] = None,
-    control_strength: Annotated[float | None, STEER("How strongly.", usual="1")] = None,
+    control_strength: Annotated[
+        float | None, STEER("How strongly.", usual="1", needs="control")
+    ] = None,
     control_start: Annotated[
-        float | None, STEER("From this share of the steps on.", usual="0")
+        float | None,
+        STEER("From this share of the steps on.", usual="0", needs="control"),
     ] = None,
     control_end: Annotated[
-        float | None, STEER("Up to this share of the steps.", usual="1")
+        float | None,
+        STEER("Up to this share of the steps.", usual="1", needs="control"),
     ] = None,
     model: Annotated[str, WHO(f"{MODEL} or an official single file.")] = "tiny",
     text_encoders: Annotated[
@@ -94,7 +102,9 @@ def sample(
         list[Path] | None,
         WHO("LoRA, any common trainer's file, or its folder.", metavar="<path>"),
     ] = None,
-    lora_scale: Annotated[float | None, WHO("Its strength.", usual="1")] = None,
+    lora_scale: Annotated[
+        float | None, WHO("Its strength.", usual="1", needs="lora")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     memory: Annotated[
@@ -134,19 +144,12 @@ def sample(
     from minidiff.drawing.series import Outputs, Series
 
     given = locals() | {"lora": one_of(lora), "skip_layers": find_blocks(skip_layers)}
-    refuse(given, "image, the picture to begin from", "mask", "strength")
-    refuse(given, "prompts", "batch_size")
-    refuse(given, "lora", "lora_scale")
-    refuse(given, "skip_layers", "skip_layer_scale")
-    steers = ("control_image", "control_strength", "control_start", "control_end")
-    refuse(given, "control", *steers)
-    refuse(given, "control_image, the picture that it reads", "control")
     series = Series(find_texts(prompt, prompts), **fields_of(Series, given))
-    outputs = Outputs(output, len(series), overwrite, preview)
+    outputs = Outputs(output, len(series), overwrite, preview, not no_sheet)
     with outputs.held():
         with status(f"loading {model}"):
-            series, pipe = begin(series, given)
-        for name in outputs.save(series.draw(pipe), not no_sheet):
+            series, pipe = series.begin(given | {"device": find_device(device)})
+        for name in outputs.save(series.draw(pipe)):
             print(name, flush=True)
 
 
@@ -159,52 +162,6 @@ def find_texts(prompt: str | None, file: Path | None) -> list[str]:
     return read_prompts(file) if file else [str(prompt)]
 
 
-def begin(series: "Series", given: dict[str, Any]) -> "tuple[Series, Pipeline]":
-    """The series with all that is asked for, and the pipeline that fits it."""
-    import torch
-
-    from minidiff.drawing.image_to_image import Start
-    from minidiff.engine.memory import Plan
-
-    model, image, dtype = given["model"], given["image"], given["dtype"]
-    start = image and Start(mask_image=given["mask"], **fields_of(Start, given))
-    series = replace(series, request=asked_for(given), start=start)
-    return series, series.load(
-        model,
-        given["text_encoders"],
-        find_device(given["device"]),
-        dtype and getattr(torch, dtype),
-        fields_of(Plan, given) | not_none(memory=given["memory"]),
-        fast=given["fast"] or None,
-        compile=given["compile"],
-    )
-
-
-def asked_for(given: dict[str, Any]) -> "Request":
-    """The request that the options make; the series has prompts and seeds."""
-    from minidiff.drawing.previews import write_previews
-    from minidiff.interface.request import Request
-
-    asked = fields_of(Request, given) | {"prompt": "", "seed": 0}
-    asked |= not_none(num_inference_steps=given["steps"])
-    if file := given["preview"]:
-        asked["callback_on_step_end"] = write_previews(file)
-    asked["control"] = given["control"] and steered_by(given)
-    return Request(**asked)
-
-
-def steered_by(given: dict[str, Any]) -> "Control":
-    """What --control and its image make."""
-    import torch
-
-    from minidiff.control import Control, load_control
-
-    dtype = given["dtype"] and getattr(torch, given["dtype"])
-    net = load_control(given["control"], find_device(given["device"]), dtype)
-    how = {name: given[f"control_{name}"] for name in ("strength", "start", "end")}
-    return Control(given["control_image"], net, **not_none(**how))
-
-
 def one_of(files: list[Path] | None) -> Path | None:
     """The file of --lora, if there is one; ValueError for more."""
     if files and len(files) > 1:
@@ -214,8 +171,10 @@ def one_of(files: list[Path] | None) -> Path | None:
 
 def find_blocks(numbers: str | None) -> list[int] | None:
     """ "7,8,9" → [7, 8, 9]."""
+    if numbers is None:
+        return None
     try:
-        return numbers and [int(number) for number in numbers.split(",")] or None
+        return [int(number) for number in numbers.split(",")]
     except ValueError:
         found = f"--skip-layers is {numbers!r}"
         raise ValueError(f"{found}; expected whole numbers: 7,8,9") from None

@@ -1,17 +1,10 @@
 """``minidiff train``: the tiny model from nothing, or any model in a new style."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from minidiff.cli.options import (
-    OUT,
-    Device,
-    Group,
-    examples,
-    fields_of,
-    find_device,
-    refuse,
-)
+from minidiff.cli.options import OUT, Device, Group, examples, find_device
+from minidiff.interface.options import fields_of
 
 EXAMPLES = examples(
     "minidiff train --output my-model",
@@ -51,41 +44,67 @@ def train(
         ),
     ] = None,
     seed: Annotated[int | None, WHAT("Of scenes, order and noise.", usual="0")] = None,
-    from_model: Annotated[
-        str | None, FROM("Fine-tune this model on the pictures in --data.", "--from")
+    model: Annotated[
+        str | None,
+        FROM(
+            "Fine-tune this model on the pictures in --data.",
+            "--from",
+            needs="data, a folder of pictures with captions",
+        ),
     ] = None,
-    learning_rate: Annotated[float | None, FROM("Of AdamW.", usual="1e-4")] = None,
+    learning_rate: Annotated[
+        float | None, FROM("Of AdamW.", usual="1e-4", needs="model")
+    ] = None,
     buckets: Annotated[
-        bool, FROM("Pictures keep about their shape.", "--buckets")
+        bool, FROM("Pictures keep about their shape.", "--buckets", needs="model")
     ] = False,
-    trigger: Annotated[str | None, FROM("Words before every caption.")] = None,
+    trigger: Annotated[
+        str | None, FROM("Words before every caption.", needs="model")
+    ] = None,
     prior: Annotated[
         str | None,
         FROM(
             "What is to stay as it is: in half of the steps the model learns pictures "
-            "that it drew of this prompt before."
+            "that it drew of this prompt before.",
+            needs="model",
         ),
     ] = None,
-    prior_pictures: Annotated[int | None, FROM("How many of them.", usual="50")] = None,
-    prompt: Annotated[
+    prior_pictures: Annotated[
+        int | None, FROM("How many of them.", usual="50", needs="prior")
+    ] = None,
+    prompts: Annotated[
         list[str] | None,
         FROM(
             "Drawn at each validation at a fixed seed; may be given several times.",
+            "--prompt",
             usual="four captions",
             metavar="<str>",
+            needs="model",
         ),
     ] = None,
     accumulation: Annotated[
-        int | None, FROM("Parts of a batch, one after the other.", usual="1")
+        int | None,
+        FROM("Parts of a batch, one after the other.", usual="1", needs="model"),
     ] = None,
-    lora: Annotated[bool, LORA("Train a LoRA, not all weights.", "--lora")] = False,
-    rank: Annotated[int | None, LORA("Of its matrices.", usual="8")] = None,
-    alpha: Annotated[float | None, LORA("Its strength.", usual="the rank")] = None,
+    lora: Annotated[
+        bool, LORA("Train a LoRA, not all weights.", "--lora", needs="model")
+    ] = False,
+    rank: Annotated[
+        int | None, LORA("Of its matrices.", usual="8", needs="lora")
+    ] = None,
+    alpha: Annotated[
+        float | None, LORA("Its strength.", usual="the rank", needs="lora")
+    ] = None,
     targets: Annotated[
-        str | None, LORA("Its layers: to_q,to_k,…", usual="those of attention")
+        str | None,
+        LORA("Its layers: to_q,to_k,…", usual="those of attention", needs="lora"),
     ] = None,
-    fp8: Annotated[bool, LORA("The blocks' own weights in 8 bits.", "--fp8")] = False,
-    encoders: Annotated[bool, LORA("Both CLIPs learn too.", "--encoders")] = False,
+    fp8: Annotated[
+        bool, LORA("The blocks' own weights in 8 bits.", "--fp8", needs="lora")
+    ] = False,
+    encoders: Annotated[
+        bool, LORA("Both CLIPs learn too.", "--encoders", needs="lora")
+    ] = False,
     data: Annotated[
         Path | None,
         HOW(
@@ -124,42 +143,18 @@ def train(
     sharded, log_every, save_every, validate_every. Of all: pictures, latents, captions,
     held, shift, scenes, guidance. Muon is for vae, transformer and turbo.
     """
-    given = locals() | {"from": from_model}
-    flags = ("lora", "fp8", "encoders", "buckets")
-    asked = given | {name: given[name] or None for name in flags}
-    refuse(asked, "lora", "rank", "alpha", "targets", "fp8", "encoders")
-    refuse(asked, "prior", "prior_pictures")
-    refuse(asked, "from", "lora", "learning_rate", "buckets", "trigger", "prior")
-    refuse(asked, "from", "prompt", "accumulation")
-    given |= {"device": find_device(device), "compile": compile}
-    if from_model is None:
+    given = locals() | {"device": find_device(device), "pictures": data}
+    if model is None:
         from minidiff.recipes.train import TrainOptions, train_stages
 
         return train_stages(TrainOptions(**fields_of(TrainOptions, given)))
     if recipe or start or scenes or stage not in ("all", "turbo") or seed is not None:
         found = "--from has no stages, recipe, start, scenes or seed"
         raise ValueError(f"{found} (but --stage turbo); its pictures are --data")
-    if data is None:
-        raise ValueError("--from needs --data: a folder of pictures with captions")
-    fine_tune(given)
+    from minidiff.recipes import finetune, own_pictures, turbo
 
-
-def fine_tune(given: dict[str, Any]) -> None:
-    """Fine-tune the model of --from, or distil it; print where it is."""
-    from minidiff.learning import parallel
-    from minidiff.recipes import finetune, jumps, turbo
-
-    rank = 8 if given["rank"] is None else given["rank"]
-    update = (given[name] for name in ("alpha", "targets", "fp8", "encoders"))
-    lora = finetune.lora_config(rank, *update) if given["lora"] else None
-    given |= {"lora": lora, "model": given["from"], "pictures": given["data"]}
-    given |= {"prompts": tuple(given["prompt"] or ())}
-    pictures = fields_of(finetune.PictureConfig, given)
-    given |= {"how": finetune.PictureConfig(**pictures)}
-    few = given["stage"] == "turbo"
-    if few and given["batch_size"] is None:
-        given |= {"batch_size": jumps.SIZES}
-    options = finetune.FinetuneOptions(**fields_of(finetune.FinetuneOptions, given))
-    made = turbo.distil(options) if few else finetune.finetune_pictures(options)
-    if parallel.rank() == 0:
-        print(made)
+    update = fields_of(finetune.LoraConfig, given)
+    given |= {"lora": finetune.lora_config(**update) if lora else None}
+    pictures = fields_of(own_pictures.PictureConfig, given)
+    given |= {"how": own_pictures.PictureConfig(**pictures)}
+    turbo.learn(finetune.FinetuneOptions(**fields_of(finetune.FinetuneOptions, given)))

@@ -34,7 +34,7 @@ def captions_of(folder: Path) -> dict[str, str]:
     """Each picture's name and its caption.
 
     Raises FileNotFoundError for a folder that is not there or holds no caption, and
-    ValueError for a caption without a picture.
+    ValueError for a caption without a picture, and for two captions of one.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder")
@@ -42,7 +42,11 @@ def captions_of(folder: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     if listed.exists():
         for number, line in enumerate(read_text(listed).split("\n"), 1):
-            found |= _entry(listed, number, line)
+            entry = _entry(listed, number, line)
+            if twice := entry.keys() & found.keys():
+                told = f"{listed}, line {number}: {excerpt(min(twice))} has a caption"
+                raise ValueError(f"{told} already; expected one of each picture")
+            found |= entry
     for place in folders_of(folder):
         pictures = {path.stem: path for path in pictures_in(place)}
         for path in files_in(place, (".txt",)):

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 from minidiff.files.disk import check_output, numbered, reserved
 from minidiff.files.pictures import contact_sheet, save_picture, thumbnail
 from minidiff.interface.limits import MOST_PICTURES, check_pictures
+from minidiff.interface.options import fields_of, not_none
 from minidiff.interface.terminal import tell
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
+    from minidiff.control import Control
     from minidiff.drawing.image_to_image import Start
     from minidiff.interface.request import Request
     from minidiff.sampling import Pipeline
@@ -63,6 +65,32 @@ class Series:
 
     def __len__(self) -> int:
         return len(self.texts) * self.num_images
+
+    def begin(self, options: dict[str, Any]) -> "tuple[Series, Pipeline]":
+        """The series with all that a command's ``options`` ask for, and what draws it.
+
+        Options are called as the fields of Request, Start and Plan, and as the
+        arguments of ``load``, or begin with ``control``.
+        """
+        import torch
+
+        from minidiff.drawing.image_to_image import Start
+        from minidiff.engine.memory import Plan
+
+        dtype = options["dtype"] and getattr(torch, options["dtype"])
+        options = options | {"dtype": dtype}
+        start = Start(**fields_of(Start, options)) if options["image"] else None
+        series = replace(self, request=asked_for(options), start=start)
+        plan = fields_of(Plan, options) | not_none(memory=options["memory"])
+        return series, series.load(
+            options["model"],
+            options["text_encoders"],
+            options["device"],
+            dtype,
+            plan,
+            fast=options["fast"] or None,
+            compile=options["compile"],
+        )
 
     def load(
         self,
@@ -157,18 +185,41 @@ class Series:
         return pipe.draw(pipe.check(request))
 
 
+def asked_for(options: dict[str, Any]) -> "Request":
+    """The request that a command's options make; the series has prompts and seeds."""
+    from minidiff.drawing.previews import write_previews
+    from minidiff.interface.request import Request
+
+    asked = fields_of(Request, options) | {"prompt": "", "seed": 0}
+    if file := options["preview"]:
+        asked["callback_on_step_end"] = write_previews(file)
+    asked["control"] = options["control"] and steered_by(options)
+    return Request(**asked)
+
+
+def steered_by(options: dict[str, Any]) -> "Control":
+    """What a ControlNet and its picture make."""
+    from minidiff.control import Control, load_control
+
+    net = load_control(options["control"], options["device"], options["dtype"])
+    how = {name: options[f"control_{name}"] for name in ("strength", "start", "end")}
+    return Control(options["control_image"], net, **not_none(**how))
+
+
 @dataclass(frozen=True)
 class Outputs:
     """The files of ``count`` pictures: ``file``, or file-0, file-1, … for several.
 
     With ``file`` None the first free names: picture.png, picture-1.png, … ``preview``
-    is written beside them. Raises ValueError for a name that cannot be written.
+    is written beside them, and of several pictures a ``sheet``: a small one of each.
+    Raises ValueError or OSError for a name that cannot be written.
     """
 
     file: Path | None
     count: int
     overwrite: bool = False
     preview: Path | None = None
+    sheet: bool = False
 
     def __post_init__(self) -> None:
         for option, file in (("--output", self.file), ("--preview", self.preview)):
@@ -178,6 +229,8 @@ class Outputs:
         names = self.names()
         for name in filter(None, (*names, self.preview)):
             check_output(name, self.overwrite)
+        if self.has_sheet:
+            check_output(self.sheet_name(), overwrite=True)  # or the next free name
         if self.preview and self.preview.resolve() in {n.resolve() for n in names}:
             found = f"--preview is {self.preview}"
             raise ValueError(f"{found}, which a picture will be called")
@@ -192,20 +245,29 @@ class Outputs:
         stem = self.file.stem
         return [self.file.with_stem(f"{stem}-{i}") for i in range(self.count)]
 
+    @property
+    def has_sheet(self) -> bool:
+        """Whether a contact sheet is written."""
+        return self.sheet and self.count > 1
+
+    def sheet_name(self) -> Path:
+        """What the contact sheet will be called, if the name is free."""
+        file = self.file or USUAL
+        return file.with_stem(f"{file.stem}-sheet")
+
     def held(self) -> AbstractContextManager[None]:
         """Within, no other run takes the first name; it can be written."""
         return reserved(self.names()[0], self.overwrite or self.file is None)
 
-    def save(self, pictures: "Iterable[Image]", sheet: bool = False) -> Iterator[Path]:
-        """Write each picture as it comes, and ``sheet``: a small one of each on one."""
+    def save(self, pictures: "Iterable[Image]") -> Iterator[Path]:
+        """Write each picture as it comes, and then the contact sheet."""
         free, shown = numbered(USUAL), list["Image"]()
         for picture, name in zip(pictures, self.names(), strict=True):
             yield self.save_as(picture, numbered(name) if self.file else free)
-            if sheet and self.count > 1 and len(shown) < SHOWN:
+            if self.has_sheet and len(shown) < SHOWN:
                 shown.append(thumbnail(picture))
         if shown:
-            file = self.file or USUAL
-            names = numbered(file.with_stem(f"{file.stem}-sheet"))
+            names = numbered(self.sheet_name())
             tell(f"contact sheet: {self.save_as(contact_sheet(shown), names)}")
 
     def save_as(self, picture: "Image", names: Iterator[Path]) -> Path:

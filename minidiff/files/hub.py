@@ -20,7 +20,7 @@ from minidiff.files.weights import of_variant, open_tensors
 
 PATIENCE = 30.0  # seconds without an answer
 SLOWEST = 1_000  # bytes a second
-LONGEST = 20_000_000  # bytes, where an answer does not say how many it has
+LONGEST = 20_000_000  # bytes that are read whole, or of which no number is said
 
 COMPONENTS = ("scheduler", "text_encoder*", "tokenizer*", "transformer", "vae")
 KINDS = ("*.json", "*.txt", "*.model", "*.safetensors")
@@ -90,17 +90,17 @@ class Watch:
         third = self.patience / 3
         timeouts = {kind: min(limits.get(kind) or third, third) for kind in kinds}
         request.extensions = {**request.extensions, "timeout": timeouts}
+        request.headers["accept-encoding"] = "identity"  # a bomb is small while packed
 
     def after(self, response: Any) -> None:
-        """Refuse long waits, bad names, and answers that are no hub's."""
+        """Refuse long waits, bad names, and answers that are no hub's, or too long."""
         self.asked = None
         host, headers = response.url.host, response.headers
         wait = asked_to_wait(headers)
         if wait > self.patience:
             what = f"{host} answers {response.status_code} and asks to wait {wait} s"
             raise NoAnswer(f"{what}; try again later")
-        limit = None if "content-length" in headers else LONGEST
-        response.iter_raw = partial(self.paced, host, response.iter_raw, limit)
+        self.bound(response)
         if response.status_code >= 400:
             return
         if "/api/" in response.request.url.path:
@@ -109,6 +109,21 @@ class Watch:
             tag = headers.get("x-linked-etag", headers.get("etag"))
             check_name(host, tag, r'(W/)?"?[\w=+-][\w.=+-]*"?')
             check_name(host, headers.get("x-repo-commit"), "[0-9a-f]{40}")
+
+    def bound(self, response: Any) -> None:
+        """Pace an answer; what has no length, or is read whole, has an end as well."""
+        host, headers, read = response.url.host, response.headers, response.read
+        if (packed := headers.get("content-encoding", "identity")) != "identity":
+            raise NoAnswer(f"{host} answers in {excerpt(packed)}; expected plain bytes")
+        paced = partial(self.paced, host, response.iter_raw)
+        limit = None if "content-length" in headers else LONGEST
+        response.iter_raw = partial(paced, limit)
+
+        def read_whole() -> bytes:
+            response.iter_raw = partial(paced, LONGEST)
+            return read()
+
+        response.read = read_whole
 
     def paced(
         self, host: str, chunks: Callable[[], Iterator[bytes]], limit: int | None

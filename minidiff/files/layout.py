@@ -311,6 +311,8 @@ PUBLISHED = {
         ),
     )
 }
+# SD3.5 Large's ControlNets, as their official files number them
+CONTROL_KINDS = ("blur", "canny", "depth")
 ON_HUB = {name: model for name, model in PUBLISHED.items() if model.repository}
 
 
@@ -328,15 +330,29 @@ def recognize(config: Any, origin: Path | str = "") -> Published | None:
     the hub's cache; else it is the first. The size of pictures does not count. A
     configuration of none is the model that its origin names, or None.
     """
-    parts = Path(origin).parts
-    said = {*parts[-1:], "/".join(parts[-2:])} | {
-        p for p in parts if p[:8] == "models--"
-    }
+    said = called(origin)
     alike = [known for known in PUBLISHED.values() if _is_like(config, known)]
     for known in alike or PUBLISHED.values():
         if said & known.names:
             return known
     return alike[0] if alike else None
+
+
+def called(origin: Path | str) -> set[str]:
+    """What a path calls a model: its last part or two, and its folder on the hub."""
+    parts = Path(origin).parts
+    cached = {part for part in parts if part.startswith("models--")}
+    return {*parts[-1:], "/".join(parts[-2:])} | cached
+
+
+def published_control(path: Path) -> str | None:
+    """What the published ControlNet of this name reads: one of ``CONTROL_KINDS``."""
+    for kind in CONTROL_KINDS:
+        repository = f"stable-diffusion-3.5-large-controlnet-{kind}"
+        names = {repository, f"models--stabilityai--{repository}"}
+        if called(path) & (names | {f"sd3.5_large_controlnet_{kind}.safetensors"}):
+            return kind
+    return None
 
 
 def _is_like(config: Any, known: Published) -> bool:

@@ -555,10 +555,12 @@ def save_weights(
 ) -> None:
     """Write ``model``'s tensors to one safetensors file, in ``dtype`` (None: as is).
 
-    ValueError for a dtype of whole numbers, which would cut the weights off.
+    ValueError for what is no dtype, and for whole numbers, which would cut the weights
+    off.
     """
-    if dtype and not dtype.is_floating_point:
-        raise ValueError(f"dtype is {dtype}; expected one of floating point")
+    if dtype and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        found = f"dtype is {dtype!r}"
+        raise ValueError(f"{found}; expected one of floating point: torch.float16, …")
     tensors = {
         name: t.detach().to("cpu", dtype).contiguous()
         for name, t in stored_tensors(model.state_dict(), rename).items()

@@ -21,8 +21,10 @@ NAMES = {  # of each part's inputs, and of what comes out
 }
 
 
-def check_installed() -> None:
-    """Raise ValueError where a package is missing that PyTorch's exporter needs."""
+def check_possible(control: str | None) -> None:
+    """Raise ValueError for a ``control``, and where a package is missing."""
+    if control:
+        raise ValueError(f"--control is {control}, which needs --format web")
     if missing := [n for n in ("onnx", "onnxscript") if find_spec(n) is None]:
         raise ValueError(f"export to ONNX: expected pip install {' '.join(missing)}")
 

@@ -25,7 +25,7 @@ from minidiff.files.layout import ENCODERS
 from minidiff.files.lora_files import FILE
 from minidiff.files.pictures import save_sheet
 from minidiff.files.weights import shipped
-from minidiff.interface.checks import check_range
+from minidiff.interface.checks import check_range, given
 from minidiff.interface.terminal import tell
 from minidiff.learning import parallel, steps
 from minidiff.learning.run import (
@@ -39,6 +39,7 @@ from minidiff.learning.run import (
 )
 from minidiff.lora import ATTENTION, LowRank, add_lora, save_lora
 from minidiff.recipes.features import Features, validation
+from minidiff.recipes.jumps import SIZES
 from minidiff.recipes.own_pictures import (
     PictureConfig,
     Pictures,
@@ -81,20 +82,22 @@ class FinetuneOptions:
         model: what ``load`` takes.
         pictures: a folder of pictures with captions.
         output: the folder of the run and of its result.
-        steps, batch_size, learning_rate: how long and how fast.
+        steps, batch_size, learning_rate: how long and how fast; a batch is 1 unless
+            told otherwise, of jumps 4.
         lora: the corrections that learn; None lets all weights of the transformer.
         device: "cpu", "cuda", …
         compile: the step.
         recompute: less memory for more time.
         accumulation: parts of a batch, one after the other.
         how: what is made of the pictures.
+        stage: "turbo" distils.
     """
 
     model: str
     pictures: Path
     output: Path
     steps: int = 500
-    batch_size: int = 1
+    batch_size: int | None = None
     learning_rate: float = 1e-4
     lora: LoraConfig | None = None
     device: str = "cpu"
@@ -102,6 +105,7 @@ class FinetuneOptions:
     recompute: bool = False
     accumulation: int = 1
     how: PictureConfig = PictureConfig()
+    stage: str = "all"
 
     def config(self) -> TrainingConfig:
         """How the pictures are learned from."""
@@ -110,7 +114,7 @@ class FinetuneOptions:
             raise ValueError(f"{found}; expected a finite number above 0")
         return TrainingConfig(
             self.steps,
-            self.batch_size,
+            given(self.batch_size, SIZES if self.stage == "turbo" else 1),
             self.learning_rate,
             warmup_steps=min(100, self.steps // 10 + 1),
             bfloat16=self.device.startswith("cuda"),
@@ -130,9 +134,9 @@ def finetune_pictures(options: FinetuneOptions) -> Path:
 
 
 def lora_config(
-    rank: int,
-    alpha: float | None,
-    names: str | None,
+    rank: int = 8,
+    alpha: float | None = None,
+    targets: str | None = None,
     fp8: bool = False,
     encoders: bool = False,
 ) -> LoraConfig:
@@ -140,9 +144,9 @@ def lora_config(
     check_range("--rank", rank, 1)
     if alpha is not None and not 0 < alpha < math.inf:
         raise ValueError(f"--alpha is {alpha}; expected a finite number above 0")
-    chosen = names.split(",") if names else ATTENTION
-    targets = tuple(name.strip() for name in chosen)
-    return LoraConfig(rank, alpha, targets, fp8, encoders)
+    chosen = targets.split(",") if targets else ATTENTION
+    names = tuple(name.strip() for name in chosen)
+    return LoraConfig(rank, alpha, names, fp8, encoders)
 
 
 def finetune(
@@ -170,7 +174,6 @@ def finetune(
     check_run(config, output)
     dtype = torch.bfloat16 if lora and config.bfloat16 else torch.float32
     sizes = check_model(model, lora, dtype, device)
-    check_prompts(how)
     settings: dict[str, Any] = {"base": base_name(model)}
     settings |= {"folder": str(Path(pictures).resolve()), "lora": str(lora)}
     settings |= {"drop": drop, "seed": seed, **lasting(config)}
@@ -253,15 +256,6 @@ def check_card(
             f"weights and optimiser take {need / 1e9:.1f}GB, the card has "
             f"{free / 1e9:.1f}GB free; expected {less}"
         )
-
-
-def check_prompts(how: PictureConfig) -> None:
-    """Raise ValueError for words that say nothing, and for no pictures to keep."""
-    texts = {"--trigger": [how.trigger], "--prior": [how.prior]}
-    for name, given in (texts | {"--prompt": how.prompts}).items():
-        if any(text and not text.strip() for text in given):
-            raise ValueError(f"{name} is empty; expected words")
-    check_range("--prior-pictures", how.prior_pictures, 1)
 
 
 # What learns, and from what

@@ -14,6 +14,8 @@ from torch import Tensor
 from minidiff.data import rng
 from minidiff.data.captioned import read_each, repeats_of, resized
 from minidiff.files.pictures import from_bytes, to_tensor
+from minidiff.interface.checks import as_texts, check_range
+from minidiff.interface.limits import MOST_PICTURES
 from minidiff.recipes.features import (
     Features,
     FlowBatches,
@@ -39,6 +41,9 @@ class PictureConfig:
         prior: a prompt for what is to stay as it is. ``prior_pictures`` that the model
             draws of it before it learns are every second sample.
         prompts: drawn at each validation, at fixed seeds; else four captions.
+
+    Raises ValueError for words that say nothing or are no text, and for a number of
+    pictures that cannot be.
     """
 
     crop: bool = True
@@ -46,7 +51,15 @@ class PictureConfig:
     trigger: str = ""
     prior: str = ""
     prior_pictures: int = 50
-    prompts: tuple[str, ...] = ()
+    prompts: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompts", tuple(self.prompts))
+        texts = {"--trigger": [self.trigger], "--prior": [self.prior]}
+        for name, given in (texts | {"--prompt": [*self.prompts]}).items():
+            if any(text and not text.strip() for text in as_texts(name, given or "")):
+                raise ValueError(f"{name} is empty; expected words")
+        check_range("--prior-pictures", self.prior_pictures, 1, MOST_PICTURES)
 
 
 # Shapes

@@ -28,6 +28,7 @@ from minidiff.recipes.finetune import (
     check_model,
     check_run,
     encoded,
+    finetune_pictures,
 )
 from minidiff.recipes.jumps import (
     JumpBatches,
@@ -39,6 +40,14 @@ from minidiff.recipes.jumps import (
 )
 from minidiff.recipes.own_pictures import read_sets, split_pictures
 from minidiff.training import Batch, Task, fit
+
+
+def learn(options: FinetuneOptions) -> None:
+    """Fine-tune, or distil, as ``options`` say; print what was written."""
+    turbo = options.stage == "turbo"
+    made = distil(options) if turbo else finetune_pictures(options)
+    if parallel.rank() == 0:
+        print(made)
 
 
 def distil(options: FinetuneOptions, seed: int = 0) -> Path:
