@@ -473,7 +473,7 @@ BAD = [
     (["a", "--skip-layer-scale", 2], "--skip-layer-scale is 2.0, which needs --skip"),
     (
         ["a", "--t5", "none", "--prompt-3", "b"],
-        "prompt_3 is given; expected a pipeline with T5, its reader",
+        "--prompt-3 is given; expected a pipeline with T5, its reader",
     ),
     (["a", "--model", "sd3.5-large", "--sampler", "ddim"], "sampler is 'ddim'"),
     (["a", "--model", "sd3.5-medium", "--height", 33], "the nearest is 32"),
