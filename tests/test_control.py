@@ -572,10 +572,28 @@ def test_sample_refuses_half_a_control(
 
 
 def test_weights_are_split_off() -> None:
-    pieces = [("a ", 1.0), ("red", 1.3), (" dress", 1.0)]
-    assert split_weights("a (red:1.3) dress") == pieces
-    assert split_weights("(a (b):2) (c") == [("(a (b):2) (c", 1.0)]
-    assert split_weights("(blue bag:0)") == [("blue bag", 0.0)]
+    for red, weight in {
+        "(red:1.3)": 1.3,
+        "(red:.5)": 0.5,
+        "(red : 1.5 )": 1.5,
+        "(red:-1.)": -1,
+    }.items():
+        pieces = [("a ", 1.0), ("red", weight), (" dress", 1.0)]
+        assert split_weights(f"a {red} dress") == pieces
+    assert split_weights("(blue bag:0)(a: b:2)") == [("blue bag", 0.0), ("a: b", 2.0)]
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a (b) (c", "a (red) dress: 2", "(:3) at 9:30, (:3)", "a) 16:9)"]
+)
+def test_parentheses_without_a_weight_are_words(prompt: str) -> None:
+    assert split_weights(prompt) == [(prompt, 1.0)]
+
+
+@pytest.mark.parametrize("prompt", ["((red:1.2):1.3) dress", "(a (b) c:2) (c"])
+def test_weights_around_parentheses_are_refused(prompt: str) -> None:
+    with pytest.raises(ValueError, match="weighs parentheses; expected words"):
+        split_weights(prompt)
 
 
 def test_each_encoder_weighs_its_own_tokens(steered: tuple) -> None:
