@@ -16,6 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 warnings.filterwarnings("ignore", message="IProgress")
 SHARED = Path(os.environ.get("MINIDIFF_SHARED", ROOT.parent / "shared"))
-PACKAGES = ("minidiff", "torch", "diffusers", "transformers", "tokenizers")
+PACKAGES = ("minidiff", "torch", "diffusers", "transformers", "peft", "tokenizers")
 BOUND = 1e-5
 Row = tuple[str, str, int, float]  # what, against what, how many cases, largest error
 
@@ -193,6 +194,100 @@ def shipped_error() -> float:
     return relative_error(ours(**call), theirs(**call).images)
 
 
+def in_a_folder(error: Callable[..., float]) -> Callable[..., float]:
+    """``error`` with a new folder before its case."""
+
+    def measured(*case: object) -> float:
+        with tempfile.TemporaryDirectory() as name:
+            return error(Path(name), *case)
+
+    return measured
+
+
+def few_step_rows() -> Iterator[Row]:
+    """Jumps, told to diffusers as levels and names."""
+    import test_distillation as t
+
+    yield (
+        "Few steps: latents of a student's jumps",
+        "`diffusers`' transformer and `FlowMatchEulerDiscreteScheduler`",
+        *largest(in_a_folder(t.jumps_error), [(1,), (2,), (5,), (8,)]),
+    )
+
+
+def lora_rows() -> Iterator[Row]:
+    """Files of diffusers and peft, and one of ours."""
+    import test_lora as t
+    import test_lora_styles as s
+
+    from minidiff.engine.adapters import load_lora
+
+    def read(folder: Path, medium: bool, fused: bool) -> float:
+        case = t.adapted(folder, medium)
+        load_lora(case.pipe, case.file, fused=fused)
+        return t.update_error(case)
+
+    def from_peft(folder: Path, kind: str) -> float:
+        return s.peft_error(s.from_peft(folder, kind))
+
+    cases = [(medium, fused) for medium in (False, True) for fused in (False, True)]
+    reference = "`diffusers` and `peft`"
+    yield (
+        "LoRA, beside the layers and fused: velocity and pooled vector",
+        reference,
+        *largest(in_a_folder(read), cases),
+    )
+    yield (
+        "LoRA, saved by minidiff",
+        reference,
+        *largest(in_a_folder(t.saved_error), [()]),
+    )
+    cases = [(kind,) for kind in s.REFERENCES]
+    yield "rsLoRA, DoRA, LoHa, LoKr", "`peft`", *largest(in_a_folder(from_peft), cases)
+
+
+def control_rows() -> Iterator[Row]:
+    """A net alone, in both forms of its file, and two of them in a drawing."""
+    import test_control as t
+    from small import small_pipeline
+
+    def drawing(folder: Path) -> float:
+        small_pipeline(folder / "tokenizers").save_pretrained(folder / "saved")
+        return t.drawing_error(folder, folder / "saved", t.begin(folder / "saved"))
+
+    for name, reference, error in (
+        ("folder", "`diffusers.SD3ControlNetModel`", t.folder_error),
+        ("single file", "Stability's published formula", t.single_file_error),
+        ("guided drawing", "`diffusers.StableDiffusion3ControlNetPipeline`", drawing),
+    ):
+        yield f"ControlNet, {name}", reference, *largest(in_a_folder(error), [()])
+
+
+def drawing_rows() -> Iterator[Row]:
+    """A picture to begin from, a mask, a second guidance."""
+    import test_guidance as g
+    import test_image_to_image as t
+
+    with tempfile.TemporaryDirectory() as name:
+        pipes, both = t.trio(Path(name)), g.pair(Path(name) / "guided")
+    both[0].name = "sd3.5-medium"
+    for what, kind, error, cases in (
+        ("Image to image", "Img2Img", t.image_error, [(pipes, s) for s in t.STRENGTHS]),
+        ("Inpainting", "Inpaint", t.inpainting_error, [(pipes, *m) for m in t.MASKED]),
+        ("Skip Layer Guidance", "", g.latents_error, [(both, s) for s in g.SETTINGS]),
+    ):
+        reference = f"`diffusers.StableDiffusion3{kind}Pipeline`"
+        yield f"{what}: latents", reference, *largest(error, cases)
+
+
+def memory_rows() -> Iterator[Row]:
+    """What of the ways to need less has a reference that runs on a CPU."""
+    import test_efficiency as t
+
+    reference = "Dettmers et al. 2023, appendix E"
+    yield "NF4: its sixteen levels", reference, *largest(t.levels_error, [()])
+
+
 def tokenizer_rows(count: int = 20_000) -> Iterator[tuple[str, str, int, int]]:
     """Strings whose ids differ, on the published vocabularies."""
     from tokenizer_strings import strings
@@ -218,15 +313,40 @@ def tokenizer_rows(count: int = 20_000) -> Iterator[tuple[str, str, int, int]]:
         yield f"SD3.5's `{part}`", name, count, wrong
 
 
-def report(rows: list[Row], tokenizers: list) -> str:
-    """The page."""
-    lines = [INTRODUCTION, "## Networks, solvers, pipeline", ""]
+PARTS = {
+    "Networks, solvers, pipeline": (
+        text_rows,
+        vae_rows,
+        transformer_rows,
+        flow_rows,
+        pipeline_rows,
+    ),
+    "Few steps, LoRA, control, other drawings, memory": (
+        few_step_rows,
+        lora_rows,
+        control_rows,
+        drawing_rows,
+        memory_rows,
+    ),
+}
+
+
+def table(title: str, rows: list[Row]) -> list[str]:
+    """A section of the page."""
+    lines = ["", f"## {title}", ""]
     lines += ["| component | reference | cases | largest relative error |"]
     lines += ["|---|---|---|---|"]
-    lines += [
+    return lines + [
         f"| {a} | {b} | {n} | {f'{error:.1e}' if error else 'equal in every bit'} |"
         for a, b, n, error in rows
     ]
+
+
+def report(tables: dict[str, list[Row]], tokenizers: list) -> str:
+    """The page."""
+    lines = [INTRODUCTION.rstrip("\n")]
+    for title, rows in tables.items():
+        lines += table(title, rows)
     if tokenizers:
         lines += ["", "## Tokenizers", ""]
         lines += [
@@ -260,15 +380,15 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "book" / "parity.md")
     output = parser.parse_args().output
     quiet()
-    parts = (text_rows, vae_rows, transformer_rows, flow_rows, pipeline_rows)
-    rows = []
-    for part in parts:
-        for row in part():
+    tables: dict[str, list[Row]] = {}
+    for title, parts in PARTS.items():
+        for row in chain.from_iterable(part() for part in parts):
             print(f"{row[0]}: {row[3]:.1e}", flush=True)
-            rows.append(row)
+            tables.setdefault(title, []).append(row)
     tokenizers = list(tokenizer_rows())
-    output.write_text(report(rows, tokenizers), encoding="utf-8")
+    output.write_text(report(tables, tokenizers), encoding="utf-8")
     print(f"wrote {output}")
+    rows = chain.from_iterable(tables.values())
     wrong = [r[0] for r in rows if r[3] > BOUND] + [t[0] for t in tokenizers if t[3]]
     print("above the bound:", ", ".join(wrong) or "none")
     return 1 if wrong else 0

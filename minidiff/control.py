@@ -970,13 +970,17 @@ def save_control(
 #
 # Which rows are a word's? Tokenize the text up to the word, and with it; the rows in
 # between are its own. This holds for all three tokenizers, whatever they put around.
+# Weights within weights, which other programs multiply, are refused here.
 
 
 # %%
 def split_weights(prompt: str) -> list[tuple[str, float]]:
     """ "a (red:1.3) dress" → [("a ", 1.0), ("red", 1.3), (" dress", 1.0)]."""
+    close = r"\s*:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)"  # :1.3)
+    if re.search(r"\(.*\)[^()]*" + close, prompt, re.DOTALL):
+        raise ValueError(f"{prompt!r} weighs parentheses; expected words: (red:1.3)")
     pieces, end = [], 0
-    for match in re.finditer(r"\(([^():]+):(\d+(?:\.\d+)?)\)", prompt):
+    for match in re.finditer(r"\(([^()]+?)" + close, prompt):
         pieces += [(prompt[end : match.start()], 1.0), (match[1], float(match[2]))]
         end = match.end()
     return [(text, weight) for text, weight in [*pieces, (prompt[end:], 1.0)] if text]
@@ -999,7 +1003,8 @@ def token_weights(
 def encode_weighted(pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
     """Context (1, L, D) and pooled (1, P) of a prompt with weights: ``(word:1.3)``.
 
-    For a call's ``prompt_embeds`` and ``pooled_prompt_embeds``.
+    For a call's ``prompt_embeds`` and ``pooled_prompt_embeds``. A weight around
+    parentheses is a ``ValueError``.
     """
     pieces = split_weights(prompt)
     text = "".join(piece for piece, _ in pieces)

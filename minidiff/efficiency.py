@@ -195,9 +195,21 @@ CARDS = (
 # guided step at 1024² both samples read the same weights, which move once. Nothing here
 # has been measured on a card: these are floors, computed from published numbers, and
 # real kernels stay above them.
+#
+# Beside them stands how many gigabytes a whole drawing takes, encoders and VAE
+# included, by the plan that `minidiff.load(…, memory="8GB")` would take for the card.
 
 # %% tags=["active-ipynb"]
-# print("least milliseconds of a guided step at 1024², and what the roof is")
+# from minidiff.engine.loading import blueprint
+# from minidiff.engine.memory import Call, choose, estimate, usual_size
+#
+# calls = {}
+# for name in ("Medium", "Large"):
+#     models = blueprint(f"sd3.5-{name.lower()}")  # shapes, no weights
+#     calls[name] = Call(models, usual_size(models))
+
+# %% tags=["active-ipynb"]
+# print("least milliseconds of a guided step at 1024², what the roof is, GB by plan")
 # for card in CARDS:
 #     line = f"{card.name:>9}, {card.memory:2.0f} GB"
 #     for name, model in {"Medium": medium, "Large": large}.items():
@@ -205,14 +217,21 @@ CARDS = (
 #         moved = 2 * (weigh(model) - weigh(model, in_adaln))
 #         least = card.least_seconds(operations, moved)
 #         roof = "products" if operations / card.peak == least else "memory"
-#         line += f" | {name} {1e3 * least:5.0f} ({roof})"
+#         plan = choose(f"{card.memory}GB", calls[name])
+#         taken = estimate(plan, calls[name]) / 1e9
+#         line += f" | {name} {1e3 * least:5.0f} ({roof}) {taken:4.1f}"
 #     print(line)
+# print("Large on 8 GB:", choose("8GB", calls["Large"]))
 
 # %% [markdown]
 # At 1024² the products decide on every card: each weight that arrives meets thousands
 # of tokens. So fewer bits for the weights save *memory*, not time, unless the products
 # themselves run in 8 bits. The other way round for a text encoder that reads one short
 # prompt: few tokens, many weights. You will compute its intensity in an exercise.
+#
+# On the two largest cards all of Large stays where it is; on smaller ones its plan
+# gives up, lever by lever, what costs the least time. The last line names those that
+# bring it onto 8 GB, and the next sections build them.
 #
 # ## What is seldom read need not stay: streaming
 #

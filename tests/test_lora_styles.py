@@ -248,9 +248,9 @@ REFERENCES = {
 }
 
 
-@pytest.mark.parametrize("kind", REFERENCES)
 @torch.no_grad()
-def test_pefts_folder_is_read_as_peft_reads_it(tmp_path: Path, kind: str) -> None:
+def from_peft(folder: Path, kind: str) -> SimpleNamespace:
+    """Our model with a folder of peft's loaded; peft's velocity without it and with."""
     ours, theirs = pair(SMALL)
     x, names = inputs(), ["to_q", "to_add_out", "norm_out.linear", "net.2"]
     config = REFERENCES[kind](names)
@@ -262,17 +262,30 @@ def test_pefts_folder_is_read_as_peft_reads_it(tmp_path: Path, kind: str) -> Non
         elif any(part in name for part in ("lora_", "hada_", "lokr_")):
             torch.nn.init.normal_(parameter, std=0.2)
     state = get_peft_model_state_dict(theirs)
-    file = tmp_path / "adapter_model.safetensors"
+    file = folder / "adapter_model.safetensors"
     save_file({f"base_model.model.{k}": t.contiguous() for k, t in state.items()}, file)
     notes = {k: v for k, v in config.to_dict().items() if not isinstance(v, set)}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(notes, default=str))
-    pipe = Pipe(transformer=ours)
-    loaded = adapters.load_lora(pipe, tmp_path)
-    reference = their_velocity(theirs, *x)
-    assert relative_error(bare, reference) > 0.01
-    assert relative_error(ours(*x), reference) <= BOUND
-    loaded.remove()
-    assert relative_error(ours(*x), bare) <= BOUND
+    (folder / "adapter_config.json").write_text(json.dumps(notes, default=str))
+    pipe, velocity = Pipe(transformer=ours), their_velocity(theirs, *x)
+    loaded = adapters.load_lora(pipe, folder)
+    return SimpleNamespace(
+        pipe=pipe, loaded=loaded, inputs=x, bare=bare, velocity=velocity
+    )
+
+
+@torch.no_grad()
+def peft_error(case: SimpleNamespace) -> float:
+    return relative_error(case.pipe.transformer(*case.inputs), case.velocity)
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_pefts_folder_is_read_as_peft_reads_it(tmp_path: Path, kind: str) -> None:
+    case = from_peft(tmp_path, kind)
+    assert relative_error(case.bare, case.velocity) > 0.01
+    assert peft_error(case) <= BOUND
+    case.loaded.remove()
+    case.velocity = case.bare
+    assert peft_error(case) <= BOUND
 
 
 @torch.no_grad()
