@@ -498,14 +498,12 @@ def solve(
     def follow() -> Callable[..., Tensor]:
         return guidance(velocity_of(pipe, context, pooled, sigmas, begun), sigmas)
 
-    def warns(step: int, before: Tensor, after: Tensor) -> bool:
-        again = lambda: solver(follow(), before, sigmas[step : step + 2])  # noqa: E731
-        nets = {f"control_{i}": getattr(c, "net", None) for i, c in enumerate(controls)}
-        models = {"transformer": pipe.transformer} | nets
-        return checks.warn_of_overflow(f"step {step + 1}", after, again, **models)
-
-    with Watch(pipe, start, sigmas, callback_on_step_end, warns) as watch:
+    again = lambda: solver(follow(), start, sigmas)  # noqa: E731
+    nets = {f"control_{i}": getattr(c, "net", None) for i, c in enumerate(controls)}
+    models = {"transformer": pipe.transformer} | nets
+    with Watch(pipe, start, sigmas, callback_on_step_end, again, models) as watch:
         watch.latents = solver(follow(), start, sigmas, watch)
+    watch.check("the drawing", watch.latents)
     return watch.latents
 
 

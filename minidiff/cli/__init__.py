@@ -5,10 +5,12 @@ way.
 """
 
 import atexit
+import functools
 import inspect
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any, TextIO
 
 INTERRUPTED = 130  # 128 and SIGINT's number, as shells count
@@ -88,9 +90,51 @@ def program() -> Any:
         paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
         unwrapped = "\n\n".join(" ".join(text.split()) for text in paragraphs)
         how = {"help": unwrapped, "epilog": module.EXAMPLES}
-        app.command(name, **how)(options.checked(command))
+        app.command(name, **how)(checked(command))
     app.callback()(options.about)
     return app
+
+
+def checked(command: Callable[..., None]) -> Callable[..., None]:
+    """``command``, refusing options without those that they need.
+
+    What an error says of a parameter, it says of the option: "--steps is 0; …".
+    """
+    options = options_of(command)
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        for name, (spelled, needs) in options.items():
+            needed, _, about = needs.partition(", ")
+            if needs and is_set(given[name]) and not given[needed]:
+                found = f"{spelled} is {given[name]}, which needs {options[needed][0]}"
+                raise ValueError(found + (about and f", {about}"))
+        try:
+            command(**given)
+        except ValueError as error:
+            name, said, rest = str(error).partition(" is ")
+            if name not in options or not is_set(given[name]):
+                raise
+            raise ValueError(f"{options[name][0]}{said}{rest}") from error
+
+    return run
+
+
+def options_of(command: Callable[..., None]) -> dict[str, tuple[str, str]]:
+    """How each parameter that is an option is spelled, and what it needs."""
+    found = {}
+    for name, hint in command.__annotations__.items():
+        for option in getattr(hint, "__metadata__", ()):
+            if hasattr(option, "needs"):
+                usual = f"--{name.replace('_', '-')}"
+                long = [n for n in option.names if n.startswith("--")]
+                found[name] = (*long, usual)[0], option.needs
+    return found
+
+
+def is_set(value: object) -> bool:
+    """Whether an option was given: a flag that was not is False."""
+    return value is not None and value is not False
 
 
 def run_program(arguments: list[str]) -> tuple[int, str]:

@@ -69,8 +69,8 @@ class Watch:
 
     Called by the solver after each step. As a context it swallows the StopIteration
     with which a callback ends the drawing; ``latents`` is then the step's state, or
-    what the callback had put in its place in the tensors given to it. ``warns(step,
-    before, after)`` is asked of each step's states until it has warned of one.
+    what the callback had put in its place in the tensors given to it. ``again`` draws
+    once more, to find which layer of ``models`` went wrong first.
     """
 
     def __init__(
@@ -79,12 +79,13 @@ class Watch:
         latents: "Tensor",
         sigmas: "Tensor",
         callback: Any,
-        warns: Callable[[int, "Tensor", "Tensor"], bool],
+        again: Callable[[], object],
+        models: dict[str, Any],
     ) -> None:
         from tqdm import tqdm
 
-        self.pipe, self.callback, self.warns = pipe, callback, warns
-        self.warned = False
+        self.pipe, self.callback = pipe, callback
+        self.again, self.models, self.warned = again, models, False
         self.latents, self.tensors = latents, {"latents": latents}
         hidden = None if pipe.progress else True  # None: shown on a terminal alone
         label = pipe.progress if isinstance(pipe.progress, str) else None
@@ -106,13 +107,21 @@ class Watch:
         from minidiff.interface import checks
 
         self.bar.update()
-        before = self.tensors["latents"]
-        self.warned = self.warned or self.warns(step, before, x)
-        self.tensors = {"latents": x, "denoised": x0_hat}
+        if step == 0:  # told early; at each step a GPU would have to wait for it
+            self.check("step 1", x0_hat)
         if self.callback is None:
             return None
+        self.tensors = {"latents": x, "denoised": x0_hat}
         changed = self.callback(self.pipe, step, 1000 * sigma, self.tensors)
         self.tensors |= (changed := checks.check_changes(changed))
         if self.pipe._interrupt:
             raise StopIteration
         return changed.get("latents")
+
+    def check(self, name: str, values: "Tensor") -> None:
+        """Warn, once in a drawing, of numbers that are not finite."""
+        from minidiff.interface import checks
+
+        self.warned = self.warned or checks.warn_of_overflow(
+            name, values, self.again, **self.models
+        )
