@@ -137,9 +137,11 @@ class ByClass:
     starts: Tensor
 
     @property
-    def gray(self) -> Tensor:
-        """All of them, (N, 28, 28), uint8, in the order of their classes."""
-        return self.pictures[self.order]
+    def content(self) -> tuple:
+        """All of them, as they are stored, and their order: none is decoded for it."""
+        pictures = self.pictures
+        stored = [pictures] if isinstance(pictures, Tensor) else pictures.files
+        return (*stored, self.order)
 
     def pick(self, kinds: Tensor, u: Tensor) -> Tensor:
         """A picture (…, 28, 28) of each class in ``kinds``, chosen by ``u`` (…).

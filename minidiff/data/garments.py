@@ -66,7 +66,7 @@ class Garments:
     @property
     def content(self) -> tuple:
         """All that decides what ``batch`` returns."""
-        return self.garments.gray, self.seed
+        return *self.garments.content, self.seed
 
     def all_captions(self) -> list[str]:
         """Every caption: entry i is the one with number i."""

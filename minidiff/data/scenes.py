@@ -430,7 +430,7 @@ class World:
     def content(self) -> tuple:
         """All that decides what ``batch`` returns."""
         return (
-            self.wardrobe.gray,
+            *self.wardrobe.content,
             self.things.layers,
             self.seed,
             self.held_out,
