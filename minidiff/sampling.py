@@ -829,8 +829,8 @@ class Pipeline(Parts):
 # How often does it draw what was asked? A small network, the *judge*, reads pictures:
 # it was trained on real scenes only, never on drawn ones. `exam` gives prompts and
 # grades pictures by it, here 24 with one thing and 24 with two, garments among them.
-# (It is no oracle: of 100 real scenes it finds all right with everyday things, one or
-# two of them, but 89 with one garment and 71 with two, [as
+# (It is no oracle: of 500 real scenes it finds all right with everyday things, one or
+# two of them, but 87 % with one garment and 73 % with two, [as
 # measured](../book/training_log.md).) The brackets say where the share of very many
 # prompts would lie, 19 times of 20.
 
