@@ -296,6 +296,11 @@ def test_diffusers_passes_over_the_jumps(beside: Path) -> None:
     assert theirs.config.shift == 1.0 and "jumps" not in theirs.config
 
 
+def test_a_student_goes_without_guidance() -> None:
+    with pytest.warns(UserWarning, match="distilled to draw without guidance"):
+        minidiff.load("tiny-turbo")("a cat", guidance_scale=3.0, seed=0)
+
+
 def test_the_student_that_ships() -> None:
     """Its jumps land nearer to the teacher's 28 steps than as few of the teacher's."""
     student, teacher = pipes = minidiff.load("tiny-turbo"), minidiff.load("tiny")

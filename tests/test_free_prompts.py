@@ -31,6 +31,15 @@ def test_free_prompts_are_read(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("place", ["thing", "entry"])
+def test_keys_that_nothing_reads_are_told(tmp_path, place):
+    entry = {"prompt": "a blue cat", "things": [{"thing": "cat"}]}
+    (entry if place == "entry" else entry["things"][0])["colour"] = "red"
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(entry))
+    with pytest.warns(UserWarning, match="'colour' is not read; known are"):
+        read_free_prompts(tmp_path / "prompts.jsonl")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -61,6 +70,11 @@ def test_free_prompts_are_read(tmp_path):
             "place is 'inside'",
         ),
         ('{"prompt": "a", "things": [{"thing": "cat"}], "ground": "x"}', "ground is"),
+        (
+            '{"prompt": "a", "things": [{"thing": "cat", "place": "left"}, '
+            '{"thing": "dog", "place": "left"}]}',
+            "places are 'left' and 'left'",
+        ),
         ("", "holds no prompt"),
     ],
 )

@@ -375,15 +375,19 @@ def test_own_cut_outs_are_composed_like_things(own_cut_outs):
 
 
 @pytest.mark.parametrize(
-    ("caption", "mode", "message"),
+    ("caption", "mode", "ink", "message"),
     [
-        ("a wug", "RGB", "c.png is no cut-out: expected a transparent ground"),
-        ("", "RGBA", "the caption of c.png is empty"),
+        ("a dax", "RGB", "red", "c.png is no cut-out: expected a transparent ground"),
+        ("a dax", "RGBA", "#ff000014", "c.png is no cut-out: nothing is opaque at 48"),
+        ("", "RGBA", "red", "the caption of c.png is ''; expected one thing"),
+        ("the\n", "RGBA", "red", "the caption of c.png is 'the"),
+        ("Two cats", "RGBA", "red", "the caption of c.png is 'Two cats"),
+        ("the  wug", "RGBA", "red", "a.png and c.png are both called 'wug'"),
     ],
 )
-def test_cut_outs_that_cannot_be(own_cut_outs, caption, mode, message):
+def test_cut_outs_that_cannot_be(own_cut_outs, caption, mode, ink, message):
     picture = Image.new("RGBA", (60, 40))
-    picture.paste("red", (10, 5, 50, 35))
+    picture.paste(ink, (10, 5, 50, 35))
     picture.convert(mode).save(own_cut_outs / "c.png")
     (own_cut_outs / "c.txt").write_text(caption)
     with pytest.raises(ValueError, match=message):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minidiff.data.fashion_mnist import CLASSES, garments_by_class
 from minidiff.data.rng import uniform
-from minidiff.data.things import SIZE, THINGS, cut_outs
+from minidiff.data.things import OPAQUE, SIZE, THINGS, cut_outs
 
 IMAGE_SIZE = 64
 COLORS = {
@@ -134,7 +134,7 @@ class Things:
         middles = ramps().mean(1)
         far = (middles[:, None] - grounds).abs().amax(-1) > 0.2  # (12, 12)
         far = far & ~torch.eye(len(COLORS), dtype=torch.bool)
-        pixels, alpha = self.cut_outs[:, :3], self.cut_outs[:, 3] > 0.9
+        pixels, alpha = self.cut_outs[:, :3], self.cut_outs[:, 3] > OPAQUE
         pixels = pixels[:, None] - grounds[:, :, None, None]  # → (N, 12, 3, 48, 48)
         differs = (pixels.abs().amax(2) > 0.2) & alpha[:, None]
         share = differs.sum((2, 3)) / alpha.sum((1, 2)).clamp(min=1)[:, None]
@@ -161,7 +161,7 @@ class Things:
 
 
 def _stretched(gray: Tensor, alpha: Tensor) -> Tensor:
-    inside = gray[alpha > 0.9]
+    inside = gray[alpha > OPAQUE]
     inside = inside if len(inside) else gray.flatten()
     low, high = inside.quantile(0.02), inside.quantile(0.98)
     span = (high - low).clamp(min=0.15)

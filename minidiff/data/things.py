@@ -16,6 +16,7 @@ from torch import Tensor
 
 SHEET = Path(__file__).parent.parent / "pretrained" / "things" / "things.png"
 SIZE = 48  # pixels along a side of a cut-out
+OPAQUE = 0.9  # above this share of 1
 COLUMNS = 16  # cut-outs side by side on the sheet
 FONT_SIZE = 109  # the only size of the font's pictures
 FONT_VERSION = "Noto Color Emoji 2.051"
@@ -129,9 +130,9 @@ def cut_out(picture: Image.Image) -> Image.Image:
 
     Raises ValueError for a picture without transparency, or with nothing opaque.
     """
+    name = getattr(picture, "filename", "") or "the picture"
     alpha = picture.convert("RGBA").getchannel("A")
     if alpha.getextrema()[0] == 255 or alpha.getextrema()[1] == 0:
-        name = getattr(picture, "filename", "") or "the picture"
         raise ValueError(f"{name} is no cut-out: expected a transparent ground")
     cropped = picture.convert("RGBA").crop(alpha.getbbox())
     scale = SIZE / max(cropped.size)
@@ -140,6 +141,9 @@ def cut_out(picture: Image.Image) -> Image.Image:
     square = Image.new("RGBA", (SIZE, SIZE))
     place = (SIZE - width) // 2, (SIZE - height) // 2
     square.paste(small.convert("RGBA"), place)
+    if np.asarray(square)[..., 3].max() <= OPAQUE * 255:
+        what = f"{name} is no cut-out: nothing is opaque"
+        raise ValueError(f"{what} at {SIZE} × {SIZE} pixels")
     return square
 
 

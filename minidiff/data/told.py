@@ -127,9 +127,14 @@ def own_things(folder: str) -> Things:
     """
     found = captions_of(Path(folder))
     pixels = [multiplied(cut_out(open_picture(Path(folder) / name))) for name in found]
-    names = [
-        re.sub(r"^(an?|the) ", "", text.strip().lower()) for text in found.values()
-    ]
-    if empty := [name for name, text in zip(found, names, strict=True) if not text]:
-        raise ValueError(f"{folder}: the caption of {empty[0]} is empty")
+    names: dict[str, str] = {}
+    for file, text in found.items():
+        name = re.sub(r"^(an?|the)\b ?", "", " ".join(text.lower().split()))
+        if not name or re.match(r"(two|three|\d+)\b", name):
+            what = f"the caption of {file} is {text!r}"
+            raise ValueError(f"{folder}: {what}; expected one thing: a cat")
+        if name in names:
+            found_twice = f"{names[name]} and {file} are both called {name!r}"
+            raise ValueError(f"{folder}: {found_twice}; expected a name for each")
+        names[name] = file
     return Things(tuple(names), torch.stack(pixels))

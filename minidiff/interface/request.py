@@ -235,6 +235,8 @@ def text_length(request: Request, pipe: Any, usual: int) -> int:
     if not request.guidance.negative and any(map(any, request.negatives)):
         what = "negative_prompt does nothing without guidance"
         checks.warn(f"{what} (guidance_scale above 1)")
+    if request.guidance.negative and pipe.defaults.guidance_scale <= 1:
+        checks.warn("this model was distilled to draw without guidance (a scale of 1)")
     if clip + length > LONG:
         found = f"the context has {clip + length} rows, {length} of them T5's"
         told = f"from about {LONG} on, published models draw broken edges"

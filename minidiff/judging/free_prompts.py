@@ -8,7 +8,7 @@ from typing import Any
 from minidiff.data.language import OPPOSITE, Group, Meaning
 from minidiff.data.scenes import COLORS, KINDS, SIDES
 from minidiff.files.disk import parse_json, read_lines
-from minidiff.interface.checks import as_texts
+from minidiff.interface.checks import as_texts, warn
 
 NAMED = tuple(COLORS)
 ASKED = {"color": NAMED, "place": SIDES}
@@ -38,17 +38,30 @@ def read_free_prompts(path: Path) -> list[tuple[str, Meaning]]:
 
 def wanted(entry: dict) -> Meaning:
     """What an entry of such a file asks for."""
-    groups = Counter(
-        (check_term("thing", t["thing"], KINDS),)
-        + tuple(check_free(k, t.get(k), known) for k, known in ASKED.items())
-        for t in entry["things"]
-    )
+    groups = Counter(map(check_thing, entry["things"]))
     if not 1 <= len(groups) <= 2:
         raise ValueError(f"{len(groups)} kinds of things")
-    places = [place for _, _, place in groups]
-    place = places[0] or (OPPOSITE.get(places[-1], "") if len(groups) == 2 else "")
+    check_keys(entry, "prompt", "things", "ground")
+    place, *others = (place for _, _, place in groups)
+    if others and place and others[0] not in ("", OPPOSITE[place]):
+        raise ValueError(f"places are {place!r} and {others[0]!r}")
+    place = place or OPPOSITE.get("".join(others), "")
     found = tuple(Group(kind, n, color) for (kind, color, _), n in groups.items())
     return Meaning(found, place, check_free("ground", entry.get("ground"), NAMED))
+
+
+def check_thing(thing: dict) -> tuple[str, ...]:
+    """Its kind, colour and place. Raises ValueError for values that are not known."""
+    check_keys(thing, "thing", *ASKED)
+    kind = check_term("thing", thing["thing"], KINDS)
+    return kind, *(check_free(k, thing.get(k), known) for k, known in ASKED.items())
+
+
+def check_keys(entry: dict, *known: str) -> None:
+    """Warn of a key that nothing reads, for a misspelt one is free."""
+    if other := entry.keys() - {*known}:
+        found = f"of a free prompt {min(other)!r} is not read"
+        warn(f"{found}; known are {', '.join(known)}")
 
 
 def check_prompt(value: Any) -> str:
