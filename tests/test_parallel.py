@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minidiff.files.lora_files import FILE
 from minidiff.files.weights import TINY
+from minidiff.learning.run import read_log
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 LAUNCH += ["--nproc-per-node", "2", "--local-addr", "127.0.0.1"]
@@ -108,6 +109,8 @@ def test_sharded_stages_export_the_model_of_one(
         assert (together - alone).norm() < 0.1 * (alone - old).norm()
     for name in ("grids/000002.png", "runs/transformer/best.safetensors"):
         assert (two / "stages" / name).exists()
+    log = read_log(two / "stages" / "runs" / "transformer" / "log.jsonl")
+    assert min(found["conditioning"] for found in log if "validation" in found) > 1e-3
 
 
 def test_fine_tuning_in_two_processes(

@@ -140,6 +140,14 @@ def test_transformer_learns(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     assert size <= 25e6
 
 
+def test_a_dead_conditioning_is_seen() -> None:
+    model = MMDiT(MMDiTConfig.tiny())
+    pooled = torch.randn(4, model.config.pooled_projection_dim)
+    alive = transformer_stage.conditioning(model, pooled)
+    torch.nn.init.constant_(model.t_embedder.mlp[2].bias, -67)
+    assert transformer_stage.conditioning(model, pooled) < 1e-9 < 1e-3 < alive
+
+
 @pytest.fixture(scope="module")
 def made(job: Job) -> Path:
     """The folder of a whole model, little trained."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from minidiff.attention import Heads, JointAttention
 from minidiff.data import rng
@@ -117,6 +118,17 @@ class SceneEncoder:
         return collect(len(rows), parts())
 
 
+@torch.no_grad()
+def conditioning(model: MMDiT, pooled: Tensor) -> float:
+    """Root mean square of SiLU(c) in the middle of the levels, for pooled texts (B, P).
+
+    All that blocks know of the noise level and the pooled text: near zero it is dead,
+    while the loss may fall on.
+    """
+    half = torch.full((len(pooled),), 0.5, device=pooled.device)
+    return F.silu(model.conditioning(half, pooled)).square().mean().sqrt().item()
+
+
 def transformer_lesson(job: Job) -> Lesson:
     """The MMDiT, by rectified flow on latents and captions that are encoded once."""
     recipe, encoder = job.recipe, SceneEncoder(job)
@@ -129,6 +141,7 @@ def transformer_lesson(job: Job) -> Lesson:
 
     def validate(model: MMDiT) -> dict:
         found = validation(model, fixed, job.device, len(held))
+        found["conditioning"] = conditioning(model, fixed["pooled"].to(job.device))
         step = job.run.step if job.run else 0
         draw(model, file=grids / f"{step:06}.png")
         if recipe.told:  # what each stretch of the run bought can be measured later
