@@ -22,12 +22,13 @@ from minidiff.control import Control, ControlNet, begin_control, canny, load_con
 from minidiff.data.samples import sample_scenes
 from minidiff.distillation import JumpScheduler
 from minidiff.files.sentencepiece import case_folding
+from minidiff.files.tokenizer_files import unknown_words
 from minidiff.live import kernel
 from minidiff.live.exporting import export_pipeline, runtime, tokenizer_table
 from minidiff.sampling import Pipeline, starting_noise
 from minidiff.tokenizer import T5Tokenizer
 
-EDGES = Path(minidiff.__file__).parent / "live" / "edges.js"
+LIVE = Path(minidiff.__file__).parent / "live"
 PROMPT = "a red dress on a blue background"
 GROUNDS = ("blue", "pink", "white", "black", "green")
 THINGS = "dress shirt coat bag sneaker boot sandal pullover t-shirt trousers".split()
@@ -143,13 +144,17 @@ def test_both_forms_of_the_kernel_draw_the_same(page: Any) -> None:
 
 
 def of_every_plane(count: int) -> list[str]:
-    """Strings for the tokenizers, seventeen of them from one plane each."""
+    """Strings for the tokenizers, seventeen of them from one plane each.
+
+    "constructor" is a property of every object in JavaScript.
+    """
     rng = random.Random(0)
     planes = [
         "".join(chr((p << 16) + rng.randrange(0x20, 0xD800)) for _ in range(9))
         for p in range(17)
     ]
-    return planes + random.Random(1).sample(strings(4000, 2), count - 17)
+    some = random.Random(1).sample(strings(4000, 2), count - 18)
+    return [*planes, "a constructor", *some]
 
 
 @pytest.mark.slow
@@ -167,6 +172,34 @@ def test_ids_of_texts_of_every_plane(
         expected = tokenizer(texts, lengths[i]).tolist()
         wrong = [t for t, a, b in zip(texts, found, expected, strict=True) if a[i] != b]
         assert not wrong, f"{wrong[0]!r}"
+
+
+# Texts, and their words but for "a" and "red"
+UNSEEN = {
+    "A RED zebra, a Zebra-hat_1": ["zebra", "hat_1"],
+    "a red: \"a\" (red); 'a' - red? a! red. a & red / #a": [],
+    "a 🐱 red🐱a": ["🐱"],
+    "👩‍🚀 🇫🇷 ❤️ 👍🏽 1️⃣": ["👩‍🚀", "🇫🇷", "❤️", "👍🏽", "1️⃣"],
+    "a → red + a 5 € ©": ["→", "+", "5", "€", "©"],
+    "बिल्ली, می‌خواهم": ["बिल्ली", "می‌خواهم"],
+    "cafe\u0301 CAFÉ": ["café"],
+    "pig\u0301 ΣΊΣΥΦΟΣ İ": ["pi\u01f5", "σίσυφος", "i\u0307"],
+    "\u0301 a\ufe0f": ["a\ufe0f"],
+}
+
+
+@pytest.mark.parametrize("text, expected", UNSEEN.items())
+def test_words_never_seen_are_named_alike(
+    chromium: Any, text: str, expected: list[str]
+) -> None:
+    page = chromium.new_page()
+    page.add_script_tag(content="var minidiff = {};")
+    page.add_script_tag(path=LIVE / "line.js")
+    found = page.evaluate("(text) => minidiff.unseen(text, ['a', 'red'])", text)
+    named = list(dict.fromkeys(word["word"] for word in found))
+    page.context.close()
+    line = f"the small model has not seen: {', '.join(expected)}" if expected else ""
+    assert (named, unknown_words([text], {"a", "red"})) == (expected, line)
 
 
 def test_a_character_map_is_followed(page: Any, pipe: Pipeline) -> None:
@@ -318,7 +351,7 @@ def test_edges_of_a_picture_are_the_chapters(chromium: Any) -> None:
     """But where brightness lies just between two whole numbers."""
     page = chromium.new_page()
     page.add_script_tag(content="var minidiff = {};")
-    page.add_script_tag(path=EDGES)
+    page.add_script_tag(path=LIVE / "edges.js")
     scenes = (255 * (sample_scenes()[0] + 1) / 2).round()
     whole = torch.cat([scenes, torch.full_like(scenes[:, :1], 255)], 1)
     bytes_ = whole.permute(0, 2, 3, 1).flatten(1).long().tolist()

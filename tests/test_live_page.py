@@ -171,6 +171,25 @@ def test_a_link_repeats_the_picture(page: Any, address: str) -> None:
     assert page.get_by_role("slider", name="guidance").input_value() == "1.5"
 
 
+@pytest.mark.parametrize("model", ["constructor", "__proto__", "toString"])
+def test_a_link_that_says_nothing_usable_draws_the_usual(
+    page: Any, address: str, model: str
+) -> None:
+    begun = [slider.input_value() for slider in page.get_by_role("slider").all()]
+    asked = f"prompt=a+bag&model={model}&open={model}&seed=&steps=&guidance=+&strength="
+    page.goto(f"{address}?{asked}")
+    page.wait_for_selector("[data-drawn=whole]")
+    sliders = page.locator(".live-controls").get_by_role("slider")
+    assert [slider.input_value() for slider in sliders.all()] == begun
+
+
+def test_a_long_word_never_seen_keeps_to_the_page(page: Any, address: str) -> None:
+    page.goto(f"{address}?prompt={'x' * 300}&steps=1")
+    page.wait_for_selector("[data-drawn=whole]")
+    assert page.locator(".live-unseen").inner_text().endswith("xxx")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
 def test_the_saved_picture_is_that_of_sample(
     page: Any, address: str, pipe: Pipeline, tmp_path: Path
 ) -> None:

@@ -527,11 +527,16 @@ def write_unigram(
 # The words that a small model has seen in training: words.txt in its folder
 
 WORDS = "words.txt"
+# Letters and digits with their marks, or a run of symbols such as emoji; as in line.js
+WORD = regex.compile(
+    r"[\p{L}\p{N}_][\p{L}\p{N}\p{M}_\u200c\u200d]*"
+    r"|[\p{So}\p{Sm}\p{Sc}][\p{S}\p{M}\u200d]*"
+)
 
 
 def words_of(text: str) -> list[str]:
-    """The words of ``text`` in lower case, in order; hyphens part them."""
-    return re.findall(r"\w+", text.lower())
+    """The words of ``text`` in lower case and NFC, in order; hyphens part them."""
+    return [unicodedata.normalize("NFC", word).lower() for word in WORD.findall(text)]
 
 
 def write_words(folder: Path, texts: Iterable[str]) -> None:

@@ -82,7 +82,7 @@ minidiff.inside = (figure) => {
     if (arriving) tabs.scrollIntoView();
     arriving = false;
   });
-  choose([address.get("open"), figure.dataset.open].find((name) => name in stations) ?? "steps");
+  choose([address.get("open"), figure.dataset.open].find((name) => Object.hasOwn(stations, name)) ?? "steps");
 
   // What the stations share
 

@@ -8,10 +8,12 @@ minidiff.make = (tag, parent, props = {}, attributes = {}) => {
   return element;
 };
 
-// The words of a text that a model has never seen, with their places.
+// The words of a text that a model has never seen, with their places; WORD as in tokenizer_files.py.
 minidiff.unseen = (text, words) => {
-  const known = new Set(words), found = text.matchAll(/[\p{L}\p{N}_]+/gu);
-  return known.size ? [...found].filter(([word]) => !known.has(word.toLowerCase())) : [];
+  const WORD = /[\p{L}\p{N}_][\p{L}\p{N}\p{M}_\u200c\u200d]*|[\p{So}\p{Sm}\p{Sc}][\p{S}\p{M}\u200d]*/gu;
+  const known = new Set(words), found = Array.from(text.matchAll(WORD), ({ 0: piece, index }) =>
+    ({ word: piece.normalize().toLowerCase(), start: index, end: index + piece.length }));
+  return known.size ? found.filter(({ word }) => !known.has(word)) : [];
 };
 
 minidiff.line = (figure) => {
@@ -20,7 +22,7 @@ minidiff.line = (figure) => {
   const image = figure.querySelector("img");
   const notebook = "notebook" in figure.dataset; // its address is not ours
   const address = new URLSearchParams(notebook ? "" : location.search);
-  const first = figure.dataset.model in models ? figure.dataset.model : names[0];
+  const first = Object.hasOwn(models, figure.dataset.model) ? figure.dataset.model : names[0];
   const SIDE = Math.max(...names.map((name) => models[name].sketch)); // of a sketch; or 0
   const state = { model: first, seed: 0, prompt: image.dataset.prompt,
     strength: 2, ...usual(first) }; // at 1 words without a place often outweigh a sketch
@@ -137,13 +139,13 @@ minidiff.line = (figure) => {
 
   function recall() {
     for (const name of ["prompt", "model"]) if (address.has(name)) state[name] = address.get(name);
-    if (!(state.model in models)) state.model = first;
+    if (!Object.hasOwn(models, state.model)) state.model = first;
     Object.assign(state, usual(state.model));
     const numbers = { seed: Number.MAX_SAFE_INTEGER, steps: models[state.model].most, guidance: 8,
       strength: 3 };
     for (const [name, most] of Object.entries(numbers)) {
-      const value = Number(address.get(name));
-      if (address.has(name) && value >= 0 && value <= most) state[name] = value;
+      const value = Number(address.get(name)?.trim() || NaN); // Number("") is 0
+      if (value >= 0 && value <= most) state[name] = value;
     }
     if (SIDE && address.has("sketch")) {
       try {
@@ -209,13 +211,13 @@ minidiff.line = (figure) => {
     const found = minidiff.unseen(input.value, words);
     marks.replaceChildren();
     let done = 0;
-    for (const match of found) {
-      marks.append(input.value.slice(done, match.index));
-      make("mark", marks, { textContent: match[0] });
-      done = match.index + match[0].length;
+    for (const { start, end } of found) {
+      marks.append(input.value.slice(done, start));
+      make("mark", marks, { textContent: input.value.slice(start, end) });
+      done = end;
     }
     marks.append(input.value.slice(done));
-    const named = [...new Set(found.map(([word]) => word))].join(", ");
+    const named = [...new Set(found.map(({ word }) => word))].join(", ");
     unseen.textContent = named ? `never seen in training: ${named}` : "";
   }
 

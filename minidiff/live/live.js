@@ -52,7 +52,7 @@ window.minidiff = Object.assign(window.minidiff ?? {}, (() => {
 
   async function start(name) {
     const begun = performance.now();
-    if (!(name in minidiff.exported)) {
+    if (!Object.hasOwn(minidiff.exported, name)) {
       const known = Object.keys(minidiff.exported).join(", ");
       throw new Error(`model is ${name}; expected one of ${known}`);
     }

@@ -72,14 +72,14 @@ function bytePairs(table, vocab, unicode) {
   const ranks = new Map(table.merges.map((pair, rank) => [pair, rank]));
   const word = new RegExp("<\\|startoftext\\|>|<\\|endoftext\\|>|'s|'t|'re|'ve|'m|'ll|'d"
     + `|${letter}+|${number}|[^\\p{White_Space}${letter}${number}]+`, "gv");
-  const marks = { "<|startoftext|>": ["<|", "startoftext", "|>"],
-    "<|endoftext|>": ["<|", "endoftext", "|>"] };
+  const marks = new Map(["startoftext", "endoftext"].map((name) =>
+    [`<|${name}|>`, ["<|", name, "|>"]]));
   const wordIds = (text) => merge(wordSymbols(text), ranks)
     .map((symbol) => vocab.get(symbol) ?? table.unk);
   return {
     normalize: (text) => lowercase(nfc(text, young).replace(/\p{White_Space}+/gu, " "), unicode.capitals),
     encodePlain: (text) => (text.match(word) ?? [])
-      .flatMap((found) => marks[found] ?? [found]).flatMap(wordIds),
+      .flatMap((found) => marks.get(found) ?? [found]).flatMap(wordIds),
   };
 }
 
@@ -192,10 +192,4 @@ function characterMap(data) {
       ?? Array.from(grapheme, (letter) => lookup(letter) ?? letter).join("");
   };
   return (text) => Array.from(graphemes.segment(text), (part) => replace(part.segment)).join("");
-}
-
-// The words of a text in lower case, with their places; hyphens part them.
-function wordsOf(text) {
-  return Array.from(text.matchAll(/[\p{L}\p{N}_]+/gu), (match) =>
-    ({ word: match[0].toLowerCase(), start: match.index, end: match.index + match[0].length }));
 }
