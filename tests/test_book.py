@@ -107,7 +107,7 @@ def test_exercises_are_listed_with_what_they_ask(book: Path) -> None:
 def test_numbers_stay_with_their_units(book: Path) -> None:
     text = (book / "book" / "training_log.html").read_text(encoding="utf-8")
     prose = re.sub(r"<pre>.*?</pre>|<code.*?</code>", "", text, flags=re.S)
-    assert not re.search(r"\d (%|MB|× \d)", prose)
+    assert not re.search(r"\d (%|MB|[×/] \d)", prose)
     assert len(re.findall("\\d\N{NO-BREAK SPACE}%", prose)) > 5
 
 

@@ -1,4 +1,4 @@
-"""Numbers stay on one line with their units: 90 %, 3 s, 64 × 64."""
+"""Numbers stay on one line with their units and partners: 90 %, 64 × 64, 93 / 78."""
 
 import re
 
@@ -6,7 +6,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 
 APART = re.compile(
-    r"(?<=\d) (?=(?:%|m?s|[kMGT]i?B|dB|TFLOPS?)(?!\w)|× ?\d)|(?<=\d ×) (?=\d)"
+    r"(?<=\d) (?=(?:%|m?s|[kMGT]i?B|dB|TFLOPS?)(?!\w)|[×/] ?\d)|(?<=\d [×/]) (?=\d)"
 )
 VERBATIM = nodes.literal, nodes.literal_block, nodes.raw, nodes.math, nodes.math_block
 
