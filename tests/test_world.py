@@ -374,6 +374,11 @@ def test_own_cut_outs_are_composed_like_things(own_cut_outs):
         )
 
 
+def test_only_an_article_is_taken_off_a_name(own_cut_outs):
+    (own_cut_outs / "a.txt").write_text("A-frame")
+    assert own_things(str(own_cut_outs)).names == ("a-frame", "blicket")
+
+
 @pytest.mark.parametrize(
     ("caption", "mode", "ink", "message"),
     [

@@ -129,7 +129,7 @@ def own_things(folder: str) -> Things:
     pixels = [multiplied(cut_out(open_picture(Path(folder) / name))) for name in found]
     names: dict[str, str] = {}
     for file, text in found.items():
-        name = re.sub(r"^(an?|the)\b ?", "", " ".join(text.lower().split()))
+        name = re.sub(r"^(an?|the)( |$)", "", " ".join(text.lower().split()))
         if not name or re.match(r"(two|three|\d+)\b", name):
             what = f"the caption of {file} is {text!r}"
             raise ValueError(f"{folder}: {what}; expected one thing: a cat")
