@@ -5,8 +5,10 @@
 Printed for each number of steps, the teacher's own first: the share of scenes that the
 judge finds right, the Fréchet distance from training scenes in the judge's features
 (the last line has that of real test scenes), the diversity as a share of the teacher's,
-and how far the pictures lie from the teacher's, as the root mean square over pixels
-whose range is 1. The sheet shows the first six prompts.
+how far the pictures lie from the teacher's, as the root mean square over pixels whose
+range is 1, the same for the first 64 prompts and what the teacher draws there from
+another noise, and how sharp they are: the mean square of the grey picture's Laplacian.
+The sheet shows the first six prompts.
 """
 
 import argparse
@@ -14,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import minidiff
@@ -26,12 +29,13 @@ from minidiff.sampling import Pipeline
 
 ROW, BATCH, SHOWN = "all scenes", 20, 6
 FEW = (8, 4, 2, 1)
-COLUMNS = "model", "steps", "calls", "right in %", "Fréchet", "diversity", "distance"
+MEASURES = "right in %", "Fréchet", "diversity", "distance", "another", "Laplacian"
+COLUMNS = "model", "steps", "calls", *MEASURES
 
 
-def runs(teacher: str, student: str) -> Iterator[tuple[str, Pipeline, dict]]:
+def runs(teacher: str, students: list[str]) -> Iterator[tuple[str, Pipeline, dict]]:
     """Who draws, and how; the teacher in its usual way first."""
-    for name in (teacher, student):
+    for name in (teacher, *students):
         pipe = minidiff.load(name)
         pipe.progress = False
         steps, scale = pipe.defaults
@@ -58,11 +62,23 @@ def measured(compared: Comparison, asked: tuple, real: Tensor) -> tuple[Tensor, 
     return drawn, [right / len(texts), far, feature_spread(spread)]
 
 
+def apart(drawn: Tensor, others: Tensor) -> str:
+    """How far pictures in [−1, 1] lie apart, for a range of 1."""
+    return f"{(drawn[: len(others)] - others).square().mean().sqrt().item() / 2:.3f}"
+
+
+def sharpness(images: Tensor) -> str:
+    """Mean square of the Laplacian of grey pictures, for a range of 1."""
+    kernel = images.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
+    grey = images.mean(1, keepdim=True) / 2
+    return f"{F.conv2d(grey, kernel).square().mean().item():.4f}"
+
+
 def main() -> None:
     """Draw, measure, print line by line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("teacher")
-    parser.add_argument("student")
+    parser.add_argument("student", nargs="+")
     parser.add_argument("-n", type=int, default=500, help="prompts")
     parser.add_argument("--data", help="folder of Fashion-MNIST's parquet files")
     parser.add_argument("--sheet", type=Path)
@@ -71,19 +87,23 @@ def main() -> None:
     scenes = row_scenes(ROWS[ROW], "test", given.data, "cpu", seed)
     real = torch.cat([scenes.batch(i).images for i in numbers.split(128)])
     print(f"| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|")
-    rows, usual = {}, 0.0
+    rows, usual, another = {}, 0.0, real
     for name, pipe, how in runs(given.teacher, given.student):
         known = judge, given.n, seed, given.data, BATCH
         drawn, found = measured(Comparison(pipe, *known, **how), asked, real)
         right, far, spread = found
         steps, scale = how.values()
         rows[f"{name}, {steps} step{'s' * (steps > 1)}"] = drawn
-        off = (drawn - next(iter(rows.values()))).square().mean().sqrt().item() / 2
-        usual = usual or spread
+        if len(rows) == 1:
+            usual = spread
+            another = Comparison(pipe, judge, MOST, seed + 1, **how).draw(texts[:MOST])
         cells = name, steps, steps * (1 + (scale > 1)), f"{100 * right:.1f}"
-        cells += far["model"], f"{spread / usual:.2f}", f"{off:.3f}"
+        cells += far["model"], f"{spread / usual:.2f}"
+        cells += apart(drawn, next(iter(rows.values()))), apart(drawn, another)
+        cells += (sharpness(drawn),)
         print(f"| {' | '.join(map(str, cells))} |", flush=True)
-    print(f"\n{given.n} prompts, seed {seed}; real test scenes: {far['floor']}.")
+    found = f"Fréchet {far['floor']}, Laplacian {sharpness(real)}"
+    print(f"\n{given.n} prompts, seed {seed}; real test scenes: {found}.")
     if given.sheet:
         save_rows(rows, texts, given.sheet)
 

@@ -770,8 +770,7 @@ def save_control(
 # %% [markdown]
 # **A net that has learned for longer.** `minidiff train --stage control --start tiny`
 # does the same on 32,768 scenes of the world, in 4,000 steps of 32. The net that ships
-# was made so, beside an earlier state of this transformer; it steers the later one as
-# it is.
+# was made so.
 
 # %% tags=["active-ipynb"]
 # brief, net = learned(), load_control("tiny-edges")
@@ -844,7 +843,7 @@ def save_control(
 
 # %% [markdown]
 # **How strongly, and when?** Words without a place want the thing in the middle. A
-# strength of 0.5 hardly moves it. At 1 the sketch wins in some of the drawings above,
+# strength of 0.5 moves few. At 1 the sketch wins in some of the drawings above,
 # at 2 in all eight. Of the steps, the early ones decide the large forms (chapter 8), so
 # a control that acts in the first half should achieve more than one that acts in the
 # second. The numbers say whether it does, and what the second half adds to the first.

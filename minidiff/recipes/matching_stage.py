@@ -11,8 +11,8 @@ from minidiff.data import rng
 from minidiff.distillation import distribution_matching_loss, follow
 from minidiff.dit import MMDiT
 from minidiff.engine.loading import read_scheduler
-from minidiff.flow_matching import flow_matching_loss
-from minidiff.learning.steps import recompute
+from minidiff.flow_matching import flow_matching_loss, shift_sigma
+from minidiff.learning.steps import INDUCTOR, recompute
 from minidiff.recipes.features import Features, place_in_pool
 from minidiff.recipes.job import Job, Lesson, load_to_learn
 from minidiff.recipes.jumps import (
@@ -23,11 +23,11 @@ from minidiff.recipes.jumps import (
     drawings,
     export_turbo,
 )
-from minidiff.recipes.transformer_stage import NAME, SceneEncoder
+from minidiff.recipes.transformer_stage import NAME, SceneEncoder, plain_attention
 from minidiff.recipes.turbo_stage import teacher_of
 from minidiff.training import Batch, Task, noise_and_levels
 
-JUMPS = (1, 2, 1, 2, 4)  # of a drawing, in the steps that follow one another
+JUMPS = (1, 2, 1, 4, 1, 2)  # of a drawing, in the steps that follow one another
 ALONE = 1 / 8  # of the steps: in the first ones only the fake velocity learns
 
 
@@ -39,6 +39,7 @@ class Pair(nn.Module):
         self.student, self.fake = student, fake
 
 
+@torch.compiler.disable  # the networks are compiled: the whole takes far longer to
 def matching_loss(pair: Pair, batch: Batch, teacher: Teacher) -> Tensor:
     """The chapter's loss of the student's drawings, and the fake velocity's of them.
 
@@ -64,6 +65,11 @@ def matching_lesson(job: Job) -> Lesson:
     model: MMDiT = job.load_part(NAME).requires_grad_(False)
     teacher = teacher_of(model, job, features, shift, recipe.matching)
     pair = Pair(begin_student(job), copy.deepcopy(model).requires_grad_(True))
+    if job.device == "cpu" and recipe.matching.bfloat16:
+        plain_attention(pair.student)  # the others have it from the teacher
+    if recipe.matching.compile:
+        pair.student.compile(options=INDUCTOR)
+        pair.fake.compile(options=INDUCTOR)
     if job.recompute:
         recompute([*pair.student.joint_blocks, *pair.fake.joint_blocks])
     seed = job.seed_for("validation")
@@ -102,6 +108,7 @@ def batches(job: Job, features: Features) -> Callable[[Tensor], Batch]:
         made = {name: x.to(indices.device).float() for name, x in made.items()}
         for name, seed in seeds.items():
             noise, sigma = noise_and_levels(indices, shape, seed)
+            sigma = shift_sigma(sigma, job.recipe.shift)
             made |= {f"noise{name}": noise, f"sigma{name}": sigma}
         step = int(indices[0]) // config.batch_size
         made["begin"] = rng.normal(job.seed_for("begin"), indices, shape)
