@@ -11,7 +11,7 @@ from minidiff.data import rng
 from minidiff.distillation import distribution_matching_loss, follow
 from minidiff.dit import MMDiT
 from minidiff.engine.loading import read_scheduler
-from minidiff.flow_matching import flow_matching_loss, shift_sigma
+from minidiff.flow_matching import flow_matching_loss
 from minidiff.learning.steps import INDUCTOR, recompute
 from minidiff.recipes.features import Features, place_in_pool
 from minidiff.recipes.job import Job, Lesson, load_to_learn
@@ -27,7 +27,7 @@ from minidiff.recipes.transformer_stage import NAME, SceneEncoder, plain_attenti
 from minidiff.recipes.turbo_stage import teacher_of
 from minidiff.training import Batch, Task, noise_and_levels
 
-JUMPS = (1, 2, 1, 4, 1, 2)  # of a drawing, in the steps that follow one another
+JUMPS = (1, 2, 1, 2, 4)  # of a drawing, in the steps that follow one another
 ALONE = 1 / 8  # of the steps: in the first ones only the fake velocity learns
 
 
@@ -108,7 +108,6 @@ def batches(job: Job, features: Features) -> Callable[[Tensor], Batch]:
         made = {name: x.to(indices.device).float() for name, x in made.items()}
         for name, seed in seeds.items():
             noise, sigma = noise_and_levels(indices, shape, seed)
-            sigma = shift_sigma(sigma, job.recipe.shift)
             made |= {f"noise{name}": noise, f"sigma{name}": sigma}
         step = int(indices[0]) // config.batch_size
         made["begin"] = rng.normal(job.seed_for("begin"), indices, shape)
