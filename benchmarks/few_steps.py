@@ -1,6 +1,6 @@
-"""A guided teacher and its few-step student, on the same prompts and the same noise.
+"""A guided teacher and its few-step students, on the same prompts and the same noise.
 
-    python benchmarks/few_steps.py TEACHER STUDENT [-n 500] [--data DIR] [--sheet SVG]
+    python benchmarks/few_steps.py TEACHER STUDENT... [-n 500] [--data DIR] [--sheet SVG]
 
 Printed for each number of steps, the teacher's own first: the share of scenes that the
 judge finds right, the Fréchet distance from training scenes in the judge's features
@@ -63,12 +63,12 @@ def measured(compared: Comparison, asked: tuple, real: Tensor) -> tuple[Tensor, 
 
 
 def apart(drawn: Tensor, others: Tensor) -> str:
-    """How far pictures in [−1, 1] lie apart, for a range of 1."""
+    """How far the first of (N, 3, H, W) lie from ``others``, fewer; in [−1, 1] both."""
     return f"{(drawn[: len(others)] - others).square().mean().sqrt().item() / 2:.3f}"
 
 
 def sharpness(images: Tensor) -> str:
-    """Mean square of the Laplacian of grey pictures, for a range of 1."""
+    """Mean square of the Laplacian of (N, 3, H, W) in [−1, 1], as grey of range 1."""
     kernel = images.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
     grey = images.mean(1, keepdim=True) / 2
     return f"{F.conv2d(grey, kernel).square().mean().item():.4f}"

@@ -39,7 +39,7 @@ class Pair(nn.Module):
         self.student, self.fake = student, fake
 
 
-@torch.compiler.disable  # the networks are compiled: the whole takes far longer to
+@torch.compiler.disable  # each network is compiled by itself, which is far quicker
 def matching_loss(pair: Pair, batch: Batch, teacher: Teacher) -> Tensor:
     """The chapter's loss of the student's drawings, and the fake velocity's of them.
 
