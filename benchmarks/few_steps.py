@@ -63,7 +63,7 @@ def measured(compared: Comparison, asked: tuple, real: Tensor) -> tuple[Tensor, 
 
 
 def apart(drawn: Tensor, others: Tensor) -> str:
-    """How far the first of (N, 3, H, W) lie from ``others``, fewer; in [−1, 1] both."""
+    """How far (N, 3, H, W) lie from as many ``others`` or fewer, all in [−1, 1]."""
     return f"{(drawn[: len(others)] - others).square().mean().sqrt().item() / 2:.3f}"
 
 
