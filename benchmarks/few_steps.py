@@ -1,6 +1,7 @@
 """A guided teacher and its few-step students, on the same prompts and the same noise.
 
-    python benchmarks/few_steps.py TEACHER STUDENT... [-n 500] [--data DIR] [--sheet SVG]
+    python benchmarks/few_steps.py TEACHER STUDENT... [-n 500] [--data DIR]
+                                   [--sheet SVG]
 
 Printed for each number of steps, the teacher's own first: the share of scenes that the
 judge finds right, the Fréchet distance from training scenes in the judge's features
