@@ -127,6 +127,11 @@ def orthogonal_parts(updates: list[Tensor]) -> list[Tensor]:
 
 
 def together(parts: list[Tensor]) -> Iterator[Tensor]:
-    """Pieces of one shape made orthogonal, as many at once as a CPU's caches hold."""
-    for some in torch.stack(parts).split(AT_ONCE):
-        yield from orthogonal(some) * (RMS * some.shape[1] ** 0.5)
+    """Pieces of one shape made orthogonal: of several processes each makes its share.
+
+    As many at once as a CPU's caches hold.
+    """
+    whole, own = torch.stack(parts), slice(parallel.rank(), None, parallel.size())
+    done = torch.zeros_like(whole)
+    done[own] = torch.cat([orthogonal(x) for x in whole[own].split(AT_ONCE)])
+    yield from parallel.total(done) * (RMS * whole.shape[1] ** 0.5)

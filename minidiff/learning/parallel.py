@@ -142,8 +142,14 @@ def gather(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def average(x: Tensor) -> Tensor:
-    """The mean of ``x`` over all processes."""
+def total(x: Tensor) -> Tensor:
+    """The sum of ``x`` over all processes, in the place of ``x``."""
     if active():
         dist.all_reduce(x)
-    return x / size()
+    return x
+
+
+@torch.no_grad()
+def average(x: Tensor) -> Tensor:
+    """The mean of ``x`` over all processes; ``x`` becomes their sum."""
+    return total(x) / size()
