@@ -26,7 +26,7 @@ from minidiff.judging.judge import (
     save_judge,
     with_silhouette,
 )
-from minidiff.recipes.judge_stage import reads_rightly
+from minidiff.recipes.judge_stage import damaged, reads_rightly
 
 SMALL = JudgeConfig((8, 8, 16), (1, 1, 1), 8)
 
@@ -120,6 +120,23 @@ def test_the_loss_is_a_mean_over_scenes():
     assert len({int((part["kinds"] >= 0).sum()) for part in parts}) == 2
     losses = [judge_loss(judge, part).item() for part in parts]
     assert judge_loss(judge, whole).item() == pytest.approx(sum(losses) / 2, rel=1e-12)
+
+
+def test_pictures_are_spoilt_by_their_number_alone():
+    """Each by what belongs to its number; those that escape all three stay as they are.
+
+    The largest changes blur or bend a thing by pixels, and do not hide it.
+    """
+    numbers = torch.arange(400)
+    images = World("train").batch(torch.arange(4)).images[numbers % 4]
+    spoilt = damaged(images, numbers, 3)
+    assert torch.equal(damaged(images[:9], numbers[:9], 3)[5], spoilt[5])
+    assert not torch.equal(damaged(images, numbers, 4), spoilt)
+    change = (spoilt - images).abs().mean((1, 2, 3))
+    escaped = (change < 1e-5).float().mean().item()
+    assert 0 < escaped < 0.03  # a fifth, three times over: 0.008
+    assert 0.01 < change.median() and change.max() < 0.5
+    assert spoilt.abs().max() <= 1
 
 
 def test_a_first_guess_costs_what_chance_costs():

@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from minidiff.data import rng
 from minidiff.data.language import shown
 from minidiff.data.samples import ONE
 from minidiff.data.scenes import World
@@ -16,12 +18,15 @@ from minidiff.recipes.features import collect, place_in_pool
 from minidiff.recipes.job import Job, Lesson
 from minidiff.training import Batch, Task
 
+GARMENTS = 0.5  # of groups: they are many, and harder to tell apart than things
+
 
 def judge_lesson(job: Job) -> Lesson:
     """The judge of ``minidiff evaluate``, under ``OUTPUT/judge``: see its module."""
-    world = World("train", job.data, job.device, job.seed, held_out=None)
+    here = job.data, job.device, job.seed
+    world = World("train", *here, held_out=None, garments=GARMENTS)
     images, trace, kinds, colors, ground = judge_pool(world, job.recipe.latents)
-    seed = job.seed_for("tests")
+    seed, wear = job.seed_for("tests"), job.seed_for("damage")
     tests = {
         name: World("test", job.data, job.device, seed, None, ONE, share)
         for name, share in (("one garment", 1.0), ("one thing", 0.0))
@@ -29,7 +34,7 @@ def judge_lesson(job: Job) -> Lesson:
 
     def batch(indices: Tensor) -> Batch:
         place = place_in_pool(indices, len(images))
-        pictures = from_bytes(images[place])
+        pictures = damaged(from_bytes(images[place]), indices, wear)
         pictures = pictures.contiguous(memory_format=torch.channels_last)
         known = {"images": pictures, "trace": trace[place].float()}
         whole = {"kinds": kinds, "colors": colors, "ground": ground}
@@ -47,6 +52,29 @@ def judge_lesson(job: Job) -> Lesson:
 
     model = Judge().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Lesson(Task(model, judge_loss, batch, validate), export)
+
+
+def damaged(images: Tensor, indices: Tensor, seed: int) -> Tensor:
+    """Pictures (B, 3, H, W) spoilt as drawings may be that still show the same.
+
+    Each is bent, blurred and speckled by amounts that belong to its sample's number in
+    ``indices``; of a fifth each amount is zero.
+    """
+    size = images.shape[2:]
+    amounts = (1.25 * rng.uniform(seed, indices, 3) - 0.25).clamp(min=0)
+    bend, blur, speckle = amounts[..., None, None, None].unbind(1)
+
+    def waves(purpose: int, channels: int, side: int) -> Tensor:
+        rough = rng.normal(rng.fold_in(seed, purpose), indices, (channels, side, side))
+        return F.interpolate(rough, size, mode="bilinear")
+
+    straight = torch.eye(2, 3, device=images.device).expand(len(images), 2, 3)
+    grid = F.affine_grid(straight, [*images.shape], align_corners=False)
+    grid = grid + 0.05 * bend * waves(1, 2, 8).movedim(1, -1)  # 1.6 pixels
+    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    soft = F.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
+    images = torch.lerp(images, soft, blur)
+    return (images + 0.2 * speckle * (waves(2, 3, 16) + waves(3, 3, 32))).clamp(-1, 1)
 
 
 @torch.no_grad()
