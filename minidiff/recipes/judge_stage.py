@@ -18,13 +18,13 @@ from minidiff.recipes.features import collect, place_in_pool
 from minidiff.recipes.job import Job, Lesson
 from minidiff.training import Batch, Task
 
-GARMENTS = 0.5  # of groups: they are many, and harder to tell apart than things
+SHARE = 0.5  # of garments among groups: they are harder to tell apart than things
 
 
 def judge_lesson(job: Job) -> Lesson:
     """The judge of ``minidiff evaluate``, under ``OUTPUT/judge``: see its module."""
     here = job.data, job.device, job.seed
-    world = World("train", *here, held_out=None, garments=GARMENTS)
+    world = World("train", *here, held_out=None, garments=SHARE)
     images, trace, kinds, colors, ground = judge_pool(world, job.recipe.latents)
     seed, wear = job.seed_for("tests"), job.seed_for("damage")
     tests = {
@@ -58,7 +58,7 @@ def damaged(images: Tensor, indices: Tensor, seed: int) -> Tensor:
     """Pictures (B, 3, H, W) spoilt as drawings may be that still show the same.
 
     Each is bent, blurred and speckled by amounts that belong to its sample's number in
-    ``indices``; of a fifth each amount is zero.
+    ``indices`` (B,); each of the three amounts is zero in a fifth of the pictures.
     """
     size = images.shape[2:]
     amounts = (1.25 * rng.uniform(seed, indices, 3) - 0.25).clamp(min=0)
@@ -70,7 +70,7 @@ def damaged(images: Tensor, indices: Tensor, seed: int) -> Tensor:
 
     straight = torch.eye(2, 3, device=images.device).expand(len(images), 2, 3)
     grid = F.affine_grid(straight, [*images.shape], align_corners=False)
-    grid = grid + 0.05 * bend * waves(1, 2, 8).movedim(1, -1)  # 1.6 pixels
+    grid = grid + 0.05 * bend * waves(1, 2, 8).movedim(1, -1)  # deviation: 1.6 pixels
     images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     soft = F.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
     images = torch.lerp(images, soft, blur)
